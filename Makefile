@@ -1,0 +1,63 @@
+# make demo: set up, build the offline assets, train on two CPU cores.  make test: set up, lint, types, all tests.
+PYTHON ?= python3.11
+EXTRA ?= cpu
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/$(EXTRA).txt
+STAMP := $(VENV)/.installed-$(EXTRA)
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup assets demo test test-fast test-slow lint types lock clean
+.DEFAULT_GOAL := help
+
+help: ## show this
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## a virtual environment with the locked packages (EXTRA=gpu for a GPU machine)
+
+# The stamp comes last: an interrupted installation is taken up again.
+$(STAMP): $(LOCK) pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(LOCK) into $(VENV): a few minutes the first time"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+assets: setup ## the demo's models and data, built once into the user's cache
+	@$(BIN)/ppo-ray assets imdb
+
+demo: assets ## train the 135M demo policy (ARGS="steps=5 output_dir=runs/short" to change options)
+	@$(BIN)/ppo-ray train configs/imdb.yaml $(ARGS)
+
+test: lint types assets test-fast test-slow ## everything
+
+test-fast: setup ## tests that start neither vLLM nor Ray
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: assets ## tests with real vLLM, real Ray, real models
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+lock: setup requirements/cpu.lock requirements/gpu.lock ## remake requirements/cpu.txt and requirements/gpu.txt
+
+# The CPU lock takes torch's CPU build from where pip finds it, the GPU lock does not. torch's local version (+cpu) is left
+# out, so that the lock can be installed wherever a build of that version is to be had.
+requirements/cpu.lock: export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+requirements/cpu.lock: export UV_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL)
+requirements/%.lock: setup
+	@{ echo "# Made by \`make lock\` from pyproject.toml and requirements/overrides-$*.txt; install with: pip install --no-deps -r"; \
+	  $(BIN)/uv pip compile --quiet pyproject.toml --extra $* --extra demo --extra dev \
+	    --override requirements/overrides-$*.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	    --no-header --no-annotate | sed 's/+cpu$$//'; } > $@
+	@mv $@ requirements/$*.txt
+
+clean: ## remove the virtual environment and caches (not runs/, not the assets)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
