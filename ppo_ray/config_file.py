@@ -1,0 +1,220 @@
+"""A YAML file and `key=value` overrides read into a pydantic model; whatever is wrong is said at once, a line a key."""
+
+import copy
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from ppo_ray.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Options that are right alone and wrong together."""
+
+    keys: tuple[str, ...]
+    """Dotted names; the message is shown under the first."""
+    message: str
+
+
+class Contradictions(ValueError):
+    """What a model's own validator raises so that `load` can report each contradiction under its key."""
+
+    def __init__(self, found: Sequence[Contradiction]) -> None:
+        """Keep what was found; the text is for those who build the model without a file."""
+        super().__init__("; ".join(f"{item.keys[0]}: {item.message}" for item in found))
+        self.found = tuple(found)
+
+
+def load(model: type[Model], path: Path | None, overrides: Sequence[str]) -> Model:
+    """Read a YAML file (None: an empty one), apply the overrides and validate.
+
+    Raises:
+        InputError: the file cannot be read, or anything in it or in the overrides is wrong: a line for each violation.
+    """
+    options, problems = _merge(_read(path), overrides)
+    raw = _with_all_sections(model, options)
+    try:
+        config = model.model_validate(raw)
+    except ValidationError as error:
+        problems += _describe(model, raw, error)
+    if problems:
+        source = f" in {path}" if path else ""
+        heading = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        raise InputError("\n".join([f"{heading}{source}", *(f"  {problem}" for problem in problems)]))
+    return config
+
+
+def _read(path: Path | None) -> Any:
+    """Read a YAML file into an OmegaConf mapping, interpolations not yet resolved."""
+    if path is None:
+        return OmegaConf.create({})
+    try:
+        options = OmegaConf.create(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise InputError(f"config file {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"config file {path} is not valid YAML: {error}") from error
+    if options is None:
+        hint = "; the config file comes before the key=value overrides" if "=" in str(path) else ""
+        raise InputError(f"config file {path} does not exist{hint}")
+    if not OmegaConf.is_dict(options):
+        raise InputError(f"config file {path} must hold `key: value` lines, not a list")
+    return options
+
+
+def _merge(options: Any, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Apply overrides and resolve interpolations; return the options as plain containers and what was malformed."""
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            problems.append(f"{override}: not an override; write section.option=value, e.g. ppo.learning_rate=1e-5")
+            continue
+        try:
+            options = OmegaConf.merge(options, OmegaConf.from_dotlist([override]))
+        except yaml.YAMLError:
+            problems.append(f"{key}: {value!r} is not valid YAML; put it in quotes twice: {key}='\"...\"'")
+        except (OmegaConfBaseException, TypeError) as error:  # TypeError: the key goes into what is a list
+            problems.append(f"{key}: {_first_line(error)}")
+    try:
+        resolved = OmegaConf.to_container(options, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key or 'config'}: {_first_line(error)}") from error
+    return {str(key): value for key, value in resolved.items()}, problems  # type: ignore[union-attr]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _with_all_sections(model: type[BaseModel], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what is absent or empty as an empty section, so that what it lacks is reported by its full name."""
+    sections = [name for name, field in model.model_fields.items() if _section(field)]
+    return {**options, **{name: {} for name in sections if options.get(name) is None}}
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    return field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
+
+
+def _describe(model: type[BaseModel], raw: dict[str, Any], error: ValidationError) -> list[str]:
+    """Say what is wrong, a line for each violation, contradictions among the options that are right included."""
+    details = error.errors()
+    contradictions = _contradictions(error)
+    if not contradictions:
+        contradictions = _contradictions_of_the_rest(model, raw, details)
+    wrong = {_key(detail) for detail in details}
+    lines = [f"{_key(detail)}: {_say(model, detail)}" for detail in details if detail["loc"]]
+    lines += [f"{item.keys[0]}: {item.message}" for item in contradictions if not wrong.intersection(item.keys)]
+    return lines
+
+
+def _contradictions(error: ValidationError) -> tuple[Contradiction, ...]:
+    for detail in error.errors():
+        cause = detail.get("ctx", {}).get("error")
+        if isinstance(cause, Contradictions):
+            return cause.found
+    return ()
+
+
+def _contradictions_of_the_rest(
+    model: type[BaseModel], raw: dict[str, Any], details: Sequence[ErrorDetails]
+) -> tuple[Contradiction, ...]:
+    """Validate once more without the wrong options: pydantic compares options only when each is right by itself."""
+    rest = copy.deepcopy(raw)
+    for detail in details:
+        *sections, name = [str(part) for part in detail["loc"]]
+        holder = rest
+        for section in sections:
+            holder = holder[section]
+        if detail["type"] == "missing":
+            holder[name] = "missing"
+        else:
+            holder.pop(name, None)
+            if detail["type"] == "model_type":
+                holder[name] = {}
+    try:
+        model.model_validate(rest)
+    except ValidationError as error:
+        return _contradictions(error)
+    return ()
+
+
+def _key(detail: ErrorDetails) -> str:
+    return ".".join(str(part) for part in detail["loc"])
+
+
+def _say(model: type[BaseModel], detail: ErrorDetails) -> str:
+    """Word one violation for people: the value, the limit, the remedy."""
+    kind, value, context = detail["type"], _show(detail["input"]), detail.get("ctx", {})
+    match kind:
+        case "extra_forbidden":
+            return "unknown option" + _suggest(model, _key(detail))
+        case "missing":
+            return "required, but not given"
+        case "int_type" | "int_parsing" | "int_from_float":
+            return f"{value} is not a whole number"
+        case "float_type" | "float_parsing":
+            return f"{value} is not a number"
+        case "bool_type" | "bool_parsing":
+            return f"{value} is neither true nor false"
+        case "string_type":
+            return f"{value} is not text" + ("" if value == "null" else f"; write it in quotes: \"'{value}'\"")
+        case "model_type":
+            return f"{value} is not a section of options"
+        case "literal_error":
+            return f"{value} is not one of {context['expected']}"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            relation = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+            limit, words = next((context[key], words) for key, words in relation.items() if key in context)
+            return f"{value} must be {words} {limit:g}"
+        case "finite_number":
+            return f"{value} must be a finite number"
+        case "string_too_short":
+            return "must not be empty"
+        case "string_pattern_mismatch":
+            return f"{value} must look like package.module:function"
+        case "value_error":
+            return str(context["error"])
+        case _:
+            return f"{value}: {detail['msg']}"
+
+
+def _show(value: Any) -> str:
+    """Write a value as it would stand in YAML, except that text is in quotes."""
+    return str(value).lower().replace("none", "null") if value is None or isinstance(value, bool) else repr(value)
+
+
+def _suggest(model: type[BaseModel], key: str) -> str:
+    """Name the known option that was most likely meant: by TRL's name, in another section, or by spelling."""
+    known = dict(_options(model))
+    leaf = key.rpartition(".")[2]
+    trl = [name for name, field in known.items() if f"TRL: `{leaf}`" in (field.description or "")]
+    if trl:
+        return f"; TRL's {leaf} is {trl[0]} here"
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    near = [name for name in known if leaves[name] == leaf]
+    near = near or difflib.get_close_matches(key, known, n=1)
+    near = near or [name for name in known if difflib.get_close_matches(leaf, [leaves[name]], cutoff=0.8)]
+    return f"; did you mean {' or '.join(near)}?" if near else f"; all options are documented in {model.__module__}"
+
+
+def _options(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        yield prefix + name, field
+        section = _section(field)
+        if section:
+            yield from _options(section, f"{prefix}{name}.")

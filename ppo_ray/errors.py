@@ -1,0 +1,21 @@
+"""The errors ppo_ray raises on purpose, and the exit code that the command line gives each."""
+
+
+class PPORayError(Exception):
+    """Base of every error that ppo_ray raises on purpose; the command line exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class InputError(PPORayError):
+    """Say that what the user gave (option, file, model, data, output folder) cannot be used; no work has started."""
+
+    exit_code = 2
+
+
+class AssetError(PPORayError):
+    """Say that an offline asset could not be built or is not what it should be."""
+
+
+class WorkerError(PPORayError):
+    """Say that an actor failed, hung or answered wrongly; the message names it."""

@@ -1,0 +1,192 @@
+import pytest
+import yaml
+
+from ppo_ray.config import Config, load_config, to_yaml
+from ppo_ray.errors import InputError
+
+REQUIRED = ["output_dir=runs/x", "model.path=gpt2", "prompts.path=reviews.csv", "reward.path=judge"]
+
+
+def violations(*overrides, path=None):
+    with pytest.raises(InputError) as caught:
+        load_config(path, overrides)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_defaults_are_trls():
+    ppo = load_config(None, REQUIRED).ppo
+    assert (ppo.learning_rate, ppo.epochs, ppo.gamma, ppo.gae_lambda) == (1.41e-5, 4, 1.0, 0.95)
+    assert (ppo.clip_range, ppo.value_clip_range, ppo.value_coef) == (0.2, 0.2, 0.1)
+    assert (ppo.kl_controller, ppo.kl_coef, ppo.kl_target, ppo.kl_horizon) == ("adaptive", 0.2, 6.0, 10000.0)
+    assert (ppo.max_grad_norm, ppo.ratio_threshold, ppo.whiten_rewards) == (None, 10.0, False)
+
+
+def test_file_then_overrides_in_order(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 3\noutput_dir: a\nmodel: {path: gpt2}\nprompts: {path: p.csv}\nreward: {path: r}\nppo:\n")
+    config = load_config(path, ["steps=4", "output_dir=b", "steps=5", "ppo.minibatch_size=null"])
+    assert (config.steps, config.output_dir, config.model.path, config.ppo.minibatch_size) == (5, "b", "gpt2", None)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-5", 1e-5), ("2", 2.0), ("0.5", 0.5), ("1E-3", 1e-3)])
+def test_numbers_are_read_as_floats(text, value, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"ppo: {{learning_rate: {text}}}")
+    from_file = load_config(path, REQUIRED).ppo.learning_rate
+    from_override = load_config(None, [*REQUIRED, f"ppo.learning_rate={text}"]).ppo.learning_rate
+    assert from_file == from_override == value and isinstance(from_file, float)
+
+
+def test_environment_variables_are_put_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: ${oc.env:SCRATCH}/run")
+    assert load_config(path, REQUIRED[1:]).output_dir == "/scratch/me/run"
+    with pytest.raises(InputError, match=r"output_dir.*NOT_SET_ANYWHERE"):
+        load_config(None, [*REQUIRED, "output_dir=${oc.env:NOT_SET_ANYWHERE}"])
+
+
+def test_assets_and_home_become_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("PPO_RAY_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(
+        None,
+        [
+            "output_dir=~/x",
+            "model.path=asset:policy",
+            "reward.path=asset:classifier",
+            "prompts.path=asset:prompts",
+        ],
+    )
+    assert config.output_dir == "/home/me/x"
+    assert config.model.path == str(tmp_path / "imdb-v1" / "policy")
+    assert config.reward.path == str(tmp_path / "imdb-v1" / "classifier")
+    assert config.prompts.path == str(tmp_path / "imdb-v1" / "prompts.parquet")
+    assert violations(*REQUIRED, "model.path=asset:polcy") == [
+        "model.path: 'asset:polcy' is no asset; there are asset:policy, asset:classifier, asset:prompts"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("ppo.clip_rnage=0.1", "ppo.clip_rnage: unknown option; did you mean ppo.clip_range?"),
+        ("rolout.workers=2", "rolout: unknown option; did you mean rollout?"),
+        ("ray.adress=auto", "ray.adress: unknown option; did you mean ray.address?"),
+        ("min_chars=3", "min_chars: unknown option; did you mean prompts.min_chars?"),
+        ("threads=3", "threads: unknown option; did you mean rollout.threads or reward.threads or learner.threads?"),
+        ("ppo.init_kl_coef=0.1", "ppo.init_kl_coef: unknown option; TRL's init_kl_coef is ppo.kl_coef here"),
+        ("lam=0.9", "lam: unknown option; TRL's lam is ppo.gae_lambda here"),
+        ("rollout.batch_size=x", "rollout.batch_size: 'x' is not a whole number"),
+        ("rollout.batch_size='32'", "rollout.batch_size: '32' is not a whole number"),
+        ("rollout.workers=true", "rollout.workers: true is not a whole number"),
+        ("steps=1.5", "steps: 1.5 is not a whole number"),
+        ("ppo.gamma=true", "ppo.gamma: true is not a number"),
+        ("ppo.gamma=.nan", "ppo.gamma: nan must be a finite number"),
+        ("ppo.clip_range=0", "ppo.clip_range: 0 must be greater than 0"),
+        ("ppo.gae_lambda=1.5", "ppo.gae_lambda: 1.5 must be at most 1"),
+        ("seed=-1", "seed: -1 must be at least 0"),
+        ("rollout.temperature=0", "rollout.temperature: 0 must be greater than 0"),
+        ("prompts.shuffle=1", "prompts.shuffle: 1 is neither true nor false"),
+        ("model.dtype=fp16", "model.dtype: 'fp16' is not one of 'float32' or 'bfloat16'"),
+        ("reward.label=3", "reward.label: 3 is not text; write it in quotes: \"'3'\""),
+        ("model.path=null", "model.path: null is not text"),
+        ("output_dir=''", "output_dir: must not be empty"),
+        ("learner=3", "learner: 3 is not a section of options"),
+        ("reward.function=len", "reward.function: 'len' must look like package.module:function"),
+        ("steps", "steps: not an override; write section.option=value, e.g. ppo.learning_rate=1e-5"),
+        ("ppo..x=1", "ppo..x=1: not an override; write section.option=value, e.g. ppo.learning_rate=1e-5"),
+        ("ppo.minibatch_size=7", "ppo.minibatch_size: 7 does not divide rollout.batch_size=128"),
+        ("prompts.min_tokens=9", "prompts.min_tokens: 9 exceeds prompts.max_tokens=8"),
+        ("rollout.max_context=23", None),
+        ("rollout.min_response_tokens=17", "rollout.min_response_tokens: 17 exceeds rollout.max_response_tokens=16"),
+        ("evaluation.num_samples=257", "evaluation.num_samples: 257 exceeds evaluation.num_prompts=256"),
+        ("reward.function=a:b", None),
+        ("reward.path=null", None),
+    ],
+)
+def test_one_violation_one_line(override, line):
+    found = violations(*REQUIRED, override)
+    assert len(found) == 1
+    if line:
+        assert found == [line]
+
+
+def test_an_override_inside_a_list():
+    found = violations(*REQUIRED, "ppo=[1]", "ppo.gamma=1")
+    assert found == ["ppo.gamma: Cannot merge incompatible container types", "ppo: [1] is not a section of options"]
+
+
+def test_limits_themselves_are_allowed():
+    config = load_config(None, [*REQUIRED, "rollout.max_context=24", "ppo.gamma=1", "ppo.gae_lambda=0", "seed=0"])
+    assert config.rollout.max_context == 24  # 8 prompt and 16 response tokens
+    assert load_config(None, [*REQUIRED, "evaluation.num_prompts=0"]).evaluation.num_prompts == 0
+
+
+def test_all_violations_at_once(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("seed: x\nppo: {clip_rnage: 1, minibatch_size: 7}\nrollout: {max_context: 10}\n")
+    found = violations("steps", "model.dtype=fp16", *REQUIRED[2:], path=path)
+    assert [line.split(":")[0] for line in found] == [
+        "steps",
+        "seed",
+        "output_dir",
+        "model.path",
+        "model.dtype",
+        "ppo.clip_rnage",
+        "rollout.max_context",  # contradictions are found although other options are wrong
+        "ppo.minibatch_size",
+    ]
+
+
+def test_no_contradiction_is_blamed_on_an_option_that_is_wrong_already():
+    found = violations(*REQUIRED, "rollout.batch_size=x", "ppo.minibatch_size=7")
+    assert found == ["rollout.batch_size: 'x' is not a whole number"]
+
+
+def test_empty_config_names_what_is_required():
+    assert [line.split(":")[0] for line in violations()] == ["output_dir", "model.path", "prompts.path", "reward.path"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "not valid YAML"), ("- 1\n- 2", "not a list"), ("a: 1\na: 2", "duplicate"), ("${oops", "run.yaml")],
+)
+def test_broken_files(text, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_config(path, REQUIRED)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        load_config(tmp_path / "no.yaml", REQUIRED)
+    with pytest.raises(InputError, match=r"binary\.yaml cannot be read"):
+        (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+        load_config(tmp_path / "binary.yaml", REQUIRED)
+
+
+def test_written_out_and_read_back_is_equal(tmp_path):
+    config = load_config(None, [*REQUIRED, "ppo.learning_rate=3e-6", "reward.label='5'", "rollout.engine=hf"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml", []) == config
+    written = yaml.safe_load(to_yaml(config))
+    assert set(written) == set(Config.model_fields) and set(written["ppo"]) == set(type(config.ppo).model_fields)
+
+
+def test_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(None, REQUIRED).steps = 5
+
+
+def test_every_option_is_documented():
+    sections = {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if hasattr(field.annotation, "model_fields")
+    }
+    assert len(sections) == 8
+    for name, section in sections.items():
+        for option, field in section.model_fields.items():
+            assert field.description, f"{name}.{option}"
