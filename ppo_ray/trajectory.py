@@ -1,0 +1,123 @@
+"""The record that actors exchange: one Arrow row a trajectory, by way of Ray's object store.
+
+A trajectory is one prompt, the response sampled for it, what the rollout worker knew of it and, later, its score. Token
+ids are what the learner trains on; the texts are for the reward model and for people. Masks come from list lengths,
+never from token ids, because the pad token may equal the end-of-sequence token.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA_VERSION = "1"
+
+SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.int64(), nullable=False),  # index in the prompt stream
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("policy_version", pa.int64(), nullable=False),  # of the weights that sampled it
+        pa.field("worker", pa.string(), nullable=False),  # who sampled it, e.g. "rollout-0"
+        pa.field("seed", pa.int64(), nullable=False),  # of its sampling
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),  # [P]
+        pa.field("response_ids", pa.list_(pa.int32()), nullable=False),  # [R], the end-of-sequence token included
+        pa.field("rollout_logprobs", pa.list_(pa.float32()), nullable=False),  # [R]
+        pa.field("finish_reason", pa.string(), nullable=False),  # "stop" (end of sequence) or "length"
+        pa.field("score", pa.float32(), nullable=True),  # null: not scored, or could not be
+    ],
+    metadata={"ppo_ray.schema": SCHEMA_VERSION},
+)
+"""The exchange between rollout workers, reward workers and the learner."""
+
+LEARNED_FIELDS = ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
+"""What the learner adds: lists of `[R]` float32, null for a trajectory that was left out of the update."""
+
+LEARNED_SCHEMA = pa.schema(
+    [*SCHEMA, *(pa.field(name, pa.list_(pa.float32()), nullable=True) for name in LEARNED_FIELDS)],
+    metadata=SCHEMA.metadata,
+)
+"""What a run writes to `trajectories/`."""
+
+
+def from_rows(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Build a validated table of `SCHEMA` from one mapping a trajectory; a missing score is null."""
+    columns = {field.name: [row.get(field.name) for row in rows] for field in SCHEMA}
+    table = pa.Table.from_pydict(columns, schema=SCHEMA)
+    validate(table)
+    return table
+
+
+def validate(table: pa.Table) -> None:
+    """Check that a table is what the exchange promises.
+
+    Raises:
+        ValueError: a schema of another version, a null where none may be, an empty prompt or response, or a trajectory
+            whose log-probabilities do not number its response tokens. The message names the sample.
+    """
+    if (
+        not table.schema.equals(SCHEMA)
+        or (table.schema.metadata or {}).get(b"ppo_ray.schema") != SCHEMA_VERSION.encode()
+    ):
+        raise ValueError(f"not a trajectory table of schema version {SCHEMA_VERSION}: {table.schema}")
+    for field in SCHEMA:
+        if not field.nullable and table.column(field.name).null_count:
+            raise ValueError(
+                f"trajectory column {field.name!r} has {table.column(field.name).null_count} nulls; it may have none"
+            )
+    sample_ids = table.column("sample_id").to_numpy()
+    num_prompt, num_response = lengths(table, "prompt_ids"), lengths(table, "response_ids")
+    num_logprobs = lengths(table, "rollout_logprobs")
+    for name, wrong in (("prompt", num_prompt == 0), ("response", num_response == 0)):
+        if wrong.any():
+            raise ValueError(f"trajectory of sample {sample_ids[wrong][0]}: the {name} has no token")
+    wrong = num_response != num_logprobs
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"trajectory of sample {sample_ids[row]}: {num_response[row]} response tokens "
+            f"but {num_logprobs[row]} log-probabilities"
+        )
+
+
+def lengths(table: pa.Table, column: str) -> np.ndarray:
+    """Return how many items each row's list has: `[N]` int64, 0 for a null list."""
+    chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in table.column(column).chunks]
+    return np.concatenate(chunks).astype(np.int64) if chunks else np.zeros(0, np.int64)
+
+
+def ragged(table: pa.Table, column: str) -> list[np.ndarray]:
+    """Return each row's list as a read-only numpy view: no copy of what lies in the object store."""
+    rows: list[np.ndarray] = []
+    for chunk in table.column(column).chunks:
+        offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy()
+        rows.extend(values[start:stop] for start, stop in pairwise(offsets))
+    return rows
+
+
+def with_scores(table: pa.Table, scores: Sequence[float | None]) -> pa.Table:
+    """Return the table with its scores; None and non-finite scores become null.
+
+    Raises:
+        ValueError: there is not one score a trajectory.
+    """
+    if len(scores) != table.num_rows:
+        raise ValueError(f"{len(scores)} scores for {table.num_rows} trajectories")
+    finite = [None if score is None or not np.isfinite(score) else float(score) for score in scores]
+    index = table.schema.get_field_index("score")
+    return table.set_column(index, SCHEMA.field("score"), pa.array(finite, pa.float32()))
+
+
+def with_learned(table: pa.Table, figures: Mapping[str, Sequence[np.ndarray | None]]) -> pa.Table:
+    """Return the table as `LEARNED_SCHEMA`, with one `[R]` array (or None) a row for each of `LEARNED_FIELDS`."""
+    columns = [table.column(field.name) for field in SCHEMA]
+    columns += [pa.array(list(figures[name]), pa.list_(pa.float32())) for name in LEARNED_FIELDS]
+    return pa.Table.from_arrays(columns, schema=LEARNED_SCHEMA)
+
+
+def concat(shards: Sequence[pa.Table]) -> pa.Table:
+    """Join shards in order without copying their buffers."""
+    return pa.concat_tables(shards)
