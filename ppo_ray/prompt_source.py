@@ -1,0 +1,107 @@
+"""One column of texts out of a file, a folder or a hub data set."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from ppo_ray.config import PromptsConfig
+from ppo_ray.errors import InputError
+
+Texts = list[str | None]
+
+
+def read_texts(config: PromptsConfig) -> Texts:
+    """Read the texts of `config.column`; None where the data set has none.
+
+    Raises:
+        InputError: there is no such data set, it cannot be read, or it has no such column of texts.
+    """
+    path = Path(config.path)
+    reader = _READERS.get(path.suffix.lower())
+    if reader and not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"prompts.path={config.path}: no such file")
+        try:
+            return reader(path, config.column)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise InputError(f"prompts.path={config.path}: cannot be read: {error}") from error
+    return _read_dataset(config)
+
+
+def _read_parquet(path: Path, column: str) -> Texts:
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(path)
+    _check_column(path, schema.names, column)
+    return _texts(path, pq.read_table(path, columns=[column]).column(column), column)
+
+
+def _read_csv(path: Path, column: str) -> Texts:
+    from pyarrow import csv
+
+    table = csv.read_csv(
+        path,
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+        convert_options=csv.ConvertOptions(column_types={column: pa.string()}),
+    )
+    _check_column(path, table.column_names, column)
+    return _texts(path, table.column(column), column)
+
+
+def _read_jsonl(path: Path, column: str) -> Texts:
+    texts: Texts = []
+    seen: dict[str, None] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not a JSON object")
+            seen |= dict.fromkeys(row)
+            text = row.get(column)
+            if text is not None and not isinstance(text, str):
+                raise InputError(f"prompts.column={column}: line {number} of {path} holds {text!r}, not text")
+            texts.append(text)
+    _check_column(path, list(seen), column)
+    return texts
+
+
+_Reader = Callable[[Path, str], Texts]
+_READERS: dict[str, _Reader] = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}
+
+
+def _read_dataset(config: PromptsConfig) -> Texts:
+    """Read a folder or a hub data set through the `datasets` library."""
+    import datasets
+
+    is_folder = Path(config.path).is_dir()
+    if not is_folder and config.path.startswith((".", "/")):
+        raise InputError(f"prompts.path={config.path}: no such folder")
+    try:
+        dataset = datasets.load_dataset(config.path, split=config.split)
+    except Exception as error:  # the library raises a dozen kinds, some of them its dependencies' own
+        what, remedy = "the folder cannot be read as a data set", ""
+        if not is_folder:
+            what = "neither a file nor a folder here, and not to be had from the hub"
+            remedy = "; without a hub give a .parquet, .jsonl or .csv file, or asset:prompts"
+        where = f"prompts.path={config.path}, prompts.split={config.split}"
+        raise InputError(f"{where}: {what}: {error}{remedy}") from error
+    _check_column(config.path, dataset.column_names, config.column)
+    return _texts(config.path, dataset.with_format("arrow")[config.column], config.column)
+
+
+def _check_column(path: Path | str, columns: Sequence[str], column: str) -> None:
+    if column not in columns:
+        raise InputError(f"prompts.column={column}: {path} has no such column; it has {', '.join(columns) or 'none'}")
+
+
+def _texts(path: Path | str, column: pa.ChunkedArray, name: str) -> Texts:
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise InputError(f"prompts.column={name}: the column in {path} holds {column.type}, not text")
+    return column.to_pylist()
