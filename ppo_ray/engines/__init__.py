@@ -1,0 +1,1 @@
+"""Text generation behind one Protocol: vLLM for use, transformers where vLLM cannot be installed and in tests."""

@@ -1,0 +1,150 @@
+"""vLLM, in this very process: the engine of rollout workers on CPU and GPU.
+
+The in-process engine core starts in a third of the time of the multi-process one, takes a third of its memory and lets
+weights be handed over by reference. `ENVIRONMENT` must be set before `vllm` is imported, so actors put it into their
+runtime environment.
+"""
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ppo_ray.engines.base import Completion, Request, Sampling, check_requests
+from ppo_ray.errors import WorkerError
+from ppo_ray.weights import WeightSnapshot
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in this process
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment variables that vLLM reads when it is imported."""
+
+CPU_ENVIRONMENT = {
+    # vLLM compiles its log-probability kernel even in eager mode: 10 s at the first call, nothing gained on a CPU.
+    "TORCH_COMPILE_DISABLE": "1",
+    # Fresh pages are the cost of a weight update on a CPU; glibc keeps them so (0.95 -> 0.54 s for 135M).
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+}
+"""What to add to `ENVIRONMENT` on a CPU, and never on a GPU."""
+
+_BLOCK_SIZE = 32  # tokens a KV-cache block; the CPU default of 128 wastes most of a short sequence's block
+
+
+class VLLMEngine:
+    """An `Engine` over `vllm.LLM`."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        dtype: str = "float32",
+        max_context: int = 512,
+        max_num_seqs: int = 128,
+        kv_cache_mib: int = 512,
+        seed: int = 0,
+    ) -> None:
+        """Load the model.
+
+        Args:
+            path: a Hugging Face folder or hub name; weights in safetensors.
+            dtype: `"float32"` or `"bfloat16"`; log-probabilities match the learner's to 1e-4 or to 0.4.
+            max_context: prompt and response tokens of one sequence at most.
+            max_num_seqs: sequences decoded at once at most.
+            kv_cache_mib: memory for keys and values, MiB.
+            seed: vLLM's own seed; the responses depend on their requests' seeds alone.
+        """
+        import vllm
+
+        self.policy_version = -1
+        self._llm: Any = vllm.LLM(
+            model=path,
+            dtype=dtype,
+            seed=seed,
+            max_model_len=max_context,
+            max_num_seqs=max_num_seqs,
+            kv_cache_memory_bytes=kv_cache_mib << 20,
+            enforce_eager=not torch.cuda.is_available(),
+            skip_tokenizer_init=True,
+            trust_remote_code=False,
+            load_format="safetensors",
+            disable_log_stats=True,
+            # log-probabilities of the distribution that was sampled from: after the temperature
+            logprobs_mode="processed_logprobs",
+            **({} if torch.cuda.is_available() else {"block_size": _BLOCK_SIZE}),
+        )
+        config = self._llm.llm_engine.model_config.hf_text_config
+        self._tied_head = bool(getattr(config, "tie_word_embeddings", False))
+        self._max_context = max_context
+        self._vocab_size = int(config.vocab_size)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Sample one response a request, in the order of the requests; see `Engine.generate`.
+
+        Raises:
+            WorkerError: a request cannot be served; see `check_requests`.
+        """
+        import vllm
+
+        check_requests(requests, self._vocab_size, self._max_context)
+        outputs = self._llm.generate(
+            [vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests],
+            [
+                vllm.SamplingParams(
+                    temperature=sampling.temperature,
+                    seed=request.seed,
+                    max_tokens=request.max_tokens,
+                    stop_token_ids=list(sampling.stop_token_ids),
+                    ignore_eos=True,  # what ends a response is said above, not in the model's folder
+                    logprobs=0,
+                    detokenize=False,
+                )
+                for request in requests
+            ],
+            use_tqdm=False,
+        )
+        return [_completion(output.outputs[0]) for output in outputs]
+
+    def load_weights(self, snapshot: WeightSnapshot) -> None:
+        """Reload every layer from the snapshot and drop the prefix cache; see `Engine.load_weights`."""
+        snapshot.verify()
+        tensors = dict(snapshot.tensors())
+        if self._tied_head and "lm_head.weight" not in tensors:
+            # On a CPU the head multiplies with a packed copy of its own: without its own entry it would stay stale
+            # and no error would tell.
+            tensors["lm_head.weight"] = tensors[_embedding_name(tensors)]
+        self.policy_version = -1
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
+        if not self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise WorkerError(
+                "vLLM did not drop its prefix cache after new weights; its answers would mix two policies"
+            )
+        if hasattr(self._llm, "update_weight_version"):
+            self._llm.update_weight_version(str(snapshot.policy_version))
+        self.policy_version = snapshot.policy_version
+
+    def close(self) -> None:
+        """Free the model and its caches."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _embedding_name(tensors: dict[str, torch.Tensor]) -> str:
+    names = [name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))]
+    if len(names) != 1:
+        raise WorkerError(f"cannot tell which tensor is the tied embedding among {names or sorted(tensors)[:5]}")
+    return names[0]
+
+
+def _completion(output: Any) -> Completion:
+    tokens = tuple(output.token_ids)
+    logprobs = tuple(entry[token].logprob for token, entry in zip(tokens, output.logprobs, strict=True))
+    return Completion(tokens, logprobs, "stop" if output.finish_reason == "stop" else "length")
