@@ -1,0 +1,1 @@
+"""Ray: where the plain objects run. The only package that imports ray."""

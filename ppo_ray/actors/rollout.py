@@ -1,0 +1,140 @@
+"""Rollout workers: a shell over `Engine` that turns prompts into trajectories."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from ppo_ray import trajectory
+from ppo_ray.actors.group import ActorGroup, PublishedWeights, Shards
+from ppo_ray.actors.placement import rollout_spec
+from ppo_ray.config import Config
+from ppo_ray.engines.base import Engine, Request, Sampling
+from ppo_ray.prompts import PromptBatch
+from ppo_ray.seeding import derive_seed
+from ppo_ray.weights import WeightAck, WeightSnapshot, check_acks
+
+
+@ray.remote
+class RolloutWorker:
+    """Samples responses with one engine."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def setup(self, config: Config) -> dict[str, float]:
+        """Start the engine and load the tokenizer; returns the seconds it took, by part."""
+        from transformers import AutoTokenizer
+
+        start = time.perf_counter()
+        self._config, self._engine = config, _start_engine(config)
+        self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        stop_ids = (self._tokenizer.eos_token_id,) if config.rollout.stop_at_eos else ()
+        self._sampling = Sampling(config.rollout.temperature, stop_ids)
+        return {"time/engine_start_s": time.perf_counter() - start}
+
+    @ray.method(num_returns=2)
+    def generate(self, prompts: PromptBatch, step: int, seed: int) -> tuple[pa.Table, dict[str, float]]:
+        """Sample one response a prompt; returns a table of `trajectory.SCHEMA`, without scores, and metrics."""
+        start = time.perf_counter()
+        requests = [
+            self._request(prompt_ids, step, sample_id, seed)
+            for sample_id, prompt_ids in zip(prompts.sample_ids, prompts.prompt_ids, strict=True)
+        ]
+        completions = self._engine.generate(requests, self._sampling)
+        rows = [
+            {
+                "sample_id": sample_id,
+                "step": step,
+                "policy_version": self._engine.policy_version,
+                "worker": self._name,
+                "seed": request.seed,
+                "prompt_ids": request.prompt_ids,
+                "response_ids": completion.response_ids,
+                "rollout_logprobs": completion.logprobs,
+                "finish_reason": completion.finish_reason,
+                **self._texts(request.prompt_ids, completion.response_ids),
+            }
+            for sample_id, request, completion in zip(prompts.sample_ids, requests, completions, strict=True)
+        ]
+        return trajectory.from_rows(rows), {"time/generate_s": time.perf_counter() - start}
+
+    def load_weights(self, snapshot: WeightSnapshot) -> WeightAck:
+        """Serve the snapshot from now on, and say so."""
+        start = time.perf_counter()
+        self._engine.load_weights(snapshot)
+        return WeightAck(self._name, self._engine.policy_version, snapshot.checksum, time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Free the engine."""
+        if hasattr(self, "_engine"):
+            self._engine.close()
+
+    def _request(self, prompt_ids: Sequence[int], step: int, sample_id: int, seed: int) -> Request:
+        shortest, longest = self._config.rollout.min_response_tokens, self._config.rollout.max_response_tokens
+        length = shortest + derive_seed(seed, "response_length", step, sample_id) % (longest - shortest + 1)
+        return Request(tuple(prompt_ids), length, derive_seed(seed, "sample", step, sample_id))
+
+    def _texts(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> dict[str, str]:
+        """Decode the whole once, so that a character whose bytes span prompt and response stays whole."""
+        prompt = self._tokenizer.decode(prompt_ids, skip_special_tokens=True)
+        text = self._tokenizer.decode([*prompt_ids, *response_ids], skip_special_tokens=True)
+        if text.startswith(prompt):
+            return {"prompt": prompt, "response": text[len(prompt) :]}
+        return {"prompt": "", "response": text}
+
+
+class RolloutGroup:
+    """All rollout workers; what the loop calls `rollout`."""
+
+    def __init__(self, config: Config) -> None:
+        """Create the workers; `setup` starts their engines."""
+        self._config = config
+        self._group = ActorGroup(RolloutWorker, rollout_spec(config), config.ray.call_timeout_s)
+
+    def setup(self) -> list[dict[str, float]]:
+        """Start all engines at once and wait until they are ready."""
+        return self._group.setup(self._config.ray.start_timeout_s, self._config)
+
+    def generate(self, prompts: PromptBatch, step: int, seed: int | None = None) -> Shards:
+        """Deal the prompts out in order, a shard a worker; returns at once."""
+        seed = self._config.seed if seed is None else seed
+        shards = prompts.split(self._config.rollout.workers)
+        return self._group.deal("generating", [_generate_call(shard, step, seed) for shard in shards])
+
+    def load_weights(self, weights: PublishedWeights) -> dict[str, float]:
+        """Send weights (by reference) to every engine and check that each serves them.
+
+        Raises:
+            WorkerError: a worker failed, was late, or acknowledged another version or checksum.
+        """
+        acks = self._group.call("loading weights", lambda handle: handle.load_weights.remote(weights.snapshot))
+        check_acks(weights.policy_version, weights.checksum, acks)
+        return {"time/sync_s": max(ack.load_s for ack in acks)}
+
+    def close(self) -> None:
+        """End the workers."""
+        self._group.close()
+
+
+def _generate_call(shard: PromptBatch, step: int, seed: int) -> Callable[[Any], Any]:
+    return lambda handle: handle.generate.remote(shard, step, seed)
+
+
+def _start_engine(config: Config) -> Engine:
+    """Start the engine that `rollout.engine` names."""
+    rollout = config.rollout
+    if rollout.engine == "hf":
+        from ppo_ray.engines.hf import HFEngine
+
+        return HFEngine(config.model.path, dtype=rollout.dtype, max_context=rollout.max_context)
+    from ppo_ray.engines.vllm import VLLMEngine
+
+    return VLLMEngine(
+        config.model.path,
+        dtype=rollout.dtype,
+        max_context=rollout.max_context,
+        kv_cache_mib=rollout.kv_cache_mib,
+    )

@@ -1,0 +1,81 @@
+"""The Ray that a run uses: one of its own on this machine, or the cluster it was given."""
+
+import contextlib
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import ray
+
+from ppo_ray.config import RayConfig
+from ppo_ray.errors import InputError
+
+_JOB_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+
+
+@contextlib.contextmanager
+def ray_session(config: RayConfig) -> Iterator[None]:
+    """Connect to Ray, and leave nothing of it behind.
+
+    Without an address a private single-node Ray is started, with token authentication and without a dashboard, and is
+    stopped at the end, whatever ended the block. Under `ray job submit`, or with an address, that cluster is used and
+    only disconnected from.
+
+    Raises:
+        InputError: there is no Ray at `ray.address`.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if config.address is None and not any(os.environ.get(name) for name in _JOB_VARIABLES):
+            _start_private(config)
+        else:
+            _connect(config.address)
+        with _termination():
+            yield
+    finally:
+        ray.shutdown()
+
+
+def _start_private(config: RayConfig) -> None:
+    # Ray turns token authentication on for a cluster it starts; with a token of its own the run leaves none in a file.
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        object_store_memory=config.object_store_mib << 20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        configure_logging=True,
+    )
+
+
+def _connect(address: str | None) -> None:
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
+        raise InputError(
+            f"ray.address={address!r}: no Ray cluster answers there ({error}). Start one with `ray start --head`, "
+            "export its token as RAY_AUTH_TOKEN, or leave ray.address empty for a private Ray on this machine."
+        ) from error
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that whatever was started is closed, and end with the shell's code for it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)  # after ray.init, which sets its own
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,91 @@
+"""A Python function as the reward: `package.module:function`."""
+
+import importlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+from ppo_ray.errors import InputError
+
+_LOG = logging.getLogger(__name__)
+
+Scores = Sequence[float | None]
+
+
+def load_function(name: str) -> Callable[[list[str], list[str]], Scores]:
+    """Import a function by name.
+
+    Args:
+        name: `package.module:function`; the module must be importable where the reward workers run.
+
+    Raises:
+        InputError: there is no such module or function, or it is not callable.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise InputError(f"reward.function={name!r}: not of the form package.module:function")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"reward.function={name!r}: {error}; is its folder on PYTHONPATH?") from error
+    if not callable(function):
+        raise InputError(f"reward.function={name!r}: is a {type(function).__name__}, not a function")
+    return function
+
+
+class RewardFunction:
+    """The user's own reward: `function(prompts, responses) -> scores`, one float (or None) a pair."""
+
+    def __init__(self, name: str) -> None:
+        """Import the function; see `load_function`."""
+        self._name, self._function = name, load_function(name)
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float | None]:
+        """Score pairs of texts; a pair that cannot be scored gets None.
+
+        When the function raises on the whole batch it is called again pair by pair, so that one bad text costs no other
+        its score.
+
+        Raises:
+            InputError: the function does not return one number (or None) a pair.
+        """
+        try:
+            return self._checked(self._function(list(prompts), list(responses)), len(prompts))
+        except InputError:
+            raise
+        except Exception:
+            _LOG.warning(
+                "reward function %s raised on a batch of %d; scoring one by one",
+                self._name,
+                len(prompts),
+                exc_info=True,
+            )
+        return [self._score_alone(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+    def _score_alone(self, prompt: str, response: str) -> float | None:
+        try:
+            return self._checked(self._function([prompt], [response]), 1)[0]
+        except InputError:
+            raise
+        except Exception:
+            _LOG.warning("reward function %s raised on %r", self._name, prompt + response, exc_info=True)
+            return None
+
+    def _checked(self, scores: Scores, expected: int) -> list[float | None]:
+        if not hasattr(scores, "__len__") or len(scores) != expected:
+            size = len(scores) if hasattr(scores, "__len__") else "no length"
+            raise InputError(
+                f"reward.function={self._name!r} returned {size} scores for {expected} texts; one a text is wanted"
+            )
+        return [self._number(score) for score in scores]
+
+    def _number(self, score: float | None) -> float | None:
+        if score is None:
+            return None
+        try:
+            number = float(score)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"reward.function={self._name!r} returned {score!r}, which is neither a number nor None"
+            ) from error
+        return number if math.isfinite(number) else None
