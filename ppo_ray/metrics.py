@@ -1,0 +1,77 @@
+"""A run's metrics: one JSON object a step, and the same figures for TensorBoard."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl` and `tensorboard/` in a folder; neither exists before the first step.
+
+    A line is in the file as soon as `write` returns, so that a run can be followed and a killed one can be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Log into a folder that exists."""
+        self._folder = folder
+        self._lines: TextIO | None = None
+        self._events: Any = None
+        self._written = time.monotonic()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Log one step.
+
+        Args:
+            step: counted from 0.
+            metrics: figures by name, e.g. `score/mean`; one that is not finite is `null` in the JSON.
+
+        Returns:
+            The metrics as they were given, with `step` before them and `time/step_s` behind them: seconds since the
+            last call, or since the log was made.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        lines, events = self._opened()
+        now = time.monotonic()
+        metrics = {**{name: float(value) for name, value in metrics.items()}, "time/step_s": now - self._written}
+        self._written = now
+        record = {"step": step, **metrics}
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        lines.write(json.dumps(finite, allow_nan=False) + "\n")
+        lines.flush()
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        events.flush()
+        return record
+
+    def close(self) -> None:
+        """Close the files; a second call does nothing."""
+        if self._lines is not None:
+            self._lines.close()
+            self._events.close()
+            self._lines = self._events = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _opened(self) -> tuple[TextIO, Any]:
+        if self._lines is None:
+            # tensorboard's own writer: torch.utils.tensorboard would bring torch into the driver
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+            self._lines = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
+            self._events = EventFileWriter(str(self._folder / TENSORBOARD_FOLDER))
+        return self._lines, self._events

@@ -1,0 +1,97 @@
+"""Progress over the steps: a bar on a terminal, a line a step in a log file."""
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+PARTS = {"generate": "time/generate_s", "score": "time/score_s", "learn": "time/learn_s", "sync": "time/sync_s"}
+"""The parts of a step and the metric that has its seconds."""
+STEP_SECONDS = "time/step_s"
+
+
+class StepProgress:
+    """Shows each step's number, mean score, KL and seconds by part."""
+
+    def __init__(self, num_steps: int, console: Console) -> None:
+        """Show `num_steps` steps on a console; a bar if it is a terminal, else a plain line a step."""
+        self._num_steps, self._console = num_steps, console
+        self._started = time.monotonic()
+        self._bar = _StepBar(console) if console.is_terminal else None
+        self._task = self._bar.add_task("", total=num_steps) if self._bar else None
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show that a step (counted from 0) is done, and its metrics; what is missing among them is left out."""
+        line = step_line(metrics)
+        if self._bar is not None and self._task is not None:
+            self._bar.line = line
+            self._bar.update(self._task, completed=step + 1, refresh=True)
+            return
+        left = (time.monotonic() - self._started) / (step + 1) * (self._num_steps - step - 1)
+        words = [f"step {step + 1}/{self._num_steps}", line, f"left {_duration(left)}"]
+        self._console.print("  ".join(filter(None, words)), markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class _StepBar(Progress):
+    """A bar, and below it a line of figures."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+        )
+        self.line = "first step under way"
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        # set in a subclass of Progress only after its first rendering
+        yield Text(getattr(self, "line", ""), style="dim", no_wrap=True, overflow="ellipsis")
+
+
+def step_line(metrics: Mapping[str, float]) -> str:
+    """Write a step's figures on one line, e.g. `score +0.52  KL 1.04  9.3 s: generate 3.1, learn 5.0`."""
+    words = []
+    if "score/mean" in metrics:
+        words.append(f"score {signed(metrics['score/mean'])}")
+    if "kl/per_sequence" in metrics:
+        words.append(f"KL {metrics['kl/per_sequence']:.2f}")
+    parts = ", ".join(f"{name} {metrics[key]:.1f}" for name, key in PARTS.items() if key in metrics)
+    if STEP_SECONDS in metrics:
+        words.append(f"{metrics[STEP_SECONDS]:.1f} s" + (f": {parts}" if parts else ""))
+    elif parts:
+        words.append(f"seconds: {parts}")
+    return "  ".join(words)
+
+
+def signed(score: float | None) -> str:
+    """Write a score with its sign and two decimals; none where there is no number."""
+    return "none" if score is None or math.isnan(score) else f"{score:+.2f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
