@@ -1,0 +1,106 @@
+"""The `ppo-ray` command: parses first, imports heavy modules after."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ppo_ray import __version__
+from ppo_ray.errors import PPORayError
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+app = typer.Typer(
+    help="PPO for language models as Ray actors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class AssetSet(StrEnum):
+    """What `ppo-ray assets` can build."""
+
+    imdb = "imdb"
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Options that win over the file's, e.g. steps=5 ppo.learning_rate=1e-5."),
+]
+
+
+def main() -> None:
+    """Run the command and exit with its code: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"ppo-ray {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/imdb.yaml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a policy with PPO as CONFIG says; everything about the run goes into its output_dir."""
+    with _reported():
+        from ppo_ray.config import load_config
+
+        parsed = load_config(config, overrides or [])
+
+        from rich.console import Console
+
+        from ppo_ray import driver
+
+        driver.train(parsed, Console())
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, e.g. RUN/checkpoints/final.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Score one response of CHECKPOINT to each held-out prompt, by the config of the run it comes from."""
+    with _reported():
+        from rich.console import Console
+
+        from ppo_ray import driver
+
+        driver.evaluate_checkpoint(checkpoint, list(overrides or []), Console())
+
+
+@app.command()
+def assets(
+    name: Annotated[
+        AssetSet, typer.Argument(metavar="NAME", help="imdb: the policy, classifier and prompts of configs/imdb.yaml.")
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Build again what is there already.")] = False,
+) -> None:
+    """Build the offline models and data of the reference task into the cache."""
+    with _reported():
+        from ppo_ray.assets import build_imdb
+
+        build_imdb(force=force)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Turn our own errors into a message on stderr and their exit code; anything else is a bug: keep its traceback."""
+    try:
+        yield
+    except PPORayError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(_INTERRUPTED) from None

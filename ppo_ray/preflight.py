@@ -1,0 +1,156 @@
+"""What can be found wrong before any actor starts: models, labels, texts, reward function, threads. All at once."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ppo_ray.config import Config
+from ppo_ray.errors import InputError
+from ppo_ray.prompts import usable_texts
+from ppo_ray.reward_function import load_function
+
+_JOB_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+"""Ray sets the second inside `ray job submit`; with either the actors run on a cluster, not on this machine."""
+
+
+def check(config: Config) -> None:
+    """Check what the config names; neither Ray nor vLLM is started or imported.
+
+    Whether GPUs and a cluster's CPUs suffice is known to Ray alone: placement says it.
+
+    Raises:
+        InputError: a line for everything that cannot be used.
+    """
+    problems = [*_cpu_problems(config), *_policy_problems(config), *_reward_problems(config), *_prompt_problems(config)]
+    if problems:
+        heading = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        raise InputError("\n".join([f"{heading}, nothing was started", *(f"  {problem}" for problem in problems)]))
+
+
+def phase_demands(config: Config) -> dict[str, tuple[str, int]]:
+    """Return each phase's CPU threads, and the options that make them."""
+    rollout, reward, learner = config.rollout, config.reward, config.learner
+    generation = f"rollout.workers={rollout.workers} x rollout.threads={rollout.threads}"
+    scoring = f"reward.workers={reward.workers} x reward.threads={reward.threads}"
+    return {
+        "generation": (generation, rollout.workers * rollout.threads),
+        "scoring": (scoring, reward.workers * reward.threads),
+        "the update": (f"learner.threads={learner.threads}", learner.threads),
+    }
+
+
+def cpu_demand(config: Config) -> int:
+    """Return the CPU threads of the busiest phase: the phases take turns and idle actors hold no spinning thread."""
+    return max(threads for _, threads in phase_demands(config).values())
+
+
+def _cpu_problems(config: Config) -> Iterator[str]:
+    if config.ray.address is not None or any(os.environ.get(name) for name in _JOB_VARIABLES):
+        return
+    cpus = os.cpu_count() or 1
+    for phase, (options, threads) in phase_demands(config).items():
+        if threads > cpus:
+            yield f"{options}: {phase} wants {threads} CPU threads, but this machine has {cpus} CPUs; lower it"
+
+
+def _policy_problems(config: Config) -> Iterator[str]:
+    model, problem = _model_config("model.path", config.model.path)
+    if problem:
+        yield problem
+    else:
+        yield from _tokenizer_problems("model.path", config.model.path)
+        positions = getattr(model.get_text_config(), "max_position_embeddings", None)
+        if positions and config.rollout.max_context > positions:
+            yield (
+                f"rollout.max_context={config.rollout.max_context}: {config.model.path} has only {positions} positions;"
+                f" set it to {positions} or less"
+            )
+    if config.model.reference_path in (None, config.model.path):
+        return
+    reference, problem = _model_config("model.reference_path", str(config.model.reference_path))
+    if problem:
+        yield problem
+    elif model and (ours := _num_tokens(model)) != (theirs := _num_tokens(reference)):
+        yield (
+            f"model.reference_path={config.model.reference_path}: has a vocabulary of {theirs} tokens, model.path one "
+            f"of {ours}; a reference must share the policy's tokenizer"
+        )
+
+
+def _num_tokens(model: Any) -> int:
+    return int(model.get_text_config().vocab_size)
+
+
+def _reward_problems(config: Config) -> Iterator[str]:
+    reward = config.reward
+    if reward.function is not None:
+        try:
+            load_function(reward.function)
+        except InputError as error:
+            yield str(error)
+        except Exception as error:  # whatever the user's own module raises when it is imported
+            yield f"reward.function={reward.function}: importing it raised {type(error).__name__}: {error}"
+        return
+    classifier, problem = _model_config("reward.path", str(reward.path))
+    if problem:
+        yield problem
+        return
+    yield from _tokenizer_problems("reward.path", str(reward.path))
+    labels: Mapping[int, str] = classifier.id2label or {}
+    if reward.label not in labels.values():
+        known = ", ".join(labels.values()) or "none"
+        yield f"reward.label={reward.label}: {reward.path} has no such label; it has {known}"
+
+
+def _prompt_problems(config: Config) -> Iterator[str]:
+    try:
+        usable_texts(config.prompts, config.evaluation.num_prompts)
+    except InputError as error:
+        yield str(error) + _asset_hint(config.prompts.path)
+
+
+def _model_config(key: str, path: str) -> tuple[Any, str | None]:
+    """Return a model's own config, or what is wrong with the model."""
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") > 1 or folder.exists()):
+        return None, f"{key}={path}: missing model: no such folder{_asset_hint(path)}"
+    try:
+        model = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, and whatever a hub client raises
+        where = "has no readable config.json" if folder.is_dir() else "neither a folder here nor to be had from the hub"
+        return None, f"{key}={path}: missing model: {where}: {str(error).strip().splitlines()[0]}{_asset_hint(path)}"
+    return model, _weights_problem(key, folder) if folder.is_dir() else None
+
+
+def _weights_problem(key: str, folder: Path) -> str | None:
+    """Say it if a local folder has no safetensors; a pickle can run any code and is never loaded."""
+    if any(folder.glob("*.safetensors")):
+        return None
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{key}={folder}: holds pickled weights only ({', '.join(pickles[:3])}), which are never loaded; "
+            "convert them: load them where you trust them and save_pretrained(..., safe_serialization=True)"
+        )
+    return f"{key}={folder}: missing model: the folder holds no *.safetensors"
+
+
+def _tokenizer_problems(key: str, path: str) -> Iterator[str]:
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # each tokenizer library has its own errors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield f"{key}={path}: its tokenizer cannot be loaded: {reason}"
+
+
+def _asset_hint(path: str) -> str:
+    """Say how to build what is missing if it is one of our own assets."""
+    from ppo_ray.assets.cache import asset_path
+
+    ours = {str(asset_path("policy")), str(asset_path("classifier")), str(asset_path("prompts"))}
+    return "; build it with `ppo-ray assets imdb`" if path in ours and not Path(path).exists() else ""

@@ -1,0 +1,101 @@
+"""How runs end that do not end well: the exit code, what is said, and what stays behind (nothing)."""
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .conftest import CommandLine
+
+pytestmark = pytest.mark.slow
+
+
+def wait_until_gone(ppo_ray: CommandLine, seconds: float = 20) -> list[str]:
+    deadline = time.monotonic() + seconds
+    while ppo_ray.leftovers() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return ppo_ray.leftovers()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signals_leave_nothing_behind(ppo_ray: CommandLine, tmp_path: Path, name: str) -> None:
+    store = set(Path("/dev/shm").iterdir())
+    process = ppo_ray.start("train", str(ppo_ray.config), "rollout.engine=hf", "steps=1000")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no second step within 120 s"
+        time.sleep(0.2)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[name], errors
+    assert "Traceback" not in errors
+    assert wait_until_gone(ppo_ray) == []
+    assert set(Path("/dev/shm").iterdir()) <= store
+
+
+def test_a_worker_that_fails_to_start_is_reported_with_its_own_error(ppo_ray: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "breaks.py").write_text(
+        "import os\nif 'PPO_RAY_WORKER' in os.environ:\n    raise ImportError('licence server is away')\n"
+        "def score(prompts, responses): return [0.0] * len(responses)\n"
+    )
+    ppo_ray.environment["PYTHONPATH"] = str(tmp_path)
+    result = ppo_ray.train("rollout.engine=hf", "reward.path=null", "reward.function=breaks:score")
+    assert result.returncode in (1, 2)
+    assert "reward-0" in result.stderr
+    assert "licence server is away" in result.stderr
+    assert wait_until_gone(ppo_ray) == []
+
+
+def test_a_worker_that_is_killed_ends_the_run_by_name(ppo_ray: CommandLine, tmp_path: Path) -> None:
+    process = ppo_ray.start("train", str(ppo_ray.config), "rollout.engine=hf", "steps=1000")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no first step within 120 s"
+        time.sleep(0.2)
+    workers = [
+        p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("PPO_RAY_WORKER") == "rollout-1"
+    ]
+    mine = [p for p in workers if p.info["environ"]["RAY_TMPDIR"] == ppo_ray.environment["RAY_TMPDIR"]]
+    assert len(mine) == 1
+    mine[0].kill()
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "rollout-1" in errors
+    assert wait_until_gone(ppo_ray) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.batch_sise=8", "rollout.batch_size"),
+        ("rollout.batch_size=many", "rollout.batch_size"),
+        ("model.path=/no/such/model", "/no/such/model"),
+        ("prompts.path=/no/such/data.parquet", "/no/such/data.parquet"),
+        ("prompts.column=review", "text"),
+        ("prompts.min_chars=100000", "prompts.min_chars"),
+        ("reward.label=HAPPY", "POSITIVE"),
+        ("ppo.minibatch_size=3", "ppo.minibatch_size"),
+        ("rollout.workers=4096", "rollout.workers"),
+    ],
+)
+def test_bad_input_ends_before_any_work(ppo_ray: CommandLine, tmp_path: Path, override: str, message: str) -> None:
+    result = ppo_ray.train(override)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_another_run_is_not_touched(ppo_ray: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    result = ppo_ray.train()
+    assert result.returncode == 2
+    assert "output_dir" in result.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]

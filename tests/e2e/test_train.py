@@ -1,0 +1,110 @@
+"""The whole loop on tiny models, with both engines."""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppo_ray import trajectory
+
+from .conftest import CommandLine
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_a_run_leaves_what_it_promises(ppo_ray: CommandLine, tmp_path: Path, tiny_policy: Path, engine: str) -> None:
+    result = ppo_ray.train(f"rollout.engine={engine}")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[0]["mismatch/logprob_max"] < 1e-3
+    assert abs(lines[0]["kl/per_sequence"]) < 1e-6
+    assert lines[2]["kl/per_sequence"] != 0
+    for line in lines:
+        assert line["policy/ratio_first"] == pytest.approx(1, abs=1e-6)
+        assert line["mismatch/logprob_max"] < 1e-3  # at every step: engines serve the learner's very weights
+        assert all(line[f"time/{part}_s"] > 0 for part in ("generate", "score", "learn", "sync", "step"))
+
+    for step in range(3):
+        table = pq.read_table(run / "trajectories" / f"step-{step:05d}.parquet")
+        assert table.schema.equals(trajectory.LEARNED_SCHEMA)
+        assert table.column("sample_id").to_pylist() == list(range(8 * step, 8 * step + 8))
+        assert set(table.column("policy_version").to_pylist()) == {step}
+        assert table.column("worker").to_pylist() == ["rollout-0"] * 4 + ["rollout-1"] * 4
+        assert table.column("score").null_count == 0
+        assert [len(a) for a in table.column("advantages").to_pylist()] == trajectory.lengths(
+            table, "response_ids"
+        ).tolist()
+
+    final = run / "checkpoints" / "final"
+    model = AutoModelForCausalLM.from_pretrained(final)
+    before = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    assert set(load_file(final / "value_head.safetensors")) == {"weight", "bias"}
+    assert AutoTokenizer.from_pretrained(final).eos_token_id == 0
+    assert (run / "config.yaml").read_text() == (final / "config.yaml").read_text()
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len(re.findall(r"^\|", (run / "samples.md").read_text(), re.M)) >= 4
+    assert list((run / "tensorboard").glob("events.*"))
+    assert "step 0 sanity" in result.stdout
+    assert ppo_ray.leftovers() == []
+
+
+def test_the_same_seed_is_the_same_run_whatever_the_number_of_workers(ppo_ray: CommandLine, tmp_path: Path) -> None:
+    def tables(name: str, *overrides: str) -> list[list[object]]:
+        run = tmp_path / name
+        result = ppo_ray.train(
+            "rollout.engine=hf",
+            "steps=2",
+            "evaluation.num_prompts=0",
+            "evaluation.num_samples=0",
+            f"output_dir={run}",
+            *overrides,
+        )
+        assert result.returncode == 0, result.stderr
+        return [
+            pq.read_table(path)
+            .drop_columns(["worker", "rollout_logprobs", *trajectory.LEARNED_FIELDS, "score"])
+            .to_pylist()
+            for path in sorted((run / "trajectories").glob("*.parquet"))
+        ]
+
+    two, one, other = tables("two"), tables("one", "rollout.workers=1"), tables("other", "seed=1")
+    assert two == one
+    assert two != other
+
+
+def test_evaluate_repeats_the_final_score(ppo_ray: CommandLine, tmp_path: Path) -> None:
+    trained = ppo_ray.train("rollout.engine=hf", "steps=1")
+    assert trained.returncode == 0, trained.stderr
+    final = tmp_path / "run" / "checkpoints" / "final"
+    result = ppo_ray.run("evaluate", str(final))
+    assert result.returncode == 0, result.stderr
+    after = re.search(r"held-out.*?->\s*([-+]?\d+\.\d+)", trained.stdout)
+    assert after, trained.stdout
+    assert after.group(1) in result.stdout
+    assert ppo_ray.leftovers() == []
+
+
+def test_a_reward_function_that_fails_on_some_texts(ppo_ray: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "own_reward.py").write_text(
+        "def score(prompts, responses):\n"
+        "    return [None if i == 0 else float(len(r)) for i, r in enumerate(responses)]\n"
+    )
+    ppo_ray.environment["PYTHONPATH"] = str(tmp_path)
+    result = ppo_ray.train("rollout.engine=hf", "steps=1", "reward.path=null", "reward.function=own_reward:score")
+    assert result.returncode == 0, result.stderr
+    table = pq.read_table(tmp_path / "run" / "trajectories" / "step-00000.parquet")
+    assert table.column("score").null_count == 2  # the first of each worker's shard
+    assert table.column("advantages").null_count == 2
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert metrics["score/num_unscored"] == 2
+    assert metrics["score/mean"] > 0

@@ -1,0 +1,129 @@
+import os
+import re
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+from typer.testing import CliRunner
+
+from ppo_ray import __version__
+from ppo_ray.cli import app
+from ppo_ray.errors import AssetError, InputError, WorkerError
+
+CONFIG = "output_dir: x\nmodel: {path: m}\nprompts: {path: p.csv}\nreward: {path: r}\n"
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """Stand in for the driver: keep its calls, raise `error` if there is one."""
+    import ppo_ray
+
+    calls = []
+    fake = types.ModuleType("ppo_ray.driver")
+    fake.error = None
+
+    def record(*arguments):
+        calls.append(arguments)
+        if fake.error:
+            raise fake.error
+
+    fake.calls, fake.train, fake.evaluate_checkpoint = calls, record, record
+    monkeypatch.setitem(sys.modules, "ppo_ray.driver", fake)
+    monkeypatch.setattr(ppo_ray, "driver", fake, raising=False)
+    return fake
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_train_hands_over_the_config_with_overrides(config, driver):
+    result = run("train", config, "steps=7", "ppo.learning_rate=1e-4")
+    assert result.exit_code == 0, result.output
+    (parsed, console), *rest = driver.calls
+    assert (parsed.steps, parsed.ppo.learning_rate, rest) == (7, 1e-4, [])
+    assert hasattr(console, "print")
+
+
+def test_evaluate_hands_over_checkpoint_and_overrides(driver, tmp_path):
+    assert run("evaluate", str(tmp_path), "seed=3").exit_code == 0
+    (checkpoint, overrides, _console), *_ = driver.calls
+    assert (checkpoint, overrides) == (tmp_path, ["seed=3"])
+
+
+def test_assets(monkeypatch):
+    calls = []
+    monkeypatch.setattr("ppo_ray.assets.build_imdb", lambda force: calls.append(force), raising=False)
+    assert run("assets", "imdb").exit_code == run("assets", "imdb", "--force").exit_code == 0
+    assert calls == [False, True]
+    assert run("assets", "mnist").exit_code == 2
+
+
+def test_bad_config_is_a_message_and_exit_code_2(config, driver):
+    result = run("train", config, "ppo.clip_rnage=1", "steps=x")
+    assert result.exit_code == 2 and not driver.calls
+    assert "ppo.clip_rnage: unknown option; did you mean ppo.clip_range?" in result.stderr
+    assert "steps: 'x' is not a whole number" in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(InputError("no [m] model"), 2), (WorkerError("no [m] model"), 1), (AssetError("no [m] model"), 1)],
+)
+def test_our_errors_become_messages(error, code, config, driver):
+    driver.error = error
+    result = run("train", config)
+    assert (result.exit_code, result.stderr, result.stdout) == (code, "error: no [m] model\n", "")
+
+
+def test_ctrl_c_exits_130(config, driver):
+    driver.error = KeyboardInterrupt()
+    assert run("train", config).exit_code == 130
+
+
+def test_a_bug_keeps_its_traceback(config, driver):
+    driver.error = ZeroDivisionError()
+    result = run("train", config)
+    assert result.exit_code == 1 and isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["trian"], ["train", "--frob", "x"], ["train", "no.yaml"]])
+def test_usage_errors_exit_2(arguments):
+    assert run(*arguments).exit_code == 2
+
+
+def test_version():
+    assert run("--version").stdout == f"ppo-ray {__version__}\n"
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1", "COLUMNS": "120"}
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "ppo_ray", "--help"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - started < 5  # 0.2 s on an idle core; the rest is for a busy one
+    loaded = set(re.findall(r"\|\s+(\w+)", result.stderr))
+    assert "typer" in loaded
+    assert not loaded & {
+        "torch",
+        "ray",
+        "transformers",
+        "vllm",
+        "pyarrow",
+        "datasets",
+        "pydantic",
+        "omegaconf",
+        "numpy",
+    }
+    assert all(command in result.stdout for command in ("train", "assets", "evaluate"))

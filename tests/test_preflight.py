@@ -1,0 +1,189 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from ppo_ray.config import load_config
+from ppo_ray.errors import InputError
+from ppo_ray.preflight import check, cpu_demand
+
+
+def save_model(model, folder):
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "film": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+
+
+def llama(vocab_size=8):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=64, **sizes))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a policy, a classifier and prompts that are all right."""
+    home = tmp_path_factory.mktemp("home")
+    save_model(llama(), home / "policy")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
+    save_model(BertForSequenceClassification(BertConfig(vocab_size=8, **sizes, **labels)), home / "classifier")
+    (home / "texts.csv").write_text("text\n" + "".join(f"film number {number}\n" for number in range(5)))
+    return home
+
+
+@pytest.fixture
+def configured(home, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    base = [
+        "output_dir=out",
+        f"model.path={home / 'policy'}",
+        f"prompts.path={home / 'texts.csv'}",
+        f"reward.path={home / 'classifier'}",
+        "prompts.min_chars=3",
+        "evaluation.num_prompts=2",
+        "evaluation.num_samples=1",
+        "rollout.max_context=64",
+    ]
+    return lambda *overrides: load_config(None, [*base, *overrides])
+
+
+def problems(config):
+    with pytest.raises(InputError) as caught:
+        check(config)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_what_is_right_passes(configured):
+    check(configured())
+    check(configured("rollout.workers=2", "reward.threads=2", "rollout.batch_size=4"))  # each phase fills both CPUs
+
+
+def test_demand_is_the_busiest_phase(configured):
+    overrides = ["rollout.workers=3", "rollout.threads=2", "reward.workers=5", "learner.threads=4"]
+    assert cpu_demand(configured(*overrides)) == 6
+    assert cpu_demand(configured(*overrides, "reward.threads=2")) == 10
+    assert cpu_demand(configured(*overrides, "learner.threads=7")) == 7
+
+
+def test_more_threads_than_the_machine_has(configured, monkeypatch):
+    config = configured("rollout.workers=2", "rollout.threads=2", "reward.workers=3", "learner.threads=3")
+    assert problems(config) == [
+        "rollout.workers=2 x rollout.threads=2: generation wants 4 CPU threads, but this machine has 2 CPUs; lower it",
+        "reward.workers=3 x reward.threads=1: scoring wants 3 CPU threads, but this machine has 2 CPUs; lower it",
+        "learner.threads=3: the update wants 3 CPU threads, but this machine has 2 CPUs; lower it",
+    ]
+    check(config.model_copy(update={"ray": config.ray.model_copy(update={"address": "auto"})}))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    check(config)
+
+
+def test_missing_models_and_texts_are_reported_together(configured, tmp_path):
+    found = problems(
+        configured(
+            f"model.path={tmp_path / 'a'}",
+            f"model.reference_path={tmp_path / 'b'}",
+            f"reward.path={tmp_path / 'c'}",
+            f"prompts.path={tmp_path / 'd.csv'}",
+        )
+    )
+    assert [line.split("=")[0] for line in found] == [
+        "model.path",
+        "model.reference_path",
+        "reward.path",
+        "prompts.path",
+    ]
+    assert all("missing model: no such folder" in line for line in found[:3]) and "no such file" in found[3]
+
+
+def test_missing_assets_say_how_to_build_them(configured, tmp_path, monkeypatch):
+    monkeypatch.setenv("PPO_RAY_CACHE", str(tmp_path))
+    found = problems(
+        configured("model.path=asset:policy", "reward.path=asset:classifier", "prompts.path=asset:prompts")
+    )
+    assert len(found) == 3 and all(line.endswith("build it with `ppo-ray assets imdb`") for line in found)
+
+
+def test_a_hub_name_that_cannot_be_had(configured, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (line,) = problems(configured("model.path=nobody/nothing"))
+    assert line.startswith("model.path=nobody/nothing: missing model: neither a folder here nor to be had from the hub")
+
+
+def test_a_folder_that_is_no_model(configured, tmp_path):
+    (line,) = problems(configured(f"model.path={tmp_path}"))
+    assert "missing model: has no readable config.json" in line
+
+
+def test_pickled_weights_are_refused(configured, tmp_path):
+    model = llama()
+    save_model(model, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert "missing model: the folder holds no *.safetensors" in problems(configured(f"model.path={tmp_path}"))[0]
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (line,) = problems(configured(f"model.path={tmp_path}"))
+    assert "pickled weights only (pytorch_model.bin)" in line and "save_pretrained" in line
+
+
+def test_a_model_without_tokenizer(configured, tmp_path):
+    llama().save_pretrained(tmp_path)
+    (line,) = problems(configured(f"model.path={tmp_path}"))
+    assert "its tokenizer cannot be loaded" in line
+
+
+def test_context_must_fit_the_model(configured, home):
+    assert problems(configured("rollout.max_context=65")) == [
+        f"rollout.max_context=65: {home / 'policy'} has only 64 positions; set it to 64 or less"
+    ]
+
+
+def test_reference_must_share_the_vocabulary(configured, tmp_path):
+    save_model(llama(vocab_size=9), tmp_path)
+    (line,) = problems(configured(f"model.reference_path={tmp_path}"))
+    assert "vocabulary of 9 tokens, model.path one of 8" in line
+
+
+def test_unknown_label_lists_the_known_ones(configured, home):
+    assert problems(configured("reward.label=HAPPY")) == [
+        f"reward.label=HAPPY: {home / 'classifier'} has no such label; it has NEGATIVE, POSITIVE"
+    ]
+
+
+def test_reward_function(configured, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_preflight_reward.py").write_text("count = 3\ndef score(prompts, responses): return [0.0]")
+    (tmp_path / "my_broken_reward.py").write_text("1 / 0")
+    check(configured("reward.path=null", "reward.function=my_preflight_reward:score"))
+    for function in (
+        "my_preflight_reward:count",
+        "my_preflight_reward:nothing",
+        "no_such_module:score",
+        "my_broken_reward:score",
+    ):
+        (line,) = problems(configured("reward.path=null", f"reward.function={function}"))
+        assert line.startswith("reward.function=") and function in line
+
+
+def test_prompts_are_checked(configured):
+    assert problems(configured("prompts.column=review"))[0].startswith("prompts.column=review")
+    assert problems(configured("prompts.min_chars=100"))[0].startswith("prompts.min_chars=100: no prompt left")
+    assert problems(configured("evaluation.num_prompts=5"))[0].startswith("evaluation.num_prompts=5")
+
+
+def test_neither_ray_nor_vllm_is_imported():
+    names = "('ray', 'vllm', 'torch')"
+    probe = f"import sys, json, ppo_ray.preflight; print(json.dumps([name in sys.modules for name in {names}]))"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == [False, False, False]
