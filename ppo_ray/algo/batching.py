@@ -1,0 +1,56 @@
+"""Micro-batches: which sequences go through the model together, and in which rows."""
+
+from collections.abc import Sequence
+
+Row = list[int]
+"""Indices of the sequences that lie one after another in a row."""
+
+
+def microbatches(lengths: Sequence[int], budget: int, row_width: int = 0) -> list[list[Row]]:
+    """Lay sequences out in rows and the rows in micro-batches, longest first, with little padding.
+
+    The layout depends on the lengths alone, ties broken by index: the same sequences always meet the same neighbours.
+
+    Args:
+        lengths: tokens of each sequence, at least 1.
+        budget: tokens, padding included, of a micro-batch: rows times the longest row. A row that exceeds it alone is
+            a micro-batch of its own.
+        row_width: rows are filled up to this many tokens, or to the longest sequence if that is more; 0 means one
+            sequence a row.
+
+    Returns:
+        Micro-batches of rows of indices into `lengths`; each index occurs once.
+
+    Raises:
+        ValueError: a length or the budget is below 1.
+    """
+    if budget < 1 or any(length < 1 for length in lengths):
+        raise ValueError(f"budget {budget} and shortest length {min(lengths, default=1)}; both must be at least 1")
+
+    def width(row: Row) -> int:
+        return sum(lengths[index] for index in row)
+
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    rows = packed_rows(order, lengths, row_width) if row_width else [[index] for index in order]
+    rows.sort(key=width, reverse=True)  # stable
+    batches: list[list[Row]] = []
+    for row in rows:
+        if not batches or (len(batches[-1]) + 1) * width(batches[-1][0]) > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def packed_rows(order: Sequence[int], lengths: Sequence[int], row_width: int) -> list[Row]:
+    """Put each sequence, in the given order, into the first row with room for it (first fit)."""
+    width = max([row_width, *(lengths[index] for index in order)])
+    rows: list[Row] = []
+    room: list[int] = []
+    for index in order:
+        row = next((row for row, free in enumerate(room) if free >= lengths[index]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows

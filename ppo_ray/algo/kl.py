@@ -1,0 +1,54 @@
+"""How far the policy has moved from the reference, and the controllers of the penalty for it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ppo_ray.algo.shapes import check_tokens
+
+_MAX_RELATIVE_ERROR = 0.2  # Ziegler et al. 2019, sec. 2.2: the coefficient moves by at most 20% * n / horizon at once
+
+
+def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Estimate KL(policy || reference) from each sampled token: k1 = log p(token) - log p_ref(token).
+
+    Unbiased for samples of the policy, and negative where the reference likes the token better (Schulman 2020,
+    "Approximating KL divergence"; TRL 0.11's `kl_penalty="kl"`).
+
+    Returns:
+        `[B, R]`, zero outside the mask.
+    """
+    check_tokens(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    return torch.where(mask, logprobs - ref_logprobs, 0)
+
+
+@dataclass(frozen=True)
+class AdaptiveKLController:
+    """Steer the KL per sequence towards a target (Ziegler et al. 2019, sec. 2.2; TRL 0.11's AdaptiveKLController)."""
+
+    kl_coef: float
+    """Weight of the KL penalty in the reward."""
+    target: float
+    """Wanted KL, summed over a sequence's tokens (not averaged: verl and OpenRLHF use another scale)."""
+    horizon: float
+    """Sequences over which a full error of 20% moves the coefficient by 20%."""
+
+    def updated(self, kl_per_sequence: float, num_sequences: int) -> "AdaptiveKLController":
+        """Return the controller after a batch: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon."""
+        error = min(max(kl_per_sequence / self.target - 1, -_MAX_RELATIVE_ERROR), _MAX_RELATIVE_ERROR)
+        return replace(self, kl_coef=self.kl_coef * (1 + error * num_sequences / self.horizon))
+
+
+@dataclass(frozen=True)
+class FixedKLController:
+    """Keep the coefficient as it is."""
+
+    kl_coef: float
+    """Weight of the KL penalty in the reward."""
+
+    def updated(self, kl_per_sequence: float, num_sequences: int) -> "FixedKLController":
+        """Return the controller itself."""
+        return self
+
+
+KLController = AdaptiveKLController | FixedKLController

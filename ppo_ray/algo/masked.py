@@ -1,0 +1,68 @@
+"""Sums, means, variances and whitening over the True entries of a mask."""
+
+import torch
+
+from ppo_ray.algo.shapes import check_tokens
+
+_WHITEN_EPS = 1e-8  # TRL 0.11, core.py `masked_whiten`
+
+
+def masked_sum(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sum `x` where `mask`: sum_t m_t x_t, a scalar.
+
+    Entries outside the mask are replaced, not multiplied by zero, so NaN there is harmless, in the gradient too.
+    """
+    check_tokens(mask, x=x)
+    return torch.where(mask, x, 0).sum()
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Average `x` where `mask`: sum_t m_t x_t / sum_t m_t, a scalar.
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    check_tokens(mask, x=x)
+    return masked_sum(x, mask) / _count(mask, at_least=1)
+
+
+def masked_var(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the unbiased variance of `x` where `mask`: sum_t m_t (x_t - mean)^2 / (n - 1), a scalar.
+
+    TRL 0.11, core.py `masked_var(unbiased=True)`.
+
+    Raises:
+        ValueError: the mask has fewer than two True entries.
+    """
+    check_tokens(mask, x=x)
+    count = _count(mask, at_least=2)
+    return masked_sum((x - masked_mean(x, mask)).square(), mask) / (count - 1)
+
+
+def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+    """Scale `x` to variance one where `mask`: (x - mean) / sqrt(var + 1e-8), var unbiased.
+
+    TRL 0.11, core.py `masked_whiten`.
+
+    Args:
+        x: `[B, R]` floating point.
+        mask: `[B, R]` bool.
+        shift_mean: False adds the mean back, as TRL does for rewards.
+
+    Returns:
+        `[B, R]`, zero outside the mask.
+
+    Raises:
+        ValueError: the mask has fewer than two True entries.
+    """
+    check_tokens(mask, x=x)
+    mean, var = masked_mean(x, mask), masked_var(x, mask)
+    whitened = (x - mean) * torch.rsqrt(var + _WHITEN_EPS)
+    return torch.where(mask, whitened if shift_mean else whitened + mean, 0)
+
+
+def _count(mask: torch.Tensor, at_least: int) -> int:
+    count = int(mask.sum())
+    if count < at_least:
+        raise ValueError(f"the mask has {count} True entries; this needs at least {at_least}")
+    return count

@@ -1,0 +1,101 @@
+"""A step's trajectories as the learner sees them: those with a score, as padded tensors and back.
+
+Dimensions: N trajectories of the table, B of them with a score, R response tokens (the longest of the batch).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ppo_ray import trajectory
+from ppo_ray.algo.batching import microbatches
+from ppo_ray.models.packing import PackedRows, pack
+
+
+@dataclass(frozen=True)
+class ResponseBatch:
+    """The scored trajectories of a table."""
+
+    num_trajectories: int
+    """N."""
+    kept: np.ndarray
+    """`[B]` int64, which of the table's rows these are."""
+    prompt_ids: list[np.ndarray]
+    """`[P]` int32 each."""
+    response_ids: list[np.ndarray]
+    """`[R]` int32 each."""
+    scores: torch.Tensor
+    """`[B]` float32, finite."""
+    rollout_logprobs: torch.Tensor
+    """`[B, R]` float32, zero outside the mask."""
+    response_mask: torch.Tensor
+    """`[B, R]` bool."""
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> "ResponseBatch":
+        """Build the batch from a table of `trajectory.SCHEMA`; rows without a finite score are left out.
+
+        Raises:
+            ValueError: the table is not what the exchange promises.
+        """
+        trajectory.validate(table)
+        scores = table.column("score").to_numpy().astype(np.float32)  # null becomes NaN
+        kept = np.flatnonzero(np.isfinite(scores))
+        ragged = partial(trajectory.ragged, table)
+        prompt_ids, response_ids, logprobs = (
+            [column[row] for row in kept] for column in map(ragged, ("prompt_ids", "response_ids", "rollout_logprobs"))
+        )
+        lengths = np.array([len(ids) for ids in response_ids], np.int64)
+        mask = np.arange(lengths.max(initial=0))[None] < lengths[:, None]
+        padded = np.zeros(mask.shape, np.float32)
+        padded[mask] = np.concatenate(logprobs) if logprobs else []
+        return cls(
+            num_trajectories=table.num_rows,
+            kept=kept,
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            scores=torch.from_numpy(scores[kept]),
+            rollout_logprobs=torch.from_numpy(padded),
+            response_mask=torch.from_numpy(mask),
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return len(self.kept)
+
+    @property
+    def num_response_tokens(self) -> np.ndarray:
+        """`[B]` int64."""
+        return np.array([len(ids) for ids in self.response_ids], np.int64)
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """`[B]` int64, prompt and response."""
+        return self.num_response_tokens + np.array([len(ids) for ids in self.prompt_ids], np.int64)
+
+    def microbatches(
+        self, sequences: np.ndarray, budget: int, row_width: int, device: torch.device
+    ) -> Iterator[PackedRows]:
+        """Yield forward passes of at most `budget` tokens over the named sequences, in any order of naming the same."""
+        sequences = np.sort(sequences)
+        for rows in microbatches(self.num_tokens[sequences].tolist(), budget, row_width):
+            named = [[int(sequences[index]) for index in row] for row in rows]
+            yield pack(named, self.prompt_ids, self.response_ids, device)
+
+    def to_lists(self, figures: torch.Tensor) -> list[np.ndarray | None]:
+        """Cut `[B, R]` figures to one `[R]` array for each of the table's N rows; None for those left out."""
+        array = figures.float().cpu().numpy()
+        lists: list[np.ndarray | None] = [None] * self.num_trajectories
+        for index, row in enumerate(self.kept):
+            lists[row] = array[index, : len(self.response_ids[index])]
+        return lists
+
+
+def split_evenly(order: Sequence[int] | np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut an order into contiguous mini-batches of `size`, or a little less so that all are of nearly one size."""
+    return np.array_split(np.asarray(order), -(-len(order) // size))
