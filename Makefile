@@ -1,4 +1,7 @@
 # make demo: set up, build the offline assets, train on two CPU cores.  make test: set up, lint, types, all tests.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
 PYTHON ?= python3.11
 EXTRA ?= cpu
 ARGS ?=
@@ -17,9 +20,10 @@ help: ## show this
 
 setup: $(STAMP) ## a virtual environment with the locked packages (EXTRA=gpu for a GPU machine)
 
-# The stamp comes last: an interrupted installation is taken up again.
+# The stamp comes last: an interrupted installation is taken up again, from an environment still without pip too.
 $(STAMP): $(LOCK) pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.installed-*
 	@echo "installing $(LOCK) into $(VENV): a few minutes the first time"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

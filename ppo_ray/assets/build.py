@@ -18,7 +18,7 @@ Advance = Callable[[float], None]
 def build_imdb(force: bool = False, console: Console | None = None) -> None:
     """Build the policy, the reward classifier and the prompts of the reference task, each unless it is there.
 
-    Takes about four minutes on two idle cores the first time, and no time after that.
+    Takes about three minutes on two idle cores the first time, and no time after that.
 
     Args:
         force: build them again.

@@ -31,8 +31,9 @@ def asset_path(name: AssetName) -> Path:
 def build_once(target: Path, build: Callable[[Path], None], force: bool = False) -> bool:
     """Build a file or folder unless it is there; whatever happens, it is never there half-made.
 
-    `build` writes to a path beside the target, which is synced and renamed at the end. What a killed build left is
-    removed by the next one; of two builds at once the second waits for the first and finds its work done.
+    `build` writes to a path beside the target, which is synced and renamed at the end. What a failed build left is
+    removed at once, what a killed one left by the next; of two builds at once the second waits for the first and
+    finds its work done.
 
     Args:
         target: the file or folder wanted.
@@ -46,17 +47,25 @@ def build_once(target: Path, build: Callable[[Path], None], force: bool = False)
         AssetError: the disk is full or may not be written to.
     """
     aside = target.with_name(f".{target.name}.partial")
+    replaced = target.with_name(f".{target.name}.replaced")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_name(f".{target.name}.lock")):
             _remove(aside)
+            _remove(replaced)
             if target.exists() and not force:
                 return False
-            build(aside)
-            _sync(aside)
-            _remove(target)
-            aside.rename(target)
+            try:
+                build(aside)
+                _sync(aside)
+            except BaseException:
+                _remove(aside)
+                raise
+            if target.is_dir():  # a folder cannot be renamed over; removed in its place it could be left half there
+                target.rename(replaced)
+            aside.replace(target)
             _sync_one(target.parent)
+            _remove(replaced)
             return True
     except OSError as error:
         raise AssetError(

