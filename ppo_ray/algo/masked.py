@@ -36,6 +36,7 @@ def masked_var(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     check_tokens(mask, x=x)
     count = _count(mask, at_least=2)
+    x = torch.where(mask, x, 0)  # before squaring: the gradient of a masked NaN's square is NaN
     return masked_sum((x - masked_mean(x, mask)).square(), mask) / (count - 1)
 
 
@@ -56,6 +57,7 @@ def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) 
         ValueError: the mask has fewer than two True entries.
     """
     check_tokens(mask, x=x)
+    x = torch.where(mask, x, 0)
     mean, var = masked_mean(x, mask), masked_var(x, mask)
     whitened = (x - mean) * torch.rsqrt(var + _WHITEN_EPS)
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0)

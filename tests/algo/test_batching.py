@@ -1,0 +1,48 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppo_ray.algo.batching import microbatches
+
+
+def test_one_sequence_a_row_by_hand() -> None:
+    # longest first: 7, 5, 5, 2; 2 rows of 7 fit into 15, then 2 rows of 5
+    assert microbatches([5, 2, 7, 5], budget=15) == [[[2], [0]], [[3], [1]]]
+
+
+def test_packed_rows_by_hand() -> None:
+    # rows of 10: 7 + 2, 5 + 5; both fit into 20
+    assert microbatches([5, 2, 7, 5], budget=20, row_width=10) == [[[0, 3], [2, 1]]]
+
+
+def test_a_sequence_longer_than_everything_goes_alone() -> None:
+    assert microbatches([3, 50, 3], budget=8) == [[[1]], [[0], [2]]]
+    # ... and, packed, makes the rows as wide as itself
+    assert microbatches([3, 50, 3], budget=8, row_width=6) == [[[1]], [[0, 2]]]
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 200), st.sampled_from([0, 16, 64]))
+def test_every_sequence_once_within_the_budget(lengths: list[int], budget: int, row_width: int) -> None:
+    batches = microbatches(lengths, budget, row_width)
+    assert sorted(index for batch in batches for row in batch for index in row) == list(range(len(lengths)))
+    for batch in batches:
+        widths = [sum(lengths[index] for index in row) for row in batch]
+        assert len(batch) == 1 or len(batch) * max(widths) <= budget
+        assert max(widths) <= max(row_width, *lengths)
+        assert row_width or all(len(row) == 1 for row in batch)
+
+
+def test_packing_wastes_little_where_length_sorting_wastes_much() -> None:
+    lengths = [2 + index % 23 for index in range(128)]
+    padded, packed = (
+        sum(len(batch) * max(sum(lengths[index] for index in row) for row in batch) for batch in batches)
+        for batches in (microbatches(lengths, 10**6), microbatches(lengths, 10**6, 64))
+    )
+    assert padded > 1.6 * sum(lengths)
+    assert packed < 1.05 * sum(lengths)
+
+
+@pytest.mark.parametrize(("lengths", "budget"), [([1, 0], 10), ([1], 0)])
+def test_nothing_below_one_token(lengths: list[int], budget: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        microbatches(lengths, budget)

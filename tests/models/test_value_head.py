@@ -1,0 +1,137 @@
+"""`ResponseLM` and `CausalLMWithValueHead` over several families, held against the plain transformers model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from ppo_ray.algo.batching import microbatches
+from ppo_ray.errors import InputError
+from ppo_ray.models.packing import pack
+from ppo_ray.models.value_head import CausalLMWithValueHead
+
+SIZES = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+BLOCK = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+GROUPED = {**SIZES, **BLOCK, "num_key_value_heads": 2, "initializer_range": 0.3}
+
+
+def make(family: str, **changes: Any) -> Any:
+    configs = {
+        "llama": lambda: transformers.LlamaConfig(**GROUPED, **changes),
+        "qwen2": lambda: transformers.Qwen2Config(**GROUPED, **changes),
+        "gpt2": lambda: transformers.GPT2Config(
+            **SIZES, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, **changes
+        ),
+        "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES, **BLOCK, initializer_range=0.3, **changes),
+        "opt": lambda: transformers.OPTConfig(
+            **SIZES, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, init_std=0.3, **changes
+        ),
+        "bloom": lambda: transformers.BloomConfig(**SIZES, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
+        "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=4),
+        "gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=2.0),
+        "cohere": lambda: transformers.CohereConfig(**GROUPED, logit_scale=0.1),
+    }
+    torch.manual_seed(0)
+    config = configs[family]()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+generator = np.random.default_rng(0)
+LENGTHS = [(2, 5), (8, 1), (3, 3), (1, 12), (4, 7)]
+PROMPTS = [generator.integers(0, 50, p) for p, _ in LENGTHS]  # 0, the pad token, occurs
+RESPONSES = [generator.integers(0, 50, r) for _, r in LENGTHS]
+NUM_TOKENS = [p + r for p, r in LENGTHS]
+
+
+@pytest.mark.parametrize(
+    ("family", "packs"),
+    [("llama", True), ("qwen2", True), ("gpt2", True), ("gpt_neox", True), ("opt", True), ("bloom", False), ("mistral", False)],
+)
+def test_a_batch_has_the_figures_of_each_sequence_alone(family: str, packs: bool) -> None:
+    causal_lm = make(family)
+    model = CausalLMWithValueHead(causal_lm, temperature=0.8)
+    assert model.packs == packs
+    (rows,) = microbatches(NUM_TOKENS, 10**6, 20 if packs else 0)
+    with torch.no_grad():
+        output = model(pack(rows, PROMPTS, RESPONSES))
+        for index, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+            input_ids = torch.from_numpy(np.concatenate([prompt, response]))[None]
+            plain = causal_lm(input_ids, output_hidden_states=True)
+            before = slice(len(prompt) - 1, -1)
+            wanted = torch.distributions.Categorical(logits=plain.logits[0, before] / 0.8)
+            values = model.value_head(plain.hidden_states[-1][0, before])[:, 0]  # no temperature in values
+            found = slice(len(response))
+            close = {"atol": 2e-5, "rtol": 1e-5}
+            torch.testing.assert_close(
+                output.logprobs[index, found], wanted.log_prob(torch.from_numpy(response)), **close
+            )
+            torch.testing.assert_close(output.entropies[index, found], wanted.entropy(), **close)
+            torch.testing.assert_close(output.values[index, found], values, **close)
+            assert all(x[index, len(response) :].eq(0).all() for x in (output.logprobs, output.values))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_what_lies_in_the_padding_changes_nothing(family: str) -> None:
+    model = CausalLMWithValueHead(make(family))
+    rows = pack([[0], [3]], PROMPTS, RESPONSES)
+    clean = model(rows)
+    clean.logprobs.sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    rows.input_ids[rows.segment_ids < 0] = 17
+    dirty = model(rows)
+    dirty.logprobs.sum().backward()
+    assert dirty.logprobs.tolist() == clean.logprobs.tolist()
+    assert dirty.values.tolist() == clean.values.tolist()
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients, strict=True))
+
+
+def test_several_sequences_in_a_row_of_a_model_with_a_window_are_refused() -> None:
+    model = CausalLMWithValueHead(make("mistral"))
+    with pytest.raises(ValueError, match="row_width=0"):
+        model(pack([[0, 1]], PROMPTS, RESPONSES))
+
+
+@pytest.mark.parametrize(("family", "named"), [("gemma2", "final_logit_softcapping"), ("cohere", "logit_scale")])
+def test_models_that_change_their_logits_are_refused(family: str, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        CausalLMWithValueHead(make(family))
+
+
+def test_bfloat16_computes_close_to_float32_and_keeps_the_parameters() -> None:
+    causal_lm = make("llama", tie_word_embeddings=True)
+    rows = pack([[0, 1], [3]], PROMPTS, RESPONSES)
+    exact, rough = (CausalLMWithValueHead(causal_lm, compute_dtype=dtype)(rows) for dtype in ("float32", "bfloat16"))
+    difference = (exact.logprobs - rough.logprobs).detach().abs().max()
+    assert 1e-5 < float(difference) < 0.5
+    assert rough.logprobs.dtype == rough.values.dtype == torch.float32
+    (rough.logprobs.sum() + rough.values.sum()).backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in causal_lm.parameters())
+
+
+def test_value_head_starts_from_its_own_seed_and_leaves_torchs_alone() -> None:
+    causal_lm = make("gpt2")
+    torch.manual_seed(5)
+    first, second, other = (CausalLMWithValueHead(causal_lm, value_head_seed=seed) for seed in (1, 1, 2))
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    assert torch.equal(first.value_head.weight, second.value_head.weight)
+    assert not torch.equal(first.value_head.weight, other.value_head.weight)
+    assert float(first.value_head.weight.abs().max()) <= 32**-0.5  # torch's default: uniform in 1 / sqrt(hidden)
+
+
+def test_value_head_saves_and_loads(tmp_path: Path) -> None:
+    first, second = (CausalLMWithValueHead(make("gpt2"), value_head_seed=seed) for seed in (1, 2))
+    first.save_value_head(tmp_path / "value_head.safetensors")
+    second.load_value_head(tmp_path / "value_head.safetensors")
+    assert torch.equal(first.value_head.weight, second.value_head.weight)
+    assert torch.equal(first.value_head.bias, second.value_head.bias)
+    safetensors.torch.save_file({"weight": torch.zeros(1, 7)}, tmp_path / "wrong.safetensors")
+    with pytest.raises(InputError, match=r"wrong\.safetensors holds .*\(1, 7\).*this model needs .*\(1, 32\)"):
+        second.load_value_head(tmp_path / "wrong.safetensors")

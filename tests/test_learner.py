@@ -1,0 +1,125 @@
+"""PPOLearner on a tiny real model; its exactness against TRL is in tests/golden."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppo_ray import trajectory
+from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.errors import WorkerError
+from ppo_ray.learner import PPOLearner
+
+
+def make_learner(folder: Path, budget: int = 1024, **ppo: object) -> PPOLearner:
+    options = PPOConfig(learning_rate=1e-3).model_copy(update=ppo)  # not checked: tests go beyond what is allowed
+    return PPOLearner(ModelConfig(path=str(folder)), options, LearnerConfig(microbatch_tokens=budget), device="cpu")
+
+
+def make_table(num_rows: int = 8, scores: list[float | None] | None = None) -> pa.Table:
+    rng = np.random.default_rng(num_rows)
+    rows = []
+    for index in range(num_rows):
+        response = rng.integers(0, 500, rng.integers(1, 12)).tolist()  # 0 is the end of sequence and the pad token too
+        rows.append(
+            {
+                "sample_id": index,
+                "step": 0,
+                "policy_version": 0,
+                "worker": "rollout-0",
+                "seed": index,
+                "prompt": "p",
+                "response": "r",
+                "prompt_ids": rng.integers(1, 500, rng.integers(1, 9)).tolist(),
+                "response_ids": response,
+                "rollout_logprobs": [-1.0] * len(response),
+                "finish_reason": "length",
+            }
+        )
+    return trajectory.with_scores(trajectory.from_rows(rows), scores or rng.normal(size=num_rows).tolist())
+
+
+def weights(learner: PPOLearner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.weights().tensors()}
+
+
+def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def test_the_size_of_micro_batches_changes_no_gradient(tiny_policy: Path) -> None:
+    """One step of Adam would hide a gradient that is too large by a factor; the norm does not."""
+    norms, logprobs = [], []
+    for budget in (16, 64, 4096):
+        update = make_learner(tiny_policy, budget, epochs=1).update(make_table(), 0)
+        norms.append(update.metrics["policy/grad_norm"])
+        logprobs.append(np.concatenate(update.trajectories.column("old_logprobs").to_pylist()))
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+    for other in logprobs[1:]:
+        np.testing.assert_allclose(other, logprobs[0], atol=2e-5)
+
+
+def test_the_first_update_starts_from_the_policy_itself(tiny_policy: Path) -> None:
+    learner = make_learner(tiny_policy, epochs=2, minibatch_size=4)
+    before = weights(learner)
+    update = learner.update(make_table(), 0)
+    assert update.metrics["kl/per_sequence"] == 0
+    assert update.metrics["policy/ratio_first"] == pytest.approx(1, abs=1e-6)
+    assert update.metrics["advantages/std"] == pytest.approx(1, abs=1e-5)
+    assert (learner.policy_version, learner.weights().policy_version) == (1, 1)
+    assert 1e-4 < largest_difference(before, weights(learner)) < 1e-2
+    assert learner.update(make_table(), 1).metrics["kl/per_sequence"] != 0  # the reference stayed where it was
+
+
+def test_trajectories_without_a_score_are_as_good_as_absent(tiny_policy: Path) -> None:
+    table = make_table(8, [0.5, None, -1.0, 2.0, None, 0.0, 1.0, -0.5])
+    with_nulls, without = make_learner(tiny_policy), make_learner(tiny_policy)
+    update = with_nulls.update(table, 0)
+    without.update(table.filter(pa.compute.is_valid(table.column("score"))), 0)
+    assert largest_difference(weights(with_nulls), weights(without)) == 0
+    assert update.metrics["score/num_unscored"] == 2
+    assert update.metrics["score/mean"] == pytest.approx(2 / 6)  # the 0.0 counts
+    learned = update.trajectories.column("advantages").to_pylist()
+    assert [row is None for row in learned] == [False, True, False, False, True, False, False, False]
+
+
+def test_a_step_without_any_score_changes_nothing_but_the_version(tiny_policy: Path) -> None:
+    learner = make_learner(tiny_policy)
+    before = weights(learner)
+    update = learner.update(make_table(4, [None] * 4), 0)
+    assert update.metrics["learner/skipped_update"] == 1
+    assert update.trajectories.schema.equals(trajectory.LEARNED_SCHEMA)
+    assert largest_difference(before, weights(learner)) == 0
+    assert learner.policy_version == 1
+
+
+def test_a_mini_batch_beyond_the_ratio_threshold_takes_no_step(tiny_policy: Path) -> None:
+    learner = make_learner(tiny_policy, epochs=2, ratio_threshold=0.5)  # even the first ratio, 1, exceeds it
+    before = weights(learner)
+    assert learner.update(make_table(), 0).metrics["policy/skipped_minibatches"] == 2
+    assert largest_difference(before, weights(learner)) == 0
+
+
+def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_weights(tiny_policy: Path) -> None:
+    learner = make_learner(tiny_policy, value_clip_range=1e30)
+    before = weights(learner)
+    with pytest.raises(WorkerError, match=r"step 3, epoch 0 the loss is"):
+        learner.update(make_table(4, [1e30, -1e30, 1e30, 3e38]), 3)
+    assert largest_difference(before, weights(learner)) == 0
+
+
+def test_what_is_saved_is_what_was_learnt(tiny_policy: Path, tmp_path: Path) -> None:
+    learner = make_learner(tiny_policy)
+    learner.update(make_table(), 0)
+    learner.save(tmp_path)
+    saved = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    assert largest_difference(weights(learner), {name: tensor.detach() for name, tensor in saved.items()}) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path)("film")["input_ids"]
+    again = make_learner(tmp_path)  # the value head comes back with the folder
+    second, third = (one.update(make_table(), 1).trajectories.column("values").to_pylist() for one in (learner, again))
+    assert second == third
+    assert not any("lm_head" in name for name in weights(learner))  # tied: listed once, as the embedding
