@@ -14,6 +14,8 @@ from ppo_ray.errors import InputError
 def load_causal_lm(path: str, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Any:
     """Load a causal language model in eval mode (dropout is off in PPO, in training passes too).
 
+    Attention is torch's fused one (sdpa) in every model that has it: transformers' own choice.
+
     Args:
         path: folder or hub name.
         dtype: torch's name of the parameters' type.
@@ -37,7 +39,6 @@ def load_pretrained(auto_class: Any, path: str, *, dtype: str, device: str | tor
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
                 trust_remote_code=False,
-                attn_implementation="sdpa",
             )
     except (OSError, ValueError) as error:
         raise InputError(
