@@ -123,3 +123,71 @@ def test_what_is_saved_is_what_was_learnt(tiny_policy: Path, tmp_path: Path) -> 
     second, third = (one.update(make_table(), 1).trajectories.column("values").to_pylist() for one in (learner, again))
     assert second == third
     assert not any("lm_head" in name for name in weights(learner))  # tied: listed once, as the embedding
+
+
+def float64_update(folder: Path, budget: int, **ppo: object) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    model = ModelConfig.model_construct(path=str(folder), dtype="float64")  # finer than what is offered
+    options = PPOConfig(learning_rate=1e-3).model_copy(update=ppo)
+    learner = PPOLearner(model, options, LearnerConfig(microbatch_tokens=budget), temperature=0.7, device="cpu")
+    metrics = learner.update(make_table(12), 5).metrics
+    return weights(learner), metrics
+
+
+@pytest.mark.parametrize("ppo", [{}, {"minibatch_size": 5, "whiten_rewards": True, "max_grad_norm": 0.01}], ids=str)
+def test_the_size_of_micro_batches_changes_no_weight(tiny_policy: Path, ppo: dict[str, object]) -> None:
+    whole, whole_metrics = float64_update(tiny_policy, 4096, **ppo)
+    small, small_metrics = float64_update(tiny_policy, 16, **ppo)
+    assert largest_difference(whole, small) < 1e-10
+    for name in whole_metrics.keys() - {"time/old_s", "time/update_s"}:
+        assert small_metrics[name] == pytest.approx(whole_metrics[name], rel=1e-8, abs=1e-8), name
+
+
+def test_mini_batches_take_a_step_each_in_an_order_that_the_seed_addresses(tiny_policy: Path) -> None:
+    updated = [weights_after(tiny_policy, seed, step) for seed, step in ((0, 0), (0, 0), (1, 0), (0, 1))]
+    assert largest_difference(updated[0], updated[1]) == 0
+    assert largest_difference(updated[0], updated[2]) > 1e-6
+    assert largest_difference(updated[0], updated[3]) > 1e-6
+
+
+def weights_after(folder: Path, seed: int, step: int) -> dict[str, torch.Tensor]:
+    options = PPOConfig(learning_rate=1e-3, minibatch_size=2, epochs=1)
+    learner = PPOLearner(ModelConfig(path=str(folder)), options, LearnerConfig(), seed=seed, device="cpu")
+    head = torch.nn.Linear(128, 1).requires_grad_(False)
+    learner._policy.value_head.load_state_dict({"weight": head.weight.fill_(0.01), "bias": head.bias.fill_(0)})
+    learner.update(make_table(), step)
+    return weights(learner)
+
+
+def test_clipping_bounds_the_step_but_not_the_norm_that_is_reported(tiny_policy: Path) -> None:
+    """Adam divides a constant scale out of its first step, but for its epsilon; so clip to its size."""
+    plain, clipped = (make_learner(tiny_policy, epochs=1, max_grad_norm=norm) for norm in (None, 1e-7))
+    before = weights(plain)
+    norms = [learner.update(make_table(), 0).metrics["policy/grad_norm"] for learner in (plain, clipped)]
+    assert norms[0] == norms[1] > 0.01
+    assert largest_difference(before, weights(plain)) == pytest.approx(1e-3, rel=0.01)
+    assert 0 < largest_difference(before, weights(clipped)) < 0.98e-3
+
+
+def test_the_controller_is_moved_by_the_kl_of_the_batch(tiny_policy: Path) -> None:
+    adaptive, fixed = (make_learner(tiny_policy, kl_controller=kind) for kind in ("adaptive", "fixed"))
+    for learner in (adaptive, fixed):
+        assert learner.update(make_table(8), 0).metrics["kl/coef"] == 0.2
+    # KL 0 is far below the target 6: held at -20% of 8 / 10000
+    assert adaptive.kl_coef == pytest.approx(0.2 * (1 - 0.2 * 8 / 10000), rel=1e-9)
+    assert fixed.kl_coef == 0.2
+
+
+def test_bfloat16_trains_float32_weights_and_starts_at_ratio_1(tiny_policy: Path) -> None:
+    model = ModelConfig(path=str(tiny_policy), dtype="bfloat16")
+    learner = PPOLearner(model, PPOConfig(), LearnerConfig(), device="cpu")
+    before = weights(learner)
+    metrics = learner.update(make_table(), 0).metrics
+    assert metrics["kl/per_sequence"] == 0
+    assert metrics["policy/ratio_first"] == pytest.approx(1, abs=1e-6)
+    assert {tensor.dtype for tensor in before.values()} == {torch.float32}
+    assert 1e-6 < largest_difference(before, weights(learner)) < 1e-4  # four steps of 1.41e-5
+
+
+def test_a_table_of_another_schema_is_refused(tiny_policy: Path) -> None:
+    with pytest.raises(ValueError, match="schema version"):
+        make_learner(tiny_policy).update(make_table().drop_columns(["seed"]), 0)

@@ -1,11 +1,12 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from ppo_ray.errors import InputError
-from ppo_ray.models.classifier import Classifier
+from ppo_ray.models.classifier import Classifier, find_label
 
 TEXTS = [
     "I liked it",
@@ -57,3 +58,52 @@ def test_a_text_that_is_too_long_is_cut(tiny_classifier: Path) -> None:
 def test_a_label_it_lacks(tiny_classifier: Path) -> None:
     with pytest.raises(InputError, match="'HAPPY' is not a label of .*NEGATIVE.*POSITIVE"):
         Classifier(str(tiny_classifier), "HAPPY")
+
+
+def test_a_text_the_tokenizer_refuses_is_none_alone(tiny_classifier: Path) -> None:
+    classifier = Classifier(str(tiny_classifier))
+    lone_surrogate = "a \ud800 film"
+    found = classifier.score([TEXTS[0], lone_surrogate, *TEXTS[1:]])
+    assert found.pop(1) is None
+    assert found == pytest.approx(classifier.score(TEXTS), abs=1e-5)
+
+
+@pytest.mark.parametrize("failure", ["raises", "not finite"])
+def test_a_text_the_model_fails_on_is_none_alone(tiny_classifier: Path, failure: str) -> None:
+    classifier = Classifier(str(tiny_classifier))
+    expected = classifier.score(TEXTS)
+    (culprit,) = AutoTokenizer.from_pretrained(tiny_classifier)(TEXTS[4])["input_ids"]
+    embedding = classifier._model.get_input_embeddings()
+    if failure == "raises":
+        embedding.register_forward_pre_hook(refuse_token(culprit))
+    else:
+        embedding.weight.data[culprit] = float("nan")
+    found = classifier.score(TEXTS)
+    assert found.pop(4) is None
+    assert found == pytest.approx(expected[:4], abs=1e-5)
+
+
+def refuse_token(token: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if (inputs[0] == token).any():
+            raise RuntimeError("no such token")
+
+    return hook
+
+
+def test_what_is_cut_from_a_long_text_is_its_end(tiny_classifier: Path) -> None:
+    beginning = "a wonderful story " * 200
+    slow, funny = Classifier(str(tiny_classifier)).score([beginning + "slow", beginning + "funny and sad"])
+    assert slow == funny
+
+
+def test_a_nameless_only_label_is_the_one_meant(tiny_classifier: Path, tmp_path: Path) -> None:
+    assert find_label({0: "LABEL_0"}, "POSITIVE", "m") == 0
+    assert find_label({0: "POSITIVE", 1: "NEGATIVE"}, "NEGATIVE", "m") == 1
+    with pytest.raises(InputError, match="TOXIC"):
+        find_label({0: "TOXIC"}, "POSITIVE", "m")
+    BertForSequenceClassification(BertConfig.from_pretrained(tiny_classifier, num_labels=1)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_classifier).save_pretrained(tmp_path)
+    assert Classifier(str(tmp_path)).score(TEXTS[:1]) == pytest.approx(logits(tmp_path, TEXTS[0]), abs=1e-5)
+    with pytest.raises(InputError, match=r"reward\.transform=softmax is always 1"):
+        Classifier(str(tmp_path), transform="softmax")
