@@ -65,7 +65,7 @@ def run_steps(
             synced = actors.rollout.load_weights(update.weights)  # all engines acknowledge version and checksum
             history.append(log.write(step, update.metrics | synced))
             progress.update(step, history[-1])
-            if step == 0:
+            if step == 0 and not update.metrics["learner/skipped_update"]:
                 say_sanity(console, history[0])
     return history
 

@@ -4,7 +4,7 @@ Dimensions: S rows, W tokens a row, B sequences, R response tokens, N response t
 """
 
 import inspect
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,10 @@ class ResponseLM(torch.nn.Module):
         return token_logprobs(hidden, head.weight, head.bias, rows.target_ids, self.temperature)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        enabled = self._compute_dtype.itemsize < self.causal_lm.get_output_embeddings().weight.dtype.itemsize
-        return torch.autocast(self.device.type, self._compute_dtype, enabled=enabled)
+        stored = self.causal_lm.get_output_embeddings().weight.dtype
+        if self._compute_dtype not in (torch.bfloat16, torch.float16) or self._compute_dtype == stored:
+            return nullcontext()
+        return torch.autocast(self.device.type, self._compute_dtype)
 
     @torch.no_grad()
     def _can_pack(self) -> bool:

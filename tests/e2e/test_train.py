@@ -108,3 +108,13 @@ def test_a_reward_function_that_fails_on_some_texts(ppo_ray: CommandLine, tmp_pa
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert metrics["score/num_unscored"] == 2
     assert metrics["score/mean"] > 0
+
+
+def test_a_run_whose_texts_cannot_be_scored_says_so_and_learns_nothing(ppo_ray: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "no_reward.py").write_text("def score(prompts, responses): return [None] * len(responses)\n")
+    ppo_ray.environment["PYTHONPATH"] = str(tmp_path)
+    result = ppo_ray.train("rollout.engine=hf", "steps=1", "reward.path=null", "reward.function=no_reward:score")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert metrics["score/num_unscored"] == 8
+    assert metrics["learner/skipped_update"] == 1
