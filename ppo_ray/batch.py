@@ -14,6 +14,7 @@ import torch
 from ppo_ray import trajectory
 from ppo_ray.algo.batching import microbatches
 from ppo_ray.models.packing import PackedRows, pack
+from ppo_ray.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ResponseBatch:
     """`[R]` int32 each."""
     scores: torch.Tensor
     """`[B]` float32, finite."""
+    ended: torch.Tensor
+    """`[B]` bool, whether the response ended by itself and was not cut off."""
     rollout_logprobs: torch.Tensor
     """`[B, R]` float32, zero outside the mask."""
     response_mask: torch.Tensor
@@ -45,6 +48,7 @@ class ResponseBatch:
         trajectory.validate(table)
         scores = table.column("score").to_numpy().astype(np.float32)  # null becomes NaN
         kept = np.flatnonzero(np.isfinite(scores))
+        ended = table.column("finish_reason").to_numpy() == "stop"
         ragged = partial(trajectory.ragged, table)
         prompt_ids, response_ids, logprobs = (
             [column[row] for row in kept] for column in map(ragged, ("prompt_ids", "response_ids", "rollout_logprobs"))
@@ -59,6 +63,7 @@ class ResponseBatch:
             prompt_ids=prompt_ids,
             response_ids=response_ids,
             scores=torch.from_numpy(scores[kept]),
+            ended=torch.from_numpy(ended[kept]),
             rollout_logprobs=torch.from_numpy(padded),
             response_mask=torch.from_numpy(mask),
         )
@@ -78,15 +83,6 @@ class ResponseBatch:
         """`[B]` int64, prompt and response."""
         return self.num_response_tokens + np.array([len(ids) for ids in self.prompt_ids], np.int64)
 
-    def microbatches(
-        self, sequences: np.ndarray, budget: int, row_width: int, device: torch.device
-    ) -> Iterator[PackedRows]:
-        """Yield forward passes of at most `budget` tokens over the named sequences, in any order of naming the same."""
-        sequences = np.sort(sequences)
-        for rows in microbatches(self.num_tokens[sequences].tolist(), budget, row_width):
-            named = [[int(sequences[index]) for index in row] for row in rows]
-            yield pack(named, self.prompt_ids, self.response_ids, device)
-
     def to_lists(self, figures: torch.Tensor) -> list[np.ndarray | None]:
         """Cut `[B, R]` figures to one `[R]` array for each of the table's N rows; None for those left out."""
         array = figures.float().cpu().numpy()
@@ -94,6 +90,26 @@ class ResponseBatch:
         for index, row in enumerate(self.kept):
             lists[row] = array[index, : len(self.response_ids[index])]
         return lists
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How sequences are laid out in forward passes, and which of these are this rank's."""
+
+    microbatch_tokens: int
+    """At most so many tokens, padding included, a pass."""
+    row_width: int
+    """Tokens that rows are filled up to; 0: one sequence a row."""
+    device: torch.device
+    ranks: Ranks
+
+    def passes(self, batch: ResponseBatch, sequences: np.ndarray) -> Iterator[PackedRows]:
+        """Yield this rank's passes over the named sequences, the same in whatever order they are named."""
+        sequences = np.sort(sequences)
+        layout = microbatches(batch.num_tokens[sequences].tolist(), self.microbatch_tokens, self.row_width)
+        for rows in self.ranks.share(layout):
+            named = [[int(sequences[index]) for index in row] for row in rows]
+            yield pack(named, batch.prompt_ids, batch.response_ids, self.device)
 
 
 def split_evenly(order: Sequence[int] | np.ndarray, size: int) -> list[np.ndarray]:

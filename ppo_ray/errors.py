@@ -1,5 +1,7 @@
 """The errors ppo_ray raises on purpose, and the exit code that the command line gives each."""
 
+from typing import Any
+
 
 class PPORayError(Exception):
     """Base of every error that ppo_ray raises on purpose; the command line exits with `exit_code`."""
@@ -19,3 +21,12 @@ class AssetError(PPORayError):
 
 class WorkerError(PPORayError):
     """Say that an actor failed, hung or answered wrongly; the message names it."""
+
+
+class NonFiniteError(WorkerError):
+    """Say that a loss or its gradient is not finite."""
+
+    def __init__(self, message: str, trajectories: Any = None) -> None:
+        """Keep the mini-batch that made it, a `pyarrow.Table` of `trajectory.LEARNED_SCHEMA`."""
+        super().__init__(message)
+        self.trajectories = trajectories

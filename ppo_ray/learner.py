@@ -1,44 +1,40 @@
-"""PPOLearner: policy, value head, frozen reference, optimizer and KL controller; one PPO update at a time.
+"""PPOLearner: policy, values, frozen reference, optimizer and KL controller; one PPO update at a time.
 
-Dimensions: B sequences, R response tokens. TRL 0.11's `PPOTrainer.step` is the yardstick (`tests/golden`), with two
-differences meant: losses are sums over the mini-batch's tokens, so that micro-batches never change the gradient, and a
-mini-batch whose mean ratio is too large makes no optimizer step at all.
+Dimensions: B sequences. TRL 0.11's `PPOTrainer.step` is the yardstick (`tests/golden`); where it errs, the default is
+the mended form and TRL's own is an option (`docs/trl.md`).
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from ppo_ray import trajectory
-from ppo_ray.algo.gae import gae
-from ppo_ray.algo.kl import AdaptiveKLController, FixedKLController, KLController, kl_estimate
-from ppo_ray.algo.losses import clipped_surrogate, clipped_value_loss
-from ppo_ray.algo.masked import masked_sum, masked_whiten
-from ppo_ray.algo.rewards import token_rewards
-from ppo_ray.batch import ResponseBatch, split_evenly
+from ppo_ray.algo.kl import AdaptiveKLController, FixedKLController, KLController
+from ppo_ray.algo.schedule import learning_rate_factor
+from ppo_ray.algo.scores import RunningMoments
+from ppo_ray.batch import Layout, ResponseBatch, split_evenly
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
-from ppo_ray.diagnostics import (
-    Experience,
-    MinibatchReport,
-    MinibatchSums,
-    experience_metrics,
-    table_metrics,
-    update_metrics,
-)
-from ppo_ray.errors import WorkerError
-from ppo_ray.models.loading import default_device, load_causal_lm, load_tokenizer
-from ppo_ray.models.packing import PackedRows
+from ppo_ray.diagnostics import experience_metrics, table_metrics, update_metrics
+from ppo_ray.errors import NonFiniteError
+from ppo_ray.experience import Experience, estimate, evaluate
+from ppo_ray.minibatch import MinibatchReport, MinibatchUpdater
+from ppo_ray.models.actor_critic import ActorCritic, load_actor_critic, load_reference
+from ppo_ray.models.loading import default_device, load_tokenizer
 from ppo_ray.models.response_lm import ResponseLM
-from ppo_ray.models.value_head import VALUE_HEAD_FILE, CausalLMWithValueHead
+from ppo_ray.ranks import Ranks
 from ppo_ray.seeding import derive_seed
 from ppo_ray.weights import WeightSnapshot
 
 _ROW_WIDTH = 64  # tokens; wide enough for little padding, narrow enough for cheap attention
+
+Order = Callable[[int], np.ndarray]
+"""The order of the scored trajectories in an epoch: a permutation of `[0, B)`."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,8 @@ class Update:
     metrics: dict[str, float]
     trajectories: pa.Table
     """Of `trajectory.LEARNED_SCHEMA`, in the order given."""
+    minibatches: tuple[MinibatchReport, ...] = ()
+    """Every optimizer step, and those that were not made."""
 
 
 class PPOLearner:
@@ -55,55 +53,89 @@ class PPOLearner:
 
     def __init__(
         self,
+        policy: ActorCritic,
+        reference: ResponseLM,
+        ppo: PPOConfig,
+        *,
+        microbatch_tokens: int = 1024,
+        optimizer: torch.optim.Optimizer | None = None,
+        seed: int = 0,
+        num_steps: int = 1,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Take models that are loaded, in eval mode, on one device; `load` loads them.
+
+        Args:
+            policy: with what estimates its values.
+            reference: frozen, of the same vocabulary, at the same temperature.
+            ppo: the algorithm.
+            microbatch_tokens: prompt and response tokens, padding included, a forward pass.
+            optimizer: of the policy's parameters, its learning rate the caller's; None: Adam as `ppo` says.
+            seed: of the run; addresses the order of mini-batches.
+            num_steps: of the run; the learning rate's schedule ends with them.
+            ranks: the processes that share the update; None: this one alone.
+        """
+        self.policy_version = 0
+        self._policy, self._reference, self._ppo = policy, reference, ppo
+        self._seed, self._num_steps = seed, num_steps
+        row_width = _ROW_WIDTH if policy.packs and reference.packs else 0
+        self._layout = Layout(microbatch_tokens, row_width, policy.device, ranks or Ranks())
+        self._owns_optimizer = optimizer is None
+        self._optimizer = optimizer or make_adam(policy, ppo)
+        self._updater = MinibatchUpdater(policy, self._optimizer, ppo, self._layout)
+        self._moments = RunningMoments()
+        self._controller: KLController = FixedKLController(ppo.kl_coef)
+        if ppo.kl_controller == "adaptive":
+            self._controller = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+        self._tokenizer: Any = None
+
+    @classmethod
+    def load(
+        cls,
         model: ModelConfig,
         ppo: PPOConfig,
         learner: LearnerConfig,
+        *,
         temperature: float = 1.0,
         seed: int = 0,
+        num_steps: int = 1,
         device: str | None = None,
-    ) -> None:
-        """Load policy and reference and make the optimizer.
-
-        Parameters are kept in float32; `model.dtype="bfloat16"` computes the forward passes in bfloat16, because
-        steps of 1e-5 are lost in bfloat16 weights.
+        ranks: Ranks | None = None,
+    ) -> Self:
+        """Load policy, values and reference and make the optimizer.
 
         Args:
-            model: a `value_head.safetensors` beside the policy is loaded, else the value head starts from the seed.
+            model: a value head or critic that lies beside the policy is loaded, else it starts from the seed.
             ppo: the algorithm.
             learner: its micro-batches.
             temperature: that responses are sampled at.
             seed: of the run.
+            num_steps: of the run.
             device: None takes the GPU if there is one.
+            ranks: as in the constructor.
 
         Raises:
             InputError: a model cannot be loaded or is not supported.
         """
-        self.policy_version = 0
-        self._ppo, self._learner, self._seed = ppo, learner, seed
-        self._device = torch.device(device) if device is not None else default_device()
-        self._tokenizer = load_tokenizer(model.path)
-        storage = "float32" if model.dtype == "bfloat16" else model.dtype
-        causal_lm = load_causal_lm(model.path, dtype=storage, device=self._device)
-        self._policy = CausalLMWithValueHead(causal_lm, temperature, model.dtype, derive_seed(seed, "value_head"))
-        value_head = Path(model.path) / VALUE_HEAD_FILE
-        if value_head.is_file():
-            self._policy.load_value_head(value_head)
-        reference = load_causal_lm(model.reference_path or model.path, dtype=storage, device=self._device)
-        self._reference = ResponseLM(reference, temperature, model.dtype).requires_grad_(False)
-        self._row_width = _ROW_WIDTH if self._policy.packs and self._reference.packs else 0
-        self._optimizer = torch.optim.Adam(
-            self._policy.parameters(), lr=ppo.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True
+        place = torch.device(device) if device is not None else default_device()
+        loaded = cls(
+            load_actor_critic(model, temperature, derive_seed(seed, "value_head"), place),
+            load_reference(model, temperature, place),
+            ppo,
+            microbatch_tokens=learner.microbatch_tokens,
+            seed=seed,
+            num_steps=num_steps,
+            ranks=ranks,
         )
-        self._controller: KLController = FixedKLController(ppo.kl_coef)
-        if ppo.kl_controller == "adaptive":
-            self._controller = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+        loaded._tokenizer = load_tokenizer(model.path)
+        return loaded
 
     @property
     def kl_coef(self) -> float:
         """Weight of the KL penalty in the next update."""
         return self._controller.kl_coef
 
-    def update(self, trajectories: pa.Table, step: int) -> Update:
+    def update(self, trajectories: pa.Table, step: int, order: Order | None = None) -> Update:
         """Make one PPO update on all scored trajectories of a step.
 
         Trajectories without a score are counted and left out. With fewer than two response tokens left nothing is
@@ -111,122 +143,100 @@ class PPOLearner:
 
         Args:
             trajectories: of `trajectory.SCHEMA`.
-            step: addresses the order of mini-batches.
+            step: addresses the order of mini-batches and the learning rate.
+            order: of the rows in each epoch; None: drawn from the seed, the step and the epoch.
 
         Raises:
             ValueError: the table is not what the exchange promises.
-            WorkerError: the loss or its gradient is not finite; the weights are as before that mini-batch.
+            NonFiniteError: a loss or its gradient is not finite; the weights are as before that mini-batch.
         """
         batch = ResponseBatch.from_table(trajectories)
-        metrics = table_metrics(trajectories, batch) | {"learner/learning_rate": self._ppo.learning_rate}
+        if self._owns_optimizer:
+            self._set_learning_rates(step)
+        metrics = table_metrics(trajectories, batch)
+        metrics |= {"kl/coef": self.kl_coef, "learner/learning_rate": self._optimizer.param_groups[0]["lr"]}
         self.policy_version += 1
         if batch.num_response_tokens.sum() < 2:
             nothing = dict.fromkeys(trajectory.LEARNED_FIELDS, [None] * trajectories.num_rows)
-            metrics |= {"kl/coef": self.kl_coef, "learner/skipped_update": 1.0}
+            metrics |= {"learner/skipped_update": 1.0}
             return Update(metrics, trajectory.with_learned(trajectories, nothing))
-        started = time.perf_counter()
-        experience = self._experience(batch)
-        metrics |= experience_metrics(experience, batch, self.kl_coef)
-        evaluated = time.perf_counter()
-        reports = self._optimize(batch, experience, step)
-        metrics |= update_metrics(reports, metrics["returns/std"])
+        times = [time.perf_counter()]
+        evaluated = evaluate(self._policy, self._reference, batch, self._layout, self._ppo)
+        times.append(time.perf_counter())
+        self._moments = self._moments.updated(batch.scores)
+        experience = estimate(evaluated, batch, self._ppo, self.kl_coef, self._moments)
+        figures = {name: batch.to_lists(getattr(experience, name)) for name in trajectory.LEARNED_FIELDS}
+        learned = trajectory.with_learned(trajectories, figures)
+        metrics |= experience_metrics(experience, batch, self._ppo, self.kl_coef)
+        times.append(time.perf_counter())
+        reports, early = self._optimize(batch, experience, step, order or self._own_order(batch, step), learned)
+        metrics |= update_metrics(reports, metrics["returns/std"]) | {"policy/early_stopped": float(early)}
         self._controller = self._controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
-        metrics |= {
-            "learner/skipped_update": 0.0,
-            "time/old_s": evaluated - started,
-            "time/update_s": time.perf_counter() - evaluated,
-        }
-        learned = {name: batch.to_lists(getattr(experience, name)) for name in trajectory.LEARNED_FIELDS}
-        return Update(metrics, trajectory.with_learned(trajectories, learned))
+        times.append(time.perf_counter())
+        seconds = np.diff(times).tolist()
+        metrics |= dict(zip(("time/old_s", "time/estimate_s", "time/update_s"), seconds, strict=True))
+        return Update(metrics | {"learner/skipped_update": 0.0}, learned, tuple(reports))
 
     def weights(self) -> WeightSnapshot:
         """Copy the policy's weights, by their Hugging Face names; a tied head is listed once."""
         return WeightSnapshot.take(self._policy.causal_lm.named_parameters(), self.policy_version)
 
     def save(self, path: Path) -> None:
-        """Write the policy and its tokenizer for `from_pretrained`, and the value head beside them."""
+        """Write the policy and its tokenizer for `from_pretrained`, and the value head or critic beside them."""
         path.mkdir(parents=True, exist_ok=True)
         self._policy.causal_lm.save_pretrained(path)
-        self._tokenizer.save_pretrained(path)
-        self._policy.save_value_head(path / VALUE_HEAD_FILE)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(path)
+        self._policy.save_values(path)
 
-    def _experience(self, batch: ResponseBatch) -> Experience:
-        """Evaluate policy and reference on the batch and work out rewards, advantages and returns."""
-        mask = batch.response_mask.to(self._device)
-        dtype = self._policy.value_head.weight.dtype
-        old_logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape, dtype=dtype, device=self._device)
-        with torch.inference_mode():
-            for rows in self._microbatches(batch, np.arange(batch.num_sequences)):
-                index = torch.from_numpy(rows.sequences).to(self._device)
-                columns = slice(rows.response_mask.shape[1])
-                output, reference = self._policy(rows), self._reference(rows)
-                old_logprobs[index, columns] = output.logprobs
-                ref_logprobs[index, columns] = reference.logprobs
-                values[index, columns] = output.values
-        kl = kl_estimate(old_logprobs, ref_logprobs, mask)
-        rewards = token_rewards(kl, batch.scores.to(self._device, dtype), mask, self.kl_coef)
-        whitened = masked_whiten(rewards, mask, shift_mean=False) if self._ppo.whiten_rewards else rewards
-        advantages, returns = gae(whitened, values, mask, self._ppo.gamma, self._ppo.gae_lambda)
-        if self._ppo.whiten_advantages:
-            advantages = masked_whiten(advantages, mask)
-        return Experience(old_logprobs, ref_logprobs, values, kl, rewards, advantages, returns)
-
-    def _optimize(self, batch: ResponseBatch, experience: Experience, step: int) -> list[MinibatchReport]:
-        """Go through the batch `epochs` times, each time in another order of rows."""
-        reports = []
+    def _optimize(
+        self, batch: ResponseBatch, experience: Experience, step: int, order: Order, learned: pa.Table
+    ) -> tuple[list[MinibatchReport], bool]:
+        """Go through the batch `epochs` times, each time in another order of rows; True if it ended before."""
+        reports: list[MinibatchReport] = []
+        values_only = step < self._ppo.value_warmup_steps
         for epoch in range(self._ppo.epochs):
+            for sequences in split_evenly(order(epoch), self._ppo.minibatch_size or batch.num_sequences):
+                report = self._updater.update(batch, experience, sequences, self.kl_coef, values_only)
+                if report.outcome == "nonfinite" and self._ppo.on_nonfinite == "stop":
+                    raise self._nonfinite(report, f"step {step}, epoch {epoch}", learned.take(batch.kept[sequences]))
+                reports.append(report)
+                if report.outcome == "early_stopped":
+                    return reports, True
+            if self._updater.early_stop_after(reports[-1]):
+                return reports, True
+        return reports, False
+
+    def _own_order(self, batch: ResponseBatch, step: int) -> Order:
+        def order(epoch: int) -> np.ndarray:
             generator = np.random.default_rng(derive_seed(self._seed, "epoch", step, epoch))
-            order = generator.permutation(batch.num_sequences)
-            for sequences in split_evenly(order, self._ppo.minibatch_size or batch.num_sequences):
-                reports.append(self._minibatch(batch, experience, sequences, f"step {step}, epoch {epoch}"))
-        return reports
+            return generator.permutation(batch.num_sequences)
 
-    def _minibatch(
-        self, batch: ResponseBatch, experience: Experience, sequences: np.ndarray, where: str
-    ) -> MinibatchReport:
-        """Add up the gradients of a mini-batch's micro-batches and make one optimizer step.
+        return order
 
-        Whether the mean ratio exceeds the threshold is known when all gradients are there; they are dropped then. (TRL
-        multiplies the loss by zero and steps all the same, so that Adam's momentum still moves the weights.)
-        """
-        sums = self._accumulate(batch, experience, sequences)
-        report = sums.report()
-        if report.ratio_mean > self._ppo.ratio_threshold:
-            self._optimizer.zero_grad()
-            return replace(report, skipped=True)
-        gradients = [parameter.grad for parameter in self._policy.parameters() if parameter.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(gradients)
-        report = replace(report, grad_norm=float(grad_norm))
-        if not np.isfinite([report.total_loss, report.grad_norm]).all():
-            self._optimizer.zero_grad()
-            raise WorkerError(
-                f"learner: at {where} the loss is {report.total_loss} and its gradient's norm {report.grad_norm}. "
-                f"Lower ppo.learning_rate={self._ppo.learning_rate} or set ppo.max_grad_norm, and look at the scores."
-            )
-        if self._ppo.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._policy.parameters(), self._ppo.max_grad_norm, grad_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return report
+    def _nonfinite(self, report: MinibatchReport, where: str, trajectories: pa.Table) -> NonFiniteError:
+        return NonFiniteError(
+            f"learner: at {where} the loss is {report.total_loss} and its gradient's norm {report.grad_norm}. "
+            f"Lower ppo.learning_rate={self._ppo.learning_rate} or set ppo.max_grad_norm, and look at the scores; "
+            "ppo.on_nonfinite=skip goes on without such mini-batches and counts them.",
+            trajectories,
+        )
 
-    def _accumulate(self, batch: ResponseBatch, experience: Experience, sequences: np.ndarray) -> MinibatchSums:
-        """Run all micro-batches of a mini-batch forwards and backwards; their gradients add up in the parameters."""
+    def _set_learning_rates(self, step: int) -> None:
         ppo = self._ppo
-        num_tokens = int(batch.num_response_tokens[sequences].sum())
-        sums = MinibatchSums(num_tokens, ppo.value_coef)
-        for rows in self._microbatches(batch, sequences):
-            index = torch.from_numpy(rows.sequences).to(self._device)
-            columns, mask = slice(rows.response_mask.shape[1]), rows.response_mask
-            old_logprobs, old_values, advantages, returns = (
-                figure[index, columns]
-                for figure in (experience.old_logprobs, experience.values, experience.advantages, experience.returns)
-            )
-            output = self._policy(rows)
-            policy = clipped_surrogate(output.logprobs, old_logprobs, advantages, mask, ppo.clip_range, num_tokens)
-            value = clipped_value_loss(output.values, old_values, returns, mask, ppo.value_clip_range, num_tokens)
-            (policy.loss + ppo.value_coef * value.loss).backward()
-            sums.add(policy, value, masked_sum(output.entropies, mask))
-        return sums
+        factor = learning_rate_factor(
+            step, self._num_steps, ppo.learning_rate_schedule, ppo.warmup_steps, ppo.learning_rate_final_factor
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
 
-    def _microbatches(self, batch: ResponseBatch, sequences: np.ndarray) -> Iterator[PackedRows]:
-        return batch.microbatches(sequences, self._learner.microbatch_tokens, self._row_width, self._device)
+
+def make_adam(policy: ActorCritic, ppo: PPOConfig) -> torch.optim.Adam:
+    """Make the optimizer: torch's Adam with its defaults, a group for the policy and one for the values."""
+    groups = [
+        {"params": list(policy.policy_parameters()), "initial_lr": ppo.learning_rate},
+        {"params": list(policy.value_parameters()), "initial_lr": ppo.value_learning_rate or ppo.learning_rate},
+    ]
+    return torch.optim.Adam(
+        [group | {"lr": group["initial_lr"]} for group in groups], betas=(0.9, 0.999), eps=1e-8, fused=True
+    )

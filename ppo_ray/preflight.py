@@ -66,16 +66,17 @@ def _policy_problems(config: Config) -> Iterator[str]:
                 f"rollout.max_context={config.rollout.max_context}: {config.model.path} has only {positions} positions;"
                 f" set it to {positions} or less"
             )
-    if config.model.reference_path in (None, config.model.path):
-        return
-    reference, problem = _model_config("model.reference_path", str(config.model.reference_path))
-    if problem:
-        yield problem
-    elif model and (ours := _num_tokens(model)) != (theirs := _num_tokens(reference)):
-        yield (
-            f"model.reference_path={config.model.reference_path}: has a vocabulary of {theirs} tokens, model.path one "
-            f"of {ours}; a reference must share the policy's tokenizer"
-        )
+    for key, path in (("reference", config.model.reference_path), ("critic", config.model.critic_path)):
+        if path in (None, config.model.path):
+            continue
+        other, problem = _model_config(f"model.{key}_path", str(path))
+        if problem:
+            yield problem
+        elif model and (ours := _num_tokens(model)) != (theirs := _num_tokens(other)):
+            yield (
+                f"model.{key}_path={path}: has a vocabulary of {theirs} tokens, model.path one of {ours}; a {key} must "
+                "share the policy's tokenizer"
+            )
 
 
 def _num_tokens(model: Any) -> int:

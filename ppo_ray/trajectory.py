@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 )
 """The exchange between rollout workers, reward workers and the learner."""
 
-LEARNED_FIELDS = ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
+LEARNED_FIELDS = ("old_logprobs", "ref_logprobs", "values", "kl", "rewards", "advantages", "returns")
 """What the learner adds: lists of `[R]` float32, null for a trajectory that was left out of the update."""
 
 LEARNED_SCHEMA = pa.schema(

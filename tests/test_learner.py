@@ -10,45 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_ray import trajectory
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
-from ppo_ray.errors import WorkerError
+from ppo_ray.errors import NonFiniteError, WorkerError
 from ppo_ray.learner import PPOLearner
-
-
-def make_learner(folder: Path, budget: int = 1024, **ppo: object) -> PPOLearner:
-    options = PPOConfig(learning_rate=1e-3).model_copy(update=ppo)  # not checked: tests go beyond what is allowed
-    return PPOLearner(ModelConfig(path=str(folder)), options, LearnerConfig(microbatch_tokens=budget), device="cpu")
-
-
-def make_table(num_rows: int = 8, scores: list[float | None] | None = None) -> pa.Table:
-    rng = np.random.default_rng(num_rows)
-    rows = []
-    for index in range(num_rows):
-        response = rng.integers(0, 500, rng.integers(1, 12)).tolist()  # 0 is the end of sequence and the pad token too
-        rows.append(
-            {
-                "sample_id": index,
-                "step": 0,
-                "policy_version": 0,
-                "worker": "rollout-0",
-                "seed": index,
-                "prompt": "p",
-                "response": "r",
-                "prompt_ids": rng.integers(1, 500, rng.integers(1, 9)).tolist(),
-                "response_ids": response,
-                "rollout_logprobs": [-1.0] * len(response),
-                "finish_reason": "length",
-            }
-        )
-    return trajectory.with_scores(trajectory.from_rows(rows), scores or rng.normal(size=num_rows).tolist())
-
-
-def weights(learner: PPOLearner) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in learner.weights().tensors()}
-
-
-def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    assert first.keys() == second.keys()
-    return max(float((first[name] - second[name]).abs().max()) for name in first)
+from tests.learning import largest_difference, make_learner, make_table, weights
 
 
 def test_the_size_of_micro_batches_changes_no_gradient(tiny_policy: Path) -> None:
@@ -97,13 +61,6 @@ def test_a_step_without_any_score_changes_nothing_but_the_version(tiny_policy: P
     assert learner.policy_version == 1
 
 
-def test_a_mini_batch_beyond_the_ratio_threshold_takes_no_step(tiny_policy: Path) -> None:
-    learner = make_learner(tiny_policy, epochs=2, ratio_threshold=0.5)  # even the first ratio, 1, exceeds it
-    before = weights(learner)
-    assert learner.update(make_table(), 0).metrics["policy/skipped_minibatches"] == 2
-    assert largest_difference(before, weights(learner)) == 0
-
-
 def test_a_loss_that_is_not_finite_is_an_error_and_leaves_the_weights(tiny_policy: Path) -> None:
     learner = make_learner(tiny_policy, value_clip_range=1e30)
     before = weights(learner)
@@ -125,23 +82,6 @@ def test_what_is_saved_is_what_was_learnt(tiny_policy: Path, tmp_path: Path) -> 
     assert not any("lm_head" in name for name in weights(learner))  # tied: listed once, as the embedding
 
 
-def float64_update(folder: Path, budget: int, **ppo: object) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    model = ModelConfig.model_construct(path=str(folder), dtype="float64")  # finer than what is offered
-    options = PPOConfig(learning_rate=1e-3).model_copy(update=ppo)
-    learner = PPOLearner(model, options, LearnerConfig(microbatch_tokens=budget), temperature=0.7, device="cpu")
-    metrics = learner.update(make_table(12), 5).metrics
-    return weights(learner), metrics
-
-
-@pytest.mark.parametrize("ppo", [{}, {"minibatch_size": 5, "whiten_rewards": True, "max_grad_norm": 0.01}], ids=str)
-def test_the_size_of_micro_batches_changes_no_weight(tiny_policy: Path, ppo: dict[str, object]) -> None:
-    whole, whole_metrics = float64_update(tiny_policy, 4096, **ppo)
-    small, small_metrics = float64_update(tiny_policy, 16, **ppo)
-    assert largest_difference(whole, small) < 1e-10
-    for name in whole_metrics.keys() - {"time/old_s", "time/update_s"}:
-        assert small_metrics[name] == pytest.approx(whole_metrics[name], rel=1e-8, abs=1e-8), name
-
-
 def test_mini_batches_take_a_step_each_in_an_order_that_the_seed_addresses(tiny_policy: Path) -> None:
     updated = [weights_after(tiny_policy, seed, step) for seed, step in ((0, 0), (0, 0), (1, 0), (0, 1))]
     assert largest_difference(updated[0], updated[1]) == 0
@@ -151,7 +91,7 @@ def test_mini_batches_take_a_step_each_in_an_order_that_the_seed_addresses(tiny_
 
 def weights_after(folder: Path, seed: int, step: int) -> dict[str, torch.Tensor]:
     options = PPOConfig(learning_rate=1e-3, minibatch_size=2, epochs=1)
-    learner = PPOLearner(ModelConfig(path=str(folder)), options, LearnerConfig(), seed=seed, device="cpu")
+    learner = PPOLearner.load(ModelConfig(path=str(folder)), options, LearnerConfig(), seed=seed, device="cpu")
     head = torch.nn.Linear(128, 1).requires_grad_(False)
     learner._policy.value_head.load_state_dict({"weight": head.weight.fill_(0.01), "bias": head.bias.fill_(0)})
     learner.update(make_table(), step)
@@ -179,7 +119,7 @@ def test_the_controller_is_moved_by_the_kl_of_the_batch(tiny_policy: Path) -> No
 
 def test_bfloat16_trains_float32_weights_and_starts_at_ratio_1(tiny_policy: Path) -> None:
     model = ModelConfig(path=str(tiny_policy), dtype="bfloat16")
-    learner = PPOLearner(model, PPOConfig(), LearnerConfig(), device="cpu")
+    learner = PPOLearner.load(model, PPOConfig(), LearnerConfig(), device="cpu")
     before = weights(learner)
     metrics = learner.update(make_table(), 0).metrics
     assert metrics["kl/per_sequence"] == 0
@@ -191,3 +131,93 @@ def test_bfloat16_trains_float32_weights_and_starts_at_ratio_1(tiny_policy: Path
 def test_a_table_of_another_schema_is_refused(tiny_policy: Path) -> None:
     with pytest.raises(ValueError, match="schema version"):
         make_learner(tiny_policy).update(make_table().drop_columns(["seed"]), 0)
+
+
+def test_the_learning_rate_follows_its_schedule_and_the_values_have_their_own(tiny_policy: Path) -> None:
+    options = PPOConfig(
+        learning_rate=1e-3,
+        value_learning_rate=5e-3,
+        learning_rate_schedule="linear",
+        warmup_steps=1,
+        learning_rate_final_factor=0.5,
+        epochs=1,
+    )
+    learner = PPOLearner.load(ModelConfig(path=str(tiny_policy)), options, LearnerConfig(), num_steps=3, device="cpu")
+    rates, moves, value_moves = [], [], []
+    for step in range(3):
+        before, head = weights(learner), learner._policy.value_head.bias.clone()
+        rates.append(learner.update(make_table(8), step).metrics["learner/learning_rate"])
+        moves.append(largest_difference(before, weights(learner)))
+        value_moves.append(float((learner._policy.value_head.bias - head).abs().max().detach()))
+    assert rates == pytest.approx([1e-3, 1e-3, 0.75e-3])
+    assert moves[0] == pytest.approx(1e-3, rel=0.01)  # Adam's first step has the learning rate's size
+    assert value_moves[0] == pytest.approx(5e-3, rel=0.01)
+
+
+def test_in_the_value_warm_up_the_value_head_alone_learns(tiny_policy: Path) -> None:
+    learner = make_learner(tiny_policy, value_warmup_steps=1, value_coef=1.0, entropy_coef=0.1)
+    before, head = weights(learner), learner._policy.value_head.weight.clone()
+    metrics = learner.update(make_table(8), 0).metrics
+    assert largest_difference(before, weights(learner)) == 0
+    assert float((learner._policy.value_head.weight - head).abs().max().detach()) > 1e-4
+    assert metrics["policy/ratio_max"] == metrics["policy/ratio_min"] == 1
+    assert metrics["policy/grad_norm"] > 0
+    learner.update(make_table(8), 1)
+    assert largest_difference(before, weights(learner)) > 1e-4
+
+
+def test_a_separate_critic_takes_the_value_gradient_off_the_policy(tiny_policy: Path, tmp_path: Path) -> None:
+    model = ModelConfig(path=str(tiny_policy), critic="separate")
+    options = PPOConfig(learning_rate=1e-3)
+
+    def load(model: ModelConfig, **changes: float) -> PPOLearner:
+        return PPOLearner.load(model, options.model_copy(update=changes), LearnerConfig(), device="cpu")
+
+    learner, other = load(model), load(model, value_coef=3.0)
+    critic = {name: tensor.detach().clone() for name, tensor in learner._policy.critic.named_parameters()}
+    for one in (learner, other):
+        one.update(make_table(8), 0)
+    assert largest_difference(weights(learner), weights(other)) == 0  # the policy does not know of value_coef
+    trained = {name: tensor.detach() for name, tensor in learner._policy.critic.named_parameters()}
+    assert largest_difference(trained, critic) > 1e-4
+    assert not any("critic" in name for name in weights(learner))  # engines get the policy alone
+    learner.save(tmp_path)
+    again = load(ModelConfig(path=str(tmp_path), critic="separate"))
+    values = [one.update(make_table(8), 1).trajectories.column("values").to_pylist() for one in (learner, again)]
+    assert values[0] == values[1]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() > 0
+
+
+def test_a_critic_may_be_another_model(tiny_policy: Path, tiny_classifier: Path) -> None:
+    """Of another size, that reads the same tokens."""
+    model = ModelConfig(path=str(tiny_policy), critic="separate", critic_path=str(tiny_classifier))
+    learner = PPOLearner.load(model, PPOConfig(), LearnerConfig(), device="cpu")
+    assert learner._policy.value_head.in_features == 32
+    assert np.isfinite(learner.update(make_table(8), 0).metrics["value/mean"])
+
+
+def test_the_order_of_rows_may_be_the_callers(tiny_policy: Path) -> None:
+    orders = [np.random.default_rng(epoch).permutation(8) for epoch in range(2)]
+    asked = []
+
+    def order(epoch: int) -> np.ndarray:
+        asked.append(epoch)
+        return orders[epoch]
+
+    learner = make_learner(tiny_policy, epochs=2, minibatch_size=4)
+    update = learner.update(make_table(8), 0, order)
+    assert asked == [0, 1]
+    assert [len(report.ratios) for report in update.minibatches] == [
+        sum(len(update.trajectories.column("response_ids")[int(row)]) for row in orders[epoch][half])
+        for epoch in range(2)
+        for half in (slice(4), slice(4, 8))
+    ]
+
+
+def test_the_error_brings_the_mini_batch_that_made_it(tiny_policy: Path) -> None:
+    learner = make_learner(tiny_policy, value_clip_range=1e30, minibatch_size=2, epochs=1, whiten_advantages=False)
+    with pytest.raises(NonFiniteError, match=r"ppo\.on_nonfinite=skip") as caught:
+        learner.update(make_table(4, [1e30, -1e30, 1e30, 3e38]), 3)
+    dump = caught.value.trajectories
+    assert dump.schema.equals(trajectory.LEARNED_SCHEMA)
+    assert 1 <= dump.num_rows <= 2

@@ -13,6 +13,7 @@ from ppo_ray import trajectory
 from ppo_ray.actors.group import ActorGroup, PublishedWeights, Shards
 from ppo_ray.actors.placement import learner_spec
 from ppo_ray.config import Config
+from ppo_ray.errors import NonFiniteError, WorkerError
 from ppo_ray.weights import WeightSnapshot
 
 
@@ -49,14 +50,30 @@ class LearnerWorker:
 
         start = time.perf_counter()
         torch.set_num_threads(config.learner.threads)
-        self._learner = PPOLearner(config.model, config.ppo, config.learner, config.rollout.temperature, config.seed)
+        self._learner = PPOLearner.load(
+            config.model,
+            config.ppo,
+            config.learner,
+            temperature=config.rollout.temperature,
+            seed=config.seed,
+            num_steps=config.steps,
+        )
         return {"time/learner_start_s": time.perf_counter() - start}
 
     @ray.method(num_returns=2)
     def update(self, step: int, path: str, *shards: pa.Table) -> tuple[UpdateReport, WeightSnapshot]:
-        """Make one PPO update on all shards together; write the trajectories and what was learnt of them to `path`."""
+        """Make one PPO update on all shards together; write the trajectories and what was learnt of them to `path`.
+
+        Raises:
+            WorkerError: a loss or gradient is not finite; the mini-batch that made it is written beside `path`.
+        """
         start = time.perf_counter()
-        update = self._learner.update(trajectory.concat(shards), step)
+        try:
+            update = self._learner.update(trajectory.concat(shards), step)
+        except NonFiniteError as error:
+            dump = Path(path).with_name(f"{Path(path).stem}-nonfinite.parquet")
+            write_trajectories(dump, error.trajectories)
+            raise WorkerError(f"{error} The mini-batch that made it is in {dump}.") from error
         snapshot = self._learner.weights()
         write_trajectories(Path(path), update.trajectories)
         metrics = update.metrics | {"time/learn_s": time.perf_counter() - start}

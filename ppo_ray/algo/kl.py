@@ -1,6 +1,7 @@
 """How far the policy has moved from the reference, and the controllers of the penalty for it."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -9,17 +10,44 @@ from ppo_ray.algo.shapes import check_tokens
 _MAX_RELATIVE_ERROR = 0.2  # Ziegler et al. 2019, sec. 2.2: the coefficient moves by at most 20% * n / horizon at once
 
 
-def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Estimate KL(policy || reference) from each sampled token: k1 = log p(token) - log p_ref(token).
+KLEstimator = Literal["k1", "k2", "k3", "abs"]
 
-    Unbiased for samples of the policy, and negative where the reference likes the token better (Schulman 2020,
-    "Approximating KL divergence"; TRL 0.11's `kl_penalty="kl"`).
+
+def kl_estimate(
+    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, estimator: KLEstimator = "k1"
+) -> torch.Tensor:
+    """Estimate KL(policy || reference) from each sampled token, with d = log p(token) - log p_ref(token).
+
+    - k1 = d: unbiased, noisy, negative where the reference likes the token better (TRL 0.11: "kl"). Its gradient is
+      zero on average: in a loss it teaches nothing.
+    - k2 = d^2 / 2: biased, never negative; its gradient is that of the KL divergence (TRL 0.11: "mse").
+    - k3 = exp(-d) - 1 + d: unbiased, never negative.
+    - abs = |d| (TRL 0.11: "abs"); no estimate of the KL divergence, but of the distance in log-probability.
+
+    Schulman 2020, "Approximating KL divergence". The divergence itself, over the whole vocabulary, needs the logits:
+    `models.token_logprobs.full_kl`.
+
+    Args:
+        logprobs: `[B, R]` floating point, of the policy.
+        ref_logprobs: `[B, R]`, of the reference.
+        mask: `[B, R]` bool.
+        estimator: which of the four.
 
     Returns:
         `[B, R]`, zero outside the mask.
     """
     check_tokens(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    return torch.where(mask, logprobs - ref_logprobs, 0)
+    difference = torch.where(mask, logprobs - ref_logprobs, 0)
+    match estimator:
+        case "k1":
+            return difference
+        case "k2":
+            return 0.5 * difference.square()
+        case "k3":
+            return torch.expm1(-difference) + difference
+        case "abs":
+            return difference.abs()
+    raise ValueError(f"estimator={estimator!r}; it must be k1, k2, k3 or abs")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ppo_ray.algo.shapes import check_tokens
+from ppo_ray.algo.shapes import check_rows, check_tokens
 
 _WHITEN_EPS = 1e-8  # TRL 0.11, core.py `masked_whiten`
 
@@ -14,6 +14,19 @@ def masked_sum(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     check_tokens(mask, x=x)
     return torch.where(mask, x, 0).sum()
+
+
+def weighted_sum(x: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum `x` where `mask`, each row by its weight: sum_i w_i sum_t m_it x_it, a scalar.
+
+    Args:
+        x: `[B, R]` floating point.
+        mask: `[B, R]` bool.
+        weights: `[B]`, of each token of a row; see `aggregation.token_weights`.
+    """
+    check_tokens(mask, x=x)
+    check_rows(mask, weights=weights)
+    return (torch.where(mask, x, 0).sum(1) * weights).sum()
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,9 @@ import torch
 from ppo_ray.algo.shapes import check_prefix, check_tokens
 
 
-def token_rewards(kl: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, kl_coef: float) -> torch.Tensor:
+def token_rewards(
+    kl: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, kl_coef: float, clip: float | None = None
+) -> torch.Tensor:
     """Penalise every token for its KL and pay the score on the last one: r_t = -kl_coef * kl_t + [t = last] * score.
 
     Ziegler et al. 2019, eq. 2; TRL 0.11's `compute_rewards`. The last token is the last that was sampled, the
@@ -15,7 +17,8 @@ def token_rewards(kl: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, kl
         kl: `[B, R]` floating point, the log-ratio estimate.
         scores: `[B]` of the same dtype, finite.
         mask: `[B, R]` bool; each row begins with its one or more response tokens.
-        kl_coef: weight of the penalty.
+        kl_coef: weight of the penalty; 0 where the KL is penalised in the loss instead.
+        clip: holds each token's reward within -clip and clip; None: as it is.
 
     Returns:
         `[B, R]`, zero outside the mask.
@@ -31,4 +34,4 @@ def token_rewards(kl: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, kl
         raise ValueError("a score is not finite; leave trajectories without a score out of the batch")
     rewards = torch.where(mask, -kl_coef * kl, 0)
     rewards[torch.arange(len(scores), device=kl.device), mask.sum(1) - 1] += scores
-    return rewards
+    return rewards if clip is None else rewards.clamp(-clip, clip)

@@ -25,6 +25,24 @@ def check_tokens(mask: torch.Tensor, **tensors: torch.Tensor) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be the mask's, {tuple(mask.shape)}")
 
 
+def check_rows(mask: torch.Tensor, **tensors: torch.Tensor) -> None:
+    """Check per-sequence figures against the mask of their tokens.
+
+    Args:
+        mask: `[B, R]` bool.
+        **tensors: by the name to use in the message; each `[B]`, floating point.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a rank or shape is wrong.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}; it must be floating point")
+        if tensor.shape != mask.shape[:1]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [B], ({len(mask)},)")
+
+
 def check_prefix(mask: torch.Tensor) -> None:
     """Check that every row's True entries come first and number at least one.
 

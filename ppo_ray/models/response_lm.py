@@ -1,21 +1,18 @@
 """A causal language model that is asked about given responses only: the decoder runs, the head is applied where needed.
 
-Dimensions: S rows, W tokens a row, B sequences, R response tokens, N response tokens in all, H hidden.
+Dimensions: B sequences, R response tokens, N response tokens in all, H hidden.
 """
 
-import inspect
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from ppo_ray.errors import InputError
-from ppo_ray.models.packing import PackedRows, pack
-from ppo_ray.models.token_logprobs import token_logprobs
+from ppo_ray.models.decoder import Decoder, agree
+from ppo_ray.models.packing import PackedRows
+from ppo_ray.models.token_logprobs import full_kl, token_logprobs
 
-_AGREEMENT = 1e-3  # relative; a model that computes something else is off by the figures' own size
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -26,9 +23,11 @@ class ResponseOutput:
     logprobs: torch.Tensor
     """`[B, R]`, float32 or better."""
     entropies: torch.Tensor
-    """`[B, R]`, of the distribution each token was drawn from; without gradient."""
+    """`[B, R]`, of the distribution each token was drawn from."""
+    states: torch.Tensor
+    """`[N, H]`, the decoder's last hidden state of the token before each response token."""
     values: torch.Tensor | None = None
-    """`[B, R]`, of the prefix before each token; None where there is no value head."""
+    """`[B, R]`, of the prefix before each token; None where nothing estimates values."""
 
 
 class ResponseLM(torch.nn.Module):
@@ -51,68 +50,35 @@ class ResponseLM(torch.nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.temperature = temperature
-        self._compute_dtype = getattr(torch, compute_dtype)
-        self._takes_positions = "position_ids" in inspect.signature(causal_lm.base_model.forward).parameters
         check_logits(causal_lm)
-        self.packs = self._can_pack()
+        self.decoder = Decoder(causal_lm.base_model, compute_dtype)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.causal_lm.get_output_embeddings().weight.device
+        return self.decoder.device
+
+    @property
+    def packs(self) -> bool:
+        """Whether several sequences may share a row."""
+        return self.decoder.packs
 
     def forward(self, rows: PackedRows) -> ResponseOutput:
-        """Compute the log-probability and entropy of each response token."""
-        with self._autocast():
-            logprobs, entropies = self._head(self.predicting_states(rows), rows)
-        return ResponseOutput(unflatten(logprobs, rows), unflatten(entropies, rows))
-
-    def predicting_states(self, rows: PackedRows) -> torch.Tensor:
-        """Run the decoder; return `[N, H]`, the last hidden state of the token before each response token."""
-        packed = int(rows.segment_ids.max()) > 0
-        if packed and not self.packs:
-            raise ValueError("this model cannot have several sequences in a row; lay them out with row_width=0")
-        positions = {"position_ids": rows.position_ids} if self._takes_positions else {}
-        states = self.causal_lm.base_model(
-            input_ids=rows.input_ids,
-            attention_mask=rows.attention_mask(packed=self.packs),
-            use_cache=False,
-            **positions,
-        ).last_hidden_state
-        return states.flatten(0, 1)[rows.predict_at]
-
-    def _head(self, hidden: torch.Tensor, rows: PackedRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the log-probability and entropy of each response token, both with gradient."""
+        states = self.decoder.states(rows)
         head = self.causal_lm.get_output_embeddings()
-        return token_logprobs(hidden, head.weight, head.bias, rows.target_ids, self.temperature)
+        with self.decoder.autocast():
+            logprobs, entropies = token_logprobs(states, head.weight, head.bias, rows.target_ids, self.temperature)
+        return ResponseOutput(unflatten(logprobs, rows), unflatten(entropies, rows), states)
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        stored = self.causal_lm.get_output_embeddings().weight.dtype
-        if self._compute_dtype not in (torch.bfloat16, torch.float16) or self._compute_dtype == stored:
-            return nullcontext()
-        return torch.autocast(self.device.type, self._compute_dtype)
+    def full_kl(self, states: torch.Tensor, reference: "ResponseLM", ref_states: torch.Tensor) -> torch.Tensor:
+        """Compute KL(this || reference) over the whole vocabulary from both models' hidden states, `[N, H]` each.
 
-    @torch.no_grad()
-    def _can_pack(self) -> bool:
-        """Tell whether several sequences may share a row: the model attends, and only where the mask lets it.
-
-        Sliding windows, recurrent states and positions taken from the mask rule it out. Where nothing speaks against
-        it, two short sequences are tried, together and alone.
+        Returns:
+            `[N]`, without gradient.
         """
-        config = self.causal_lm.config.get_text_config()
-        layer_types = getattr(config, "layer_types", None)
-        windowed = set(layer_types) != {"full_attention"} if layer_types else getattr(config, "sliding_window", None)
-        if windowed or getattr(self.causal_lm, "_is_stateful", False) or not self._takes_positions:
-            return False
-        tokens = np.arange(1, 9) % config.vocab_size
-        prompts, responses = [tokens[:2], tokens[3:5]], [tokens[2:3], tokens[5:8]]
-        self.packs = False
-        alone = [self.predicting_states(pack([[index]], prompts, responses, self.device)) for index in (0, 1)]
-        self.packs = True
-        try:
-            together = self.predicting_states(pack([[0, 1]], prompts, responses, self.device))
-        except (RuntimeError, ValueError, IndexError, TypeError):  # it cannot take a mask of four dimensions
-            return False
-        return _agree(together, torch.cat(alone))
+        head, ref_head = (model.causal_lm.get_output_embeddings() for model in (self, reference))
+        return full_kl((states, head.weight, head.bias), (ref_states, ref_head.weight, ref_head.bias), self.temperature)
 
 
 def unflatten(flat: torch.Tensor, rows: PackedRows) -> torch.Tensor:
@@ -134,14 +100,10 @@ def check_logits(causal_lm: Any) -> None:
         raise InputError(f"the model {name!r} has no linear output embedding; give a causal language model with one")
     input_ids = torch.arange(1, 4, device=head.weight.device)[None] % len(head.weight)
     logits = causal_lm(input_ids=input_ids, use_cache=False).logits
-    if not _agree(logits, head(causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)):
+    if not agree(logits, head(causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)):
         config = causal_lm.config.get_text_config()
         found = {key: value for key in _LOGIT_TRANSFORMS if (value := getattr(config, key, None)) not in (None, 1)}
         raise InputError(
             f"the model {name!r} changes its logits after the output embedding ({found or 'in its forward method'}); "
             "the learner does not. Choose a model without it, such as GPT-2, Llama or Qwen."
         )
-
-
-def _agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return bool(torch.allclose(found, wanted, rtol=_AGREEMENT, atol=_AGREEMENT * float(wanted.abs().mean())))

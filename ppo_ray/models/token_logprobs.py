@@ -28,7 +28,7 @@ def token_logprobs(
         temperature: above 0.
 
     Returns:
-        Log-probabilities `[N]` with gradient, entropies `[N]` without; float32 or better. The backward pass can be run
+        Log-probabilities `[N]` and entropies `[N]`, both with gradient; float32 or better. The backward pass can be run
         once.
 
     Raises:
@@ -41,11 +41,52 @@ def token_logprobs(
         )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}; it must be above 0")
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    hidden, weight, bias = _cast(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         return _TokenLogprobs.apply(hidden, weight, bias, token_ids, temperature, torch.is_grad_enabled())
+
+
+Logits = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""What logits are made of: hidden `[N, H]`, weight `[V, H]`, bias `[V]` or None."""
+
+
+@torch.no_grad()
+def full_kl(policy: Logits, reference: Logits, temperature: float) -> torch.Tensor:
+    """Compute KL(policy || reference) = sum_v p_v (log p_v - log q_v) of each token's distribution.
+
+    TRL 0.11's `kl_penalty="full"`. The two models may differ in H, not in V or N.
+
+    Args:
+        policy: whose distribution is p.
+        reference: whose distribution is q.
+        temperature: divides both models' logits.
+
+    Returns:
+        `[N]` float32 or better, without gradient.
+    """
+    sizes = [(len(hidden), len(weight)) for hidden, weight, _ in (policy, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"(tokens, vocabulary) of policy and reference are {sizes[0]} and {sizes[1]}; they must agree")
+    policy, reference = _cast(*policy), _cast(*reference)
+    num_tokens = len(policy[0])
+    kl = policy[0].new_empty(num_tokens, dtype=torch.promote_types(policy[0].dtype, torch.float32))
+    with torch.autocast(kl.device.type, enabled=False):
+        for start in range(0, num_tokens, _CHUNK_TOKENS):
+            chunk = slice(start, start + _CHUNK_TOKENS)
+            logp, logq = (
+                (torch.nn.functional.linear(hidden[chunk], weight, bias).to(kl.dtype) / temperature).log_softmax(1)
+                for hidden, weight, bias in (policy, reference)
+            )
+            kl[chunk] = torch.linalg.vecdot(logp.exp(), logp - logq)
+    return kl
+
+
+def _cast(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Logits:
+    """Do what autocast would do for their product."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -74,22 +115,40 @@ class _TokenLogprobs(torch.autograd.Function):
             if keep:
                 p /= total[:, None]
         if keep:
-            ctx.save_for_backward(hidden, weight, bias, token_ids)
+            ctx.save_for_backward(hidden, weight, bias, token_ids, entropies)
             ctx.probs, ctx.temperature = probs, temperature
-        ctx.mark_non_differentiable(entropies)
+        ctx.set_materialize_grads(False)
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropies: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         if ctx.probs is None:
             raise RuntimeError("the backward pass of token_logprobs was run before; it can be run once")
-        hidden, weight, bias, token_ids = ctx.saved_tensors
-        # d logprob / d logit_v = ([v = token] - p_v) / temperature
+        hidden, weight, _, token_ids, entropies = ctx.saved_tensors
         grad_logits, ctx.probs = ctx.probs, None
-        scale = (grad_logprobs / ctx.temperature)[:, None]
-        grad_logits *= -scale
-        grad_logits.scatter_add_(1, token_ids[:, None], scale)
-        grad_bias = None if bias is None else grad_logits.sum(0).to(bias.dtype)
+        scale = torch.zeros_like(entropies) if grad_logprobs is None else grad_logprobs / ctx.temperature
+        if grad_entropies is None:
+            # d logprob / d logit_v = ([v = token] - p_v) / temperature
+            grad_logits *= -scale[:, None]
+        else:
+            # and d entropy / d logit_v = -p_v (log p_v + entropy) / temperature
+            for p, s, h, g in zip(
+                *(x.split(_CHUNK_TOKENS) for x in (grad_logits, scale, entropies, grad_entropies / ctx.temperature)),
+                strict=True,
+            ):
+                surprise = p.clamp(min=torch.finfo(p.dtype).tiny).log_().add_(h[:, None]).mul_(g[:, None])
+                p *= surprise.add_(s[:, None]).neg_()
+        grad_logits.scatter_add_(1, token_ids[:, None], scale[:, None])
         grad_logits = grad_logits.to(hidden.dtype)
-        return grad_logits @ weight, grad_logits.T @ hidden, grad_bias, None, None, None
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        return (
+            grad_logits @ weight if needs_hidden else None,
+            grad_logits.T @ hidden if needs_weight else None,
+            grad_logits.sum(0) if needs_bias else None,
+            None,
+            None,
+            None,
+        )

@@ -1,5 +1,7 @@
 """The policy: a causal language model whose last hidden state also feeds a value head."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,20 @@ class CausalLMWithValueHead(ResponseLM):
     """A transformers causal LM and a linear value head on its last hidden state; no dropout in either."""
 
     def __init__(
-        self, causal_lm: Any, temperature: float = 1.0, compute_dtype: str = "float32", value_head_seed: int = 0
+        self,
+        causal_lm: Any,
+        temperature: float = 1.0,
+        compute_dtype: str = "float32",
+        value_head: torch.nn.Linear | None = None,
+        value_head_seed: int = 0,
     ) -> None:
-        """Add a value head with torch's default initialisation, drawn from a seed of its own.
+        """Add a value head, one's own or a new one.
 
         Args:
             causal_lm: on its device, in eval mode.
             temperature: divides the logits, never the values.
             compute_dtype: of the forward pass; the value head is in float32 or better.
+            value_head: from H to 1; None: a new one, see `new_value_head`.
             value_head_seed: of its initial weights.
 
         Raises:
@@ -33,33 +41,69 @@ class CausalLMWithValueHead(ResponseLM):
         """
         super().__init__(causal_lm, temperature, compute_dtype)
         weight = causal_lm.get_output_embeddings().weight
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(value_head_seed)
-            head = torch.nn.Linear(weight.shape[1], 1)
-        self.value_head = head.to(self.device, torch.promote_types(weight.dtype, torch.float32))
+        self.value_head = value_head or new_value_head(weight.shape[1], weight.dtype, value_head_seed)
+        self.value_head.to(self.device)
 
     def forward(self, rows: PackedRows) -> ResponseOutput:
         """Compute the log-probability and entropy of each response token and the value of the prefix before it."""
-        with self._autocast():
-            hidden = self.predicting_states(rows)
-            logprobs, entropies = self._head(hidden, rows)
-        values = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
-        return ResponseOutput(unflatten(logprobs, rows), unflatten(entropies, rows), unflatten(values, rows))
+        output = super().forward(rows)
+        return replace(output, values=apply_value_head(self.value_head, output.states, rows))
 
-    def load_value_head(self, path: Path) -> None:
-        """Load the value head from a `value_head.safetensors`.
+    def forward_values(self, rows: PackedRows) -> torch.Tensor:
+        """Compute the values `[B, R]` alone, with a gradient for the value head alone."""
+        with torch.no_grad():
+            states = self.decoder.states(rows)
+        return apply_value_head(self.value_head, states, rows)
+
+    def policy_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yield the causal LM's parameters."""
+        return self.causal_lm.parameters()
+
+    def value_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yield the value head's parameters."""
+        return self.value_head.parameters()
+
+    def load_values(self, folder: Path) -> None:
+        """Load the value head from a checkpoint, if there is one in it.
 
         Raises:
             InputError: the file is not a value head of this model's hidden size.
         """
-        wanted = {name: tuple(tensor.shape) for name, tensor in self.value_head.state_dict().items()}
-        tensors = safetensors.torch.load_file(path)
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != wanted:
-            raise InputError(f"{path} holds {found}, this model needs {wanted}; remove the file to start a new head")
-        self.value_head.load_state_dict(tensors)
+        if (folder / VALUE_HEAD_FILE).is_file():
+            load_value_head(self.value_head, folder / VALUE_HEAD_FILE)
 
-    def save_value_head(self, path: Path) -> None:
-        """Write the value head; `load_value_head` reads it."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.value_head.state_dict().items()}
-        safetensors.torch.save_file(tensors, path)
+    def save_values(self, folder: Path) -> None:
+        """Write the value head into a checkpoint; `load_values` reads it."""
+        save_value_head(self.value_head, folder / VALUE_HEAD_FILE)
+
+
+def new_value_head(hidden_size: int, dtype: torch.dtype, seed: int) -> torch.nn.Linear:
+    """Make a linear map with torch's default initialisation, drawn from a seed of its own; float32 or better."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.nn.Linear(hidden_size, 1).to(torch.promote_types(dtype, torch.float32))
+
+
+def apply_value_head(value_head: torch.nn.Linear, states: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+    """Compute values `[B, R]` from hidden states `[N, H]`; zero outside the mask."""
+    return unflatten(value_head(states.to(value_head.weight.dtype))[:, 0], rows)
+
+
+def load_value_head(value_head: torch.nn.Linear, path: Path) -> None:
+    """Load a value head from a safetensors file.
+
+    Raises:
+        InputError: the file is not a value head of this size.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in value_head.state_dict().items()}
+    tensors = safetensors.torch.load_file(path)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != wanted:
+        raise InputError(f"{path} holds {found}, this model needs {wanted}; remove the file to start a new head")
+    value_head.load_state_dict(tensors)
+
+
+def save_value_head(value_head: torch.nn.Linear, path: Path) -> None:
+    """Write a value head as a safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in value_head.state_dict().items()}
+    safetensors.torch.save_file(tensors, path)

@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,22 +10,64 @@ from hypothesis import strategies as st
 from ppo_ray.algo.losses import clipped_surrogate, clipped_value_loss
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
+WEIGHTS = torch.tensor([0.125, 0.25])
 OLD = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, math.nan, math.nan]])
 RATIO = torch.tensor([[1.5, 1.5, 0.5], [0.5, 7.0, 7.0]])
 LOGPROBS = OLD + RATIO.log()
 ADVANTAGES = torch.tensor([[2.0, -2.0, 2.0], [-2.0, math.nan, 9.0]])
 
+surrogate = partial(clipped_surrogate, clip_range=0.2)
+value_loss = partial(clipped_value_loss, value_clip_range=0.2)
+VARIANTS = {
+    "surrogate": surrogate,
+    "clip_higher": partial(surrogate, clip_range_high=0.28),
+    "dual_clip": partial(surrogate, dual_clip=1.2),
+    "log_ratio_clamp": partial(surrogate, log_ratio_clamp=0.1),
+    "value": value_loss,
+    "value_unclipped": partial(clipped_value_loss, value_clip_range=None),
+}
+
 
 def test_surrogate_by_hand() -> None:
     # gain above 1.2 is held back: -2 * 1.2; loss is not: 2 * 1.5; gain falling is not: -2 * 0.5; loss below is: 2 * 0.8
-    result = clipped_surrogate(LOGPROBS, OLD, ADVANTAGES, MASK, clip_range=0.2, num_tokens=8)
-    assert float(result.loss) == pytest.approx((-2.4 + 3.0 - 1.0 + 1.6) / 8)
-    assert float(result.clipped_sum) == 2
-    assert float(result.ratio_sum) == pytest.approx(4.0)
-    assert float(result.ratio_max) == pytest.approx(1.5)
-    up, down = math.log(1.5), math.log(0.5)
-    assert float(result.approx_kl_sum) == pytest.approx(up**2 + down**2)
-    assert float(result.kl_sum) == pytest.approx(-2 * up - 2 * down)
+    result = surrogate(LOGPROBS, OLD, ADVANTAGES, MASK, WEIGHTS)
+    assert float(result.loss) == pytest.approx((-2.4 + 3.0 - 1.0) / 8 + 1.6 / 4)
+    assert float(result.clipped) == pytest.approx(1 / 8 + 1 / 4)
+    assert float(result.dual_clipped) == 0
+    torch.testing.assert_close(result.ratio, torch.where(MASK, RATIO, 1))
+    up, down = math.log(1.5) ** 2 / 2, math.log(0.5) ** 2 / 2
+    assert float(result.approx_kl) == pytest.approx((2 * up + down) / 8 + down / 4)
+    assert float(result.kl) == pytest.approx(-(2 * math.log(1.5) + math.log(0.5)) / 8 - math.log(0.5) / 4)
+
+
+def test_clip_higher_by_hand() -> None:
+    result = surrogate(LOGPROBS, OLD, ADVANTAGES, MASK, WEIGHTS, clip_range_high=0.4)
+    assert float(result.loss) == pytest.approx((-2 * 1.4 + 3.0 - 1.0) / 8 + 1.6 / 4)
+
+
+def test_dual_clip_by_hand() -> None:
+    # of the two negative advantages, 2 * 1.5 exceeds 1.2 * 2, and 2 * 0.8 does not
+    result = surrogate(LOGPROBS, OLD, ADVANTAGES, MASK, WEIGHTS, dual_clip=1.2)
+    assert float(result.loss) == pytest.approx((-2.4 + 2.4 - 1.0) / 8 + 1.6 / 4)
+    assert float(result.dual_clipped) == pytest.approx(1 / 8)
+
+
+def test_log_ratio_clamp_by_hand() -> None:
+    # exp(0.1) and exp(-0.1) are within the clip range
+    result = surrogate(LOGPROBS, OLD, ADVANTAGES, MASK, WEIGHTS, log_ratio_clamp=0.1)
+    up, down = math.exp(0.1), math.exp(-0.1)
+    assert float(result.loss) == pytest.approx((-2 * up + 2 * up - 2 * down) / 8 + 2 * down / 4)
+    overflow = torch.tensor([[800.0, 0.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    held = surrogate(overflow, torch.zeros(2, 3), -ADVANTAGES, MASK, WEIGHTS, log_ratio_clamp=20.0)
+    held.loss.backward()
+    assert held.loss.isfinite() and overflow.grad is not None and overflow.grad.isfinite().all()
+
+
+def test_importance_weighs_each_token() -> None:
+    importance = torch.tensor([[0.5, 1.0, 2.0], [0.0, math.nan, math.nan]])
+    result = surrogate(LOGPROBS, OLD, ADVANTAGES, MASK, WEIGHTS, importance=importance)
+    assert float(result.loss) == pytest.approx((-1.2 + 3.0 - 2.0) / 8)
+    assert float(result.clipped) == pytest.approx(1 / 8 + 1 / 4)  # figures stay those of all tokens
 
 
 def test_value_loss_by_hand() -> None:
@@ -31,66 +75,81 @@ def test_value_loss_by_hand() -> None:
     values = torch.tensor([[1.1, 2.0, 2.0], [0.0, 5.0, math.nan]])
     returns = torch.tensor([[0.1, 0.2, 2.2], [1.0, 0.0, 0.0]])
     # errors 1, 1.8, -0.2, -1; held values 1.1, 1.2, 1.2, 0.8 have errors 1, 1, -1, -0.2; the larger square counts
-    result = clipped_value_loss(values, old_values, returns, MASK, value_clip_range=0.2, num_tokens=10)
-    assert float(result.loss) == pytest.approx(0.5 * (1 + 3.24 + 1 + 1) / 10)
-    assert float(result.clipped_sum) == 1
-    assert float(result.error_sum) == pytest.approx(1 + 3.24 + 0.04 + 1)
+    result = value_loss(values, old_values, returns, MASK, WEIGHTS)
+    assert float(result.loss) == pytest.approx(0.5 * ((1 + 3.24 + 1) / 8 + 1 / 4))
+    assert float(result.clipped) == pytest.approx(1 / 8)
+    assert float(result.error) == pytest.approx((1 + 3.24 + 0.04) / 8 + 1 / 4)
+    assert float(result.value) == pytest.approx(5.1 / 8)
+    plain = clipped_value_loss(values, old_values, returns, MASK, WEIGHTS, value_clip_range=None)
+    assert float(plain.loss) == pytest.approx(0.5 * ((1 + 3.24 + 0.04) / 8 + 1 / 4))
+    assert float(plain.clipped) == 0
 
 
 def test_gradient_is_the_plain_policy_gradient_before_anything_moved() -> None:
     logprobs = OLD.clone().requires_grad_()
-    clipped_surrogate(logprobs, OLD, ADVANTAGES, MASK, clip_range=0.2, num_tokens=4).loss.backward()
+    surrogate(logprobs, OLD, ADVANTAGES, MASK, torch.tensor([0.25, 0.25])).loss.backward()
     expected = [[-0.5, 0.5, -0.5], [0.5, 0.0, 0.0]]  # -A / 4, and nothing from the NaN outside the mask
     torch.testing.assert_close(logprobs.grad, torch.tensor(expected))
 
 
-@given(st.integers(0, 2**31))
-def test_gradients_agree_with_finite_differences(seed: int) -> None:
+@pytest.mark.parametrize("name", VARIANTS)
+@given(seed=st.integers(0, 2**31))
+def test_gradients_agree_with_finite_differences(name: str, seed: int) -> None:
+    function = VARIANTS[name]
     generator = torch.Generator().manual_seed(seed)
-    new, old, target = torch.randn(3, 2, 3, generator=generator, dtype=torch.float64)
-    new = (old + 0.3 * new).requires_grad_()
-    moved = (new - old).detach()
-    distance = (moved.exp() - 1).abs().sub(0.2).abs().minimum(moved.abs().sub(0.2).abs()).min()
-    assume(distance > 1e-3)  # at a kink there is no derivative
-    surrogate = clipped_surrogate(new, old, target, MASK, 0.2, 5).loss
-    value = clipped_value_loss(new, old, target, MASK, 0.2, 5).loss
-    for loss, function in ((surrogate, clipped_surrogate), (value, clipped_value_loss)):
-        (gradient,) = torch.autograd.grad(loss, new)
-        for row, column in ((0, 0), (0, 2), (1, 0), (1, 2)):
-            step = torch.zeros_like(new)
-            step[row, column] = 1e-6
-            above, below = (float(function(new.detach() + d, old, target, MASK, 0.2, 5).loss) for d in (step, -step))
-            assert float(gradient[row, column]) == pytest.approx((above - below) / 2e-6, abs=1e-5)
+    noise, old, target = torch.randn(3, 2, 3, generator=generator, dtype=torch.float64)
+    moved = 0.3 * noise
+    kinks = [moved.exp() - 1.2, moved.exp() - 1.28, moved.exp() - 0.8, moved.abs() - 0.2, moved.abs() - 0.1]
+    assume(min(float(kink.abs().min()) for kink in kinks) > 1e-4)  # at a kink there is no derivative
+    new, weights = (old + moved).requires_grad_(), WEIGHTS.double()
+    (gradient,) = torch.autograd.grad(function(new, old, target, MASK, weights).loss, new)
+    for row, column in ((0, 0), (0, 2), (1, 0), (1, 2)):
+        step = torch.zeros_like(new)
+        step[row, column] = 1e-6
+        above, below = (float(function(new.detach() + d, old, target, MASK, weights).loss) for d in (step, -step))
+        assert float(gradient[row, column]) == pytest.approx((above - below) / 2e-6, abs=1e-5)
 
 
-@pytest.mark.parametrize("function", [clipped_surrogate, clipped_value_loss])
-@given(st.integers(1, 6), st.integers(0, 2**31))
-def test_parts_of_a_minibatch_add_up_to_the_whole(function, split: int, seed: int) -> None:
+@pytest.mark.parametrize("name", VARIANTS)
+@given(split=st.integers(1, 6), seed=st.integers(0, 2**31))
+def test_parts_of_a_minibatch_add_up_to_the_whole(name: str, split: int, seed: int) -> None:
+    function: Callable[..., object] = VARIANTS[name]
     generator = torch.Generator().manual_seed(seed)
     old, target, noise = torch.randn(3, 7, 4, generator=generator, dtype=torch.float64)
-    lengths = torch.randint(1, 5, (7, 1), generator=generator)
-    mask = torch.arange(4)[None] < lengths
-    num_tokens = int(mask.sum())
+    mask = torch.arange(4)[None] < torch.randint(1, 5, (7, 1), generator=generator)
+    weights = torch.rand(7, generator=generator, dtype=torch.float64)
 
     def run(rows: slice) -> tuple[object, torch.Tensor]:
         new = (old[rows] + 0.3 * noise[rows]).requires_grad_()
-        result = function(new, old[rows], target[rows], mask[rows], 0.2, num_tokens)
+        result = function(new, old[rows], target[rows], mask[rows], weights[rows])
         return result, torch.autograd.grad(result.loss, new)[0]
 
     whole, gradient = run(slice(None))
     parts = [run(slice(split)), run(slice(split, None))]
     torch.testing.assert_close(torch.cat([part[1] for part in parts]), gradient, rtol=1e-12, atol=1e-15)
-    for name in (name for name in vars(whole) if name != "ratio_max"):
-        torch.testing.assert_close(sum(getattr(part, name) for part, _ in parts), getattr(whole, name))
+    for figure in (figure for figure in vars(whole) if figure != "ratio"):
+        torch.testing.assert_close(sum(getattr(part, figure) for part, _ in parts), getattr(whole, figure))
 
 
-@pytest.mark.parametrize("function", [clipped_surrogate, clipped_value_loss])
-def test_a_denominator_below_the_tokens_at_hand_is_refused(function) -> None:
-    with pytest.raises(ValueError, match="num_tokens=3, but there are 4 tokens"):
-        function(LOGPROBS, OLD, ADVANTAGES, MASK, 0.2, 3)
+@pytest.mark.parametrize("name", VARIANTS)
+@given(seed=st.integers(0, 2**31), garbage=st.floats(width=32))
+def test_what_lies_outside_the_mask_changes_nothing(name: str, seed: int, garbage: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    figures = torch.randn(3, 2, 3, generator=generator)
+    soiled = torch.where(MASK, figures, garbage)
+    results, gradients = [], []
+    for old, target, moved in (figures, soiled):
+        new = (old + 0.3 * moved).requires_grad_()
+        results.append(VARIANTS[name](new, old, target, MASK, WEIGHTS))
+        gradients.append(torch.autograd.grad(results[-1].loss, new)[0])
+    assert torch.equal(results[0].loss, results[1].loss)
+    assert torch.equal(*gradients)
+    assert gradients[1][~MASK].eq(0).all()
 
 
-@pytest.mark.parametrize("function", [clipped_surrogate, clipped_value_loss])
-def test_a_figure_that_would_broadcast_is_refused(function) -> None:
+@pytest.mark.parametrize("function", [surrogate, value_loss])
+def test_a_figure_that_would_broadcast_is_refused(function: Callable[..., object]) -> None:
     with pytest.raises(ValueError, match=r"has shape \(2, 1\); it must be the mask's, \(2, 3\)"):
-        function(LOGPROBS, OLD[:, :1], ADVANTAGES, MASK, 0.2, 4)
+        function(LOGPROBS, OLD[:, :1], ADVANTAGES, MASK, WEIGHTS)
+    with pytest.raises(ValueError, match=r"weights has shape \(2, 1\); it must be \[B\]"):
+        function(LOGPROBS, OLD, ADVANTAGES, MASK, WEIGHTS[:, None])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_ray.algo.masked import masked_mean, masked_sum, masked_var, masked_whiten
+from ppo_ray.algo.masked import masked_mean, masked_sum, masked_var, masked_whiten, weighted_sum
 
 NAN = math.nan
 X = torch.tensor([[1.0, 2.0, NAN], [6.0, NAN, NAN]])
@@ -16,6 +16,7 @@ def test_sum_mean_and_unbiased_variance_by_hand() -> None:
     assert masked_sum(X, MASK) == 9
     assert masked_mean(X, MASK) == 3
     assert masked_var(X, MASK) == 7  # (4 + 1 + 9) / 2
+    assert weighted_sum(X, MASK, torch.tensor([0.5, 2.0])) == 13.5
 
 
 def test_whiten_by_hand() -> None:

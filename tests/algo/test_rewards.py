@@ -14,6 +14,11 @@ def test_score_lands_on_each_rows_last_token() -> None:
     torch.testing.assert_close(rewards, torch.tensor([[-0.1, 0.2, 2.6], [-1.05, 0.0, 0.0]]))
 
 
+def test_clipping_holds_score_and_penalty_together() -> None:
+    rewards = token_rewards(KL, torch.tensor([3.0, -1.0]), MASK, kl_coef=0.2, clip=1.0)
+    torch.testing.assert_close(rewards, torch.tensor([[-0.1, 0.2, 1.0], [-1.0, 0.0, 0.0]]))
+
+
 @pytest.mark.parametrize(
     ("scores", "mask", "message"),
     [

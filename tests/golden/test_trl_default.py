@@ -93,7 +93,7 @@ def replay(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     policy = tmp_path_factory.mktemp("golden") / "policy"
     shutil.copytree(RECORD / "policy", policy)
     shutil.copy(RECORD / "value_head.safetensors", policy)
-    learner = PPOLearner(
+    learner = PPOLearner.load(
         ModelConfig(path=str(policy), reference_path=str(RECORD / "reference")),
         PPOConfig(learning_rate=OPTIONS["learning_rate"]),
         LearnerConfig(microbatch_tokens=request.param),

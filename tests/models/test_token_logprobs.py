@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ppo_ray.models import token_logprobs as module
-from ppo_ray.models.token_logprobs import token_logprobs
+from ppo_ray.models.token_logprobs import full_kl, token_logprobs
 
 
 @pytest.mark.parametrize("num_tokens", [1, 63, 64, 130])
@@ -15,14 +15,23 @@ def test_figures_and_gradients_are_those_of_the_plain_formula(num_tokens: int, t
     ids = torch.randint(11, (num_tokens,), generator=generator)
     upstream = torch.randn(num_tokens, generator=generator, dtype=torch.float64)
     distribution = torch.distributions.Categorical(logits=(hidden @ weight.T + bias) / temperature)
-    wanted = torch.autograd.grad((distribution.log_prob(ids) * upstream).sum(), (hidden, weight, bias))
+    entropy_upstream = torch.randn(num_tokens, generator=generator, dtype=torch.float64)
+    inputs = (hidden, weight, bias)
+    wanted = torch.autograd.grad((distribution.log_prob(ids) * upstream).sum(), inputs, retain_graph=True)
+    total = (distribution.log_prob(ids) * upstream + distribution.entropy() * entropy_upstream).sum()
+    wanted_of_both = torch.autograd.grad(total, inputs, retain_graph=True)
+    wanted_of_entropy = torch.autograd.grad((distribution.entropy() * entropy_upstream).sum(), inputs)
     logprobs, entropies = token_logprobs(hidden, weight, bias, ids, temperature)
     torch.testing.assert_close(logprobs, distribution.log_prob(ids))
     torch.testing.assert_close(entropies, distribution.entropy())
-    for found, gradient in zip(
-        torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight, bias)), wanted, strict=True
+    for gradients, loss_of in (
+        (wanted, lambda logprobs, entropies: logprobs * upstream),
+        (wanted_of_both, lambda logprobs, entropies: logprobs * upstream + entropies * entropy_upstream),
+        (wanted_of_entropy, lambda logprobs, entropies: entropies * entropy_upstream),
     ):
-        torch.testing.assert_close(found, gradient)
+        loss = loss_of(*token_logprobs(hidden, weight, bias, ids, temperature)).sum()
+        for found, gradient in zip(torch.autograd.grad(loss, inputs), gradients, strict=True):
+            torch.testing.assert_close(found, gradient)
 
 
 def test_by_hand() -> None:
@@ -49,7 +58,6 @@ def test_chunks_and_inference_mode_change_no_bit(chunk: int, monkeypatch: pytest
     with torch.inference_mode():
         without = token_logprobs(hidden, weight, None, torch.arange(7), 0.7)
     assert [x.tolist() for x in with_gradient] == [x.tolist() for x in without]
-    assert not with_gradient[1].requires_grad
 
 
 def test_a_tied_weight_gets_both_gradients() -> None:
@@ -57,6 +65,40 @@ def test_a_tied_weight_gets_both_gradients() -> None:
     plain = (weight[ids] @ weight.T).log_softmax(-1)[range(3), ids]
     found = torch.autograd.grad(token_logprobs(weight[ids], weight, None, ids, 1.0)[0].sum(), weight)
     torch.testing.assert_close(found, torch.autograd.grad(plain.sum(), weight))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 130])
+def test_full_kl_is_the_divergence_of_the_two_distributions(num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+
+    def make(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return tuple(
+            torch.randn(*shape, generator=generator).double() for shape in ((num_tokens, size), (11, size), (11,))
+        )
+
+    policy, reference = make(8), make(5)
+    p, q = (
+        torch.distributions.Categorical(logits=(hidden @ weight.T + bias) / 0.7)
+        for hidden, weight, bias in (policy, reference)
+    )
+    torch.testing.assert_close(full_kl(policy, reference, 0.7), torch.distributions.kl_divergence(p, q))
+    assert full_kl(policy, policy, 1.0).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="they must agree"):
+        full_kl(policy, (reference[0], reference[1][:-1], reference[2][:-1]), 1.0)
+
+
+def test_full_kl_by_hand() -> None:
+    # p = (1/4, 3/4), q = (1/2, 1/2)
+    one, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [1.0986123]])
+    found = full_kl((one, weight, None), (one, torch.zeros(2, 1), None), 1.0)
+    assert float(found[0]) == pytest.approx(0.1308120, abs=1e-6)  # ln 2 - 0.5623351
+
+
+def test_an_unlikely_tokens_entropy_has_a_finite_gradient() -> None:
+    hidden = torch.tensor([[1e4]], requires_grad=True)
+    _, entropies = token_logprobs(hidden, torch.tensor([[1.0], [0.5]]), None, torch.tensor([1]), 1.0)
+    entropies.sum().backward()
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
 
 
 def test_large_logits_neither_overflow_nor_vanish() -> None:

@@ -18,6 +18,9 @@ LAYERS = [
     ("trl",),
     ("learner", "engines"),
     ("diagnostics",),
+    ("minibatch",),
+    ("objective",),
+    ("experience",),
     ("batch",),
     ("models",),
     ("weights", "trajectory", "checkpoint", "report", "preflight"),
@@ -25,8 +28,8 @@ LAYERS = [
     ("prompt_source",),
     ("algo",),
     ("config",),
-    ("assets", "config_file"),
-    ("metrics", "seeding"),
+    ("assets",),
+    ("metrics", "seeding", "ranks"),
     ("errors",),
 ]
 """Top modules; one imports only those of lower rows (and its own package)."""
@@ -40,7 +43,7 @@ HOMES = {
     "tensorboard": ("metrics.py",),
     "datasets": ("prompt_source.py", "assets/"),
     "typer": ("cli.py",),
-    "omegaconf": ("config_file.py",),
+    "omegaconf": ("config/file.py",),
 }
 """Where a library may be imported, even inside a function."""
 

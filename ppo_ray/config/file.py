@@ -162,7 +162,7 @@ def _say(model: type[BaseModel], detail: ErrorDetails) -> str:
     kind, value, context = detail["type"], _show(detail["input"]), detail.get("ctx", {})
     match kind:
         case "extra_forbidden":
-            return "unknown option" + _suggest(model, _key(detail))
+            return _refusal(model, _key(detail)) or "unknown option" + _suggest(model, _key(detail))
         case "missing":
             return "required, but not given"
         case "int_type" | "int_parsing" | "int_from_float":
@@ -198,18 +198,31 @@ def _show(value: Any) -> str:
     return str(value).lower().replace("none", "null") if value is None or isinstance(value, bool) else repr(value)
 
 
+def _refusal(model: type[BaseModel], key: str) -> str | None:
+    """Say why an option that people look for is not there."""
+    section, _, leaf = key.rpartition(".")
+    holder = _section(model.model_fields[section]) if section in model.model_fields else model
+    reason: str | None = getattr(holder, "refused", {}).get(leaf)
+    return reason
+
+
 def _suggest(model: type[BaseModel], key: str) -> str:
     """Name the known option that was most likely meant: by TRL's name, in another section, or by spelling."""
     known = dict(_options(model))
     leaf = key.rpartition(".")[2]
-    trl = [name for name, field in known.items() if f"TRL: `{leaf}`" in (field.description or "")]
+    trl = {name: _trl_names(field).index(leaf) for name, field in known.items() if leaf in _trl_names(field)}
     if trl:
-        return f"; TRL's {leaf} is {trl[0]} here"
+        return f"; TRL's {leaf} is {min(trl, key=lambda name: trl[name])} here"
     leaves = {name: name.rpartition(".")[2] for name in known}
     near = [name for name in known if leaves[name] == leaf]
     near = near or difflib.get_close_matches(key, known, n=1)
     near = near or [name for name in known if difflib.get_close_matches(leaf, [leaves[name]], cutoff=0.8)]
-    return f"; did you mean {' or '.join(near)}?" if near else f"; all options are documented in {model.__module__}"
+    return f"; did you mean {' or '.join(near)}?" if near else "; all options are documented in ppo_ray/config/"
+
+
+def _trl_names(field: FieldInfo) -> list[str]:
+    """Return the names of TRL's that an option is documented to stand for, the chief one first."""
+    return re.findall(r"`(\w+)`", (field.description or "").partition("TRL:")[2])
 
 
 def _options(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -1,0 +1,27 @@
+"""Every option of a run: `ppo.py` and `sections.py` document them, `run.py` joins them, `file.py` reads them."""
+
+from ppo_ray.config.ppo import PPOConfig
+from ppo_ray.config.run import Config, load_config, to_yaml
+from ppo_ray.config.sections import (
+    EvaluationConfig,
+    LearnerConfig,
+    ModelConfig,
+    PromptsConfig,
+    RayConfig,
+    RewardConfig,
+    RolloutConfig,
+)
+
+__all__ = [
+    "Config",
+    "EvaluationConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "PPOConfig",
+    "PromptsConfig",
+    "RayConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "load_config",
+    "to_yaml",
+]

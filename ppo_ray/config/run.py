@@ -1,0 +1,142 @@
+"""The whole config of a run: typed, frozen, documented; what a YAML file and `key=value` overrides are read into.
+
+Defaults are TRL 0.11's where TRL has the option; its name follows "TRL:".
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from ppo_ray.config.file import Contradiction, Contradictions, load
+from ppo_ray.config.ppo import PPOConfig
+from ppo_ray.config.section import Section, Source
+from ppo_ray.config.sections import (
+    EvaluationConfig,
+    LearnerConfig,
+    ModelConfig,
+    PromptsConfig,
+    RayConfig,
+    RewardConfig,
+    RolloutConfig,
+)
+
+
+class Config(Section):
+    """A whole run."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of everything random in the run, held-out prompts excepted. TRL: `seed`."""
+    steps: int = Field(default=100, ge=1)
+    """Cycles of generation, scoring, update and weight broadcast. TRL: `steps` counts responses instead."""
+    output_dir: Source
+    """Folder that the run writes to; it must not hold another run. Required."""
+    model: ModelConfig
+    prompts: PromptsConfig
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    ppo: PPOConfig = Field(default_factory=PPOConfig)
+    learner: LearnerConfig = Field(default_factory=LearnerConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    ray: RayConfig = Field(default_factory=RayConfig)
+
+    @model_validator(mode="after")
+    def _check_contradictions(self) -> Self:
+        found = _contradictions(self)
+        if found:
+            raise Contradictions(found)
+        return self
+
+
+def load_config(path: Path | None, overrides: Sequence[str]) -> Config:
+    """Read a YAML file and `key=value` overrides into a config.
+
+    Args:
+        path: the file; None for overrides alone. `${oc.env:NAME}` in it is the environment variable NAME.
+        overrides: each `section.option=value`, the value read as YAML; they win over the file, later over earlier.
+
+    Raises:
+        InputError: the file cannot be read, or options are unknown, ill-typed, out of bounds or contradict one another:
+            a line for each, all at once.
+    """
+    return load(Config, path, overrides)
+
+
+def to_yaml(config: Config) -> str:
+    """Write out every option, defaults included, as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _contradictions(config: Config) -> list[Contradiction]:
+    """Find the options that are right alone and wrong together."""
+    prompts, rollout, reward = config.prompts, config.rollout, config.reward
+    ppo, evaluation = config.ppo, config.evaluation
+    found: list[Contradiction] = []
+
+    def refuse_unless(consistent: bool, keys: tuple[str, ...], message: str) -> None:
+        if not consistent:
+            found.append(Contradiction(keys, message))
+
+    refuse_unless(
+        prompts.min_tokens <= prompts.max_tokens,
+        ("prompts.min_tokens", "prompts.max_tokens"),
+        f"{prompts.min_tokens} exceeds prompts.max_tokens={prompts.max_tokens}",
+    )
+    refuse_unless(
+        rollout.min_response_tokens <= rollout.max_response_tokens,
+        ("rollout.min_response_tokens", "rollout.max_response_tokens"),
+        f"{rollout.min_response_tokens} exceeds rollout.max_response_tokens={rollout.max_response_tokens}",
+    )
+    longest = prompts.max_tokens + rollout.max_response_tokens
+    refuse_unless(
+        longest <= rollout.max_context,
+        ("rollout.max_context", "prompts.max_tokens", "rollout.max_response_tokens"),
+        f"{rollout.max_context} tokens cannot hold prompts.max_tokens={prompts.max_tokens} "
+        f"+ rollout.max_response_tokens={rollout.max_response_tokens} = {longest}",
+    )
+    refuse_unless(
+        rollout.workers <= rollout.batch_size,
+        ("rollout.workers", "rollout.batch_size"),
+        f"{rollout.workers} workers, but rollout.batch_size={rollout.batch_size}: some would have nothing to generate",
+    )
+    refuse_unless(
+        ppo.minibatch_size is None or rollout.batch_size % ppo.minibatch_size == 0,
+        ("ppo.minibatch_size", "rollout.batch_size"),
+        f"{ppo.minibatch_size} does not divide rollout.batch_size={rollout.batch_size}",
+    )
+    minibatch_size = ppo.minibatch_size or rollout.batch_size
+    refuse_unless(
+        minibatch_size % ppo.gradient_accumulation == 0,
+        ("ppo.gradient_accumulation", "ppo.minibatch_size", "rollout.batch_size"),
+        f"{ppo.gradient_accumulation} equal parts cannot be made of a mini-batch of {minibatch_size} trajectories",
+    )
+    refuse_unless(
+        ppo.kl_estimator != "full" or ppo.kl_in == "reward",
+        ("ppo.kl_estimator", "ppo.kl_in"),
+        "full is for kl_in=reward; with kl_in=loss take k2, whose gradient is the divergence's",
+    )
+    for key, value in (("warmup_steps", ppo.warmup_steps), ("value_warmup_steps", ppo.value_warmup_steps)):
+        refuse_unless(
+            value <= config.steps,
+            (f"ppo.{key}", "steps"),
+            f"{value} exceeds steps={config.steps}: the warm-up would never end",
+        )
+    refuse_unless(
+        config.model.critic == "separate" or config.model.critic_path is None,
+        ("model.critic_path", "model.critic"),
+        "is for model.critic=separate; set that, or leave critic_path out",
+    )
+    refuse_unless(
+        (reward.path is None) != (reward.function is None),
+        ("reward.path", "reward.function"),
+        "give reward.path (a classifier) or reward.function (a Python function), "
+        + ("one of them" if reward.path is None else "not both"),
+    )
+    refuse_unless(
+        evaluation.num_samples <= evaluation.num_prompts or evaluation.num_prompts == 0,
+        ("evaluation.num_samples", "evaluation.num_prompts"),
+        f"{evaluation.num_samples} exceeds evaluation.num_prompts={evaluation.num_prompts}",
+    )
+    return found

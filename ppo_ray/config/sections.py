@@ -1,0 +1,141 @@
+"""The sections of a config but `ppo`: who does what, with which models and data, on what machine."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from ppo_ray.config.section import DType, Section, Source
+
+
+class ModelConfig(Section):
+    """The policy, and the frozen reference that it must not drift away from."""
+
+    path: Source
+    """Folder or hub name of a causal LM with its tokenizer, weights in safetensors. Required. TRL: `model_name`."""
+    reference_path: Source | None = None
+    """The same of the reference; null: the policy as it starts. It must share the policy's vocabulary."""
+    dtype: DType = "float32"
+    """Of the learner's weights."""
+    critic: Literal["shared", "separate"] = "shared"
+    """Whether values come from a linear head on the policy's last hidden state, or from a decoder of their own."""
+    critic_path: Source | None = None
+    """Folder or hub name of a separate critic's decoder, e.g. a reward model's; null: a copy of the policy."""
+
+
+class PromptsConfig(Section):
+    """The texts whose first tokens are the prompts."""
+
+    path: Source
+    """A .parquet, .jsonl or .csv file, a folder, or a hub data set name. Required. TRL: `query_dataset`."""
+    split: str = "train"
+    """Split of a folder or hub data set; a single file is taken whole."""
+    column: str = "text"
+    """The column that holds the texts."""
+    min_chars: int = Field(default=200, ge=0)
+    """Only texts LONGER than this many characters are used; the others are dropped."""
+    min_tokens: int = Field(default=2, ge=1)
+    """Shortest prompt, in tokens, inclusive. A shorter text is used whole. TRL: `LengthSampler(min_value)`."""
+    max_tokens: int = Field(default=8, ge=1)
+    """Longest prompt, in tokens, INCLUSIVE (TRL's `LengthSampler(2, 8)` is half-open and never draws 8)."""
+    shuffle: bool = True
+    """Draw a new order each epoch from the run's seed; false: the order of the data set, every time."""
+
+
+_OTHER_SAMPLING = (
+    "not offered: the learner's log-probabilities are those of the full softmax, and tokens drawn from another "
+    "distribution would make every ratio and every KL wrong without a sign. Leave it out; rollout.temperature, which "
+    "the learner follows, makes sampling sharper"
+)
+
+
+class RolloutConfig(Section):
+    """Generation: how many workers, and how they sample."""
+
+    refused: ClassVar[dict[str, str]] = dict.fromkeys(
+        (
+            *("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams", "do_sample"),
+            *("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size"),
+            *("logit_bias", "bad_words", "suppress_tokens", "length_penalty", "min_new_tokens"),
+        ),
+        _OTHER_SAMPLING,
+    )
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    """vLLM, or transformers where vLLM cannot be installed (slow)."""
+    workers: int = Field(default=1, ge=1)
+    """Rollout actors; each holds the whole policy and takes an equal share of the batch."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads per worker. workers x threads must not exceed the machine's CPUs."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs per worker; a fraction lets actors share one."""
+    batch_size: int = Field(default=128, ge=1)
+    """Responses a step, over all workers. TRL: `batch_size`."""
+    min_response_tokens: int = Field(default=4, ge=1)
+    """Smallest limit that a response is given, in tokens, inclusive; an end of sequence may still come earlier."""
+    max_response_tokens: int = Field(default=16, ge=1)
+    """Largest limit that a response is given, in tokens, INCLUSIVE (TRL's `LengthSampler(4, 16)` never draws 16)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of sampling, from the full softmax. The learner's log-probabilities are taken at the same temperature."""
+    stop_at_eos: bool = True
+    """Whether an end-of-sequence token ends a response; false: every response has its full length."""
+    max_context: int = Field(default=512, ge=2)
+    """Longest prompt plus response that an engine has room for, in tokens."""
+    kv_cache_mib: int = Field(default=512, ge=1)
+    """Memory of each vLLM engine for keys and values, MiB."""
+    dtype: DType = "float32"
+    """Of the engines' weights. bfloat16 is faster on GPUs; log-probabilities are then up to 0.4 off the learner's."""
+
+
+class RewardConfig(Section):
+    """What scores prompt plus response: either a classifier (`path`) or a Python function (`function`)."""
+
+    path: Source | None = None
+    """Folder or hub name of a sequence classifier with its tokenizer, weights in safetensors. TRL: `reward_model`."""
+    function: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+    """A Python function instead, as "package.module:function"; called with a list of prompts and one of responses, it
+    returns a score (or None) for each pair."""
+    label: str = "POSITIVE"
+    """The classifier's label, by name, whose output is the score."""
+    transform: Literal["logit", "softmax", "sigmoid"] = "logit"
+    """What makes a score of the classifier's outputs: the label's raw output, its probability, or its own sigmoid."""
+    workers: int = Field(default=1, ge=1)
+    """Reward actors; each scores the shards it is given."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads per worker. workers x threads must not exceed the machine's CPUs."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs per worker; a fraction lets actors share one."""
+    batch_size: int = Field(default=32, ge=1)
+    """Texts a forward of the classifier."""
+
+
+class LearnerConfig(Section):
+    """Where the update runs."""
+
+    threads: int = Field(default=2, ge=1)
+    """CPU threads of the learner. Must not exceed the machine's CPUs."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of the learner; a fraction lets it share one."""
+    microbatch_tokens: int = Field(default=1024, ge=1)
+    """Prompt and response tokens, padding included, a forward; trades memory for speed, never changes the gradient."""
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts, the same for every run seed, scored before and after training."""
+
+    num_prompts: int = Field(default=256, ge=0)
+    """How many prompts are held out; 0: none, and nothing is evaluated."""
+    num_samples: int = Field(default=16, ge=0)
+    """How many of them are shown in samples.md."""
+
+
+class RayConfig(Section):
+    """The cluster."""
+
+    address: str | None = None
+    """Of a running cluster, e.g. "auto" or "10.0.0.1:6379"; null: a local Ray, or in `ray job submit` the job's own."""
+    object_store_mib: int = Field(default=2048, ge=80)
+    """Shared memory of a local Ray's object store, MiB."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    """Longest start of an actor, seconds: placement, loading of its model."""
+    call_timeout_s: float = Field(default=1800.0, gt=0)
+    """Longest call of an actor, seconds."""

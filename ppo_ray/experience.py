@@ -1,0 +1,115 @@
+"""What is known of a batch before it is learnt from: what the models say of it, and what follows for each token.
+
+Dimensions: B sequences, R response tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ppo_ray.algo.gae import gae
+from ppo_ray.algo.importance import truncated_importance
+from ppo_ray.algo.kl import kl_estimate
+from ppo_ray.algo.masked import masked_whiten
+from ppo_ray.algo.rewards import token_rewards
+from ppo_ray.algo.scores import RunningMoments, clip_scores, penalise_missing_eos, scale_scores
+from ppo_ray.batch import Layout, ResponseBatch
+from ppo_ray.config import PPOConfig
+from ppo_ray.models.actor_critic import ActorCritic
+from ppo_ray.models.response_lm import ResponseLM, unflatten
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the models say of a batch; all `[B, R]`, zero outside the response mask."""
+
+    old_logprobs: torch.Tensor
+    """By the policy before the update."""
+    ref_logprobs: torch.Tensor
+    """By the frozen reference."""
+    values: torch.Tensor
+    """Of the prefix before each token, before the update."""
+    kl: torch.Tensor
+    """Of policy and reference, as `kl_estimator` says."""
+
+
+@dataclass(frozen=True)
+class Experience(Evaluated):
+    """What a batch is learnt from; all `[B, R]`, zero outside the response mask, but for `scores`."""
+
+    scores: torch.Tensor
+    """`[B]`, scaled, clipped and less the penalty for a missing end."""
+    rewards: torch.Tensor
+    """KL penalty and, on the last token, the score; clipped, not whitened."""
+    advantages: torch.Tensor
+    """Whitened, if that is configured."""
+    returns: torch.Tensor
+    importance: torch.Tensor | None
+    """Weights of the policy loss's tokens; None: not weighed."""
+
+
+def evaluate(
+    policy: ActorCritic, reference: ResponseLM, batch: ResponseBatch, layout: Layout, ppo: PPOConfig
+) -> Evaluated:
+    """Run policy and reference over all sequences, each rank over its share; every rank gets the whole."""
+    mask = batch.response_mask.to(layout.device)
+    figures = torch.zeros(4, *mask.shape, dtype=policy.value_head.weight.dtype, device=layout.device)
+    old_logprobs, ref_logprobs, values, kl = figures
+    with torch.inference_mode():
+        for rows in layout.passes(batch, np.arange(batch.num_sequences)):
+            index = torch.from_numpy(rows.sequences).to(layout.device)
+            columns = slice(rows.response_mask.shape[1])
+            output, ref_output = policy(rows), reference(rows)
+            old_logprobs[index, columns] = output.logprobs
+            ref_logprobs[index, columns] = ref_output.logprobs
+            values[index, columns] = output.values
+            if ppo.kl_estimator == "full":
+                kl[index, columns] = unflatten(policy.full_kl(output.states, reference, ref_output.states), rows)
+    layout.ranks.sum([figures])
+    if ppo.kl_estimator != "full":
+        kl = kl_estimate(old_logprobs, ref_logprobs, mask, ppo.kl_estimator)
+    return Evaluated(old_logprobs, ref_logprobs, values, kl)
+
+
+def estimate(
+    evaluated: Evaluated, batch: ResponseBatch, ppo: PPOConfig, kl_coef: float, moments: RunningMoments
+) -> Experience:
+    """Work out scores, rewards, advantages and returns.
+
+    Args:
+        evaluated: what the models say.
+        batch: whose scores and masks count.
+        ppo: the algorithm.
+        kl_coef: weight of the KL penalty.
+        moments: of all scores so far, these included.
+    """
+    values, kl = evaluated.values, evaluated.kl
+    mask = batch.response_mask.to(kl.device)
+    scores = batch.scores.to(kl.device, kl.dtype)
+    if ppo.score_scaling != "none":
+        scores = scale_scores(scores, moments, subtract_mean=ppo.score_scaling == "mean_std")
+    if ppo.score_clip is not None:
+        scores = clip_scores(scores, ppo.score_clip)
+    if ppo.missing_eos_penalty is not None:
+        scores = penalise_missing_eos(scores, batch.ended.to(kl.device), ppo.missing_eos_penalty)
+    rewards = token_rewards(kl, scores, mask, kl_coef if ppo.kl_in == "reward" else 0.0, ppo.reward_clip)
+    whitened = masked_whiten(rewards, mask, shift_mean=False) if ppo.whiten_rewards else rewards
+    advantages, returns = gae(whitened, values, mask, ppo.gamma, ppo.gae_lambda)
+    if ppo.whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    importance = None
+    if ppo.importance_cap is not None:
+        rollout_logprobs = batch.rollout_logprobs.to(kl.device, kl.dtype)
+        importance = truncated_importance(evaluated.old_logprobs, rollout_logprobs, mask, ppo.importance_cap)
+    return Experience(
+        evaluated.old_logprobs,
+        evaluated.ref_logprobs,
+        values,
+        kl,
+        scores=scores,
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+        importance=importance,
+    )

@@ -1,0 +1,205 @@
+"""One optimizer step: the gradients of a mini-batch, whether they may be used, and the step.
+
+Dimensions: B sequences of the batch, R response tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ppo_ray.algo.aggregation import token_weights
+from ppo_ray.batch import Layout, ResponseBatch
+from ppo_ray.config import PPOConfig
+from ppo_ray.experience import Experience
+from ppo_ray.models.actor_critic import ActorCritic
+from ppo_ray.models.packing import PackedRows
+from ppo_ray.models.response_lm import ResponseOutput
+from ppo_ray.objective import FIGURES, Objective, objective
+
+_EARLY_STOPPING_FACTOR = 1.5  # TRL 0.11: "stop early if we exceed this value by over 50%"
+_WHOLE = 2**62  # tokens: all of a part in one forward pass
+
+Outcome = Literal["stepped", "ratio_exceeded", "early_stopped", "nonfinite"]
+
+
+@dataclass(frozen=True)
+class MinibatchReport:
+    """What a mini-batch came to; means are over response tokens, weighed as the loss is (`loss_aggregation`)."""
+
+    policy_loss: float
+    value_loss: float
+    total_loss: float
+    kl_loss: float
+    """The KL to the reference that is in the loss, before its coefficient."""
+    entropy: float
+    ratio_mean: float
+    clip_fraction: float
+    dual_clip_fraction: float
+    approx_kl: float
+    """Of (logprob - old_logprob)^2 / 2."""
+    kl: float
+    """Of old_logprob - logprob."""
+    value_clip_fraction: float
+    value_error: float
+    value_mean: float
+    ratio_min: float
+    ratio_max: float
+    ratios: np.ndarray
+    """`[tokens]` float32, of every response token, in no particular order (of this rank's)."""
+    last_part_kl: float
+    """`kl` of the last of the mini-batch's parts alone."""
+    grad_norm: float = float("nan")
+    """Before clipping; NaN if no step was to be made."""
+    outcome: Outcome = "stepped"
+
+
+class MinibatchUpdater:
+    """Updates a policy, a mini-batch at a time."""
+
+    def __init__(self, policy: ActorCritic, optimizer: torch.optim.Optimizer, ppo: PPOConfig, layout: Layout) -> None:
+        """Update `policy` by `optimizer`, which holds parameters of both policy and values."""
+        self._policy, self._optimizer, self._ppo, self._layout = policy, optimizer, ppo, layout
+
+    def update(
+        self,
+        batch: ResponseBatch,
+        experience: Experience,
+        sequences: np.ndarray,
+        kl_coef: float,
+        values_only: bool = False,
+    ) -> MinibatchReport:
+        """Add up the gradients of all micro-batches and make one optimizer step, unless something forbids it.
+
+        Whether anything forbids it is known when all gradients are there; they are dropped then. (TRL multiplies the
+        loss by zero where the ratio is too large and steps all the same, so that Adam's momentum still moves the
+        weights; and it stops early after the step that went too far.)
+
+        Args:
+            batch: all trajectories of the step.
+            experience: what is known of them.
+            sequences: `[b]` int64, which of them are the mini-batch, in its order.
+            kl_coef: weight of the KL in the loss, if it is there.
+            values_only: whether the value head (or critic) alone learns.
+        """
+        report = self._accumulate(batch, experience, sequences, kl_coef, values_only)
+        report = self._judged(report, values_only)
+        if report.outcome == "stepped":
+            if self._ppo.max_grad_norm is not None:
+                norm = torch.tensor(report.grad_norm)
+                torch.nn.utils.clip_grads_with_norm_(self._trained(values_only), self._ppo.max_grad_norm, norm)
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return report
+
+    def early_stop_after(self, report: MinibatchReport) -> bool:
+        """Tell whether TRL would end the update after an epoch whose last mini-batch was this one."""
+        limit = _EARLY_STOPPING_FACTOR * self._ppo.early_stopping_kl
+        return self._ppo.early_stopping == "after_epoch" and report.last_part_kl > limit
+
+    def _judged(self, report: MinibatchReport, values_only: bool) -> MinibatchReport:
+        ppo = self._ppo
+        if ppo.early_stopping == "before_step" and report.kl > _EARLY_STOPPING_FACTOR * ppo.early_stopping_kl:
+            return replace(report, outcome="early_stopped")
+        if ppo.ratio_exceeded == "skip" and report.ratio_mean > ppo.ratio_threshold:
+            return replace(report, outcome="ratio_exceeded")
+        gradients = [parameter.grad for parameter in self._trained(values_only) if parameter.grad is not None]
+        report = replace(report, grad_norm=float(torch.nn.utils.get_total_norm(gradients)))
+        finite = np.isfinite([report.total_loss, report.grad_norm]).all()
+        return report if finite else replace(report, outcome="nonfinite")
+
+    def _accumulate(
+        self,
+        batch: ResponseBatch,
+        experience: Experience,
+        sequences: np.ndarray,
+        kl_coef: float,
+        values_only: bool,
+    ) -> MinibatchReport:
+        """Run all micro-batches forwards and backwards; their gradients add up in the parameters."""
+        ppo, num_tokens = self._ppo, batch.num_response_tokens
+        num_parts = min(ppo.gradient_accumulation, len(sequences))
+        weights = torch.zeros(batch.num_sequences, dtype=torch.float64)
+        weights[sequences] = token_weights(num_tokens[sequences], ppo.loss_aggregation, num_parts)
+        sums = _Sums(self._layout)
+        for part in np.array_split(sequences, num_parts):
+            share = float(weights[part] @ torch.from_numpy(num_tokens[part]).double())
+            largest_ratio = ppo.ratio_threshold * share if ppo.ratio_exceeded == "zero_loss" else None
+            sums.start_part(share)
+            for rows in self._passes(batch, part):
+                index = torch.from_numpy(rows.sequences)
+                row_weights = weights[index].to(rows.response_mask.device, experience.values.dtype)
+                place = index.to(rows.response_mask.device), slice(rows.response_mask.shape[1])
+                output = (
+                    self._frozen_policy(rows, experience.old_logprobs[place]) if values_only else self._policy(rows)
+                )
+                micro = objective(
+                    output, experience, place, rows.response_mask, row_weights, ppo, kl_coef, largest_ratio
+                )
+                micro.loss.backward()
+                sums.add(micro)
+        self._sum_gradients(values_only)
+        return sums.report()
+
+    def _passes(self, batch: ResponseBatch, part: np.ndarray) -> Iterator[PackedRows]:
+        layout = self._layout
+        if self._ppo.ratio_exceeded == "zero_loss":  # the part's mean ratio must be known before its backward pass
+            layout = replace(layout, microbatch_tokens=_WHOLE)
+        return layout.passes(batch, part)
+
+    def _frozen_policy(self, rows: PackedRows, old_logprobs: torch.Tensor) -> ResponseOutput:
+        """Return the policy's output where only its values have a gradient: it still is what it was."""
+        values = self._policy.forward_values(rows)
+        return ResponseOutput(old_logprobs, torch.zeros_like(old_logprobs), values.new_empty(0), values)
+
+    def _trained(self, values_only: bool) -> list[torch.nn.Parameter]:
+        parameters = self._policy.value_parameters() if values_only else self._policy.parameters()
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
+    def _sum_gradients(self, values_only: bool) -> None:
+        if self._layout.ranks.size == 1:
+            return
+        for parameter in (parameters := self._trained(values_only)):
+            if parameter.grad is None:  # this rank had no part of the mini-batch
+                parameter.grad = torch.zeros_like(parameter)
+        self._layout.ranks.sum(parameter.grad for parameter in parameters if parameter.grad is not None)
+
+
+class _Sums:
+    """Adds up the figures of a mini-batch's micro-batches, on the device, until `report`."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._names = FIGURES
+        self._parts: list[torch.Tensor] = []
+        self._shares: list[float] = []
+        self._ratios: list[torch.Tensor] = []
+
+    def start_part(self, share: float) -> None:
+        """Begin the next part; `share` is what its tokens weigh together."""
+        self._parts.append(torch.zeros(len(self._names), dtype=torch.float64, device=self._layout.device))
+        self._shares.append(share)
+
+    def add(self, micro: Objective) -> None:
+        """Add a micro-batch."""
+        self._parts[-1] += torch.stack([micro.figures[name] for name in self._names])
+        self._ratios.append(micro.ratios)
+
+    def report(self) -> MinibatchReport:
+        """Sum over all ranks; the gradient's norm and the outcome are filled in later."""
+        parts = torch.stack(self._parts)
+        ratios = torch.cat([*self._ratios, parts.new_empty(0, dtype=torch.float32)])
+        extremes = torch.full((2,), -torch.inf, dtype=torch.float64, device=parts.device)
+        if len(ratios):
+            extremes = torch.stack([ratios.max(), -ratios.min()]).double()
+        self._layout.ranks.sum([parts])
+        self._layout.ranks.max([extremes])
+        return MinibatchReport(
+            **dict(zip(self._names, parts.sum(0).tolist(), strict=True)),
+            ratio_max=float(extremes[0]),
+            ratio_min=-float(extremes[1]),
+            ratios=ratios.float().cpu().numpy(),
+            last_part_kl=float(parts[-1, self._names.index("kl")]) / self._shares[-1],
+        )

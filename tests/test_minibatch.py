@@ -1,0 +1,93 @@
+"""What may forbid an optimizer step, and what happens then."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.learning import largest_difference, make_learner, make_table, weights
+
+
+def test_a_mini_batch_beyond_the_ratio_threshold_takes_no_step(tiny_policy: Path) -> None:
+    learner = make_learner(tiny_policy, epochs=2, ratio_threshold=0.5)  # even the first ratio, 1, exceeds it
+    before = weights(learner)
+    metrics = learner.update(make_table(), 0).metrics
+    assert (metrics["policy/skipped_minibatches"], metrics["policy/optimizer_steps"]) == (2, 0)
+    assert largest_difference(before, weights(learner)) == 0
+
+
+def test_after_a_step_a_skipped_mini_batch_still_moves_nothing_unless_asked_to_as_trl(tiny_policy: Path) -> None:
+    """TRL steps with a loss of zero: Adam's momentum moves the weights on."""
+    moved = {}
+    for mode in ("skip", "zero_loss"):
+        learner = make_learner(tiny_policy, epochs=1)
+        learner.update(make_table(), 0)
+        learner._updater._ppo = learner._ppo.model_copy(update={"ratio_threshold": 0.5, "ratio_exceeded": mode})
+        before = weights(learner)
+        report = learner.update(make_table(), 1).minibatches[0]
+        moved[mode] = largest_difference(before, weights(learner))
+        assert report.outcome == ("ratio_exceeded" if mode == "skip" else "stepped")
+        assert (report.policy_loss == 0) == (mode == "zero_loss")
+    assert moved["skip"] == 0
+    assert moved["zero_loss"] > 1e-5
+
+
+def test_zero_loss_zeroes_the_parts_whose_ratio_exceeds_alone(tiny_policy: Path) -> None:
+    """Whatever the micro-batch budget: a part's mean ratio must be known before its backward pass."""
+    results = []
+    for budget, threshold in ((16, 9.0), (4096, 9.0), (4096, 1e9), (4096, 0.5)):
+        options = {"loss_aggregation": "microbatch_mean", "gradient_accumulation": 4, "ratio_exceeded": "zero_loss"}
+        learner = make_learner(tiny_policy, budget, epochs=3, ratio_threshold=threshold, **options)
+        results.append(learner.update(make_table(), 0).minibatches[2].policy_loss)
+    small, large, nothing_exceeds, all_exceeds = results
+    assert small == pytest.approx(large, abs=1e-6)
+    assert abs(large - nothing_exceeds) > 1e-3
+    assert large != 0 == all_exceeds
+
+
+def test_stopping_before_the_step_that_starts_too_far_away(tiny_policy: Path) -> None:
+    learner = make_learner(tiny_policy, epochs=4, early_stopping="before_step", early_stopping_kl=1e-4)
+    update = learner.update(make_table(), 0)
+    outcomes = [report.outcome for report in update.minibatches]
+    assert outcomes[-1] == "early_stopped" and outcomes[:-1] == ["stepped"] * (len(outcomes) - 1)
+    assert 1 < len(outcomes) <= 4
+    assert update.minibatches[-1].kl > 1.5e-4 >= update.minibatches[-2].kl
+    assert update.metrics["policy/early_stopped"] == 1
+    assert update.metrics["policy/optimizer_steps"] == len(outcomes) - 1
+
+
+def test_stopping_after_the_epoch_as_trl(tiny_policy: Path) -> None:
+    learner = make_learner(tiny_policy, epochs=4, early_stopping="after_epoch", early_stopping_kl=1e-4)
+    update = learner.update(make_table(), 0)
+    outcomes = [report.outcome for report in update.minibatches]
+    assert outcomes == ["stepped"] * len(outcomes) and 1 < len(outcomes) < 4  # the step beyond was made
+    assert update.minibatches[-1].kl > 1.5e-4 >= update.minibatches[-2].kl
+    assert update.metrics["policy/early_stopped"] == 1
+
+
+def test_without_early_stopping_nothing_stops(tiny_policy: Path) -> None:
+    update = make_learner(tiny_policy, epochs=3, early_stopping_kl=1e-9).update(make_table(), 0)
+    assert (len(update.minibatches), update.metrics["policy/early_stopped"]) == (3, 0)
+
+
+def test_what_is_not_finite_is_skipped_and_counted_if_asked(tiny_policy: Path) -> None:
+    options = {"value_clip_range": 1e30, "on_nonfinite": "skip", "epochs": 1, "minibatch_size": 2}
+    learner = make_learner(tiny_policy, whiten_advantages=False, **options)
+    before = weights(learner)
+    metrics = learner.update(make_table(4, [1e30, -1e30, 1e30, 3e38]), 3).metrics
+    assert metrics["policy/nonfinite_minibatches"] >= 1
+    assert metrics["policy/nonfinite_minibatches"] + metrics["policy/optimizer_steps"] == 2
+    assert all(np.isfinite(tensor).all() for tensor in weights(learner).values())
+    learner.update(make_table(4), 4)  # and it learns on
+    assert largest_difference(before, weights(learner)) > 1e-5
+
+
+def test_the_reported_norm_is_that_of_the_whole_mini_batch(tiny_policy: Path) -> None:
+    norms = [
+        make_learner(tiny_policy, epochs=1, gradient_accumulation=parts)
+        .update(make_table(), 0)
+        .minibatches[0]
+        .grad_norm
+        for parts in (1, 2, 4)
+    ]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
