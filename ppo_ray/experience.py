@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ppo_ray.algo.gae import gae
+from ppo_ray.algo.gae import gae, padding_advantages
 from ppo_ray.algo.importance import truncated_importance
 from ppo_ray.algo.kl import kl_estimate
-from ppo_ray.algo.masked import masked_whiten
+from ppo_ray.algo.masked import masked_whiten, whitened_zero
 from ppo_ray.algo.rewards import token_rewards
 from ppo_ray.algo.scores import RunningMoments, clip_scores, penalise_missing_eos, scale_scores
 from ppo_ray.batch import Layout, ResponseBatch
@@ -94,8 +94,13 @@ def estimate(
     if ppo.missing_eos_penalty is not None:
         scores = penalise_missing_eos(scores, batch.ended.to(kl.device), ppo.missing_eos_penalty)
     rewards = token_rewards(kl, scores, mask, kl_coef if ppo.kl_in == "reward" else 0.0, ppo.reward_clip)
-    whitened = masked_whiten(rewards, mask, shift_mean=False) if ppo.whiten_rewards else rewards
-    advantages, returns = gae(whitened, values, mask, ppo.gamma, ppo.gae_lambda)
+    whitened, beyond = rewards, None
+    if ppo.whiten_rewards != "off":
+        whitened = masked_whiten(rewards, mask, shift_mean=False)
+    if ppo.whiten_rewards == "padded":
+        num_padding = torch.from_numpy(batch.num_tokens.max() - batch.num_tokens).to(kl.device)
+        beyond = padding_advantages(whitened_zero(rewards, mask), num_padding, ppo.gamma, ppo.gae_lambda)
+    advantages, returns = gae(whitened, values, mask, ppo.gamma, ppo.gae_lambda, beyond)
     if ppo.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     importance = None

@@ -76,6 +76,7 @@ class PPOLearner:
             ranks: the processes that share the update; None: this one alone.
         """
         self.policy_version = 0
+        """How many updates the weights have seen."""
         self._policy, self._reference, self._ppo = policy, reference, ppo
         self._seed, self._num_steps = seed, num_steps
         row_width = _ROW_WIDTH if policy.packs and reference.packs else 0
@@ -84,9 +85,10 @@ class PPOLearner:
         self._optimizer = optimizer or make_adam(policy, ppo)
         self._updater = MinibatchUpdater(policy, self._optimizer, ppo, self._layout)
         self._moments = RunningMoments()
-        self._controller: KLController = FixedKLController(ppo.kl_coef)
+        self.controller: KLController = FixedKLController(ppo.kl_coef)
+        """Of the KL penalty's weight; may be replaced between updates."""
         if ppo.kl_controller == "adaptive":
-            self._controller = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+            self.controller = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         self._tokenizer: Any = None
 
     @classmethod
@@ -133,7 +135,7 @@ class PPOLearner:
     @property
     def kl_coef(self) -> float:
         """Weight of the KL penalty in the next update."""
-        return self._controller.kl_coef
+        return self.controller.kl_coef
 
     def update(self, trajectories: pa.Table, step: int, order: Order | None = None) -> Update:
         """Make one PPO update on all scored trajectories of a step.
@@ -171,7 +173,7 @@ class PPOLearner:
         times.append(time.perf_counter())
         reports, early = self._optimize(batch, experience, step, order or self._own_order(batch, step), learned)
         metrics |= update_metrics(reports, metrics["returns/std"]) | {"policy/early_stopped": float(early)}
-        self._controller = self._controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
+        self.controller = self.controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
         times.append(time.perf_counter())
         seconds = np.diff(times).tolist()
         metrics |= dict(zip(("time/old_s", "time/estimate_s", "time/update_s"), seconds, strict=True))

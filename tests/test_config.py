@@ -18,7 +18,7 @@ def test_defaults_are_trls():
     assert (ppo.learning_rate, ppo.epochs, ppo.gamma, ppo.gae_lambda) == (1.41e-5, 4, 1.0, 0.95)
     assert (ppo.clip_range, ppo.value_clip_range, ppo.value_coef) == (0.2, 0.2, 0.1)
     assert (ppo.kl_controller, ppo.kl_coef, ppo.kl_target, ppo.kl_horizon) == ("adaptive", 0.2, 6.0, 10000.0)
-    assert (ppo.max_grad_norm, ppo.ratio_threshold, ppo.whiten_rewards) == (None, 10.0, False)
+    assert (ppo.max_grad_norm, ppo.ratio_threshold, ppo.whiten_rewards) == (None, 10.0, "off")
 
 
 def test_file_then_overrides_in_order(tmp_path):

@@ -15,7 +15,7 @@ from ppo_ray.ranks import Ranks
 from tests.learning import largest_difference, make_float64_learner, make_table, weights
 
 FULL = {  # everything that adds to the loss, all at once
-    "whiten_rewards": True,
+    "whiten_rewards": "tokens",
     "max_grad_norm": 0.01,
     "entropy_coef": 0.1,
     "kl_in": "loss",

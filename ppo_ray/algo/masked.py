@@ -76,6 +76,15 @@ def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) 
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0)
 
 
+def whitened_zero(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return what `masked_whiten(x, mask, shift_mean=False)` would make of a zero: mean - mean / sqrt(var + 1e-8).
+
+    TRL 0.11 leaves it in the padding.
+    """
+    mean = masked_mean(x, mask)
+    return mean - mean * torch.rsqrt(masked_var(x, mask) + _WHITEN_EPS)
+
+
 def _count(mask: torch.Tensor, at_least: int) -> int:
     count = int(mask.sum())
     if count < at_least:

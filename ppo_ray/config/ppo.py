@@ -77,8 +77,9 @@ class PPOConfig(Section):
     """Taken off the score, after scaling and clipping, of a response that did not end by itself; null: nothing."""
     reward_clip: float | None = Field(default=None, gt=0)
     """Hold each token's reward, KL penalty and score together, within plus and minus this; null: as they are."""
-    whiten_rewards: bool = False
-    """Whether rewards get variance 1, their mean kept. TRL: `whiten_rewards`."""
+    whiten_rewards: Literal["off", "tokens", "padded"] = "off"
+    """Whether rewards get variance 1, their mean kept. tokens: those of response tokens; padded: padding is given the
+    whitened zero too, as in TRL, and GAE carries it into the shorter responses. TRL: `whiten_rewards`."""
     whiten_advantages: bool = True
     """Whether advantages get mean 0 and variance 1 over a step's tokens. TRL does so always."""
     max_grad_norm: float | None = Field(default=None, gt=0)

@@ -1,0 +1,207 @@
+"""TRL 0.11's PPOConfig: the same fields, defaults and derived figures, and ppo_ray's options of the same meaning."""
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from ppo_ray import config as ppo_ray_config
+
+_KL_ESTIMATORS: dict[str, Literal["k1", "k2", "abs", "full"]] = {"kl": "k1", "mse": "k2", "abs": "abs", "full": "full"}
+
+
+@dataclass
+class PPOConfig:
+    """Options of `PPOTrainer`, ppo_ray's name of each in brackets; what cannot be honoured raises ValueError."""
+
+    exp_name: str = os.path.basename(sys.argv[0])[: -len(".py")]
+    """Name of the experiment, for trackers."""
+    seed: int = 0
+    """Of `random`, numpy and torch, set when the trainer is made."""
+    log_with: Literal["wandb", "tensorboard"] | None = None
+    """Tracker that `log_stats` writes to, by way of accelerate."""
+    task_name: str | None = None
+    """For trackers only."""
+    model_name: str = "gpt2"
+    """For trackers, and for the script's own use."""
+    query_dataset: str = "stanfordnlp/imdb"
+    """For trackers only."""
+    reward_model: str = "sentiment-analysis:lvwerra/distilbert-imdb"
+    """For trackers only."""
+    remove_unused_columns: bool = True
+    """Whether a data set's columns that neither the model nor the log takes are dropped."""
+    tracker_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the tracker."""
+    accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to accelerate's Accelerator."""
+    project_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to accelerate's ProjectConfiguration, e.g. `logging_dir`."""
+    tracker_project_name: str = "trl"
+    """Project name for the tracker."""
+    push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Cannot be honoured: call `push_to_hub` yourself."""
+    steps: int = 20000
+    """Sizes `total_ppo_epochs` and nothing else, as in TRL."""
+    learning_rate: float = 1.41e-5
+    """Of Adam, if no optimizer is given [ppo.learning_rate]."""
+    adap_kl_ctrl: bool = True
+    """Adaptive or fixed KL controller [ppo.kl_controller]."""
+    init_kl_coef: float = 0.2
+    """First weight of the KL penalty [ppo.kl_coef]."""
+    kl_penalty: Literal["kl", "abs", "mse", "full"] = "kl"
+    """How the KL is estimated [ppo.kl_estimator: k1, abs, k2, full]."""
+    target: float = 6.0
+    """Of the adaptive controller, nats a sequence [ppo.kl_target]."""
+    horizon: float = 10000.0
+    """Of the adaptive controller, sequences [ppo.kl_horizon]."""
+    gamma: float = 1.0
+    """Discount [ppo.gamma]."""
+    lam: float = 0.95
+    """Lambda of GAE [ppo.gae_lambda]."""
+    cliprange: float = 0.2
+    """Of the policy's ratio [ppo.clip_range]."""
+    cliprange_value: float = 0.2
+    """Of the values [ppo.value_clip_range]."""
+    vf_coef: float = 0.1
+    """Weight of the value loss [ppo.value_coef]."""
+    batch_size: int = 128
+    """Samples a `step` [rollout.batch_size]."""
+    forward_batch_size: int | None = None
+    """Deprecated: overrides mini_batch_size."""
+    mini_batch_size: int = 128
+    """Samples a forward and backward pass in TRL [ppo.minibatch_size / ppo.gradient_accumulation]."""
+    gradient_accumulation_steps: int = 1
+    """Of these an optimizer step [ppo.gradient_accumulation]."""
+    world_size: int | None = None
+    """Filled in by the trainer: always 1. More processes: `ppo-ray train`."""
+    ppo_epochs: int = 4
+    """Passes over a batch [ppo.epochs]."""
+    max_grad_norm: float | None = None
+    """Gradient clipping [ppo.max_grad_norm]. TRL clipped its first optimizer step only; here all are clipped."""
+    optimize_cuda_cache: bool | None = None
+    """Deprecated: optimize_device_cache."""
+    optimize_device_cache: bool = False
+    """Whether a GPU's cached memory is freed after each step."""
+    early_stopping: bool = False
+    """Whether a step ends after an epoch whose KL exceeds 1.5 target_kl [ppo.early_stopping=after_epoch]."""
+    target_kl: float = 1.0
+    """Of early stopping [ppo.early_stopping_kl]."""
+    compare_steps: int = 1
+    """Of push_to_hub_if_best_kwargs; nothing else uses it."""
+    ratio_threshold: float = 10.0
+    """Mini-batches with a larger mean ratio are multiplied by zero [ppo.ratio_threshold, ppo.ratio_exceeded]."""
+    use_score_scaling: bool = False
+    """Divide scores by their running standard deviation [ppo.score_scaling=std]; it crashes in TRL 0.11.3."""
+    use_score_norm: bool = False
+    """And subtract their running mean before [ppo.score_scaling=mean_std]."""
+    score_clip: float | None = None
+    """Limit of scores [ppo.score_clip]."""
+    whiten_rewards: bool = False
+    """Whether rewards are whitened, their mean kept [ppo.whiten_rewards=padded]."""
+    gradient_checkpointing: bool = False
+    """Cannot be honoured; TRL ran every pass in eval mode, where transformers ignores it."""
+    is_encoder_decoder: bool | None = None
+    """Filled in by the trainer: always False."""
+    is_peft_model: bool | None = None
+    """Filled in by the trainer: always False."""
+    backward_batch_size: int | None = None
+    """Derived: samples an optimizer step."""
+    global_backward_batch_size: int | None = None
+    """Filled in by the trainer."""
+    global_batch_size: int | None = None
+    """Filled in by the trainer."""
+    dataset_num_proc: int | None = None
+    """For the script's own use."""
+
+    def __post_init__(self) -> None:
+        """Check the options and derive figures.
+
+        Raises:
+            ValueError: an option is out of bounds or cannot be honoured.
+            ImportError: wandb is asked for and not installed.
+        """
+        if self.forward_batch_size is not None:
+            warnings.warn("forward_batch_size is deprecated; it overrides mini_batch_size", FutureWarning, stacklevel=3)
+            self.mini_batch_size = self.forward_batch_size
+        if self.optimize_cuda_cache is not None:
+            if self.optimize_device_cache:
+                raise ValueError("optimize_cuda_cache is the old name of optimize_device_cache; give one of them")
+            self.optimize_device_cache = self.optimize_cuda_cache
+        self._refuse()
+        self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
+        if self.batch_size % self.backward_batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of mini_batch_size={self.mini_batch_size} x "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
+        self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
+        self.to_ppo_ray()  # its own checks
+
+    def _refuse(self) -> None:
+        """Raise for what cannot be honoured, with what to do instead."""
+        for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.kl_penalty not in _KL_ESTIMATORS:
+            raise ValueError(f"kl_penalty={self.kl_penalty!r} is not one of {', '.join(_KL_ESTIMATORS)}")
+        if self.log_with not in (None, "wandb", "tensorboard"):
+            raise ValueError(f"log_with={self.log_with!r} is not one of wandb, tensorboard")
+        if self.log_with == "wandb" and find_spec("wandb") is None:
+            raise ImportError("log_with='wandb' needs wandb: pip install wandb")
+        reasons = {
+            "push_to_hub_if_best_kwargs": "look at stats['ppo/mean_scores'] and call push_to_hub yourself",
+            "gradient_checkpointing": "it had no effect in TRL, where every pass ran in eval mode; leave it out",
+            "is_encoder_decoder": "only causal language models are trained here",
+            "is_peft_model": "adapters are not supported; merge them into the model",
+        }
+        for name, reason in reasons.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot be honoured: {reason}")
+        if self.world_size not in (None, 1):
+            raise ValueError(
+                f"world_size={self.world_size} cannot be honoured: this is one process; see `ppo-ray train`"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options, nested ones flattened with slashes."""
+        return _flat(self.__dict__)
+
+    def to_ppo_ray(self) -> ppo_ray_config.PPOConfig:
+        """Return ppo_ray's options under which its learner computes what TRL computes."""
+        scaling: Literal["none", "std", "mean_std"] = "mean_std" if self.use_score_norm else "std"
+        return ppo_ray_config.PPOConfig(
+            learning_rate=self.learning_rate,
+            epochs=self.ppo_epochs,
+            minibatch_size=self.mini_batch_size * self.gradient_accumulation_steps,
+            gradient_accumulation=self.gradient_accumulation_steps,
+            loss_aggregation="microbatch_mean",
+            gamma=float(self.gamma),
+            gae_lambda=float(self.lam),
+            clip_range=self.cliprange,
+            value_clip_range=self.cliprange_value,
+            value_coef=float(self.vf_coef),
+            kl_estimator=_KL_ESTIMATORS[self.kl_penalty],
+            kl_controller="adaptive" if self.adap_kl_ctrl else "fixed",
+            kl_coef=float(self.init_kl_coef),
+            kl_target=float(self.target),
+            kl_horizon=float(self.horizon),
+            score_scaling=scaling if self.use_score_scaling else "none",
+            score_clip=self.score_clip,
+            whiten_rewards="padded" if self.whiten_rewards else "off",
+            max_grad_norm=self.max_grad_norm,
+            ratio_threshold=float(self.ratio_threshold),
+            ratio_exceeded="zero_loss",
+            early_stopping="after_epoch" if self.early_stopping else "off",
+            early_stopping_kl=float(self.target_kl),
+        )
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat

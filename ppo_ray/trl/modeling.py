@@ -1,0 +1,225 @@
+"""TRL 0.11's models: a causal language model with a value head, and a frozen copy of it as the reference.
+
+Dimensions: B sequences, T tokens, H hidden, V vocabulary.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+_PREFIX = "v_head."
+_LAYER_PATTERNS = (
+    "transformer.h.{layer}",
+    "model.decoder.layers.{layer}",
+    "gpt_neox.layers.{layer}",
+    "model.layers.{layer}",
+)
+_REFUSED = {
+    "peft_config": "adapters are not supported; merge them into the model",
+    "reward_adapter": "adapters are not supported; score with a model of its own",
+    "load_in_8bit": "quantised models are not trained here",
+    "load_in_4bit": "quantised models are not trained here",
+    "quantization_config": "quantised models are not trained here",
+}
+
+
+class ValueHead(torch.nn.Module):
+    """A linear map from the last hidden state to a value, after dropout."""
+
+    def __init__(self, config: Any, summary_dropout_prob: float = 0.1) -> None:
+        """Draw weights from torch's global generator; a model's own `summary_dropout_prob` wins."""
+        super().__init__()
+        probability = getattr(config, "summary_dropout_prob", summary_dropout_prob)
+        self.dropout = torch.nn.Dropout(probability) if probability else torch.nn.Identity()
+        size = getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # OPT-350m projects its last state
+        self.summary = torch.nn.Linear(size, 1)
+        self.flatten = torch.nn.Flatten()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `[B, T, H]` to `[B, T, 1]`, in the head's own type."""
+        return self.summary(self.dropout(hidden_states).to(self.summary.weight.dtype))
+
+
+class AutoModelForCausalLMWithValueHead(torch.nn.Module):
+    """A transformers causal LM (`pretrained_model`) with a value head (`v_head`)."""
+
+    is_peft_model = False
+    is_sequential_parallel = False
+
+    def __init__(
+        self,
+        pretrained_model: Any,
+        summary_dropout_prob: float = 0.1,
+        v_head_initializer_range: float = 0.2,
+        v_head_init_strategy: str | None = None,
+    ) -> None:
+        """Add a value head.
+
+        Args:
+            pretrained_model: a transformers causal LM.
+            summary_dropout_prob: of the value head; PPO runs without dropout.
+            v_head_initializer_range: standard deviation of the strategy `"normal"`.
+            v_head_init_strategy: None: torch's default; `"normal"`: normal weights, bias zero.
+        """
+        super().__init__()
+        if pretrained_model.get_output_embeddings() is None:
+            raise ValueError(f"{type(pretrained_model).__name__} has no language-model head; give a causal LM")
+        self.pretrained_model = pretrained_model
+        self.config = pretrained_model.config
+        self.v_head = ValueHead(self.config.get_text_config(), summary_dropout_prob)
+        if v_head_init_strategy == "normal":
+            torch.nn.init.normal_(self.v_head.summary.weight, std=v_head_initializer_range)
+            torch.nn.init.zeros_(self.v_head.summary.bias)
+        elif v_head_init_strategy is not None:
+            raise ValueError(f"v_head_init_strategy={v_head_init_strategy!r}; it must be None or 'normal'")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a causal LM, safetensors only, and the value head that was saved with it, if there is one.
+
+        Args:
+            pretrained_model_name_or_path: a folder, a hub name, or a transformers causal LM.
+            *args: for `AutoModelForCausalLM.from_pretrained`.
+            **kwargs: likewise; those of the constructor go there.
+
+        Raises:
+            ValueError: an argument cannot be honoured.
+            OSError: there is no such model, or it has no safetensors weights.
+        """
+        for name, reason in _REFUSED.items():
+            if kwargs.pop(name, None):
+                raise ValueError(f"{name} cannot be honoured: {reason}")
+        if kwargs.get("trust_remote_code"):
+            raise ValueError("trust_remote_code cannot be honoured: no code of a model's folder is ever run")
+        names = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
+        head = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if isinstance(pretrained_model_name_or_path, PreTrainedModel):
+            return cls(pretrained_model_name_or_path, **head)
+        path = str(pretrained_model_name_or_path)
+        with _no_report():
+            pretrained_model = AutoModelForCausalLM.from_pretrained(path, *args, use_safetensors=True, **kwargs)
+        model = cls(pretrained_model, **head)
+        model.post_init(_saved_value_head(path))
+        return model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Run the model and the value head.
+
+        Returns:
+            Logits `[B, T, V]` float32, the loss (None without labels), values `[B, T]`; and, if asked, the cache.
+        """
+        output = self.pretrained_model(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **{**kwargs, "output_hidden_states": True},
+        )
+        values = self.v_head(output.hidden_states[-1].to(self.v_head.summary.weight.device)).squeeze(-1)
+        answer = (output.logits.float(), output.loss, values)
+        return (*answer, output.past_key_values) if return_past_key_values else answer
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrapped model's `generate`."""
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the wrapped model's state under its own names, and the value head's under `v_head.`."""
+        state = dict(self.pretrained_model.state_dict(*args, **kwargs))
+        return state | {_PREFIX + name: tensor for name, tensor in self.v_head.state_dict(*args, **kwargs).items()}
+
+    def post_init(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Load the value head from the `v_head.*` of a state; without any it stays as it is."""
+        head = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items() if name.startswith(_PREFIX)}
+        if head:
+            self.v_head.load_state_dict(head)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
+        """Write the model with `v_head.*` beside its own weights, for `from_pretrained` here and in transformers."""
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        return self.pretrained_model.save_pretrained(save_directory, state_dict=state, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push the wrapped model, the value head within it."""
+        self.pretrained_model.v_head = self.v_head
+        try:
+            return self.pretrained_model.push_to_hub(*args, **kwargs)
+        finally:
+            del self.pretrained_model.v_head
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Turn it on in the wrapped model; it has no effect in eval mode, in which PPO runs."""
+        self.pretrained_model.gradient_checkpointing_enable(*args, **kwargs)
+
+
+def create_reference_model(
+    model: AutoModelForCausalLMWithValueHead, num_shared_layers: int | None = None, pattern: str | None = None
+) -> AutoModelForCausalLMWithValueHead:
+    """Copy a model as the frozen reference, in eval mode.
+
+    Args:
+        model: whose copy is wanted.
+        num_shared_layers: so many first layers, and what comes before them, are frozen in `model` too, so that both
+            models agree in them for good; None: `model` is left as it is.
+        pattern: how a layer is named, e.g. `"transformer.h.{layer}"`; None: found by the model's names.
+
+    Raises:
+        ValueError: no layer is named so.
+    """
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    if num_shared_layers is None:
+        return reference
+    names = [name for name, _ in model.named_parameters()]
+    patterns = [layer.format(layer=num_shared_layers) for layer in ([pattern] if pattern else _LAYER_PATTERNS)]
+    first = next((index for layer in patterns for index, name in enumerate(names) if f"{layer}." in name), None)
+    if first is None:
+        raise ValueError(
+            f"no parameter is named like {' or '.join(patterns)}; give pattern, or fewer num_shared_layers"
+        )
+    for name in names[:first]:
+        model.get_parameter(name).requires_grad_(False)
+    return reference
+
+
+def _saved_value_head(path: str) -> dict[str, torch.Tensor]:
+    """Read the `v_head.*` tensors out of a saved model, sharded or not; nothing if there are none."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    index = cached_file(path, "model.safetensors.index.json", **quiet)
+    names = {"model.safetensors"}
+    if index is not None:
+        shards = json.loads(Path(index).read_text())["weight_map"]
+        names = {file for name, file in shards.items() if name.startswith(_PREFIX)}
+    found: dict[str, torch.Tensor] = {}
+    for name in sorted(names):
+        file = cached_file(path, name, **quiet)
+        if file is not None:
+            with safetensors.safe_open(file, "pt") as tensors:
+                heads = [name for name in tensors.keys() if name.startswith(_PREFIX)]  # noqa: SIM118
+                found |= {name: tensors.get_tensor(name) for name in heads}
+    return found
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep transformers from reporting the value head as something unexpected."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

@@ -1,0 +1,96 @@
+"""TRL 0.11's statistics of a step, under TRL's names, from what our learner returns.
+
+Dimensions: B sequences, R response tokens, T prompt and response tokens of the longest.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ppo_ray import trajectory
+from ppo_ray.learner import Update
+
+
+def step_statistics(update: Update, orders: Sequence[np.ndarray], mini_batch_size: int) -> dict[str, Any]:
+    """Return every figure of TRL's `step`, but for its times; scalars are floats, the rest are arrays.
+
+    Figures are means over TRL's mini-batches, each of them a mean over its tokens. Some arrays differ: log-probs and
+    advantages are zero but for response tokens, for which alone they are computed; ratios are of those tokens only.
+
+    Args:
+        update: of the learner.
+        orders: `[B]` each, the order of the rows in every epoch that was made.
+        mini_batch_size: TRL's.
+    """
+    table, metrics = update.trajectories, update.metrics
+    num_prompt, num_response = (
+        trajectory.lengths(table, name).astype(np.float32) for name in ("prompt_ids", "response_ids")
+    )
+    columns = {name: trajectory.ragged(table, name) for name in trajectory.LEARNED_FIELDS}
+    parts = [part for order in orders for part in np.array_split(order, len(order) // mini_batch_size)]
+
+    def mean_of_parts(name: str, figure: Any) -> float:
+        return float(np.mean([figure(np.concatenate([columns[name][row] for row in part])) for part in parts]))
+
+    returns_var = mean_of_parts("returns", _variance)
+    error = _mean(update, "value_error")
+    return {
+        "objective/kl": metrics["kl/per_sequence"],
+        "objective/kl_dist": np.array([kl.sum() for kl in columns["kl"]], np.float32),
+        "objective/logprobs": _frame(table, columns["old_logprobs"]),
+        "objective/ref_logprobs": _frame(table, columns["ref_logprobs"]),
+        "objective/kl_coef": metrics["kl/coef"],
+        "objective/entropy": float(np.mean([-logprobs.sum() for logprobs in columns["old_logprobs"]])),
+        "ppo/mean_non_score_reward": metrics["reward/kl_penalty_mean"],
+        "ppo/mean_scores": metrics["score/used_mean"],
+        "ppo/std_scores": metrics["score/used_std"],
+        "tokens/queries_len_mean": float(num_prompt.mean()),
+        "tokens/queries_len_std": _std(num_prompt),
+        "tokens/queries_dist": num_prompt,
+        "tokens/responses_len_mean": float(num_response.mean()),
+        "tokens/responses_len_std": _std(num_response),
+        "tokens/responses_dist": num_response,
+        "ppo/loss/policy": _mean(update, "policy_loss"),
+        "ppo/loss/value": _mean(update, "value_loss"),
+        "ppo/loss/total": _mean(update, "total_loss"),
+        "ppo/policy/entropy": _mean(update, "entropy"),
+        "ppo/policy/approxkl": _mean(update, "approx_kl"),
+        "ppo/policy/policykl": _mean(update, "kl"),
+        "ppo/policy/clipfrac": _mean(update, "clip_fraction"),
+        "ppo/policy/advantages": np.concatenate([_frame(table, columns["advantages"])[part].ravel() for part in parts]),
+        "ppo/policy/advantages_mean": mean_of_parts("advantages", np.mean),
+        "ppo/policy/ratio": np.concatenate([report.ratios for report in update.minibatches]),
+        "ppo/returns/mean": mean_of_parts("returns", np.mean),
+        "ppo/returns/var": returns_var,
+        "ppo/val/vpred": _mean(update, "value_mean"),
+        "ppo/val/error": error,
+        "ppo/val/clipfrac": _mean(update, "value_clip_fraction"),
+        "ppo/val/mean": mean_of_parts("values", np.mean),
+        "ppo/val/var": mean_of_parts("values", _variance),
+        "ppo/val/var_explained": 1 - error / returns_var,
+        "ppo/learning_rate": metrics["learner/learning_rate"],
+    }
+
+
+def _mean(update: Update, name: str) -> float:
+    return float(np.mean([getattr(report, name) for report in update.minibatches]))
+
+
+def _variance(figures: np.ndarray) -> float:
+    return float(figures.var(ddof=1, dtype=np.float64))
+
+
+def _std(lengths: np.ndarray) -> float:
+    return float(lengths.std(ddof=1)) if len(lengths) > 1 else float("nan")
+
+
+def _frame(table: pa.Table, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Lay `[R]` figures out as TRL does: `[B, T - 1]` float32, the figure of token t at t - 1."""
+    starts = trajectory.lengths(table, "prompt_ids") - 1
+    stops = starts + trajectory.lengths(table, "response_ids")
+    frame = np.zeros((len(rows), int(stops.max())), np.float32)
+    for row, start, stop, figures in zip(frame, starts, stops, rows, strict=True):
+        row[start:stop] = figures
+    return frame

@@ -1,0 +1,314 @@
+"""TRL 0.11's PPOTrainer over our learner: `generate`, `step(queries, responses, scores)`, `log_stats`."""
+
+import inspect
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+
+from ppo_ray.learner import PPOLearner
+from ppo_ray.models.response_lm import ResponseLM
+from ppo_ray.models.value_head import CausalLMWithValueHead
+from ppo_ray.trl.config import PPOConfig
+from ppo_ray.trl.generation import generate_batched, generate_one
+from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead, create_reference_model
+from ppo_ray.trl.sampling import sampling_temperature
+from ppo_ray.trl.statistics import step_statistics
+from ppo_ray.trl.trajectories import scored_trajectories
+
+_MICROBATCH_TOKENS = 2048
+
+
+class KLControl:
+    """The KL controller as TRL shows it: `value` is the penalty's weight in the next step, and may be set."""
+
+    def __init__(self, learner: PPOLearner) -> None:
+        """Show and change a learner's controller."""
+        self._learner = learner
+
+    @property
+    def value(self) -> float:
+        """Weight of the KL penalty."""
+        return self._learner.kl_coef
+
+    @value.setter
+    def value(self, value: float) -> None:
+        self._learner.controller = replace(self._learner.controller, kl_coef=float(value))
+
+
+class PPOTrainer:
+    """Trains a model with a value head by PPO: TRL 0.11's class, its arguments and its attributes.
+
+    Everything is computed as TRL computes it, but where TRL errs unseen (`docs/trl.md`): gradients are clipped at every
+    step, dropout is off while responses are sampled, and the temperature that `generate` sampled at counts in `step`.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig | None = None,
+        model: AutoModelForCausalLMWithValueHead | None = None,
+        ref_model: AutoModelForCausalLMWithValueHead | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dataset: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        num_shared_layers: int | None = None,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        training_data_collator: Callable[..., Any] | None = None,
+    ) -> None:
+        """Seed `random`, numpy and torch, and set up the learner.
+
+        Args:
+            config: the options.
+            model: trained in place.
+            ref_model: frozen; None: a copy of the model as it is.
+            tokenizer: the model's.
+            dataset: of torch or datasets, for `dataloader`; None: the script brings its own batches.
+            optimizer: of the model's parameters; None: Adam with `config.learning_rate`.
+            data_collator: of the dataloader.
+            num_shared_layers: first layers that model and reference share and that stay as they are.
+            lr_scheduler: of the optimizer; it steps once a `step`.
+            training_data_collator: cannot be honoured: sequences are laid out in rows without padding.
+
+        Raises:
+            ValueError: an argument is not what it should be, or cannot be honoured.
+        """
+        config = config if config is not None else PPOConfig()
+        if not isinstance(config, PPOConfig):
+            raise ValueError(f"config must be a ppo_ray.trl.PPOConfig, not {type(config)}")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(f"tokenizer must be a transformers tokenizer, not {type(tokenizer)}")
+        for name, given in (("model", model), ("ref_model", ref_model)):
+            if not isinstance(given, AutoModelForCausalLMWithValueHead) and (name == "model" or given is not None):
+                raise ValueError(f"{name} must be a ppo_ray.trl.AutoModelForCausalLMWithValueHead, not {type(given)}")
+        assert model is not None
+        if training_data_collator is not None:
+            raise ValueError("training_data_collator cannot be honoured: sequences are laid out without padding")
+        if lr_scheduler is not None and not isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
+            raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, not {type(lr_scheduler)}")
+        if ref_model is not None and num_shared_layers is not None:
+            warnings.warn("num_shared_layers is ignored: a ref_model is given", UserWarning, stacklevel=2)
+        set_seed(config.seed)
+        self.config, self.tokenizer, self.dataset = config, tokenizer, dataset
+        self.accelerator = _make_accelerator(config)
+        self.current_device = self.accelerator.device
+        config.world_size = 1
+        config.global_backward_batch_size, config.global_batch_size = config.backward_batch_size, config.batch_size
+        config.is_encoder_decoder = config.is_peft_model = self.is_encoder_decoder = self.is_peft_model = False
+        self.is_distributed = False
+        self.model = model.to(self.current_device).eval()
+        reference = ref_model or create_reference_model(model, num_shared_layers)
+        self.ref_model = reference.to(self.current_device).requires_grad_(False).eval()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = optimizer or torch.optim.Adam(trained, lr=config.learning_rate)
+        self.lr_scheduler = lr_scheduler
+        self.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        self.dataloader = self.prepare_dataloader(dataset, data_collator) if dataset is not None else None
+        self._policy = CausalLMWithValueHead(model.pretrained_model, value_head=model.v_head.summary)
+        self._reference = ResponseLM(reference.pretrained_model)
+        self._learner = PPOLearner(
+            self._policy,
+            self._reference,
+            config.to_ppo_ray(),
+            microbatch_tokens=_MICROBATCH_TOKENS,
+            optimizer=self.optimizer,
+            seed=config.seed,
+        )
+        self.kl_ctl = KLControl(self._learner)
+        self.current_step = 0
+        self._temperature: float | None = None
+
+    def prepare_dataloader(self, dataset: Any, data_collator: Callable[..., Any] | None = None) -> Any:
+        """Make a shuffling dataloader of whole batches; columns nobody takes are dropped from a datasets Dataset."""
+        if hasattr(dataset, "column_names") and self.config.remove_unused_columns:
+            taken = {*inspect.signature(self.model.forward).parameters, "label", "query", "response"}
+            dataset = dataset.remove_columns([name for name in dataset.column_names if name not in taken])
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_size=self.config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True
+        )
+        return self.accelerator.prepare(loader)
+
+    def generate(
+        self,
+        query_tensor: torch.Tensor | list[torch.Tensor],
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int = 4,
+        return_prompt: bool = True,
+        generate_ref_response: bool = False,
+        **generation_kwargs: Any,
+    ) -> Any:
+        """Sample responses with transformers' `generate`, dropout off.
+
+        Args:
+            query_tensor: `[P]` token ids of one prompt, or a list of such.
+            length_sampler: draws `max_new_tokens`, once a call or once a batch.
+            batch_size: prompts of a list that are sampled together.
+            return_prompt: whether the prompt is part of what is returned.
+            generate_ref_response: whether the reference answers too.
+            **generation_kwargs: for `generate`; it must sample from the full softmax.
+
+        Returns:
+            For one prompt `[1, T]`; for a list a list of `[T]`, without padding, up to the first end-of-sequence token.
+            With `generate_ref_response` a pair: the model's and the reference's.
+
+        Raises:
+            ValueError: it would not sample from the full softmax, or at another temperature than earlier responses of
+                the same step.
+        """
+        temperature = sampling_temperature(self.model.pretrained_model.generation_config, generation_kwargs)
+        if self._temperature not in (None, temperature):
+            raise ValueError(
+                f"generate(temperature={temperature:g}): earlier responses of this step were sampled at "
+                f"{self._temperature:g}; the responses of a step must share one temperature"
+            )
+        self._temperature = temperature
+        answers: list[Any] = []
+        for model in (self.model, self.ref_model) if generate_ref_response else (self.model,):
+            model.eval()
+            answers.append(
+                generate_batched(
+                    model, self.tokenizer, query_tensor, length_sampler, batch_size, return_prompt, generation_kwargs
+                )
+                if isinstance(query_tensor, list)
+                else generate_one(model, query_tensor, length_sampler, return_prompt, generation_kwargs)
+            )
+        return tuple(answers) if generate_ref_response else answers[0]
+
+    def step(
+        self,
+        queries: list[torch.Tensor],
+        responses: list[torch.Tensor],
+        scores: list[torch.Tensor],
+        response_masks: list[torch.Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """Make one PPO update.
+
+        Args:
+            queries: `batch_size` prompts, `[P]` token ids each.
+            responses: their responses, `[R]` token ids each.
+            scores: their scores, one number each.
+            response_masks: cannot leave tokens out; None or all ones.
+
+        Returns:
+            TRL's statistics: see `statistics.step_statistics`, and the seconds of each part.
+
+        Raises:
+            ValueError: the batch is not what it should be; nothing was learnt.
+            NonFiniteError: the loss or its gradient is not finite; the weights are as before that mini-batch.
+        """
+        started = time.perf_counter()
+        table = scored_trajectories(
+            queries, responses, scores, response_masks, self.config.batch_size, self.tokenizer.eos_token_id
+        )
+        self.model.eval()
+        self._policy.temperature = self._reference.temperature = self._temperature or 1.0
+        self._temperature = None
+        orders: list[np.ndarray] = []
+
+        def order(epoch: int) -> np.ndarray:
+            orders.append(np.random.permutation(self.config.batch_size))
+            return orders[-1]
+
+        update = self._learner.update(table, self._learner.policy_version, order)
+        counted = time.perf_counter()
+        stats = step_statistics(update, orders, self.config.mini_batch_size)
+        if stats["objective/kl"] < -1:
+            warnings.warn(
+                f"the KL to the reference is negative: {stats['objective/kl']:.2f}. Check that responses are sampled "
+                "from the full softmax by this very model.",
+                UserWarning,
+                stacklevel=2,
+            )
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        if self.config.optimize_device_cache and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        now = time.perf_counter()
+        return stats | {
+            "time/ppo/forward_pass": update.metrics["time/old_s"],
+            "time/ppo/compute_rewards": 0.0,  # both in one pass over the tokens
+            "time/ppo/compute_advantages": update.metrics["time/estimate_s"],
+            "time/ppo/optimize_step": update.metrics["time/update_s"],
+            "time/ppo/calc_stats": now - counted,
+            "time/ppo/total": now - started,
+        }
+
+    def log_stats(
+        self,
+        stats: dict[str, Any],
+        batch: dict[str, Any],
+        rewards: Iterable[torch.Tensor],
+        columns_to_log: Iterable[str] = ("query", "response"),
+    ) -> None:
+        """Log statistics, the scores, and for wandb a table of texts, with the tracker of `log_with`.
+
+        Args:
+            stats: of `step`.
+            batch: texts and whatever else, by column.
+            rewards: the scores of the batch.
+            columns_to_log: of the batch, for the table.
+
+        Raises:
+            ValueError: a column is not in the batch (wandb only).
+        """
+        scores = torch.tensor([float(reward) for reward in rewards])
+        columns, logs = list(columns_to_log), dict(stats)
+        if self.config.log_with == "wandb":
+            missing = [column for column in columns if column not in batch]
+            if missing:
+                raise ValueError(f"columns_to_log: {missing} are not in the batch, which has {sorted(batch)}")
+            import wandb
+
+            rows = [list(row) for row in zip(*(batch[column] for column in columns), scores.tolist(), strict=True)]
+            logs["game_log"] = wandb.Table(columns=[*columns, "reward"], rows=rows)
+        logs["env/reward_mean"], logs["env/reward_std"] = float(scores.mean()), float(scores.std())
+        logs["env/reward_dist"] = scores.numpy()
+        step = None
+        if self.config.log_with == "tensorboard":
+            logs = {name: value for name, value in logs.items() if np.ndim(value) == 0}
+            step = self.current_step = self.current_step + 1
+        self.accelerator.log(logs, step=step)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write model, value head and tokenizer, as TRL does."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
+        """Push model, value head and tokenizer to the hub."""
+        self.model.push_to_hub(repo_id, **kwargs)
+        self.tokenizer.push_to_hub(repo_id, **kwargs)
+
+
+def set_seed(seed: int) -> None:
+    """Seed the global generators of `random`, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _make_accelerator(config: PPOConfig) -> Accelerator:
+    """Set up accelerate for its trackers and its device; it neither wraps models nor scales losses here."""
+    accelerator = Accelerator(
+        log_with=config.log_with,
+        project_config=ProjectConfiguration(**config.project_kwargs),
+        **config.accelerator_kwargs,
+    )
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"{accelerator.num_processes} processes: PPOTrainer is one process. On several GPUs use `ppo-ray train`."
+        )
+    if config.log_with is not None:
+        flat = config.to_dict()
+        options = {name: value for name, value in flat.items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers(config.tracker_project_name, options, config.tracker_kwargs)
+    return accelerator
