@@ -3,7 +3,6 @@
 Dimensions: B sequences of the batch, R response tokens.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,7 +19,6 @@ from ppo_ray.models.response_lm import ResponseOutput
 from ppo_ray.objective import FIGURES, Objective, objective
 
 _EARLY_STOPPING_FACTOR = 1.5  # TRL 0.11: "stop early if we exceed this value by over 50%"
-_WHOLE = 2**62  # tokens: all of a part in one forward pass
 
 Outcome = Literal["stepped", "ratio_exceeded", "early_stopped", "nonfinite"]
 
@@ -125,29 +123,36 @@ class MinibatchUpdater:
         weights[sequences] = token_weights(num_tokens[sequences], ppo.loss_aggregation, num_parts)
         sums = _Sums(self._layout)
         for part in np.array_split(sequences, num_parts):
-            share = float(weights[part] @ torch.from_numpy(num_tokens[part]).double())
-            largest_ratio = ppo.ratio_threshold * share if ppo.ratio_exceeded == "zero_loss" else None
-            sums.start_part(share)
-            for rows in self._passes(batch, part):
+            sums.start_part(float(weights[part] @ torch.from_numpy(num_tokens[part]).double()))
+            before = self._gradients(values_only) if ppo.ratio_exceeded == "zero_loss" else []
+            for rows in self._layout.passes(batch, part):
                 index = torch.from_numpy(rows.sequences)
                 row_weights = weights[index].to(rows.response_mask.device, experience.values.dtype)
                 place = index.to(rows.response_mask.device), slice(rows.response_mask.shape[1])
                 output = (
                     self._frozen_policy(rows, experience.old_logprobs[place]) if values_only else self._policy(rows)
                 )
-                micro = objective(
-                    output, experience, place, rows.response_mask, row_weights, ppo, kl_coef, largest_ratio
-                )
+                micro = objective(output, experience, place, rows.response_mask, row_weights, ppo, kl_coef)
                 micro.loss.backward()
                 sums.add(micro)
+            sums.end_part()
+            if ppo.ratio_exceeded == "zero_loss" and sums.part_mean("ratio_mean") > ppo.ratio_threshold:
+                sums.zero_losses()
+                self._zero_part(before, values_only)
         self._sum_gradients(values_only)
         return sums.report()
 
-    def _passes(self, batch: ResponseBatch, part: np.ndarray) -> Iterator[PackedRows]:
-        layout = self._layout
-        if self._ppo.ratio_exceeded == "zero_loss":  # the part's mean ratio must be known before its backward pass
-            layout = replace(layout, microbatch_tokens=_WHOLE)
-        return layout.passes(batch, part)
+    def _gradients(self, values_only: bool) -> list[torch.Tensor | None]:
+        gradients = [parameter.grad for parameter in self._trained(values_only)]
+        return [None if gradient is None else gradient.clone() for gradient in gradients]
+
+    def _zero_part(self, before: list[torch.Tensor | None], values_only: bool) -> None:
+        """Do to the gradients what a part's loss times zero would have done: it adds zeros, or NaN."""
+        for parameter, gradient in zip(self._trained(values_only), before, strict=True):
+            if parameter.grad is not None and gradient is None:
+                parameter.grad.mul_(0)
+            elif parameter.grad is not None and gradient is not None:
+                parameter.grad.sub_(gradient).mul_(0).add_(gradient)
 
     def _frozen_policy(self, rows: PackedRows, old_logprobs: torch.Tensor) -> ResponseOutput:
         """Return the policy's output where only its values have a gradient: it still is what it was."""
@@ -187,19 +192,31 @@ class _Sums:
         self._parts[-1] += torch.stack([micro.figures[name] for name in self._names])
         self._ratios.append(micro.ratios)
 
+    def end_part(self) -> None:
+        """Sum the part's figures over all ranks."""
+        self._layout.ranks.sum([self._parts[-1]])
+
+    def part_mean(self, name: str) -> float:
+        """Return a figure of the last part alone."""
+        return float(self._parts[-1][self._names.index(name)]) / self._shares[-1]
+
+    def zero_losses(self) -> None:
+        """Multiply the last part's losses by zero."""
+        for name in ("policy_loss", "value_loss", "total_loss"):
+            self._parts[-1][self._names.index(name)] *= 0
+
     def report(self) -> MinibatchReport:
-        """Sum over all ranks; the gradient's norm and the outcome are filled in later."""
+        """Put the parts together; the gradient's norm and the outcome are filled in later."""
         parts = torch.stack(self._parts)
         ratios = torch.cat([*self._ratios, parts.new_empty(0, dtype=torch.float32)])
         extremes = torch.full((2,), -torch.inf, dtype=torch.float64, device=parts.device)
         if len(ratios):
             extremes = torch.stack([ratios.max(), -ratios.min()]).double()
-        self._layout.ranks.sum([parts])
         self._layout.ranks.max([extremes])
         return MinibatchReport(
             **dict(zip(self._names, parts.sum(0).tolist(), strict=True)),
             ratio_max=float(extremes[0]),
             ratio_min=-float(extremes[1]),
             ratios=ratios.float().cpu().numpy(),
-            last_part_kl=float(parts[-1, self._names.index("kl")]) / self._shares[-1],
+            last_part_kl=self.part_mean("kl"),
         )

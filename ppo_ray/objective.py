@@ -41,7 +41,6 @@ def objective(
     weights: torch.Tensor,
     ppo: PPOConfig,
     kl_coef: float,
-    largest_ratio: float | None = None,
 ) -> Objective:
     """Compute the loss of a micro-batch.
 
@@ -53,7 +52,6 @@ def objective(
         weights: `[B]`, of each token of a sequence; see `algo.aggregation`.
         ppo: the algorithm.
         kl_coef: weight of the KL in the loss.
-        largest_ratio: the losses are multiplied by zero if the weighted sum of ratios exceeds this; None: never.
     """
     assert output.values is not None
     importance = experience.importance
@@ -77,12 +75,8 @@ def objective(
         weights,
         value_clip_range=ppo.value_clip_range,
     )
-    policy_loss, value_loss = policy.loss, value.loss
-    ratio = weighted_sum(policy.ratio, mask, weights)
-    if largest_ratio is not None and float(ratio) > largest_ratio:
-        policy_loss, value_loss = policy_loss * 0, value_loss * 0
     entropy = weighted_sum(output.entropies, mask, weights)
-    loss = policy_loss + ppo.value_coef * value_loss
+    loss = policy.loss + ppo.value_coef * value.loss
     kl = torch.zeros_like(loss)
     if ppo.kl_in == "loss" and ppo.kl_estimator != "full":
         estimates = kl_estimate(output.logprobs, experience.ref_logprobs[place], mask, ppo.kl_estimator)
@@ -91,12 +85,12 @@ def objective(
     if ppo.entropy_coef:
         loss = loss - ppo.entropy_coef * entropy
     figures = {
-        "policy_loss": policy_loss,
-        "value_loss": value_loss,
+        "policy_loss": policy.loss,
+        "value_loss": value.loss,
         "total_loss": loss,
         "kl_loss": kl,
         "entropy": entropy,
-        "ratio_mean": ratio,
+        "ratio_mean": weighted_sum(policy.ratio, mask, weights),
         "clip_fraction": policy.clipped,
         "dual_clip_fraction": policy.dual_clipped,
         "approx_kl": policy.approx_kl,

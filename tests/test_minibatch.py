@@ -33,7 +33,7 @@ def test_after_a_step_a_skipped_mini_batch_still_moves_nothing_unless_asked_to_a
 
 
 def test_zero_loss_zeroes_the_parts_whose_ratio_exceeds_alone(tiny_policy: Path) -> None:
-    """Whatever the micro-batch budget: a part's mean ratio must be known before its backward pass."""
+    """Whatever the micro-batch budget: whether a part exceeds is known only after all of its passes."""
     results = []
     for budget, threshold in ((16, 9.0), (4096, 9.0), (4096, 1e9), (4096, 0.5)):
         options = {"loss_aggregation": "microbatch_mean", "gradient_accumulation": 4, "ratio_exceeded": "zero_loss"}
