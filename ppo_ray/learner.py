@@ -183,6 +183,11 @@ class PPOLearner:
         """Copy the policy's weights, by their Hugging Face names; a tied head is listed once."""
         return WeightSnapshot.take(self._policy.causal_lm.named_parameters(), self.policy_version)
 
+    def value_head(self) -> dict[str, np.ndarray]:
+        """Copy the value head: `weight` `[1, H]` and `bias` `[1]`."""
+        state = self._policy.value_head.state_dict()
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
+
     def save(self, path: Path) -> None:
         """Write the policy and its tokenizer for `from_pretrained`, and the value head or critic beside them."""
         path.mkdir(parents=True, exist_ok=True)

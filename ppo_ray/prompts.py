@@ -27,12 +27,18 @@ class PromptBatch:
     """Index in the stream; held-out prompts count down from -1, so that no seed derived from an id is shared."""
     prompt_ids: tuple[tuple[int, ...], ...]
     """Token ids of each prompt, at least one."""
+    max_response_tokens: tuple[int, ...] | None = None
+    """Limit of each response; None: drawn by the rollout worker, as the config says."""
 
     def split(self, n: int) -> "list[PromptBatch]":
         """Cut into at most n parts, in order, whose sizes differ by one at most; none is empty."""
         bounds = [len(self.sample_ids) * part // n for part in range(n + 1)]
         parts = [slice(start, stop) for start, stop in pairwise(bounds) if stop > start]
-        return [PromptBatch(self.sample_ids[part], self.prompt_ids[part]) for part in parts]
+        limits = self.max_response_tokens
+        return [
+            PromptBatch(self.sample_ids[part], self.prompt_ids[part], None if limits is None else limits[part])
+            for part in parts
+        ]
 
 
 class PromptStream:

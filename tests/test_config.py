@@ -77,6 +77,21 @@ def test_assets_and_home_become_paths(tmp_path, monkeypatch):
         ("threads=3", "threads: unknown option; did you mean rollout.threads or reward.threads or learner.threads?"),
         ("ppo.init_kl_coef=0.1", "ppo.init_kl_coef: unknown option; TRL's init_kl_coef is ppo.kl_coef here"),
         ("lam=0.9", "lam: unknown option; TRL's lam is ppo.gae_lambda here"),
+        ("mini_batch_size=4", "mini_batch_size: unknown option; TRL's mini_batch_size is ppo.minibatch_size here"),
+        (
+            "ppo.gradient_accumulation_steps=4",
+            "ppo.gradient_accumulation_steps: unknown option; TRL's gradient_accumulation_steps is "
+            "ppo.gradient_accumulation here",
+        ),
+        (
+            "ppo.gradient_accumulation=3",
+            "ppo.gradient_accumulation: 3 equal parts cannot be made of a mini-batch of 128 trajectories",
+        ),
+        ("ppo.warmup_steps=101", "ppo.warmup_steps: 101 exceeds steps=100: the warm-up would never end"),
+        (
+            "model.critic_path=gpt2",
+            "model.critic_path: is for model.critic=separate; set that, or leave critic_path out",
+        ),
         ("rollout.batch_size=x", "rollout.batch_size: 'x' is not a whole number"),
         ("rollout.batch_size='32'", "rollout.batch_size: '32' is not a whole number"),
         ("rollout.workers=true", "rollout.workers: true is not a whole number"),
@@ -110,6 +125,18 @@ def test_one_violation_one_line(override, line):
     assert len(found) == 1
     if line:
         assert found == [line]
+
+
+@pytest.mark.parametrize("name", ["top_k=50", "top_p=0.9", "repetition_penalty=1.1", "num_beams=4", "min_new_tokens=2"])
+def test_sampling_that_the_learner_cannot_account_for_is_refused(name):
+    (line,) = violations(*REQUIRED, f"rollout.{name}")
+    assert line.startswith(f"rollout.{name.partition('=')[0]}: not offered: the learner's log-probabilities are those")
+    assert "rollout.temperature" in line
+
+
+def test_the_full_divergence_is_for_the_reward():
+    (line,) = violations(*REQUIRED, "ppo.kl_estimator=full", "ppo.kl_in=loss")
+    assert line.startswith("ppo.kl_estimator: full is for kl_in=reward")
 
 
 def test_an_override_inside_a_list():

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import ray
 
+from ppo_ray import trajectory
 from ppo_ray.actors.placement import ActorSpec
 from ppo_ray.errors import PPORayError, WorkerError
 
@@ -49,6 +51,11 @@ class Shards:
         for (key, _), value in by_worker.items():
             figures[key] = max(value, figures.get(key, 0.0))
         return figures
+
+    def fetch(self) -> pa.Table:
+        """Wait for all and bring them here, in order: for a caller that must see trajectories; the loop never does."""
+        self.wait()
+        return trajectory.concat(ray.get(self.tables, timeout=self.timeout_s))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """The learner's actor: a shell over `PPOLearner`."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -15,6 +16,9 @@ from ppo_ray.actors.placement import learner_spec
 from ppo_ray.config import Config
 from ppo_ray.errors import NonFiniteError, WorkerError
 from ppo_ray.weights import WeightSnapshot
+
+if TYPE_CHECKING:
+    from ppo_ray import learner
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,18 @@ class Update:
     metrics: dict[str, float]
     """Of generation, scoring and learning."""
     weights: PublishedWeights
+
+
+@dataclass(frozen=True)
+class LearnerStep:
+    """An update in full, for a caller that works with trajectories itself."""
+
+    update: "learner.Update"
+    kl_coef: float
+    """Of the next update."""
+    value_head: dict[str, np.ndarray]
+    policy_version: int
+    checksum: str
 
 
 @ray.remote
@@ -80,6 +96,17 @@ class LearnerWorker:
         return UpdateReport(metrics, snapshot.policy_version, snapshot.checksum), snapshot
 
     @ray.method(num_returns=2)
+    def step(
+        self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float
+    ) -> tuple["LearnerStep", WeightSnapshot]:
+        """Make one PPO update with the caller's order of rows and KL coefficient; returns all that is known of it."""
+        self._learner.controller = replace(self._learner.controller, kl_coef=kl_coef)
+        update = self._learner.update(table, step, orders.__getitem__)
+        snapshot = self._learner.weights()
+        names = snapshot.policy_version, snapshot.checksum
+        return LearnerStep(update, self._learner.kl_coef, self._learner.value_head(), *names), snapshot
+
+    @ray.method(num_returns=2)
     def weights(self) -> tuple[UpdateReport, WeightSnapshot]:
         """Return the weights as they are."""
         snapshot = self._learner.weights()
@@ -112,6 +139,18 @@ class LearnerGroup:
         answer = self._group.handles[0].update.remote(step, str(path), *scored.tables)
         metrics, weights = self._published("updating", answer)
         return Update(figures | metrics, weights)
+
+    def step(
+        self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float
+    ) -> tuple[LearnerStep, PublishedWeights]:
+        """Make one PPO update on a table of one's own; waits for it. The loop calls `update`."""
+        report, snapshot = self._group.handles[0].step.remote(table, step, orders, kl_coef)
+        (done,) = self._group.wait("updating", [report])
+        return done, PublishedWeights(done.policy_version, done.checksum, snapshot)
+
+    def fetch_weights(self, weights: PublishedWeights) -> WeightSnapshot:
+        """Bring published weights here."""
+        return ray.get(weights.snapshot, timeout=self._config.ray.call_timeout_s)
 
     def weights(self) -> PublishedWeights:
         """Publish the weights as they are."""

@@ -39,9 +39,10 @@ class RolloutWorker:
     def generate(self, prompts: PromptBatch, step: int, seed: int) -> tuple[pa.Table, dict[str, float]]:
         """Sample one response a prompt; returns a table of `trajectory.SCHEMA`, without scores, and metrics."""
         start = time.perf_counter()
+        limits = prompts.max_response_tokens or [self._drawn_limit(seed, step, index) for index in prompts.sample_ids]
         requests = [
-            self._request(prompt_ids, step, sample_id, seed)
-            for sample_id, prompt_ids in zip(prompts.sample_ids, prompts.prompt_ids, strict=True)
+            Request(tuple(prompt_ids), limit, derive_seed(seed, "sample", step, sample_id))
+            for sample_id, prompt_ids, limit in zip(prompts.sample_ids, prompts.prompt_ids, limits, strict=True)
         ]
         completions = self._engine.generate(requests, self._sampling)
         rows = [
@@ -72,10 +73,9 @@ class RolloutWorker:
         if hasattr(self, "_engine"):
             self._engine.close()
 
-    def _request(self, prompt_ids: Sequence[int], step: int, sample_id: int, seed: int) -> Request:
+    def _drawn_limit(self, seed: int, step: int, sample_id: int) -> int:
         shortest, longest = self._config.rollout.min_response_tokens, self._config.rollout.max_response_tokens
-        length = shortest + derive_seed(seed, "response_length", step, sample_id) % (longest - shortest + 1)
-        return Request(tuple(prompt_ids), length, derive_seed(seed, "sample", step, sample_id))
+        return shortest + derive_seed(seed, "response_length", step, sample_id) % (longest - shortest + 1)
 
     def _texts(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> dict[str, str]:
         """Decode the whole once, so that a character whose bytes span prompt and response stays whole."""

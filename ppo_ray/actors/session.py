@@ -8,11 +8,13 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+import psutil
 import ray
 
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError
 
+_EXIT_S = 10.0
 _JOB_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
@@ -28,15 +30,36 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         InputError: there is no Ray at `ray.address`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    private = config.address is None and not any(os.environ.get(name) for name in _JOB_VARIABLES)
+    before = psutil.Process().children()
+    started: list[psutil.Process] = []
     try:
-        if config.address is None and not any(os.environ.get(name) for name in _JOB_VARIABLES):
+        if private:
             _start_private(config)
+            started = [process for process in psutil.Process().children() if process not in before]
         else:
             _connect(config.address)
         with _termination():
             yield
     finally:
-        ray.shutdown()
+        _shut_down(started)
+
+
+def _shut_down(started: list[psutil.Process]) -> None:
+    """Disconnect; of a Ray that was started here wait for every process, and kill those that stay."""
+    processes = started + [child for process in started for child in _descendants(process)]
+    ray.shutdown()
+    _, alive = psutil.wait_procs(processes, timeout=_EXIT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=_EXIT_S)
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []
 
 
 def _start_private(config: RayConfig) -> None:

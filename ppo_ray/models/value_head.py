@@ -12,8 +12,9 @@ from ppo_ray.errors import InputError
 from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.response_lm import ResponseLM, ResponseOutput, unflatten
 
-VALUE_HEAD_FILE = "value_head.safetensors"
-"""Lies in a checkpoint beside the model: `weight` `[1, H]` and `bias` `[1]`."""
+VALUE_HEAD_FILE = Path("value_head") / "value_head.safetensors"
+"""Lies in a checkpoint below the model: `weight` `[1, H]` and `bias` `[1]`. In a folder of its own, because vLLM loads
+every safetensors file of a model's folder as a part of the model."""
 
 
 class CausalLMWithValueHead(ResponseLM):
@@ -105,5 +106,6 @@ def load_value_head(value_head: torch.nn.Linear, path: Path) -> None:
 
 def save_value_head(value_head: torch.nn.Linear, path: Path) -> None:
     """Write a value head as a safetensors file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in value_head.state_dict().items()}
     safetensors.torch.save_file(tensors, path)

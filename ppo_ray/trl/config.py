@@ -4,22 +4,34 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from ppo_ray import config as ppo_ray_config
 
 _KL_ESTIMATORS: dict[str, Literal["k1", "k2", "abs", "full"]] = {"kl": "k1", "mse": "k2", "abs": "abs", "full": "full"}
+_COUNTS = ("steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "compare_steps")
+_ABOVE_0 = ("learning_rate", "target", "horizon", "cliprange", "cliprange_value", "target_kl", "ratio_threshold")
+_LIMITS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = (
+    (_COUNTS, Integral, lambda value: value >= 1, "at least 1, a whole number"),
+    (("seed",), Integral, lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1, a whole number (numpy's limit)"),
+    (_ABOVE_0, Real, lambda value: 0 < value < math.inf, "above 0"),
+    (("init_kl_coef", "vf_coef"), Real, lambda value: 0 <= value < math.inf, "at least 0"),
+    (("gamma", "lam"), Real, lambda value: 0 <= value <= 1, "from 0 to 1"),
+    (("max_grad_norm", "score_clip"), Real, lambda value: 0 < value < math.inf, "above 0, or None"),
+)
+"""Fields, their type, what their values must fulfil, and the same in words; those of the last row may be None."""
 
 
 @dataclass
 class PPOConfig:
     """Options of `PPOTrainer`, ppo_ray's name of each in brackets; what cannot be honoured raises ValueError."""
 
-    exp_name: str = os.path.basename(sys.argv[0])[: -len(".py")]
-    """Name of the experiment, for trackers."""
+    exp_name: str = os.path.basename(sys.argv[0]).removesuffix(".py")
+    """Name of the experiment, for trackers: the script's."""
     seed: int = 0
     """Of `random`, numpy and torch, set when the trainer is made."""
     log_with: Literal["wandb", "tensorboard"] | None = None
@@ -130,28 +142,38 @@ class PPOConfig:
         if self.optimize_cuda_cache is not None:
             if self.optimize_device_cache:
                 raise ValueError("optimize_cuda_cache is the old name of optimize_device_cache; give one of them")
+            warnings.warn("optimize_cuda_cache is deprecated; use optimize_device_cache", FutureWarning, stacklevel=3)
             self.optimize_device_cache = self.optimize_cuda_cache
-        self._refuse()
+        wrong = [*self._out_of_bounds(), *self._not_honoured()]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        if self.log_with == "wandb" and find_spec("wandb") is None:
+            raise ImportError("log_with='wandb' needs wandb: pip install wandb")
         self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
         if self.batch_size % self.backward_batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of mini_batch_size={self.mini_batch_size} x "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} = {self.backward_batch_size}: a batch "
+                "is learnt from in whole optimizer steps; change one of the three"
             )
         self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
-        self.to_ppo_ray()  # its own checks
 
-    def _refuse(self) -> None:
-        """Raise for what cannot be honoured, with what to do instead."""
-        for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+    def _out_of_bounds(self) -> Iterator[str]:
+        """Yield a line for each value that its option cannot have."""
+        for names, kind, fits, wanted in _LIMITS:
+            for name in names:
+                value = getattr(self, name)
+                if value is None and wanted.endswith("None"):
+                    continue
+                if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
+                    yield f"{name}={value!r} must be {wanted}"
         if self.kl_penalty not in _KL_ESTIMATORS:
-            raise ValueError(f"kl_penalty={self.kl_penalty!r} is not one of {', '.join(_KL_ESTIMATORS)}")
+            yield f"kl_penalty={self.kl_penalty!r} is not one of {', '.join(_KL_ESTIMATORS)}"
         if self.log_with not in (None, "wandb", "tensorboard"):
-            raise ValueError(f"log_with={self.log_with!r} is not one of wandb, tensorboard")
-        if self.log_with == "wandb" and find_spec("wandb") is None:
-            raise ImportError("log_with='wandb' needs wandb: pip install wandb")
+            yield f"log_with={self.log_with!r} is not one of wandb, tensorboard"
+
+    def _not_honoured(self) -> Iterator[str]:
+        """Yield a line for each option that is not offered, with what to do instead."""
         reasons = {
             "push_to_hub_if_best_kwargs": "look at stats['ppo/mean_scores'] and call push_to_hub yourself",
             "gradient_checkpointing": "it had no effect in TRL, where every pass ran in eval mode; leave it out",
@@ -160,11 +182,9 @@ class PPOConfig:
         }
         for name, reason in reasons.items():
             if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} cannot be honoured: {reason}")
+                yield f"{name}={getattr(self, name)!r} cannot be honoured: {reason}"
         if self.world_size not in (None, 1):
-            raise ValueError(
-                f"world_size={self.world_size} cannot be honoured: this is one process; see `ppo-ray train`"
-            )
+            yield f"world_size={self.world_size} cannot be honoured: this is one process; see `ppo-ray train`"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options, nested ones flattened with slashes."""
@@ -174,15 +194,15 @@ class PPOConfig:
         """Return ppo_ray's options under which its learner computes what TRL computes."""
         scaling: Literal["none", "std", "mean_std"] = "mean_std" if self.use_score_norm else "std"
         return ppo_ray_config.PPOConfig(
-            learning_rate=self.learning_rate,
-            epochs=self.ppo_epochs,
-            minibatch_size=self.mini_batch_size * self.gradient_accumulation_steps,
-            gradient_accumulation=self.gradient_accumulation_steps,
+            learning_rate=float(self.learning_rate),
+            epochs=int(self.ppo_epochs),
+            minibatch_size=int(self.mini_batch_size * self.gradient_accumulation_steps),
+            gradient_accumulation=int(self.gradient_accumulation_steps),
             loss_aggregation="microbatch_mean",
             gamma=float(self.gamma),
             gae_lambda=float(self.lam),
-            clip_range=self.cliprange,
-            value_clip_range=self.cliprange_value,
+            clip_range=float(self.cliprange),
+            value_clip_range=float(self.cliprange_value),
             value_coef=float(self.vf_coef),
             kl_estimator=_KL_ESTIMATORS[self.kl_penalty],
             kl_controller="adaptive" if self.adap_kl_ctrl else "fixed",
@@ -190,9 +210,9 @@ class PPOConfig:
             kl_target=float(self.target),
             kl_horizon=float(self.horizon),
             score_scaling=scaling if self.use_score_scaling else "none",
-            score_clip=self.score_clip,
+            score_clip=None if self.score_clip is None else float(self.score_clip),
             whiten_rewards="padded" if self.whiten_rewards else "off",
-            max_grad_norm=self.max_grad_norm,
+            max_grad_norm=None if self.max_grad_norm is None else float(self.max_grad_norm),
             ratio_threshold=float(self.ratio_threshold),
             ratio_exceeded="zero_loss",
             early_stopping="after_epoch" if self.early_stopping else "off",

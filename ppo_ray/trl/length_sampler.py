@@ -14,7 +14,8 @@ class LengthSampler:
         """
         if max_value <= min_value:
             raise ValueError(
-                f"LengthSampler({min_value}, {max_value}) draws from an empty range: max_value itself is never drawn"
+                f"LengthSampler({min_value}, {max_value}) has nothing to draw: the range is half-open, "
+                "max_value itself is never drawn; give a larger one"
             )
         self.values = list(range(min_value, max_value))
 

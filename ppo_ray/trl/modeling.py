@@ -4,19 +4,14 @@ Dimensions: B sequences, T tokens, H hidden, V vocabulary.
 """
 
 import copy
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
-_PREFIX = "v_head."
+from ppo_ray.trl.checkpoint import VALUE_HEAD, load_with_value_head
+
 _LAYER_PATTERNS = (
     "transformer.h.{layer}",
     "model.decoder.layers.{layer}",
@@ -29,7 +24,10 @@ _REFUSED = {
     "load_in_8bit": "quantised models are not trained here",
     "load_in_4bit": "quantised models are not trained here",
     "quantization_config": "quantised models are not trained here",
+    "trust_remote_code": "no code of a model's folder is ever run",
+    "output_loading_info": "what is wrong with a file is logged",
 }
+_HEAD_ARGUMENTS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
 
 
 class ValueHead(torch.nn.Module):
@@ -69,13 +67,22 @@ class AutoModelForCausalLMWithValueHead(torch.nn.Module):
             summary_dropout_prob: of the value head; PPO runs without dropout.
             v_head_initializer_range: standard deviation of the strategy `"normal"`.
             v_head_init_strategy: None: torch's default; `"normal"`: normal weights, bias zero.
+
+        Raises:
+            ValueError: the model has no language-model head or lies on several devices, or there is no such strategy.
         """
         super().__init__()
         if pretrained_model.get_output_embeddings() is None:
             raise ValueError(f"{type(pretrained_model).__name__} has no language-model head; give a causal LM")
         self.pretrained_model = pretrained_model
         self.config = pretrained_model.config
-        self.v_head = ValueHead(self.config.get_text_config(), summary_dropout_prob)
+        devices = {parameter.device for parameter in pretrained_model.parameters()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"the model lies on {sorted(map(str, devices))}; it must be on one. Leave out device_map, or name a "
+                'single device: device_map="cuda:0"'
+            )
+        self.v_head = ValueHead(self.config.get_text_config(), summary_dropout_prob).to(devices.pop())
         if v_head_init_strategy == "normal":
             torch.nn.init.normal_(self.v_head.summary.weight, std=v_head_initializer_range)
             torch.nn.init.zeros_(self.v_head.summary.bias)
@@ -87,9 +94,9 @@ class AutoModelForCausalLMWithValueHead(torch.nn.Module):
         """Load a causal LM, safetensors only, and the value head that was saved with it, if there is one.
 
         Args:
-            pretrained_model_name_or_path: a folder, a hub name, or a transformers causal LM.
+            pretrained_model_name_or_path: a folder, a hub name, or a transformers causal LM, which is wrapped as it is.
             *args: for `AutoModelForCausalLM.from_pretrained`.
-            **kwargs: likewise; those of the constructor go there.
+            **kwargs: likewise; those of the constructor go there. Weights are float32 unless `dtype` says otherwise.
 
         Raises:
             ValueError: an argument cannot be honoured.
@@ -98,17 +105,22 @@ class AutoModelForCausalLMWithValueHead(torch.nn.Module):
         for name, reason in _REFUSED.items():
             if kwargs.pop(name, None):
                 raise ValueError(f"{name} cannot be honoured: {reason}")
-        if kwargs.get("trust_remote_code"):
-            raise ValueError("trust_remote_code cannot be honoured: no code of a model's folder is ever run")
-        names = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
-        head = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if kwargs.pop("use_safetensors", None) not in (None, True):
+            raise ValueError(
+                "use_safetensors=False cannot be honoured: pickled weights can run code when they are read"
+            )
+        for name in ("reward_adapter_name", "is_trainable"):  # they say something of adapters, of which there are none
+            kwargs.pop(name, None)
+        head = {name: kwargs.pop(name) for name in _HEAD_ARGUMENTS if name in kwargs}
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):
+            if args or kwargs:
+                raise ValueError(f"{[*args, *kwargs]} cannot be honoured: the model is loaded already")
             return cls(pretrained_model_name_or_path, **head)
-        path = str(pretrained_model_name_or_path)
-        with _no_report():
-            pretrained_model = AutoModelForCausalLM.from_pretrained(path, *args, use_safetensors=True, **kwargs)
+        if not isinstance(pretrained_model_name_or_path, str | Path):
+            raise ValueError(f"give a folder, a hub name or a causal LM, not {type(pretrained_model_name_or_path)}")
+        pretrained_model, value_head = load_with_value_head(str(pretrained_model_name_or_path), *args, **kwargs)
         model = cls(pretrained_model, **head)
-        model.post_init(_saved_value_head(path))
+        model.post_init(value_head)
         return model
 
     def forward(
@@ -130,7 +142,7 @@ class AutoModelForCausalLMWithValueHead(torch.nn.Module):
             attention_mask=attention_mask,
             **{**kwargs, "output_hidden_states": True},
         )
-        values = self.v_head(output.hidden_states[-1].to(self.v_head.summary.weight.device)).squeeze(-1)
+        values = self.v_head(output.hidden_states[-1]).squeeze(-1)
         answer = (output.logits.float(), output.loss, values)
         return (*answer, output.past_key_values) if return_past_key_values else answer
 
@@ -141,11 +153,13 @@ class AutoModelForCausalLMWithValueHead(torch.nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the wrapped model's state under its own names, and the value head's under `v_head.`."""
         state = dict(self.pretrained_model.state_dict(*args, **kwargs))
-        return state | {_PREFIX + name: tensor for name, tensor in self.v_head.state_dict(*args, **kwargs).items()}
+        return state | {VALUE_HEAD + name: tensor for name, tensor in self.v_head.state_dict(*args, **kwargs).items()}
 
     def post_init(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Load the value head from the `v_head.*` of a state; without any it stays as it is."""
-        head = {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items() if name.startswith(_PREFIX)}
+        head = {
+            name.removeprefix(VALUE_HEAD): tensor for name, tensor in state_dict.items() if name.startswith(VALUE_HEAD)
+        }
         if head:
             self.v_head.load_state_dict(head)
 
@@ -174,52 +188,25 @@ def create_reference_model(
 
     Args:
         model: whose copy is wanted.
-        num_shared_layers: so many first layers, and what comes before them, are frozen in `model` too, so that both
-            models agree in them for good; None: `model` is left as it is.
+        num_shared_layers: so many first layers, and all that the model lists before them (its embeddings, and with
+            them a tied head), become the same tensors in both models, frozen; None: nothing is shared, and `model` is
+            left as it is.
         pattern: how a layer is named, e.g. `"transformer.h.{layer}"`; None: found by the model's names.
 
     Raises:
         ValueError: no layer is named so.
     """
-    reference = copy.deepcopy(model).requires_grad_(False).eval()
-    if num_shared_layers is None:
-        return reference
-    names = [name for name, _ in model.named_parameters()]
-    patterns = [layer.format(layer=num_shared_layers) for layer in ([pattern] if pattern else _LAYER_PATTERNS)]
-    first = next((index for layer in patterns for index, name in enumerate(names) if f"{layer}." in name), None)
-    if first is None:
-        raise ValueError(
-            f"no parameter is named like {' or '.join(patterns)}; give pattern, or fewer num_shared_layers"
-        )
-    for name in names[:first]:
-        model.get_parameter(name).requires_grad_(False)
-    return reference
-
-
-def _saved_value_head(path: str) -> dict[str, torch.Tensor]:
-    """Read the `v_head.*` tensors out of a saved model, sharded or not; nothing if there are none."""
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    index = cached_file(path, "model.safetensors.index.json", **quiet)
-    names = {"model.safetensors"}
-    if index is not None:
-        shards = json.loads(Path(index).read_text())["weight_map"]
-        names = {file for name, file in shards.items() if name.startswith(_PREFIX)}
-    found: dict[str, torch.Tensor] = {}
-    for name in sorted(names):
-        file = cached_file(path, name, **quiet)
-        if file is not None:
-            with safetensors.safe_open(file, "pt") as tensors:
-                heads = [name for name in tensors.keys() if name.startswith(_PREFIX)]  # noqa: SIM118
-                found |= {name: tensors.get_tensor(name) for name in heads}
-    return found
-
-
-@contextmanager
-def _no_report() -> Iterator[None]:
-    """Keep transformers from reporting the value head as something unexpected."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    parameters = dict(model.named_parameters())
+    shared: list[torch.nn.Parameter] = []
+    if num_shared_layers is not None:
+        patterns = [layer.format(layer=num_shared_layers) for layer in ([pattern] if pattern else _LAYER_PATTERNS)]
+        first = next((index for layer in patterns for index, name in enumerate(parameters) if layer in name), None)
+        if first is None:
+            raise ValueError(
+                f"no parameter is named like {' or '.join(patterns)}; give pattern, or fewer num_shared_layers"
+            )
+        shared = list(parameters.values())[:first]
+    for parameter in shared:
+        parameter.requires_grad_(False)
+    reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
+    return reference.requires_grad_(False).eval()

@@ -4,45 +4,40 @@ import inspect
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from ppo_ray.learner import PPOLearner
-from ppo_ray.models.response_lm import ResponseLM
-from ppo_ray.models.value_head import CausalLMWithValueHead
+from ppo_ray.learner import Update
+from ppo_ray.trl.backend import Backend, InProcess
 from ppo_ray.trl.config import PPOConfig
-from ppo_ray.trl.generation import generate_batched, generate_one
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead, create_reference_model
 from ppo_ray.trl.sampling import sampling_temperature
 from ppo_ray.trl.statistics import step_statistics
+from ppo_ray.trl.tracking import log_entries, make_accelerator
 from ppo_ray.trl.trajectories import scored_trajectories
-
-_MICROBATCH_TOKENS = 2048
 
 
 class KLControl:
     """The KL controller as TRL shows it: `value` is the penalty's weight in the next step, and may be set."""
 
-    def __init__(self, learner: PPOLearner) -> None:
-        """Show and change a learner's controller."""
-        self._learner = learner
+    def __init__(self, backend: Backend) -> None:
+        """Show and change a backend's controller."""
+        self._backend = backend
 
     @property
     def value(self) -> float:
         """Weight of the KL penalty."""
-        return self._learner.kl_coef
+        return self._backend.kl_coef
 
     @value.setter
     def value(self, value: float) -> None:
-        self._learner.controller = replace(self._learner.controller, kl_coef=float(value))
+        self._backend.kl_coef = float(value)
 
 
 class PPOTrainer:
@@ -64,6 +59,7 @@ class PPOTrainer:
         num_shared_layers: int | None = None,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         training_data_collator: Callable[..., Any] | None = None,
+        on_ray: Sequence[str] | None = None,
     ) -> None:
         """Seed `random`, numpy and torch, and set up the learner.
 
@@ -78,6 +74,8 @@ class PPOTrainer:
             num_shared_layers: first layers that model and reference share and that stay as they are.
             lr_scheduler: of the optimizer; it steps once a `step`.
             training_data_collator: cannot be honoured: sequences are laid out in rows without padding.
+            on_ray: None: everything in this process. Options of ppo_ray, e.g. `["rollout.workers=2"]`: vLLM engines
+                generate and a learner updates, as Ray actors; `model` follows them. End with `close`.
 
         Raises:
             ValueError: an argument is not what it should be, or cannot be honoured.
@@ -99,7 +97,7 @@ class PPOTrainer:
             warnings.warn("num_shared_layers is ignored: a ref_model is given", UserWarning, stacklevel=2)
         set_seed(config.seed)
         self.config, self.tokenizer, self.dataset = config, tokenizer, dataset
-        self.accelerator = _make_accelerator(config)
+        self.accelerator = make_accelerator(config)
         self.current_device = self.accelerator.device
         config.world_size = 1
         config.global_backward_batch_size, config.global_batch_size = config.backward_batch_size, config.batch_size
@@ -113,17 +111,10 @@ class PPOTrainer:
         self.lr_scheduler = lr_scheduler
         self.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.dataloader = self.prepare_dataloader(dataset, data_collator) if dataset is not None else None
-        self._policy = CausalLMWithValueHead(model.pretrained_model, value_head=model.v_head.summary)
-        self._reference = ResponseLM(reference.pretrained_model)
-        self._learner = PPOLearner(
-            self._policy,
-            self._reference,
-            config.to_ppo_ray(),
-            microbatch_tokens=_MICROBATCH_TOKENS,
-            optimizer=self.optimizer,
-            seed=config.seed,
-        )
-        self.kl_ctl = KLControl(self._learner)
+        self._backend: Backend = InProcess(config, self.model, self.ref_model, tokenizer, self.optimizer)
+        if on_ray is not None:
+            self._backend = _on_ray(config, self.model, self.ref_model, tokenizer, optimizer, lr_scheduler, on_ray)
+        self.kl_ctl = KLControl(self._backend)
         self.current_step = 0
         self._temperature: float | None = None
 
@@ -171,16 +162,12 @@ class PPOTrainer:
                 f"{self._temperature:g}; the responses of a step must share one temperature"
             )
         self._temperature = temperature
-        answers: list[Any] = []
-        for model in (self.model, self.ref_model) if generate_ref_response else (self.model,):
-            model.eval()
-            answers.append(
-                generate_batched(
-                    model, self.tokenizer, query_tensor, length_sampler, batch_size, return_prompt, generation_kwargs
-                )
-                if isinstance(query_tensor, list)
-                else generate_one(model, query_tensor, length_sampler, return_prompt, generation_kwargs)
+        answers = [
+            self._backend.generate(
+                query_tensor, length_sampler, batch_size, return_prompt, reference, generation_kwargs
             )
+            for reference in ((False, True) if generate_ref_response else (False,))
+        ]
         return tuple(answers) if generate_ref_response else answers[0]
 
     def step(
@@ -209,16 +196,8 @@ class PPOTrainer:
         table = scored_trajectories(
             queries, responses, scores, response_masks, self.config.batch_size, self.tokenizer.eos_token_id
         )
-        self.model.eval()
-        self._policy.temperature = self._reference.temperature = self._temperature or 1.0
-        self._temperature = None
-        orders: list[np.ndarray] = []
-
-        def order(epoch: int) -> np.ndarray:
-            orders.append(np.random.permutation(self.config.batch_size))
-            return orders[-1]
-
-        update = self._learner.update(table, self._learner.policy_version, order)
+        temperature, self._temperature = self._temperature or 1.0, None
+        update, orders = self._updated(table, temperature)
         counted = time.perf_counter()
         stats = step_statistics(update, orders, self.config.mini_batch_size)
         if stats["objective/kl"] < -1:
@@ -242,6 +221,15 @@ class PPOTrainer:
             "time/ppo/total": now - started,
         }
 
+    def _updated(self, table: pa.Table, temperature: float) -> tuple[Update, list[np.ndarray]]:
+        """Update with the rows in the orders that TRL would draw, and leave numpy's generator where TRL would."""
+        size, state = self.config.batch_size, np.random.get_state()
+        orders = [np.random.permutation(size) for _ in range(self.config.ppo_epochs)]
+        update = self._backend.update(table, orders, temperature)
+        num_epochs = -(-len(update.minibatches) * (self.config.backward_batch_size or size) // size)
+        np.random.set_state(state)
+        return update, [np.random.permutation(size) for _ in range(num_epochs)]
+
     def log_stats(
         self,
         stats: dict[str, Any],
@@ -261,20 +249,9 @@ class PPOTrainer:
             ValueError: a column is not in the batch (wandb only).
         """
         scores = torch.tensor([float(reward) for reward in rewards])
-        columns, logs = list(columns_to_log), dict(stats)
-        if self.config.log_with == "wandb":
-            missing = [column for column in columns if column not in batch]
-            if missing:
-                raise ValueError(f"columns_to_log: {missing} are not in the batch, which has {sorted(batch)}")
-            import wandb
-
-            rows = [list(row) for row in zip(*(batch[column] for column in columns), scores.tolist(), strict=True)]
-            logs["game_log"] = wandb.Table(columns=[*columns, "reward"], rows=rows)
-        logs["env/reward_mean"], logs["env/reward_std"] = float(scores.mean()), float(scores.std())
-        logs["env/reward_dist"] = scores.numpy()
+        logs = log_entries(stats, batch, scores, list(columns_to_log), self.config.log_with)
         step = None
         if self.config.log_with == "tensorboard":
-            logs = {name: value for name, value in logs.items() if np.ndim(value) == 0}
             step = self.current_step = self.current_step + 1
         self.accelerator.log(logs, step=step)
 
@@ -288,6 +265,10 @@ class PPOTrainer:
         self.model.push_to_hub(repo_id, **kwargs)
         self.tokenizer.push_to_hub(repo_id, **kwargs)
 
+    def close(self) -> None:
+        """End what was started on Ray; the model stays as it is."""
+        self._backend.close()
+
 
 def set_seed(seed: int) -> None:
     """Seed the global generators of `random`, numpy and torch."""
@@ -296,19 +277,18 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _make_accelerator(config: PPOConfig) -> Accelerator:
-    """Set up accelerate for its trackers and its device; it neither wraps models nor scales losses here."""
-    accelerator = Accelerator(
-        log_with=config.log_with,
-        project_config=ProjectConfiguration(**config.project_kwargs),
-        **config.accelerator_kwargs,
-    )
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"{accelerator.num_processes} processes: PPOTrainer is one process. On several GPUs use `ppo-ray train`."
-        )
-    if config.log_with is not None:
-        flat = config.to_dict()
-        options = {name: value for name, value in flat.items() if isinstance(value, int | float | str)}
-        accelerator.init_trackers(config.tracker_project_name, options, config.tracker_kwargs)
-    return accelerator
+def _on_ray(
+    config: PPOConfig,
+    model: AutoModelForCausalLMWithValueHead,
+    ref_model: AutoModelForCausalLMWithValueHead,
+    tokenizer: Any,
+    optimizer: Any,
+    lr_scheduler: Any,
+    options: Sequence[str],
+) -> Backend:
+    from ppo_ray.trl.on_ray import OnRay
+
+    for name, given in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
+        if given is not None:
+            raise ValueError(f"{name} cannot be honoured on Ray: the learner makes its own Adam with learning_rate")
+    return OnRay(config, model, ref_model, tokenizer, options)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_ray.algo.gae import gae
+from ppo_ray.algo.gae import gae, padding_advantages
 
 NAN = math.nan
 REWARDS = torch.tensor([[1.0, 0.0, 2.0], [3.0, NAN, NAN]])
@@ -60,3 +60,17 @@ def test_a_row_is_the_same_alone_as_in_a_batch(rows: list[list[tuple[float, floa
 def test_a_hole_in_the_mask_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mask row 1 must be some True, then only False; it is \[1, 0, 1\]"):
         gae(REWARDS, VALUES, torch.tensor([[True, True, True], [True, False, True]]), 1.0, 0.95)
+
+
+def test_what_follows_the_last_token_may_have_an_advantage() -> None:
+    rewards, values = torch.tensor([[1.0, 2.0], [3.0, 9.0]]), torch.zeros(2, 2)
+    mask = torch.tensor([[True, True], [True, False]])
+    advantages, _ = gae(rewards, values, mask, 1.0, 0.5, torch.tensor([4.0, 8.0]))
+    # 2 + 4 / 2, then 1 + 4 / 2; 3 + 8 / 2
+    assert advantages.tolist() == [[3.0, 4.0], [7.0, 0.0]]
+
+
+def test_the_advantage_of_padding_by_hand() -> None:
+    reward, lengths = torch.tensor(2.0), torch.tensor([0, 1, 3])
+    assert padding_advantages(reward, lengths, 1.0, 0.5).tolist() == [0.0, 2.0, 3.5]  # 2 (1 + 1/2 + 1/4)
+    assert padding_advantages(reward, lengths, 1.0, 1.0).tolist() == [0.0, 2.0, 6.0]

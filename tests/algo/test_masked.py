@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_ray.algo.masked import masked_mean, masked_sum, masked_var, masked_whiten, weighted_sum
+from ppo_ray.algo.masked import masked_mean, masked_sum, masked_var, masked_whiten, weighted_sum, whitened_zero
 
 NAN = math.nan
 X = torch.tensor([[1.0, 2.0, NAN], [6.0, NAN, NAN]])
@@ -25,6 +25,10 @@ def test_whiten_by_hand() -> None:
     torch.testing.assert_close(masked_whiten(X, MASK), expected)
     kept_mean = torch.where(MASK, expected + 3, 0)
     torch.testing.assert_close(masked_whiten(X, MASK, shift_mean=False), kept_mean)
+
+
+def test_what_whitening_would_make_of_a_zero_by_hand() -> None:
+    assert float(whitened_zero(X, MASK)) == pytest.approx(3 - 3 / math.sqrt(7))
 
 
 def test_whiten_leaves_equal_figures_at_zero() -> None:

@@ -48,7 +48,7 @@ def test_a_run_leaves_what_it_promises(ppo_ray: CommandLine, tmp_path: Path, tin
     model = AutoModelForCausalLM.from_pretrained(final)
     before = AutoModelForCausalLM.from_pretrained(tiny_policy)
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
-    assert set(load_file(final / "value_head.safetensors")) == {"weight", "bias"}
+    assert set(load_file(final / "value_head" / "value_head.safetensors")) == {"weight", "bias"}
     assert AutoTokenizer.from_pretrained(final).eos_token_id == 0
     assert (run / "config.yaml").read_text() == (final / "config.yaml").read_text()
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -82,8 +82,9 @@ def test_the_same_seed_is_the_same_run_whatever_the_number_of_workers(ppo_ray: C
     assert two != other
 
 
-def test_evaluate_repeats_the_final_score(ppo_ray: CommandLine, tmp_path: Path) -> None:
-    trained = ppo_ray.train("rollout.engine=hf", "steps=1")
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_evaluate_repeats_the_final_score(ppo_ray: CommandLine, tmp_path: Path, engine: str) -> None:
+    trained = ppo_ray.train(f"rollout.engine={engine}", "steps=1")
     assert trained.returncode == 0, trained.stderr
     final = tmp_path / "run" / "checkpoints" / "final"
     result = ppo_ray.run("evaluate", str(final))
@@ -108,6 +109,52 @@ def test_a_reward_function_that_fails_on_some_texts(ppo_ray: CommandLine, tmp_pa
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert metrics["score/num_unscored"] == 2
     assert metrics["score/mean"] > 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_what_made_it(ppo_ray: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "huge.py").write_text(
+        "def score(prompts, responses): return [3e38 * (-1) ** i for i in range(len(responses))]\n"
+    )
+    ppo_ray.environment["PYTHONPATH"] = str(tmp_path)
+    result = ppo_ray.train(
+        "rollout.engine=hf", "reward.path=null", "reward.function=huge:score", "ppo.value_clip_range=null"
+    )
+    assert result.returncode == 1
+    dump = tmp_path / "run" / "trajectories" / "step-00000-nonfinite.parquet"
+    assert str(dump) in result.stderr and "learner: at step 0, epoch 0 the loss is" in result.stderr
+    assert {abs(score) > 1e38 for score in pq.read_table(dump).column("score").to_pylist()} == {True}
+    assert ppo_ray.leftovers() == []
+
+
+def test_a_separate_critic_and_every_other_option_go_through(ppo_ray: CommandLine, tmp_path: Path) -> None:
+    options = {
+        "learning_rate_schedule": "cosine",
+        "warmup_steps": 1,
+        "value_warmup_steps": 1,
+        "loss_aggregation": "sequence_mean",
+        "clip_range_high": 0.28,
+        "dual_clip": 3.0,
+        "log_ratio_clamp": 20.0,
+        "importance_cap": 2.0,
+        "entropy_coef": 0.01,
+        "kl_in": "loss",
+        "kl_estimator": "k3",
+        "score_scaling": "mean_std",
+        "score_clip": 3.0,
+        "missing_eos_penalty": 0.5,
+        "reward_clip": 5.0,
+        "max_grad_norm": 1.0,
+        "early_stopping": "before_step",
+    }
+    result = ppo_ray.train("model.critic=separate", *(f"ppo.{name}={value}" for name, value in options.items()))
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["learner/learning_rate"] for line in lines] == pytest.approx([1e-3, 1e-3, 0.5e-3])
+    assert lines[0]["policy/ratio_max"] == 1 and lines[2]["policy/ratio_max"] > 1
+    assert all(0.99 < line["mismatch/importance_mean"] < 1.01 for line in lines)
+    final = tmp_path / "run" / "checkpoints" / "final"
+    assert (final / "critic" / "model.safetensors").is_file()
+    assert ppo_ray.run("evaluate", str(final)).returncode == 0
 
 
 def test_a_run_whose_texts_cannot_be_scored_says_so_and_learns_nothing(ppo_ray: CommandLine, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ppo_ray.algo.masked import masked_sum, masked_whiten
 from ppo_ray.algo.rewards import token_rewards
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
 from ppo_ray.learner import PPOLearner
+from ppo_ray.models.value_head import VALUE_HEAD_FILE
 
 RECORD = Path(__file__).parent / "trl_default"
 STEPS = json.loads((RECORD / "golden.json").read_text())["steps"]
@@ -92,7 +93,8 @@ def replay(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Return the learner after the three recorded steps, and its updates."""
     policy = tmp_path_factory.mktemp("golden") / "policy"
     shutil.copytree(RECORD / "policy", policy)
-    shutil.copy(RECORD / "value_head.safetensors", policy)
+    (policy / "value_head").mkdir()
+    shutil.copy(RECORD / "value_head.safetensors", policy / VALUE_HEAD_FILE)
     learner = PPOLearner.load(
         ModelConfig(path=str(policy), reference_path=str(RECORD / "reference")),
         PPOConfig(learning_rate=OPTIONS["learning_rate"]),
@@ -125,7 +127,7 @@ def test_learner_reproduces_the_weights(replay: tuple[PPOLearner, list[Any]], tm
     learner.save(tmp_path)
     wanted = safetensors.torch.load_file(RECORD / "final.safetensors")
     found = {name: tensor.clone() for name, tensor in learner.weights().tensors()}
-    head = safetensors.torch.load_file(tmp_path / "value_head.safetensors")
+    head = safetensors.torch.load_file(tmp_path / VALUE_HEAD_FILE)
     found |= {f"value_head.{name}": tensor for name, tensor in head.items()}
     assert found.keys() == wanted.keys()
     start = safetensors.torch.load_file(RECORD / "policy" / "model.safetensors")

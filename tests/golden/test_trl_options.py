@@ -68,8 +68,8 @@ def test_every_figure_of_trl(case: str, make_trainer: Any, monkeypatch: pytest.M
     options, steps = recorded(case)
     trainer = make_trainer(**options)
     updates = []
-    update = trainer._learner.update
-    monkeypatch.setattr(trainer._learner, "update", lambda *args: updates.append(update(*args)) or updates[-1])
+    update = trainer._backend.update
+    monkeypatch.setattr(trainer._backend, "update", lambda *args: updates.append(update(*args)) or updates[-1])
     for index, step in enumerate(steps):
         assert trainer.kl_ctl.value == pytest.approx(step["kl_coef_before"], rel=1e-5)
         with warnings.catch_warnings():

@@ -12,7 +12,7 @@ import transformers
 from ppo_ray.algo.batching import microbatches
 from ppo_ray.errors import InputError
 from ppo_ray.models.packing import pack
-from ppo_ray.models.value_head import CausalLMWithValueHead
+from ppo_ray.models.value_head import VALUE_HEAD_FILE, CausalLMWithValueHead
 
 SIZES = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
 BLOCK = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -128,6 +128,6 @@ def test_value_head_saves_and_loads(tmp_path: Path) -> None:
     assert torch.equal(first.value_head.bias, second.value_head.bias)
     second.load_values(tmp_path / "nothing")  # a checkpoint without one leaves the head as it is
     assert torch.equal(first.value_head.weight, second.value_head.weight)
-    safetensors.torch.save_file({"weight": torch.zeros(1, 7)}, tmp_path / "value_head.safetensors")
+    safetensors.torch.save_file({"weight": torch.zeros(1, 7)}, tmp_path / VALUE_HEAD_FILE)
     with pytest.raises(InputError, match=r"value_head\.safetensors holds .*\(1, 7\).*this model needs .*\(1, 32\)"):
         second.load_values(tmp_path)

@@ -13,9 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ("__main__",),
     ("cli",),
-    ("driver",),
+    ("driver", "trl"),
     ("actors",),
-    ("trl",),
     ("learner", "engines"),
     ("diagnostics",),
     ("minibatch",),

@@ -1,0 +1,175 @@
+"""A trainer's work on Ray actors: vLLM engines generate, a learner updates, weights come back after each step."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ppo_ray import trajectory
+from ppo_ray.actors.learner import LearnerGroup
+from ppo_ray.actors.placement import check_fit, learner_spec, rollout_spec
+from ppo_ray.actors.rollout import RolloutGroup
+from ppo_ray.actors.session import ray_session
+from ppo_ray.config import Config, load_config
+from ppo_ray.learner import Update
+from ppo_ray.models.value_head import VALUE_HEAD_FILE, save_value_head
+from ppo_ray.prompts import PromptBatch
+from ppo_ray.trl.config import PPOConfig
+from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead
+
+_ARGUMENTS = {
+    "max_new_tokens",
+    "do_sample",
+    "top_k",
+    "top_p",
+    "temperature",
+    "min_length",
+    "pad_token_id",
+    "eos_token_id",
+}
+"""Arguments of `generate` that engines honour: those of the full softmax, and how long."""
+
+
+class OnRay:
+    """Rollout workers and a learner as Ray actors; the caller's model is a copy that follows theirs."""
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        model: AutoModelForCausalLMWithValueHead,
+        ref_model: AutoModelForCausalLMWithValueHead,
+        tokenizer: Any,
+        options: Sequence[str],
+    ) -> None:
+        """Write the models out, start the actors and wait until all engines serve the model's weights.
+
+        Args:
+            config: the trainer's.
+            model: copied to the actors, and brought up to date after each update.
+            ref_model: copied to the learner.
+            tokenizer: the models'.
+            options: ppo_ray's, as on the command line, e.g. `["rollout.workers=2"]`. On several nodes `output_dir`,
+                which the models are written to, must be a folder that all of them see.
+
+        Raises:
+            ValueError: a parameter of the model is frozen, which the learner would not know.
+            InputError: an option is wrong, or the machine cannot hold the actors.
+            WorkerError: an actor did not start.
+        """
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        if frozen:
+            raise ValueError(f"frozen parameters ({frozen[0]}, ...) cannot be honoured on Ray: all are trained there")
+        self._model, self._eos_token_id, self._sampled = model, tokenizer.eos_token_id, 0
+        self.kl_coef, self._version = config.init_kl_coef, 0
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ppo_ray-"))
+            self._config = _ray_config(config, folder, options)
+            _write_models(self._config, model, ref_model, tokenizer)
+            stack.enter_context(ray_session(self._config.ray))
+            check_fit([rollout_spec(self._config), learner_spec(self._config)])
+            self._rollout = RolloutGroup(self._config)
+            stack.callback(self._rollout.close)
+            self._rollout.setup()
+            self._learner = LearnerGroup(self._config, Path(folder))
+            stack.callback(self._learner.close)
+            self._learner.setup()
+            self._rollout.load_weights(self._learner.weights())
+            self._stack = stack.pop_all()
+
+    def generate(
+        self,
+        queries: torch.Tensor | list[torch.Tensor],
+        length_sampler: Callable[[], int] | None,
+        batch_size: int,
+        return_prompt: bool,
+        by_reference: bool,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Sample by the engines, all prompts at once; lengths are drawn as in process, once a `batch_size` prompts.
+
+        Raises:
+            ValueError: an argument is not for engines, the temperature is not theirs, or the reference is asked.
+        """
+        self._check(arguments, by_reference)
+        prompts = queries if isinstance(queries, list) else [queries]
+        default = arguments.get("max_new_tokens", 20)  # transformers' default
+        drawn = [length_sampler() if length_sampler else default for _ in range(0, len(prompts), batch_size)]
+        limits = tuple(drawn[index // batch_size] for index in range(len(prompts)))
+        sample_ids = tuple(range(self._sampled, self._sampled + len(prompts)))
+        self._sampled += len(prompts)
+        batch = PromptBatch(sample_ids, tuple(tuple(prompt.tolist()) for prompt in prompts), limits)
+        table = self._rollout.generate(batch, self._version).fetch()
+        responses = [torch.from_numpy(ids.astype(np.int64)) for ids in trajectory.ragged(table, "response_ids")]
+        if return_prompt:
+            responses = [torch.cat([prompt.cpu(), ids]) for prompt, ids in zip(prompts, responses, strict=True)]
+        return responses if isinstance(queries, list) else responses[0][None]
+
+    def update(self, table: pa.Table, orders: list[np.ndarray], temperature: float) -> Update:
+        """Make one update in the learner, send its weights to the engines, verified, and into the caller's model."""
+        done, weights = self._learner.step(table, self._version, orders, self.kl_coef)
+        self.kl_coef, self._version = done.kl_coef, done.policy_version
+        self._rollout.load_weights(weights)
+        parameters = dict(self._model.pretrained_model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in self._learner.fetch_weights(weights).tensors():
+                parameters[name].copy_(tensor)
+            for name, parameter in self._model.v_head.summary.named_parameters():
+                parameter.copy_(torch.from_numpy(done.value_head[name].copy()))
+        return done.update
+
+    def close(self) -> None:
+        """End the actors, and Ray if it was started here."""
+        self._stack.close()
+
+    def _check(self, arguments: dict[str, Any], by_reference: bool) -> None:
+        if by_reference:
+            raise ValueError("generate_ref_response cannot be honoured on Ray: the engines hold the policy alone")
+        unknown = sorted(set(arguments) - _ARGUMENTS)
+        if unknown:
+            raise ValueError(
+                f"{', '.join(unknown)} cannot be honoured on Ray; engines take {', '.join(sorted(_ARGUMENTS))}"
+            )
+        if arguments.get("eos_token_id", self._eos_token_id) != self._eos_token_id:
+            raise ValueError(
+                f"eos_token_id={arguments['eos_token_id']}: on Ray it is the tokenizer's, {self._eos_token_id}"
+            )
+        wanted, given = self._config.rollout.temperature, arguments.get("temperature", 1.0)
+        if given != wanted:
+            raise ValueError(f"temperature={given}: on Ray it is said once, on_ray=['rollout.temperature={given}']")
+
+
+def _ray_config(config: PPOConfig, folder: str, options: Sequence[str]) -> Config:
+    """Make a config of ppo_ray's; it has prompts and rewards of its own, which a trainer does without."""
+    given = load_config(
+        None,
+        [
+            f"output_dir={folder}",
+            "model.path=policy",
+            "prompts.path=the-script's",
+            "reward.function=the_script:itself",
+            f"seed={config.seed}",
+            f"rollout.batch_size={config.batch_size}",
+            *options,
+        ],
+    )
+    base = Path(given.output_dir)
+    model = given.model.model_copy(update={"path": str(base / "policy"), "reference_path": str(base / "reference")})
+    return given.model_copy(update={"model": model, "ppo": config.to_ppo_ray()})
+
+
+def _write_models(
+    config: Config,
+    model: AutoModelForCausalLMWithValueHead,
+    ref_model: AutoModelForCausalLMWithValueHead,
+    tokenizer: Any,
+) -> None:
+    """Write both models where the actors will load them."""
+    for one, path in ((model, config.model.path), (ref_model, str(config.model.reference_path))):
+        one.pretrained_model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    save_value_head(model.v_head.summary, Path(config.model.path) / VALUE_HEAD_FILE)

@@ -1,0 +1,58 @@
+"""The documents name what there is: every metric, every option of TRL's, every recording."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from ppo_ray.config import Config
+from ppo_ray.trl import PPOConfig
+from tests.learning import make_learner, make_table
+
+ROOT = Path(__file__).parents[2]
+DIAGNOSTICS = (ROOT / "docs" / "diagnostics.md").read_text()
+TRL = (ROOT / "docs" / "trl.md").read_text()
+LOOP = {f"time/{part}_s" for part in ("step", "generate", "score", "learn", "sync")}
+"""What actors and the log add to a learner's metrics; tests/e2e reads them."""
+
+
+def first_column(text: str) -> set[str]:
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def test_every_metric_is_explained_and_nothing_else(tiny_policy: Path) -> None:
+    found = set(make_learner(tiny_policy, importance_cap=2.0).update(make_table(), 0).metrics)
+    assert first_column(DIAGNOSTICS) == found | LOOP
+
+
+def test_every_option_of_trls_update_has_a_row() -> None:
+    documented = first_column(TRL) | {"steps"}
+    not_of_the_update = {
+        *("exp_name", "seed", "log_with", "task_name", "model_name", "query_dataset", "reward_model", "steps"),
+        *("remove_unused_columns", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "tracker_project_name"),
+        *("push_to_hub_if_best_kwargs", "forward_batch_size", "world_size", "optimize_cuda_cache", "compare_steps"),
+        *("optimize_device_cache", "gradient_checkpointing", "is_encoder_decoder", "is_peft_model"),
+        *("backward_batch_size", "global_backward_batch_size", "global_batch_size", "dataset_num_proc"),
+    }
+    assert {field.name for field in dataclasses.fields(PPOConfig)} - not_of_the_update <= documented
+
+
+def test_the_recordings_and_options_that_are_named_exist() -> None:
+    table = TRL[TRL.index("| TRL | ppo_ray | recordings |") : TRL.index("## Where TRL errs")]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    recordings = {name for row in rows for name in re.findall(r"`(\w+)`", row[3])}
+    assert all((ROOT / "tests/golden/trl_options" / f"{name}.json").is_file() for name in recordings - {"trl_default"})
+    named = {path.stem for path in (ROOT / "tests/golden/trl_options").glob("*.json")}
+    assert named - recordings == {"max_grad_norm_as_it_is"}
+    for option in {"model.safetensors"} ^ set(
+        re.findall(r"`((?:ppo|rollout|model|prompts)\.\w+)[`=]", TRL + DIAGNOSTICS)
+    ):
+        section, _, leaf = option.partition(".")
+        assert leaf in Config.model_fields[section].annotation.model_fields, option
+
+
+@pytest.mark.parametrize("name", re.findall(r"`(tests/[\w/.]+|examples/[\w/.]+|docs/[\w/.]+)`", TRL + DIAGNOSTICS))
+def test_files_that_are_named_exist(name: str) -> None:
+    assert (ROOT / name).exists()
