@@ -24,11 +24,14 @@ def ray_session(config: RayConfig) -> Iterator[None]:
 
     Without an address a private single-node Ray is started, with token authentication and without a dashboard, and is
     stopped at the end, whatever ended the block. Under `ray job submit`, or with an address, that cluster is used and
-    only disconnected from.
+    only disconnected from. Where the caller's own script is connected to Ray already, that connection is used and left.
 
     Raises:
         InputError: there is no Ray at `ray.address`.
     """
+    if ray.is_initialized():
+        yield
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     private = config.address is None and not any(os.environ.get(name) for name in _JOB_VARIABLES)
     before = psutil.Process().children()

@@ -1,4 +1,4 @@
-"""One private Ray for all tests of this folder."""
+"""Private Rays, each in a folder of its own whose path is short: Ray's sockets lie below it."""
 
 import tempfile
 from collections.abc import Iterator
@@ -6,8 +6,17 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
+def short_ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give the test's Ray a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="pr-") as short:
+        monkeypatch.setenv("RAY_TMPDIR", short)
+        yield
+
+
+@pytest.fixture(scope="module")
 def session() -> Iterator[None]:
+    """Start one Ray for all tests of a file."""
     from ppo_ray.actors.session import ray_session
     from ppo_ray.config import RayConfig
 

@@ -1,0 +1,31 @@
+"""Whose Ray is used, and what is left of it."""
+
+import psutil
+import pytest
+import ray
+
+from ppo_ray.actors.session import ray_session
+from ppo_ray.config import RayConfig
+
+pytestmark = pytest.mark.slow
+
+
+@ray.remote
+def answer() -> int:
+    return 42
+
+
+def test_a_private_ray_leaves_no_process(short_ray_folder: None) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    with ray_session(RayConfig(object_store_mib=100)):
+        assert ray.get(answer.remote(), timeout=60) == 42
+        assert set(psutil.Process().children(recursive=True)) - before
+    assert not ray.is_initialized()
+    assert not [process for process in set(psutil.Process().children(recursive=True)) - before if process.is_running()]
+
+
+def test_a_ray_of_the_callers_own_is_used_and_left(short_ray_folder: None) -> None:
+    with ray_session(RayConfig(object_store_mib=100)):
+        with ray_session(RayConfig(object_store_mib=100, address="1.2.3.4:5")):
+            assert ray.get(answer.remote(), timeout=60) == 42
+        assert ray.get(answer.remote(), timeout=60) == 42
