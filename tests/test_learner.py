@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from ppo_ray import trajectory
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
-from ppo_ray.errors import NonFiniteError, WorkerError
+from ppo_ray.errors import InputError, NonFiniteError, WorkerError
 from ppo_ray.learner import PPOLearner
 from tests.learning import largest_difference, make_learner, make_table, weights
 
@@ -188,11 +188,17 @@ def test_a_separate_critic_takes_the_value_gradient_off_the_policy(tiny_policy: 
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() > 0
 
 
-def test_a_critic_may_be_another_model(tiny_policy: Path, tiny_classifier: Path) -> None:
-    """Of another size, that reads the same tokens."""
-    model = ModelConfig(path=str(tiny_policy), critic="separate", critic_path=str(tiny_classifier))
+def test_a_critic_may_be_another_decoder(tiny_policy: Path, tiny_classifier: Path, tmp_path: Path) -> None:
+    """Of another size, that reads the same tokens: a reward model's, say. An encoder would see what is yet to come."""
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    model = ModelConfig(path=str(tiny_policy), critic="separate", critic_path=str(tmp_path))
     learner = PPOLearner.load(model, PPOConfig(), LearnerConfig(), device="cpu")
     assert learner._policy.value_head.in_features == 32
+    encoder = model.model_copy(update={"critic_path": str(tiny_classifier)})
+    with pytest.raises(InputError, match="looks ahead at later tokens"):
+        PPOLearner.load(encoder, PPOConfig(), LearnerConfig(), device="cpu")
     assert np.isfinite(learner.update(make_table(8), 0).metrics["value/mean"])
 
 

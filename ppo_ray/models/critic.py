@@ -43,7 +43,7 @@ class CausalLMWithCritic(ResponseLM):
             value_head_seed: of its initial weights.
 
         Raises:
-            InputError: the policy is not supported; see `ResponseLM`.
+            InputError: the policy is not supported (see `ResponseLM`), or the critic looks ahead.
         """
         super().__init__(causal_lm, temperature, compute_dtype)
         self.critic = critic

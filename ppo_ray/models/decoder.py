@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ppo_ray.errors import InputError
 from ppo_ray.models.packing import PackedRows, pack
 
 _AGREEMENT = 1e-3  # relative; a model that computes something else is off by the figures' own size
@@ -24,10 +25,15 @@ class Decoder:
         Args:
             base_model: a transformers model without its head, on its device, in eval mode.
             compute_dtype: `"bfloat16"` runs the forward pass under autocast; parameters stay as they are.
+
+        Raises:
+            InputError: the model looks ahead, as encoders do.
         """
         self._base_model = base_model
         self._compute_dtype = getattr(torch, compute_dtype)
         self._takes_positions = "position_ids" in inspect.signature(base_model.forward).parameters
+        self.packs = False
+        self._check_causal()
         self.packs = self._can_pack()
 
     @property
@@ -63,6 +69,19 @@ class Decoder:
         return torch.autocast(self.device.type, self._compute_dtype)
 
     @torch.no_grad()
+    def _check_causal(self) -> None:
+        """Check that a later token changes no earlier state: a figure of a prefix must not know what follows it."""
+        tokens = np.arange(1, 7) % self._base_model.config.get_text_config().vocab_size
+        first, second = (
+            self.states(pack([[0]], [tokens[:2]], [np.append(tokens[2:4], last)], self.device)) for last in tokens[4:]
+        )
+        if not agree(first, second):
+            name = self._base_model.config.name_or_path or type(self._base_model).__name__
+            raise InputError(
+                f"the model {name!r} looks ahead at later tokens; give a decoder, such as GPT-2, Llama or Qwen"
+            )
+
+    @torch.no_grad()
     def _can_pack(self) -> bool:
         """Tell whether several sequences may share a row: the model attends, and only where the mask lets it.
 
@@ -76,7 +95,6 @@ class Decoder:
             return False
         tokens = np.arange(1, 9) % config.vocab_size
         prompts, responses = [tokens[:2], tokens[3:5]], [tokens[2:3], tokens[5:8]]
-        self.packs = False
         alone = [self.states(pack([[index]], prompts, responses, self.device)) for index in (0, 1)]
         self.packs = True
         try:
