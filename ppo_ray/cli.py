@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ppo_ray import __version__
-from ppo_ray.errors import PPORayError
+from ppo_ray.errors import Interrupted, PPORayError
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -49,12 +49,15 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/imdb.yaml.")],
     overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in output_dir from its newest checkpoint.")
+    ] = False,
 ) -> None:
     """Train a policy with PPO as CONFIG says; everything about the run goes into its output_dir."""
     with _reported():
         from ppo_ray.config import load_config
 
-        parsed = load_config(config, overrides or [])
+        parsed = load_config(config, [*(overrides or []), *(["resume=required"] if resume else [])])
 
         from rich.console import Console
 
@@ -74,9 +77,27 @@ def evaluate(
     with _reported():
         from rich.console import Console
 
+        from ppo_ray import held_out
+
+        held_out.evaluate_checkpoint(checkpoint, list(overrides or []), Console())
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/imdb.yaml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Start what CONFIG needs and prove that new weights change what every engine computes; train nothing."""
+    with _reported():
+        from ppo_ray.config import load_config
+
+        parsed = load_config(config, overrides or [])
+
+        from rich.console import Console
+
         from ppo_ray import driver
 
-        driver.evaluate_checkpoint(checkpoint, list(overrides or []), Console())
+        driver.check(parsed, Console())
 
 
 @app.command()
@@ -98,6 +119,9 @@ def _reported() -> Iterator[None]:
     """Turn our own errors into a message on stderr and their exit code; anything else is a bug: keep its traceback."""
     try:
         yield
+    except Interrupted as interrupted:
+        typer.echo(str(interrupted), err=True)
+        raise typer.Exit(interrupted.exit_code) from None
     except PPORayError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(error.exit_code) from None

@@ -1,5 +1,6 @@
 """The errors ppo_ray raises on purpose, and the exit code that the command line gives each."""
 
+import signal
 from typing import Any
 
 
@@ -21,6 +22,28 @@ class AssetError(PPORayError):
 
 class WorkerError(PPORayError):
     """Say that an actor failed, hung or answered wrongly; the message names it."""
+
+
+class WorkerLost(WorkerError):
+    """Say that an actor died, hangs or cannot be reached; another can take its place."""
+
+    def __init__(self, message: str, name: str = "") -> None:
+        """Name the worker, e.g. `"rollout-1"`."""
+        super().__init__(message)
+        self.name = name
+
+
+class CheckpointError(PPORayError):
+    """Say that a checkpoint could not be written or is not whole."""
+
+
+class Interrupted(PPORayError):
+    """Say that a signal ended the run; the command line exits as shells have it, with 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        """Name the signal."""
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
 
 
 class NonFiniteError(WorkerError):

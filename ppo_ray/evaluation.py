@@ -1,6 +1,11 @@
 """What held-out prompts say of a policy."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from ppo_ray import atomic
 
 
 @dataclass(frozen=True)
@@ -28,3 +33,13 @@ class Evaluation:
     """KL to the reference, nats summed over a response; None: not measured."""
     samples: tuple[Sample, ...]
     """The first prompts, to be looked at."""
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        atomic.write_text(path, json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what `write` wrote."""
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**fields | {"samples": tuple(Sample(**sample) for sample in fields["samples"])})

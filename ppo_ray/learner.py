@@ -6,7 +6,7 @@ the mended form and TRL's own is an option (`docs/trl.md`).
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,15 +21,17 @@ from ppo_ray.algo.scores import RunningMoments
 from ppo_ray.batch import Layout, ResponseBatch, split_evenly
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
 from ppo_ray.diagnostics import experience_metrics, table_metrics, update_metrics
-from ppo_ray.errors import NonFiniteError
+from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
 from ppo_ray.experience import Experience, estimate, evaluate
+from ppo_ray.learner_state import LearnerState, read_optimizer, write_optimizer
 from ppo_ray.minibatch import MinibatchReport, MinibatchUpdater
 from ppo_ray.models.actor_critic import ActorCritic, load_actor_critic, load_reference
 from ppo_ray.models.loading import default_device, load_tokenizer
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.ranks import Ranks
 from ppo_ray.seeding import derive_seed
-from ppo_ray.weights import WeightSnapshot
+from ppo_ray.weight_probe import WeightProbe
+from ppo_ray.weights import WeightSnapshot, weights_checksum
 
 _ROW_WIDTH = 64  # tokens; wide enough for little padding, narrow enough for cheap attention
 
@@ -90,6 +92,7 @@ class PPOLearner:
         if ppo.kl_controller == "adaptive":
             self.controller = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         self._tokenizer: Any = None
+        self._updating = False
 
     @classmethod
     def load(
@@ -103,6 +106,7 @@ class PPOLearner:
         num_steps: int = 1,
         device: str | None = None,
         ranks: Ranks | None = None,
+        checkpoint: Path | None = None,
     ) -> Self:
         """Load policy, values and reference and make the optimizer.
 
@@ -115,13 +119,16 @@ class PPOLearner:
             num_steps: of the run.
             device: None takes the GPU if there is one.
             ranks: as in the constructor.
+            checkpoint: what `save` wrote, to go on from; None: begin with the models of `model`.
 
         Raises:
-            InputError: a model cannot be loaded or is not supported.
+            InputError: a model cannot be loaded or is not supported, or the reference is not that of the checkpoint.
+            CheckpointError: the checkpoint does not give back the weights that went into it.
         """
         place = torch.device(device) if device is not None else default_device()
+        trained = model.model_copy(update={"path": str(checkpoint), "critic_path": None}) if checkpoint else model
         loaded = cls(
-            load_actor_critic(model, temperature, derive_seed(seed, "value_head"), place),
+            load_actor_critic(trained, temperature, derive_seed(seed, "value_head"), place),
             load_reference(model, temperature, place),
             ppo,
             microbatch_tokens=learner.microbatch_tokens,
@@ -129,7 +136,9 @@ class PPOLearner:
             num_steps=num_steps,
             ranks=ranks,
         )
-        loaded._tokenizer = load_tokenizer(model.path)
+        loaded._tokenizer = load_tokenizer(model.path, model.trust)
+        if checkpoint is not None:
+            loaded._restore(checkpoint, model)
         return loaded
 
     @property
@@ -156,11 +165,13 @@ class PPOLearner:
         if self._owns_optimizer:
             self._set_learning_rates(step)
         metrics = table_metrics(trajectories, batch)
+        self._updating = True
         metrics |= {"kl/coef": self.kl_coef, "learner/learning_rate": self._optimizer.param_groups[0]["lr"]}
         self.policy_version += 1
         if batch.num_response_tokens.sum() < 2:
             nothing = dict.fromkeys(trajectory.LEARNED_FIELDS, [None] * trajectories.num_rows)
             metrics |= {"learner/skipped_update": 1.0}
+            self._updating = False
             return Update(metrics, trajectory.with_learned(trajectories, nothing))
         times = [time.perf_counter()]
         evaluated = evaluate(self._policy, self._reference, batch, self._layout, self._ppo)
@@ -176,6 +187,7 @@ class PPOLearner:
         self.controller = self.controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
         times.append(time.perf_counter())
         seconds = np.diff(times).tolist()
+        self._updating = False
         metrics |= dict(zip(("time/old_s", "time/estimate_s", "time/update_s"), seconds, strict=True))
         return Update(metrics | {"learner/skipped_update": 0.0}, learned, tuple(reports))
 
@@ -189,12 +201,48 @@ class PPOLearner:
         return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
 
     def save(self, path: Path) -> None:
-        """Write the policy and its tokenizer for `from_pretrained`, and the value head or critic beside them."""
+        """Write all of the learner, between two updates, into a folder: `load` goes on from there as if nothing were.
+
+        The policy and its tokenizer lie there for `from_pretrained`, the value head or critic and `learner/` beside
+        them.
+
+        Raises:
+            CheckpointError: the last update was not finished; the weights are neither the old nor the new ones.
+        """
+        if self._updating:
+            raise CheckpointError("the learner's last update was not finished, so its state is not saved")
         path.mkdir(parents=True, exist_ok=True)
         self._policy.causal_lm.save_pretrained(path)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(path)
         self._policy.save_values(path)
+        write_optimizer(path, self._optimizer, self._policy.named_parameters())
+        self._state().write(path)
+
+    def probe(self) -> WeightProbe:
+        """Return what shows whether engines compute with the weights they are sent."""
+        return WeightProbe(self._policy, self._layout, derive_seed(self._seed, "probe"), self.policy_version)
+
+    def _state(self) -> LearnerState:
+        policy, reference = self._policy.causal_lm, self._reference.causal_lm
+        checksums = [weights_checksum(model.named_parameters()) for model in (policy, reference)]
+        return LearnerState(self.policy_version, self.kl_coef, self._moments, *checksums)
+
+    def _restore(self, checkpoint: Path, model: ModelConfig) -> None:
+        """Take over what lies beside the models that were loaded from a checkpoint."""
+        state = LearnerState.read(checkpoint)
+        self.policy_version, self._moments = state.policy_version, state.moments
+        self.controller = replace(self.controller, kl_coef=state.kl_coef)
+        read_optimizer(checkpoint, self._optimizer, self._policy.named_parameters())
+        found = self._state()
+        if found.weights_checksum != state.weights_checksum:
+            raise CheckpointError(f"{checkpoint}: its weights, loaded, are not those that were saved")
+        if found.reference_checksum != state.reference_checksum:
+            raise InputError(
+                f"the reference model ({model.reference_path or model.path}) is not the one that the run began with; "
+                "the KL penalty would be another. Put the first one back, or begin a new run from "
+                f"model.path={checkpoint}"
+            )
 
     def _optimize(
         self, batch: ResponseBatch, experience: Experience, step: int, order: Order, learned: pa.Table

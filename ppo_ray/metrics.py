@@ -4,18 +4,23 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
+
+from ppo_ray import atomic
+from ppo_ray.events import Event
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and `tensorboard/` in a folder; neither exists before the first step.
+    """Appends to `metrics.jsonl` and `tensorboard/` in a folder; neither exists before the first step or event.
 
-    A line is in the file as soon as `write` returns, so that a run can be followed and a killed one can be read.
+    A line is in the file as soon as `write` returns, so that a run can be followed and a killed one can be read. Lines
+    of events have the key `event`, lines of steps have not.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -24,6 +29,7 @@ class MetricsLog:
         self._lines: TextIO | None = None
         self._events: Any = None
         self._written = time.monotonic()
+        self._next_step = 0
 
     def write(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Log one step.
@@ -36,21 +42,68 @@ class MetricsLog:
             The metrics as they were given, with `step` before them and `time/step_s` behind them: seconds since the
             last call, or since the log was made.
         """
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event as TensorBoardEvent
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         lines, events = self._opened()
         now = time.monotonic()
         metrics = {**{name: float(value) for name, value in metrics.items()}, "time/step_s": now - self._written}
-        self._written = now
+        self._written, self._next_step = now, step + 1
         record = {"step": step, **metrics}
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         lines.write(json.dumps(finite, allow_nan=False) + "\n")
         lines.flush()
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        events.add_event(TensorBoardEvent(wall_time=time.time(), step=step, summary=Summary(value=values)))
         events.flush()
         return record
+
+    def start_clock(self) -> None:
+        """Count the seconds of the next step from now."""
+        self._written = time.monotonic()
+
+    def event(self, event: Event) -> None:
+        """Log what happened beside the steps: `event` (kind), `message`, `worker`, `step` (the next one), `time`."""
+        lines, _ = self._opened()
+        record = {"event": event.kind, "step": self._next_step, "time": time.time(), **asdict(event)}
+        del record["kind"]
+        lines.write(json.dumps(record) + "\n")
+        lines.flush()
+
+    def go_on(self, step: int) -> list[dict[str, float]]:
+        """Drop the lines of this step and later ones, and of a step that was cut off: they are made again.
+
+        Args:
+            step: the next one to be written.
+
+        Returns:
+            The metrics of the steps before it, as `write` returned them; what was not finite is NaN.
+        """
+        self.close()
+        path = self._folder / METRICS_FILE
+        history: list[dict[str, float]] = []
+        kept: list[str] = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the process was killed while it wrote
+                continue
+            if "event" not in record:
+                if record["step"] >= step:
+                    continue
+                history.append({name: math.nan if value is None else value for name, value in record.items()})
+            kept.append(line + "\n")
+        if path.is_file():
+            atomic.write_text(path, "".join(kept))
+        self._next_step = step
+        if step or history:
+            from tensorboard.compat.proto.event_pb2 import Event as TensorBoardEvent
+            from tensorboard.compat.proto.event_pb2 import SessionLog
+
+            # TensorBoard forgets what it was told of this step and later ones
+            started = SessionLog(status=SessionLog.START)
+            self._opened()[1].add_event(TensorBoardEvent(wall_time=time.time(), step=step, session_log=started))
+        return history
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""

@@ -1,11 +1,11 @@
 """What can be found wrong before any actor starts: models, labels, texts, reward function, threads. All at once."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config
+from ppo_ray.config import Config, Trust
 from ppo_ray.errors import InputError
 from ppo_ray.prompts import usable_texts
 from ppo_ray.reward_function import load_function
@@ -55,11 +55,11 @@ def _cpu_problems(config: Config) -> Iterator[str]:
 
 
 def _policy_problems(config: Config) -> Iterator[str]:
-    model, problem = _model_config("model.path", config.model.path)
+    model, problem = _model_config("model.path", config.model.path, config.model.trust)
     if problem:
         yield problem
     else:
-        yield from _tokenizer_problems("model.path", config.model.path)
+        yield from _tokenizer_problems("model.path", config.model.path, config.model.trust)
         positions = getattr(model.get_text_config(), "max_position_embeddings", None)
         if positions and config.rollout.max_context > positions:
             yield (
@@ -69,18 +69,18 @@ def _policy_problems(config: Config) -> Iterator[str]:
     for key, path in (("reference", config.model.reference_path), ("critic", config.model.critic_path)):
         if path in (None, config.model.path):
             continue
-        other, problem = _model_config(f"model.{key}_path", str(path))
+        other, problem = _model_config(f"model.{key}_path", str(path), config.model.trust)
         if problem:
             yield problem
-        elif model and (ours := _num_tokens(model)) != (theirs := _num_tokens(other)):
+        elif model is not None and (ours := _num_tokens(model)) != (theirs := _num_tokens(other)):
             yield (
                 f"model.{key}_path={path}: has a vocabulary of {theirs} tokens, model.path one of {ours}; a {key} must "
                 "share the policy's tokenizer"
             )
 
 
-def _num_tokens(model: Any) -> int:
-    return int(model.get_text_config().vocab_size)
+def _num_tokens(model: Any) -> int | None:
+    return getattr(model.get_text_config(), "vocab_size", None)
 
 
 def _reward_problems(config: Config) -> Iterator[str]:
@@ -93,14 +93,14 @@ def _reward_problems(config: Config) -> Iterator[str]:
         except Exception as error:  # whatever the user's own module raises when it is imported
             yield f"reward.function={reward.function}: importing it raised {type(error).__name__}: {error}"
         return
-    classifier, problem = _model_config("reward.path", str(reward.path))
+    classifier, problem = _model_config("reward.path", str(reward.path), reward.trust)
     if problem:
         yield problem
         return
-    yield from _tokenizer_problems("reward.path", str(reward.path))
+    yield from _tokenizer_problems("reward.path", str(reward.path), reward.trust)
     labels: Mapping[int, str] = classifier.id2label or {}
     if reward.label not in labels.values():
-        known = ", ".join(labels.values()) or "none"
+        known = ", ".join(map(str, labels.values())) or "none"
         yield f"reward.label={reward.label}: {reward.path} has no such label; it has {known}"
 
 
@@ -111,42 +111,75 @@ def _prompt_problems(config: Config) -> Iterator[str]:
         yield str(error) + _asset_hint(config.prompts.path)
 
 
-def _model_config(key: str, path: str) -> tuple[Any, str | None]:
+def _model_config(key: str, path: str, trust: Trust) -> tuple[Any, str | None]:
     """Return a model's own config, or what is wrong with the model."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     folder = Path(path)
     if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") > 1 or folder.exists()):
         return None, f"{key}={path}: missing model: no such folder{_asset_hint(path)}"
     try:
-        model = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # OSError, ValueError, and whatever a hub client raises
-        where = "has no readable config.json" if folder.is_dir() else "neither a folder here nor to be had from the hub"
-        return None, f"{key}={path}: missing model: {where}: {str(error).strip().splitlines()[0]}{_asset_hint(path)}"
-    return model, _weights_problem(key, folder) if folder.is_dir() else None
+        model = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code)
+    except Exception as error:  # OSError, ValueError, whatever a hub client raises, or the model's own code
+        if not trust.remote_code and _has_code(lambda path: PreTrainedConfig.get_config_dict(path)[0], path):
+            return None, _code_problem(key, path, "the model (auto_map in config.json)")
+        where = "its config cannot be loaded" if folder.is_dir() else "neither a folder here nor to be had from the hub"
+        return None, f"{key}={path}: missing model: {where}: {_reason(error)}{_asset_hint(path)}"
+    return model, _weights_problem(key, folder, trust) if folder.is_dir() else None
 
 
-def _weights_problem(key: str, folder: Path) -> str | None:
-    """Say it if a local folder has no safetensors; a pickle can run any code and is never loaded."""
+def _weights_problem(key: str, folder: Path, trust: Trust) -> str | None:
+    """Say it if a local folder has no safetensors; a pickle can run any code and is not loaded unasked."""
     if any(folder.glob("*.safetensors")):
         return None
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    loadable = any(folder.glob("pytorch_model*.bin"))
+    if loadable and trust.pickles:
+        return None
     if pickles:
+        unless = f" unless {key.partition('.')[0]}.allow_pickled_weights=true" if loadable else ""
         return (
-            f"{key}={folder}: holds pickled weights only ({', '.join(pickles[:3])}), which are never loaded; "
-            "convert them: load them where you trust them and save_pretrained(..., safe_serialization=True)"
+            f"{key}={folder}: holds pickled weights only ({', '.join(pickles[:3])}), which are not loaded{unless}; "
+            "better convert them: load them where you trust them and save_pretrained(...)"
         )
     return f"{key}={folder}: missing model: the folder holds no *.safetensors"
 
 
-def _tokenizer_problems(key: str, path: str) -> Iterator[str]:
-    from transformers import AutoTokenizer
-
+def _has_code(read: Callable[[str], Any], path: str) -> bool:
+    """Say whether a model's or tokenizer's own config, as it is read, names Python code that lies with it."""
     try:
-        AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return "auto_map" in read(path)
+    except Exception:  # what is wrong with it is said elsewhere
+        return False
+
+
+def _code_problem(key: str, path: str, what: str) -> str:
+    return (
+        f"{key}={path}: {what} needs Python code that lies with it, which is not run unless "
+        f"{key.partition('.')[0]}.trust_remote_code=true; read it first, it runs with your rights"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _tokenizer_problems(key: str, path: str, trust: Trust) -> Iterator[str]:
+    """Find out whether the tokenizer is there, and is the one that its authors meant.
+
+    For some models transformers makes what it can of a tokenizer whose code it must not run, without a word: that may
+    split texts otherwise than the model has learnt.
+    """
+    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    if not trust.remote_code and _has_code(get_tokenizer_config, path):
+        yield _code_problem(key, path, "the tokenizer (auto_map in tokenizer_config.json)")
+        return
+    try:
+        AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code)
     except Exception as error:  # each tokenizer library has its own errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        yield f"{key}={path}: its tokenizer cannot be loaded: {reason}"
+        yield f"{key}={path}: its tokenizer cannot be loaded: {_reason(error)}"
 
 
 def _asset_hint(path: str) -> str:

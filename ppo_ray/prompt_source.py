@@ -11,9 +11,15 @@ from ppo_ray.errors import InputError
 
 Texts = list[str | None]
 
+_CSV_BLOCK = 64 << 20  # bytes that pyarrow parses at once; no row may be longer
+_QUOTED = 60  # characters of a bad value that a message shows
+
 
 def read_texts(config: PromptsConfig) -> Texts:
     """Read the texts of `config.column`; None where the data set has none.
+
+    Bytes that are no UTF-8 are kept as lone surrogates (U+DC80 to U+DCFF), so that they cost only their own text, and
+    whoever uses the texts can tell which those are: they cannot be encoded.
 
     Raises:
         InputError: there is no such data set, it cannot be read, or it has no such column of texts.
@@ -25,7 +31,7 @@ def read_texts(config: PromptsConfig) -> Texts:
             raise InputError(f"prompts.path={config.path}: no such file")
         try:
             return reader(path, config.column)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError, LookupError) as error:
             raise InputError(f"prompts.path={config.path}: cannot be read: {error}") from error
     return _read_dataset(config)
 
@@ -41,32 +47,36 @@ def _read_parquet(path: Path, column: str) -> Texts:
 def _read_csv(path: Path, column: str) -> Texts:
     from pyarrow import csv
 
-    table = csv.read_csv(
-        path,
-        parse_options=csv.ParseOptions(newlines_in_values=True),
-        convert_options=csv.ConvertOptions(column_types={column: pa.string()}),
-    )
-    _check_column(path, table.column_names, column)
-    return _texts(path, table.column(column), column)
+    read_options = csv.ReadOptions(block_size=_CSV_BLOCK)
+    parse_options = csv.ParseOptions(newlines_in_values=True)
+    with csv.open_csv(path, read_options, parse_options) as reader:
+        _check_column(path, reader.schema.names, column)
+    # The other columns are not converted: one of them with a word among its numbers is none of ours.
+    convert_options = csv.ConvertOptions(column_types={column: pa.large_binary()}, include_columns=[column])
+    return _decoded(csv.read_csv(path, read_options, parse_options, convert_options).column(column))
 
 
 def _read_jsonl(path: Path, column: str) -> Texts:
     texts: Texts = []
     seen: dict[str, None] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
+                if not is_unicode(line):
+                    texts.append(line)
+                    continue
                 raise ValueError(f"line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is not a JSON object")
             seen |= dict.fromkeys(row)
             text = row.get(column)
             if text is not None and not isinstance(text, str):
-                raise InputError(f"prompts.column={column}: line {number} of {path} holds {text!r}, not text")
+                shown = repr(text)[:_QUOTED]
+                raise InputError(f"prompts.column={column}: line {number} of {path} holds {shown}, not text")
             texts.append(text)
     _check_column(path, list(seen), column)
     return texts
@@ -104,4 +114,20 @@ def _check_column(path: Path | str, columns: Sequence[str], column: str) -> None
 def _texts(path: Path | str, column: pa.ChunkedArray, name: str) -> Texts:
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise InputError(f"prompts.column={name}: the column in {path} holds {column.type}, not text")
-    return column.to_pylist()
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return _decoded(column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary()))
+
+
+def _decoded(column: pa.ChunkedArray) -> Texts:
+    return [None if raw is None else raw.decode(errors="surrogateescape") for raw in column.to_pylist()]
+
+
+def is_unicode(text: str) -> bool:
+    """Say whether a text can be encoded: JSON may hold half of a surrogate pair, and see `read_texts`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

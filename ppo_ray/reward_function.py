@@ -3,13 +3,18 @@
 import importlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any
 
 from ppo_ray.errors import InputError
 
 _LOG = logging.getLogger(__name__)
 
 Scores = Sequence[float | None]
+
+_RAISED = (Exception, SystemExit, KeyboardInterrupt)
+"""What a function may do instead of returning; neither sys.exit() nor a stray interrupt in it must end the worker."""
+_QUOTED = 60  # characters of a bad score that a message shows
 
 
 def load_function(name: str) -> Callable[[list[str], list[str]], Scores]:
@@ -19,7 +24,7 @@ def load_function(name: str) -> Callable[[list[str], list[str]], Scores]:
         name: `package.module:function`; the module must be importable where the reward workers run.
 
     Raises:
-        InputError: there is no such module or function, or it is not callable.
+        InputError: there is no such module or function, it is not callable, or the module is a script that exits.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
@@ -28,6 +33,11 @@ def load_function(name: str) -> Callable[[list[str], list[str]], Scores]:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise InputError(f"reward.function={name!r}: {error}; is its folder on PYTHONPATH?") from error
+    except SystemExit as error:
+        raise InputError(
+            f"reward.function={name!r}: importing {module_name} ended in sys.exit({error.code!r}); put what only a "
+            'script should do under `if __name__ == "__main__":`'
+        ) from error
     if not callable(function):
         raise InputError(f"reward.function={name!r}: is a {type(function).__name__}, not a function")
     return function
@@ -53,7 +63,7 @@ class RewardFunction:
             return self._checked(self._function(list(prompts), list(responses)), len(prompts))
         except InputError:
             raise
-        except Exception:
+        except _RAISED:
             _LOG.warning(
                 "reward function %s raised on a batch of %d; scoring one by one",
                 self._name,
@@ -67,25 +77,38 @@ class RewardFunction:
             return self._checked(self._function([prompt], [response]), 1)[0]
         except InputError:
             raise
-        except Exception:
+        except _RAISED:
             _LOG.warning("reward function %s raised on %r", self._name, prompt + response, exc_info=True)
             return None
 
-    def _checked(self, scores: Scores, expected: int) -> list[float | None]:
-        if not hasattr(scores, "__len__") or len(scores) != expected:
-            size = len(scores) if hasattr(scores, "__len__") else "no length"
-            raise InputError(
-                f"reward.function={self._name!r} returned {size} scores for {expected} texts; one a text is wanted"
-            )
+    def _checked(self, scores: Any, expected: int) -> list[float | None]:
+        """Return the scores as floats; not finite is None."""
+        shape = getattr(scores, "shape", None)  # of a numpy array or a torch tensor
+        if shape is not None and len(shape) != 1:
+            raise self._wrong(f"an array of shape {tuple(shape)}", expected)
+        if not hasattr(scores, "__len__") or isinstance(scores, Mapping | Set | str | bytes | bytearray):
+            raise self._wrong("None" if scores is None else f"a {type(scores).__name__}", expected)
+        if len(scores) != expected:
+            raise self._wrong(f"{len(scores)} scores", expected)
         return [self._number(score) for score in scores]
 
-    def _number(self, score: float | None) -> float | None:
+    def _wrong(self, returned: str, expected: int) -> InputError:
+        return InputError(
+            f"reward.function={self._name!r} returned {returned} for {expected} texts; it must return a list (or a "
+            "1-D array) of one number or None for each text"
+        )
+
+    def _number(self, score: Any) -> float | None:
         if score is None:
             return None
         try:
+            if isinstance(score, str | bytes):
+                raise TypeError("text")
             number = float(score)
+        except OverflowError:  # an integer beyond every float
+            return None
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"reward.function={self._name!r} returned {score!r}, which is neither a number nor None"
+                f"reward.function={self._name!r} returned {repr(score)[:_QUOTED]}, which is neither a number nor None"
             ) from error
         return number if math.isfinite(number) else None

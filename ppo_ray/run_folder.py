@@ -1,11 +1,14 @@
 """The folder of one run: what lies where, who may write to it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ppo_ray import __version__
+from ppo_ray import __version__, atomic
+from ppo_ray.checkpoint import FINAL
 from ppo_ray.config import Config, to_yaml
 from ppo_ray.errors import InputError
 from ppo_ray.metrics import METRICS_FILE, TENSORBOARD_FOLDER
@@ -39,9 +42,19 @@ class RunFolder:
         return self.path / "trajectories"
 
     @property
+    def checkpoints(self) -> Path:
+        """Folder of all checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def before(self) -> Path:
+        """What held-out prompts said of the policy before the first step; kept for a run that goes on."""
+        return self.path / "evaluation_before.json"
+
+    @property
     def final_checkpoint(self) -> Path:
         """Folder of the trained policy, for `AutoModelForCausalLM.from_pretrained`."""
-        return self.path / "checkpoints" / "final"
+        return self.checkpoints / FINAL
 
     @property
     def samples(self) -> Path:
@@ -67,13 +80,22 @@ class RunFolder:
         Raises:
             InputError: it holds another run, is a file, or cannot be written to.
         """
-        folder = cls(Path(output_dir).absolute())
-        remnant = folder._remnant()
+        remnant = (folder := cls(Path(output_dir).absolute()))._remnant()
         if remnant:
             raise InputError(
                 f"output_dir={output_dir}: the folder holds another run ({remnant.relative_to(folder.path)}); "
-                f"give another folder (output_dir=...), or move or delete this one"
+                "go on with it (--resume), give another folder (output_dir=...), or move or delete this one"
             )
+        return cls.open(output_dir)
+
+    @classmethod
+    def open(cls, output_dir: str | Path) -> Self:
+        """Make the folder, or take it with the run that it holds.
+
+        Raises:
+            InputError: it is a file, or cannot be written to.
+        """
+        folder = cls(Path(output_dir).absolute())
         try:
             folder.trajectories.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -83,10 +105,29 @@ class RunFolder:
             raise InputError(f"output_dir={output_dir}: may not be written to; give another folder")
         return folder
 
-    def write_config(self, config: Config, folder: Path | None = None) -> None:
-        """Write the resolved config into the run's folder, or into another, e.g. a checkpoint's."""
-        header = f"# The resolved config of a run of ppo_ray {__version__}: every option, defaults included.\n"
-        write_atomically((folder or self.path) / self.config.name, header + to_yaml(config))
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder; the lock ends with this process, however it ends.
+
+        Raises:
+            InputError: another process is training in it.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(atomic.locked(self.path / ".lock", wait=False))
+            except BlockingIOError as error:
+                raise InputError(
+                    f"output_dir={self.path}: another process is training in this folder; wait for it, or stop it"
+                ) from error
+            yield
+
+    def holds_run(self) -> bool:
+        """Say whether a run began here, if only with its config."""
+        return self.config.is_file() or self._remnant() is not None
+
+    def write_config(self, config: Config) -> None:
+        """Write the resolved config."""
+        atomic.write_text(self.config, config_text(config))
 
     def _remnant(self) -> Path | None:
         """Return a file that only a run with at least one step leaves behind."""
@@ -96,12 +137,7 @@ class RunFolder:
         return next((path for path in left if path.exists()), None)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that nobody ever sees half of it, whatever happens meanwhile; make its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def config_text(config: Config) -> str:
+    """Write a resolved config as YAML that `load_config` reads back."""
+    header = f"# The resolved config of a run of ppo_ray {__version__}: every option, defaults included.\n"
+    return header + to_yaml(config)

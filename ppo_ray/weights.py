@@ -7,6 +7,7 @@ without a copy, and every engine of a node reads the same pages.
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,6 +78,25 @@ class WeightSnapshot:
                 f"weights of policy version {self.policy_version} arrived damaged: checksum {found}, "
                 f"sent as {self.checksum}"
             )
+
+
+def weights_checksum(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the checksum that a snapshot of these tensors would have, without making one."""
+    state = xxhash.xxh3_64()
+    for _, tensor in named_tensors:
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        state.update(raw.data)
+        state.update(bytes(-len(raw) % _ALIGNMENT))
+    return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """Weights in an object store: their name, and a reference to a snapshot that the driver never fetches."""
+
+    policy_version: int
+    checksum: str
+    snapshot: Any
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from ppo_ray import __version__
 from ppo_ray.cli import app
-from ppo_ray.errors import AssetError, InputError, WorkerError
+from ppo_ray.errors import AssetError, InputError, Interrupted, WorkerError
 
 CONFIG = "output_dir: x\nmodel: {path: m}\nprompts: {path: p.csv}\nreward: {path: r}\n"
 
@@ -29,9 +29,10 @@ def driver(monkeypatch):
         if fake.error:
             raise fake.error
 
-    fake.calls, fake.train, fake.evaluate_checkpoint = calls, record, record
-    monkeypatch.setitem(sys.modules, "ppo_ray.driver", fake)
-    monkeypatch.setattr(ppo_ray, "driver", fake, raising=False)
+    fake.calls, fake.train, fake.check, fake.evaluate_checkpoint = calls, record, record, record
+    for name in ("driver", "held_out"):
+        monkeypatch.setitem(sys.modules, f"ppo_ray.{name}", fake)
+        monkeypatch.setattr(ppo_ray, name, fake, raising=False)
     return fake
 
 
@@ -52,6 +53,23 @@ def test_train_hands_over_the_config_with_overrides(config, driver):
     (parsed, console), *rest = driver.calls
     assert (parsed.steps, parsed.ppo.learning_rate, rest) == (7, 1e-4, [])
     assert hasattr(console, "print")
+
+
+def test_resume_is_an_option_and_a_flag(config, driver):
+    assert run("train", config).exit_code == run("train", "--resume", config, "resume=auto").exit_code == 0
+    assert run("train", config, "resume=auto").exit_code == 0
+    assert [parsed.resume for parsed, _ in driver.calls] == ["never", "required", "auto"]
+
+
+def test_check_hands_over_the_config(config, driver):
+    assert run("check", config, "rollout.workers=2").exit_code == 0
+    assert driver.calls[0][0].rollout.workers == 2
+
+
+def test_a_signal_ends_with_its_code_and_is_no_error(config, driver):
+    driver.error = Interrupted(15)
+    result = run("train", config)
+    assert (result.exit_code, result.stderr) == (143, "interrupted by SIGTERM\n")
 
 
 def test_evaluate_hands_over_checkpoint_and_overrides(driver, tmp_path):

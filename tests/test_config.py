@@ -141,7 +141,7 @@ def test_the_full_divergence_is_for_the_reward():
 
 def test_an_override_inside_a_list():
     found = violations(*REQUIRED, "ppo=[1]", "ppo.gamma=1")
-    assert found == ["ppo.gamma: Cannot merge incompatible container types", "ppo: [1] is not a section of options"]
+    assert found == ["ppo.gamma: ppo is a list, not a section", "ppo: [1] is not a section of options"]
 
 
 def test_limits_themselves_are_allowed():
@@ -213,7 +213,75 @@ def test_every_option_is_documented():
         for name, field in Config.model_fields.items()
         if hasattr(field.annotation, "model_fields")
     }
-    assert len(sections) == 8
+    assert len(sections) == 9
     for name, section in sections.items():
         for option, field in section.model_fields.items():
             assert field.description, f"{name}.{option}"
+
+
+@pytest.mark.parametrize("section", ["", "ppo"])
+def test_thousands_of_unknown_options_are_answered_in_a_screen(tmp_path, section):
+    lines = [f"{'  ' if section else ''}key{number}: 1\n" for number in range(10_000)]
+    (tmp_path / "other.yaml").write_text("".join([f"{section}:\n"] * bool(section) + lines))
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path / "other.yaml", REQUIRED)
+    first, *shown, last = str(caught.value).splitlines()
+    assert first.startswith("10,000 problems") and len(shown) == 20 and last == "  ... and 9,980 more"
+    assert all("unknown option; " in line for line in shown)
+
+
+@pytest.mark.parametrize(
+    "override", ["ppo.key{}=1", "key{}=1", "key{}.option=1", "word{}", "steps=[{}", "ppo..x=[{}", "ppo=[{}"]
+)
+def test_thousands_of_bad_overrides_are_answered_in_a_screen(override):
+    good = [f"ppo.gamma=0.{number}" for number in range(1000)]
+    found = violations(*REQUIRED, *good, *(override.format(number) for number in range(10_000)))
+    assert len(found) == 21 and found[-1] == "... and 9,980 more"
+
+
+def test_one_bad_override_among_thousands_of_good_ones_is_named():
+    good = [f"ppo.gamma=0.{number}" for number in range(3000)]
+    assert violations(*REQUIRED, *good, "seed=[", *good) == [
+        "seed: '[' is not valid YAML; put it in quotes twice: seed='\"...\"'"
+    ]
+
+
+def test_a_file_beyond_any_config_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("".join(f"key{number}: 1\n" for number in range(30_000)))
+    with pytest.raises(InputError, match=r"holds more than 50,000 keys and values, aliases expanded; is it a config\?"):
+        load_config(path, REQUIRED)
+    bomb = "a: &a0 [1]\n" + "".join(f"k{n}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(9))
+    path.write_text(bomb)
+    with pytest.raises(InputError, match=r"aliases expand"):
+        load_config(path, REQUIRED)
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 100_000, "a: " + "[" * 300 + "]" * 300])
+def test_what_is_nested_deeper_than_any_config_is_refused(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match="more than 20 levels"):
+        load_config(tmp_path / "run.yaml", REQUIRED)
+    (line,) = violations(*REQUIRED, text.replace("a: ", "seed="))
+    assert line == "seed: more than 20 levels, one in another; no option has two"
+
+
+@pytest.mark.parametrize("override", ["seed={}", "{}=1", "ppo.{}=1", "{}"])
+def test_a_problem_of_a_million_characters_is_a_line(override):
+    (line,) = violations(*REQUIRED, override.format("x" * 1_000_000))
+    assert len(line) < 600 and line.endswith("characters)")
+
+
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path):
+    (tmp_path / "run.yaml").write_text('"two\\nlines\\e[2J": 1')
+    with pytest.raises(InputError, match=r"  two\\nlines\\x1b\[2J: unknown option"):
+        load_config(tmp_path / "run.yaml", REQUIRED)
+    assert violations(*REQUIRED, "seed=\udcff") == ["seed: '\\udcff' is not valid Unicode"]
+
+
+def test_numbers_beyond_any_integer(tmp_path):
+    (tmp_path / "run.yaml").write_text("seed: " + "9" * 5000)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path / "run.yaml", REQUIRED)
+    (line,) = violations(*REQUIRED, "seed=" + "9" * 5000)
+    assert line.startswith("seed: ")

@@ -4,6 +4,7 @@ import math
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ppo_ray.events import Event
 from ppo_ray.metrics import MetricsLog
 
 
@@ -71,3 +72,30 @@ def test_files_are_closed_after_an_error(tmp_path):
         log.write(0, {"a": 1.0})
         raise RuntimeError
     assert read(tmp_path) == [{"step": 0, "a": 1.0}]
+
+
+def test_a_run_that_goes_on_makes_its_steps_again(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in range(3):
+            log.write(step, {"a": math.nan if step == 1 else step})
+        log.event(Event("worker_replaced", "rollout-0 was replaced", "rollout-0"))
+        log.write(3, {"a": 3})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "a": 4.')  # killed while it wrote
+    with MetricsLog(tmp_path) as log:
+        history = log.go_on(2)
+        log.event(Event("resumed", "going on"))
+        log.write(2, {"a": 20})
+    assert [(record["step"], str(record["a"])) for record in history] == [(0, "0.0"), (1, "nan")]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record.get("event", record.get("a")) for record in records] == [0, None, "worker_replaced", "resumed", 20]
+    assert {"event", "message", "worker", "step", "time"} == records[2].keys()
+    assert (records[2]["step"], records[3]["step"]) == (3, 2)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("a") if event.step != 1] == [(0, 0.0), (2, 20.0)]
+
+
+def test_a_run_that_begins_has_nothing_to_make_again(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        assert log.go_on(0) == []
+    assert list(tmp_path.iterdir()) == []

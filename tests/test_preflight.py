@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -124,7 +125,7 @@ def test_a_hub_name_that_cannot_be_had(configured, monkeypatch):
 
 def test_a_folder_that_is_no_model(configured, tmp_path):
     (line,) = problems(configured(f"model.path={tmp_path}"))
-    assert "missing model: has no readable config.json" in line
+    assert "missing model: its config cannot be loaded" in line
 
 
 def test_pickled_weights_are_refused(configured, tmp_path):
@@ -135,6 +136,81 @@ def test_pickled_weights_are_refused(configured, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (line,) = problems(configured(f"model.path={tmp_path}"))
     assert "pickled weights only (pytorch_model.bin)" in line and "save_pretrained" in line
+    assert "unless model.allow_pickled_weights=true" in line
+    check(configured(f"model.path={tmp_path}", "model.allow_pickled_weights=true"))
+    (line,) = problems(configured(f"model.path={tmp_path}", "reward.allow_pickled_weights=true"))
+    assert "unless model.allow_pickled_weights=true" in line
+    for option in ("reference", "critic"):
+        overrides = [f"model.{option}_path={tmp_path}", "model.critic=separate"]
+        (line,) = problems(configured(*overrides))
+        assert line.startswith(f"model.{option}_path=") and "unless model.allow_pickled_weights=true" in line
+        check(configured(*overrides, "model.allow_pickled_weights=true"))
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "state.pt")  # nothing that transformers could load
+    (line,) = problems(configured(f"model.path={tmp_path}", "model.allow_pickled_weights=true"))
+    assert "pickled weights only (state.pt), which are not loaded; better convert them" in line
+
+
+def test_pickled_weights_of_a_classifier_are_refused(configured, home, tmp_path):
+    folder = shutil.copytree(home / "classifier", tmp_path / "judge")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    (line,) = problems(configured(f"reward.path={folder}", "model.allow_pickled_weights=true"))
+    assert "unless reward.allow_pickled_weights=true" in line
+    check(configured(f"reward.path={folder}", "reward.allow_pickled_weights=true"))
+
+
+def add_code(folder, file, options, code):
+    """Give a model or tokenizer code of its own, which leaves a mark beside it when it runs; return where."""
+    ran = folder / "ran"
+    found = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(found | options))
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\n{code}")
+    return ran
+
+
+@pytest.mark.parametrize("option", ["model.path", "model.reference_path", "model.critic_path", "reward.path"])
+def test_code_of_a_model_is_run_only_where_it_is_trusted(configured, home, tmp_path, option):
+    own, base = tmp_path / option.replace(".", "_"), "classifier" if option == "reward.path" else "policy"
+    shutil.copytree(home / base, own)
+    kind = "Bert" if base == "classifier" else "Llama"
+    ran = add_code(
+        own,
+        "config.json",
+        {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}},
+        f"from transformers import {kind}Config\nclass OwnConfig({kind}Config): model_type = 'own'\n",
+    )
+    overrides = [f"{option}={own}", "model.critic=separate"]
+    section, other = ("reward", "model") if base == "classifier" else ("model", "reward")
+    (line,) = problems(configured(*overrides, f"{other}.trust_remote_code=true"))
+    assert line.startswith(f"{option}={own}: the model (auto_map in config.json) needs Python code that lies with it")
+    assert f"unless {section}.trust_remote_code=true" in line and not ran.exists()
+    check(configured(*overrides, f"{section}.trust_remote_code=true"))
+    assert ran.exists()
+
+
+@pytest.mark.parametrize("option", ["model.path", "reward.path"])
+def test_code_of_a_tokenizer_is_run_only_where_it_is_trusted(configured, home, tmp_path, option):
+    section = option.partition(".")[0]
+    own = shutil.copytree(home / ("policy" if section == "model" else "classifier"), tmp_path / f"own_{section}")
+    ran = add_code(
+        own,
+        "tokenizer_config.json",
+        {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}},
+        "from transformers import PreTrainedTokenizerFast\nclass OwnTokenizer(PreTrainedTokenizerFast): pass\n",
+    )
+    (line,) = problems(configured(f"{option}={own}"))
+    assert line.startswith(f"{option}={own}: the tokenizer (auto_map in tokenizer_config.json) needs Python code")
+    assert f"unless {section}.trust_remote_code=true" in line and not ran.exists()
+    check(configured(f"{option}={own}", f"{section}.trust_remote_code=true"))
+    assert ran.exists()
+
+
+def test_trusted_code_that_fails_is_not_said_to_lack_trust(configured, home, tmp_path):
+    own = shutil.copytree(home / "policy", tmp_path / "own_broken")
+    options = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    add_code(own, "config.json", options, "raise RuntimeError('no such luck')")
+    (line,) = problems(configured(f"model.path={own}", "model.trust_remote_code=true"))
+    assert "its config cannot be loaded: no such luck" in line and "trust_remote_code" not in line
 
 
 def test_a_model_without_tokenizer(configured, tmp_path):
@@ -165,12 +241,14 @@ def test_reward_function(configured, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_preflight_reward.py").write_text("count = 3\ndef score(prompts, responses): return [0.0]")
     (tmp_path / "my_broken_reward.py").write_text("1 / 0")
+    (tmp_path / "my_leaving_reward.py").write_text("raise SystemExit")
     check(configured("reward.path=null", "reward.function=my_preflight_reward:score"))
     for function in (
         "my_preflight_reward:count",
         "my_preflight_reward:nothing",
         "no_such_module:score",
         "my_broken_reward:score",
+        "my_leaving_reward:score",
     ):
         (line,) = problems(configured("reward.path=null", f"reward.function={function}"))
         assert line.startswith("reward.function=") and function in line

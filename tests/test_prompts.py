@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import InputError
-from ppo_ray.prompts import PromptBatch, PromptStream
+from ppo_ray.prompts import LeftOut, PromptBatch, PromptStream, usable_texts
 
 NUM_TEXTS = 20
 
@@ -122,12 +122,10 @@ def test_other_sources_give_the_same_texts(kind, parquet, tmp_path, tokenizer, m
     assert PromptStream(config(path), tokenizer, seed=4).take(25) == expected
 
 
-def test_csv_texts_may_hold_newlines_and_one_without_a_token_is_an_error(tmp_path, tokenizer):
-    (tmp_path / "t.csv").write_text('text\n"12\n12 12"\nxxxx\n')
+def test_csv_texts_may_hold_newlines(tmp_path, tokenizer):
+    (tmp_path / "t.csv").write_text('text\n"12\n12 12"\n13 13\n')
     stream = PromptStream(config(tmp_path / "t.csv", shuffle=False), tokenizer, seed=0)
-    with pytest.raises(InputError, match="no token of 'xxxx'"):
-        stream.take(2)
-    assert stream.position == 0 and numbers(stream.take(1)) == [12]
+    assert numbers(stream.take(2)) == [12, 13]
 
 
 def test_errors_name_the_option(parquet, tmp_path, tokenizer):
@@ -162,3 +160,107 @@ def test_split_keeps_order_and_loses_nothing():
     assert [len(part.sample_ids) for part in parts] == [2, 2, 3]
     assert sum((part.prompt_ids for part in parts), ()) == batch.prompt_ids
     assert len(batch.split(100)) == 7
+
+
+def test_prompts_that_cannot_be_used_are_left_out_and_counted(tmp_path, tokenizer):
+    path = tmp_path / "texts.jsonl"
+    texts = [text(1), "x x x x x", text(3), text(700), text(5)]  # number 1 is a text without a token, 3 an unknown id
+    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    stream = PromptStream(config(path, shuffle=False), tokenizer, seed=0, vocab_size=500)
+    batch = stream.take(5)
+    assert (batch.sample_ids, numbers(batch), batch.num_skipped) == ((0, 2, 4), [1, 3, 5], 2)
+    assert stream.position == 5
+    assert sum(part.num_skipped for part in batch.split(2)) == 0 and batch.split(2)[1].sample_ids == (2, 4)
+    assert PromptStream(config(path, shuffle=False), tokenizer, seed=0).take(5).num_skipped == 1
+
+
+def test_a_text_that_the_tokenizer_refuses_is_left_out_alone(tmp_path, tokenizer):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in (text(1), "no number", text(3))))
+    with pytest.raises(Exception, match="UNK"):  # as it is: a batch that holds such a text raises
+        tokenizer([text(1), "no number"])
+    batch = PromptStream(config(path, shuffle=False), tokenizer, seed=0).take(3)
+    assert (batch.sample_ids, numbers(batch), batch.num_skipped) == ((0, 2), [1, 3], 1)
+
+
+def test_held_out_prompts_that_cannot_be_used_are_left_out(tmp_path, tokenizer):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text(n)}) + "\n" for n in (1, 2, 3, 4, 700, 701)))
+    whole = PromptStream(config(path), tokenizer, seed=0, num_held_out=5).held_out()
+    batch = PromptStream(config(path), tokenizer, seed=0, num_held_out=5, vocab_size=700).held_out()
+    rest = [(sample_id, ids) for sample_id, ids in zip(whole.sample_ids, whole.prompt_ids, strict=True) if ids[0] < 700]
+    assert list(zip(batch.sample_ids, batch.prompt_ids, strict=True)) == rest
+    assert len(rest) == 5 - batch.num_skipped and batch.num_skipped in (1, 2)
+
+
+def test_a_model_that_knows_none_of_the_ids_is_said(tmp_path, parquet, tokenizer):
+    why = "the model knows 0 to 99; tokenizer and model do not fit together"
+    stream = PromptStream(config(parquet, shuffle=False), tokenizer, seed=0, num_held_out=3, vocab_size=100)
+    with pytest.raises(InputError, match=rf"none of 5 texts makes a prompt: of '1\d\d 1.* ids \[1\d\d, .*{why}"):
+        stream.take(5)
+    with pytest.raises(InputError, match=f"none of 3 texts makes a prompt.*{why}"):
+        stream.held_out()
+    (tmp_path / "x.csv").write_text("text\nxxxx\n")
+    with pytest.raises(InputError, match=r"makes a prompt: of 'xxxx' the tokenizer makes the ids \[\];"):
+        PromptStream(config(tmp_path / "x.csv"), tokenizer, seed=0).take(1)
+
+
+def test_a_look_ahead_moves_nothing(parquet, tokenizer):
+    stream = PromptStream(config(parquet), tokenizer, seed=0)
+    assert stream.peek(3) == stream.take(3)
+    assert stream.position == 3
+
+
+def test_the_fingerprint_tells_texts_and_tokenizers_apart(tmp_path, tokenizer):
+    def fingerprint(texts, by=tokenizer, seed=0):
+        path = tmp_path / "texts.jsonl"
+        path.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+        return PromptStream(config(path), by, seed=seed).fingerprint
+
+    texts = [text(1), text(2), text(3)]
+    other = Tokenizer(models.WordLevel({str(number): number + 1 for number in range(1000)}, unk_token=None))
+    other.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    found = [
+        fingerprint(texts),
+        fingerprint([text(1), text(2), text(4)]),
+        fingerprint(texts[::-1]),
+        fingerprint([text(1) + text(2), text(3)]),
+        fingerprint(texts, PreTrainedTokenizerFast(tokenizer_object=other)),
+    ]
+    assert len(set(found)) == 5
+    assert fingerprint(texts, seed=7) == found[0]
+
+
+def test_the_fingerprint_is_the_same_whatever_the_position_and_however_long_the_texts(tmp_path, tokenizer):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text(n, 100_000)}) + "\n" for n in range(3)))
+    stream = PromptStream(config(path), tokenizer, seed=0)
+    before = stream.fingerprint
+    stream.take(2)
+    assert stream.fingerprint == before == PromptStream(config(path), tokenizer, seed=9).fingerprint
+    assert len(before) == 16 and int(before, 16) >= 0
+
+
+def test_what_is_left_out_is_counted_by_its_reason(tmp_path, tokenizer):
+    path = tmp_path / "texts.jsonl"
+    texts = [text(1), text(1), text(2), "3", "   \t  ", None, "half \ud800 of a pair", "\ud800"]
+    path.write_text("\n".join(json.dumps({"text": one}) for one in texts))
+    stream = PromptStream(config(path), tokenizer, seed=0)
+    assert sorted(numbers(stream.take(2))) == [1, 2]
+    assert stream.describe() == (
+        f"2 texts of {path}; left out: 1 of at most 3 characters, 2 blank, 1 repeated, 2 not valid Unicode"
+    )
+    assert usable_texts(config(path), 0).left_out == LeftOut(blank=2, invalid=2, short=1, repeated=1)
+    path.write_text(json.dumps({"text": text(1)}))
+    assert PromptStream(config(path), tokenizer, seed=0).describe() == f"1 texts of {path}"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_text_far_longer_than_any_context_is_cut(kind, tmp_path, tokenizer):
+    long = text(7, 500_000)  # a million characters
+    path = tmp_path / f"texts.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": [long]}), path)
+    else:
+        path.write_text(json.dumps({"text": long}) if kind == "jsonl" else f"text\n{long}\n")
+    assert PromptStream(config(path, max_tokens=8, min_tokens=8), tokenizer, seed=0).take(1).prompt_ids == ((7,) * 8,)

@@ -1,10 +1,8 @@
-import os
-
 import pytest
 
 from ppo_ray.config import load_config
 from ppo_ray.errors import InputError
-from ppo_ray.run_folder import RunFolder, write_atomically
+from ppo_ray.run_folder import RunFolder, config_text
 
 
 @pytest.fixture
@@ -20,6 +18,8 @@ def test_layout(tmp_path):
         "tensorboard": "tensorboard",
         "trajectories": "trajectories",
         "final_checkpoint": "checkpoints/final",
+        "checkpoints": "checkpoints",
+        "before": "evaluation_before.json",
         "samples": "samples.md",
         "curves": "curves.png",
     }
@@ -59,14 +59,16 @@ def test_a_file_is_refused(tmp_path):
 
 def test_config_is_written_and_read_back(tmp_path, config):
     folder = RunFolder.create(tmp_path)
+    assert not folder.holds_run()
     folder.write_config(config)
-    folder.write_config(config, folder.final_checkpoint)
-    assert load_config(folder.config, []) == load_config(folder.final_checkpoint / "config.yaml", []) == config
+    assert folder.config.read_text() == config_text(config)
+    assert load_config(folder.config, []) == config
+    assert folder.holds_run()
 
 
-def test_a_failed_write_leaves_the_old_text_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \ud800")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    folder = RunFolder.create(tmp_path)
+    with folder.locked(), pytest.raises(InputError, match="another process is training"), folder.locked():
+        pytest.fail("two at once")
+    with folder.locked():
+        pass

@@ -1,147 +1,150 @@
-"""A group of like actors: launch, call, wait with a limit, close."""
+"""A group of like actors: launched, called, replaced when they are lost, closed."""
 
+import contextlib
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
 import ray
 
-from ppo_ray import trajectory
 from ppo_ray.actors.placement import ActorSpec
-from ppo_ray.errors import PPORayError, WorkerError
+from ppo_ray.actors.watch import Limits, Member, watch
+from ppo_ray.config import RayConfig
+from ppo_ray.errors import WorkerError, WorkerLost
+from ppo_ray.events import Event, Report
 
-_POLL_S = 1.0  # signal handlers run between polls
-_CLOSE_S = 20.0
+_CLOSE_S = 10.0
 
-
-@dataclass(frozen=True)
-class Shards:
-    """Trajectories on their way: references, in order, to tables that the driver never fetches."""
-
-    doing: str
-    """What their workers do, for errors."""
-    tables: list[Any]
-    """A reference a shard."""
-    figures: list[tuple[str, Any]]
-    """A worker's name and a reference to what it measured, a shard."""
-    timeout_s: float
-    source: "Shards | None" = None
-    """What these were made of."""
-
-    def wait(self) -> dict[str, float]:
-        """Wait until all are there; returns their sources' figures and their own.
-
-        A worker's seconds add up, and the slowest worker's count. Sources are waited for first, so that an error names
-        the worker that failed and not the one that was waiting for it.
-
-        Raises:
-            WorkerError: as `wait_for`.
-        """
-        figures = self.source.wait() if self.source else {}
-        answers = wait_for(
-            {f"{name} (shard {i})": ref for i, (name, ref) in enumerate(self.figures)}, self.timeout_s, self.doing
-        )
-        by_worker: dict[tuple[str, str], float] = defaultdict(float)
-        for (name, _), answer in zip(self.figures, answers, strict=True):
-            for key, value in answer.items():
-                by_worker[key, name] += value
-        for (key, _), value in by_worker.items():
-            figures[key] = max(value, figures.get(key, 0.0))
-        return figures
-
-    def fetch(self) -> pa.Table:
-        """Wait for all and bring them here, in order: for a caller that must see trajectories; the loop never does."""
-        self.wait()
-        return trajectory.concat(ray.get(self.tables, timeout=self.timeout_s))
-
-
-@dataclass(frozen=True)
-class PublishedWeights:
-    """Weights in the object store: their name, and a reference to a snapshot that the driver never fetches."""
-
-    policy_version: int
-    checksum: str
-    snapshot: Any
+Call = Callable[[Any], Any]
+"""Takes an actor's handle, calls one of its methods, returns the reference to the answer."""
 
 
 class ActorGroup:
     """Like actors under one name: `rollout-0`, `rollout-1`, ...
 
-    The actors are light to construct; `setup` does the heavy work, so that what fails there keeps its own error.
+    The actors are light to construct; `setup` does the heavy work, so that what fails there keeps its own error. An
+    actor is never restarted by Ray behind its caller's back: the group kills what is left of it, starts another of the
+    same name and brings it to where the first one was.
     """
 
-    def __init__(self, actor_class: Any, spec: ActorSpec, call_timeout_s: float) -> None:
-        """Create the actors without waiting for them; `actor_class` is a Ray actor class taking the worker's name."""
-        self.names = [f"{spec.key}-{index}" for index in range(spec.workers)]
-        self.handles = [actor_class.options(**spec.options(name)).remote(name) for name in self.names]
-        self._call_timeout_s = call_timeout_s
+    def __init__(self, actor_class: Any, spec: ActorSpec, config: RayConfig, report: Report) -> None:
+        """Create the actors without waiting for them.
 
-    def setup(self, timeout_s: float, *args: Any) -> list[Any]:
-        """Set up all actors at once and wait until each is ready."""
-        refs = [handle.setup.remote(*args) for handle in self.handles]
-        return wait_for(dict(zip(self.names, refs, strict=True)), timeout_s, "starting")
+        Args:
+            actor_class: a Ray actor class over `Worker`; its `setup` prepares it.
+            spec: how many, and what each needs.
+            config: time limits, and how often a lost actor is replaced.
+            report: is told of every replacement.
+        """
+        self._class, self._spec, self._config, self._report = actor_class, spec, config, report
+        self.members = [self._launched(f"{spec.key}-{index}") for index in range(spec.workers)]
+        self.setup_args: tuple[Any, ...] = ()
+        """What `setup` was given; a replacement is set up with it."""
+        self.brought_up: Callable[[Member], None] = lambda member: None
+        """Brings a replacement that is set up to where the group is."""
 
-    def call(self, doing: str, call: Callable[[Any], Any]) -> list[Any]:
-        """Make the same call on all actors and wait for their answers; `doing` says what they do, for errors."""
-        refs = [call(handle) for handle in self.handles]
-        return wait_for(dict(zip(self.names, refs, strict=True)), self._call_timeout_s, doing)
+    def setup(self, *args: Any) -> list[Any]:
+        """Set up all actors at once and wait until each is ready; one that is lost meanwhile is replaced."""
+        self.setup_args = args
+        refs = {member.handle.setup.remote(*args): member for member in self.members}
+        while True:
+            try:
+                watch(refs, self._start_limits, "starting")
+                break
+            except WorkerLost as lost:
+                member = self._replaced(lost)
+                refs = {ref: other for ref, other in refs.items() if other is not member}
+                refs[member.handle.setup.remote(*args)] = member
+        order = {member.name: ref for ref, member in refs.items()}
+        return ray.get([order[member.name] for member in self.members], timeout=self._config.start_timeout_s)
 
-    def deal(self, doing: str, calls: list[Callable[[Any], Any]], source: "Shards | None" = None) -> "Shards":
-        """Make calls that return (table, figures), the i-th on worker `i % len(names)`, without waiting."""
-        pairs = [call(self.handles[index % len(self.handles)]) for index, call in enumerate(calls)]
-        names = [self.names[index % len(self.names)] for index in range(len(pairs))]
-        tables, figures = zip(*pairs, strict=True)
-        return Shards(doing, list(tables), list(zip(names, figures, strict=True)), self._call_timeout_s, source)
+    def call(self, doing: str, call: Call, may_stop: bool = True) -> list[Any]:
+        """Make the same call on all actors and wait for their answers, in order; a lost one's is made again.
 
-    def wait(self, doing: str, refs: list[Any]) -> list[Any]:
-        """Wait for answers of the first worker."""
-        return wait_for({f"{self.names[0]} (call {i})": ref for i, ref in enumerate(refs)}, self._call_timeout_s, doing)
+        Raises:
+            WorkerError: as `watch`, or a worker was lost too often.
+        """
+        return self._answers(doing, call, len(self.members), may_stop)
+
+    def call_first(self, doing: str, call: Call) -> Any:
+        """Make a call on the first actor alone; see `call`."""
+        return self._answers(doing, call, 1)[0]
+
+    def watch(self, calls: dict[Any, Member], doing: str, may_stop: bool = True) -> None:
+        """Wait for calls, as `actors.watch.watch` does; who answered is in good health again."""
+        watch(calls, Limits(self._config.call_timeout_s, self._config.ping_timeout_s), doing, may_stop)
+        for member in calls.values():
+            member.failures = 0
+
+    def answer(self, doing: str, ref: Any, may_stop: bool = True) -> Any:
+        """Wait for one answer of the first worker, which is not replaced."""
+        self.watch({ref: self.members[0]}, doing, may_stop)
+        return ray.get(ref, timeout=self._config.call_timeout_s)
+
+    def revive(self, lost: WorkerLost) -> Member:
+        """Replace a lost worker and bring its successor to where the group is.
+
+        Raises:
+            WorkerError: it was lost too often in a row (`ray.max_restarts`), or its successor fails to start.
+        """
+        began = time.monotonic()
+        while True:
+            member = self._replaced(lost)
+            try:
+                watch({member.handle.setup.remote(*self.setup_args): member}, self._start_limits, "starting again")
+                self.brought_up(member)
+                break
+            except WorkerLost as again:
+                if again.name != member.name:
+                    raise
+                lost = again
+        seconds = time.monotonic() - began
+        self._report(Event("worker_replaced", f"{member.name} was replaced in {seconds:.1f} s: {lost}", member.name))
+        return member
 
     def close(self) -> None:
         """Ask every actor to close and end its process; one that does not answer in time is killed. Never raises."""
-        refs = [handle.close.remote() for handle in self.handles]
-        ray.wait(refs, num_returns=len(refs), timeout=_CLOSE_S, fetch_local=False)
-        for handle in self.handles:
-            ray.kill(handle, no_restart=True)
-        self.handles = []
+        with contextlib.suppress(ray.exceptions.RayError):
+            refs = [member.handle.close.remote() for member in self.members]
+            ray.wait(refs, num_returns=len(refs), timeout=_CLOSE_S, fetch_local=False)
+        for member in self.members:
+            _kill(member)
+        self.members = []
 
+    @property
+    def _start_limits(self) -> Limits:
+        return Limits(self._config.start_timeout_s, self._config.start_timeout_s)
 
-def wait_for(refs: Mapping[str, Any], timeout_s: float, doing: str) -> list[Any]:
-    """Wait for named answers, in order, at most `timeout_s` seconds in all.
+    def _answers(self, doing: str, call: Call, num_members: int, may_stop: bool = True) -> list[Any]:
+        refs = [call(member.handle) for member in self.members[:num_members]]
+        while True:
+            try:
+                self.watch(dict(zip(refs, self.members, strict=False)), doing, may_stop)
+                return ray.get(refs, timeout=self._config.call_timeout_s)
+            except WorkerLost as lost:
+                member = self.revive(lost)
+                refs[self.members.index(member)] = call(member.handle)
 
-    The first failure ends the wait at once, whoever else is still at work.
+    def _launched(self, name: str) -> Member:
+        member = Member(name, self._class.options(**self._spec.options(name)).remote(name))
+        member.ask()
+        return member
 
-    Raises:
-        PPORayError: a worker raised it itself.
-        WorkerError: a worker raised something else, died, or was late; the message names it and what it was doing.
-    """
-    deadline = time.monotonic() + timeout_s
-    names = {ref: name for name, ref in refs.items()}
-    waiting = list(names)
-    while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_S, fetch_local=False)
-        for ref in done:
-            _raise_failure(ref, names[ref], doing)
-        if waiting and time.monotonic() > deadline:
-            late = ", ".join(names[ref] for ref in waiting)
+    def _replaced(self, lost: WorkerLost) -> Member:
+        """Kill what is left of a lost worker and launch another under its name."""
+        index = next(index for index, member in enumerate(self.members) if member.name == lost.name)
+        failures = self.members[index].failures + 1
+        if failures > self._config.max_restarts:
             raise WorkerError(
-                f"{doing}: no answer from {late} within {timeout_s:g} s; see its log in Ray's session folder, or raise "
-                "ray.call_timeout_s (ray.start_timeout_s while starting)"
-            )
-    return ray.get(list(refs.values()), timeout=max(1.0, deadline - time.monotonic()))
+                f"{lost.name} was lost {failures} times in a row (ray.max_restarts={self._config.max_restarts}); "
+                f"the last time: {lost}"
+            ) from lost
+        _kill(self.members[index])
+        self.members[index] = self._launched(lost.name)
+        self.members[index].failures = failures
+        return self.members[index]
 
 
-def _raise_failure(ref: Any, name: str, doing: str) -> None:
-    """Raise what went wrong with an answer that is there; a large answer is not fetched for it."""
-    try:
-        ray.get(ref, timeout=60)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, PPORayError):
-            raise type(cause)(f"{name}, {doing}: {cause}") from error
-        raise WorkerError(f"{name} failed while {doing}: {type(cause).__name__}: {cause}\n{error}") from error
-    except ray.exceptions.RayError as error:
-        raise WorkerError(f"{name} was lost while {doing}: {error}") from error
+def _kill(member: Member) -> None:
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.kill(member.handle, no_restart=True)

@@ -9,7 +9,14 @@ from ppo_ray.actors.learner import LearnerGroup
 from ppo_ray.actors.placement import check_fit, learner_spec, reward_spec, rollout_spec
 from ppo_ray.actors.reward import RewardGroup
 from ppo_ray.actors.rollout import RolloutGroup
+from ppo_ray.agreement import Agreement, disagreement
 from ppo_ray.config import Config
+from ppo_ray.errors import WorkerError
+from ppo_ray.events import Report
+from ppo_ray.prompts import PromptBatch
+
+Say = Callable[[str], None]
+"""Shows a line to whoever started the run."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +29,13 @@ class Actors:
 
 
 @contextlib.contextmanager
-def launch_scorers(config: Config, say: Callable[[str], None]) -> Iterator[tuple[RolloutGroup, RewardGroup]]:
+def launch_scorers(config: Config, say: Say, report: Report) -> Iterator[tuple[RolloutGroup, RewardGroup]]:
     """Start rollout and reward workers, as an evaluation needs them.
 
-    Engines start first and alone: they take longest and fill the cores. `say` is told when a group is ready.
+    Args:
+        config: of the run.
+        say: is told when a group is ready.
+        report: is told when a worker is replaced.
 
     Raises:
         InputError: the cluster cannot hold them.
@@ -33,27 +43,67 @@ def launch_scorers(config: Config, say: Callable[[str], None]) -> Iterator[tuple
     """
     check_fit([rollout_spec(config), reward_spec(config)])
     with contextlib.ExitStack() as stack:
-        rollout = RolloutGroup(config)
-        stack.callback(rollout.close)
-        _say_ready(say, f"{config.rollout.workers} x rollout ({config.rollout.engine})", rollout.setup())
-        reward = RewardGroup(config)
-        stack.callback(reward.close)
-        _say_ready(say, f"{config.reward.workers} x reward", reward.setup())
+        rollout, reward = _scorers(config, report, stack)
+        _set_up_scorers(config, rollout, reward, say)
         yield rollout, reward
 
 
 @contextlib.contextmanager
-def launch(config: Config, trajectories: Path, say: Callable[[str], None]) -> Iterator[Actors]:
-    """Start all actors of a training run, with the learner's weights in every engine; see `launch_scorers`."""
+def launch(config: Config, trajectories: Path, checkpoint: Path | None, say: Say, report: Report) -> Iterator[Actors]:
+    """Start all actors of a training run; see `launch_scorers`.
+
+    Args:
+        config: of the run.
+        trajectories: folder of the Parquet files.
+        checkpoint: what the learner goes on from; None: the models that the config names.
+        say: is told when a group is ready.
+        report: is told when a worker is replaced.
+    """
     check_fit([rollout_spec(config), reward_spec(config), learner_spec(config)])
-    with launch_scorers(config, say) as (rollout, reward), contextlib.ExitStack() as stack:
-        learner = LearnerGroup(config, trajectories)
+    with contextlib.ExitStack() as stack:
+        rollout, reward = _scorers(config, report, stack)
+        learner = LearnerGroup(config, trajectories, report)
         stack.callback(learner.close)
-        _say_ready(say, "learner", learner.setup())
-        synced = rollout.load_weights(learner.weights())
-        say(f"weights of policy version 0 in every engine, verified, in {synced['time/sync_s']:.1f} s")
+        _set_up_scorers(config, rollout, reward, say)
+        _say_ready(say, "learner", learner.setup(checkpoint))
         yield Actors(rollout, reward, learner)
 
 
-def _say_ready(say: Callable[[str], None], who: str, answers: list[dict[str, float]]) -> None:
+def _scorers(config: Config, report: Report, stack: contextlib.ExitStack) -> tuple[RolloutGroup, RewardGroup]:
+    """Launch the processes: all import their libraries at once, and take turns to load what they work with."""
+    rollout = RolloutGroup(config, report)
+    stack.callback(rollout.close)
+    reward = RewardGroup(config, report)
+    stack.callback(reward.close)
+    return rollout, reward
+
+
+def _set_up_scorers(config: Config, rollout: RolloutGroup, reward: RewardGroup, say: Say) -> None:
+    """Engines first and alone: they take longest and fill the cores."""
+    _say_ready(say, f"{config.rollout.workers} x rollout ({config.rollout.engine})", rollout.setup())
+    _say_ready(say, f"{config.reward.workers} x reward", reward.setup())
+
+
+def check_engines(actors: Actors, config: Config, prompts: PromptBatch) -> list[Agreement]:
+    """Prove that new weights change what every engine computes as they change what the learner computes.
+
+    Weights that differ from the policy's are sent to all engines, which generate for the prompts; their
+    log-probabilities must be the learner's under those weights, and no others. The engines have these weights
+    afterwards: send them the policy's.
+
+    Returns:
+        What was found of each worker.
+
+    Raises:
+        WorkerError: an engine does not compute with what it was sent; names it.
+    """
+    actors.rollout.load_weights(actors.learner.moved_weights())
+    agreements = actors.learner.compare(actors.rollout.generate_everywhere(prompts, config.seed))
+    wrong = [problem for item in agreements if (problem := disagreement(item, config.rollout.dtype))]
+    if wrong:
+        raise WorkerError("after new weights " + "; ".join(wrong) + ". Its samples would be of another policy")
+    return agreements
+
+
+def _say_ready(say: Say, who: str, answers: list[dict[str, float]]) -> None:
     say(f"{who} ready in {max(seconds for answer in answers for seconds in answer.values()):.1f} s")

@@ -10,12 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from ppo_ray import checkpoint as checkpoints
 from ppo_ray import trajectory
-from ppo_ray.actors.group import ActorGroup, PublishedWeights, Shards
+from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.placement import learner_spec
+from ppo_ray.actors.shards import Shards
+from ppo_ray.actors.worker import CONTROL, Worker
+from ppo_ray.agreement import Agreement
+from ppo_ray.checkpoint import Pending, RunState
 from ppo_ray.config import Config
-from ppo_ray.errors import NonFiniteError, WorkerError
-from ppo_ray.weights import WeightSnapshot
+from ppo_ray.errors import CheckpointError, NonFiniteError, WorkerError, WorkerLost
+from ppo_ray.events import Report
+from ppo_ray.weights import PublishedWeights, WeightSnapshot
 
 if TYPE_CHECKING:
     from ppo_ray import learner
@@ -51,15 +57,12 @@ class LearnerStep:
     checksum: str
 
 
-@ray.remote
-class LearnerWorker:
+@ray.remote(concurrency_groups=CONTROL)
+class LearnerWorker(Worker):
     """Holds the policy that is trained."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def setup(self, config: Config) -> dict[str, float]:
-        """Load policy and reference; returns the seconds it took."""
+    def setup(self, config: Config, checkpoint: str | None = None) -> dict[str, float]:
+        """Load policy and reference, or a checkpoint; returns the seconds it took."""
         import torch
 
         from ppo_ray.learner import PPOLearner
@@ -73,6 +76,7 @@ class LearnerWorker:
             temperature=config.rollout.temperature,
             seed=config.seed,
             num_steps=config.steps,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
         )
         return {"time/learner_start_s": time.perf_counter() - start}
 
@@ -112,40 +116,71 @@ class LearnerWorker:
         snapshot = self._learner.weights()
         return UpdateReport({}, snapshot.policy_version, snapshot.checksum), snapshot
 
-    def save(self, path: str) -> None:
-        """Write the policy and its value head; loadable by `AutoModelForCausalLM.from_pretrained`."""
-        self._learner.save(Path(path))
+    @ray.method(num_returns=2)
+    def moved_weights(self) -> tuple[UpdateReport, WeightSnapshot]:
+        """Return weights that differ from the policy's, for a check of the engines; the policy stays as it is."""
+        snapshot = self._learner.probe().moved_weights()
+        return UpdateReport({}, snapshot.policy_version, snapshot.checksum), snapshot
 
-    def close(self) -> None:
-        """Nothing to free; the group ends the process."""
+    def compare(self, *shards: pa.Table) -> list[Agreement]:
+        """Compare what engines generated with those weights with what the learner computes."""
+        return self._learner.probe().compare(trajectory.concat(shards))
+
+    def save(self, path: str, state: RunState, config: str) -> None:
+        """Write a checkpoint of the run.
+
+        Raises:
+            CheckpointError: it cannot be written, or the learner is not where the run is.
+        """
+        if self._learner.policy_version != state.step:
+            raise CheckpointError(
+                f"the learner has made {self._learner.policy_version} updates, the run {state.step} steps: not saved"
+            )
+        checkpoints.write(Path(path), state, config, self._learner.save)
 
 
 class LearnerGroup:
     """The learner; what the loop calls `learner`."""
 
-    def __init__(self, config: Config, trajectories: Path) -> None:
+    def __init__(self, config: Config, trajectories: Path, report: Report) -> None:
         """Create the worker; `setup` loads its models. `trajectories` is the folder for the Parquet files."""
         self._config, self._trajectories = config, trajectories
-        self._group = ActorGroup(LearnerWorker, learner_spec(config), config.ray.call_timeout_s)
+        self._group = ActorGroup(LearnerWorker, learner_spec(config), config.ray, report)
 
-    def setup(self) -> list[dict[str, float]]:
-        """Load policy and reference, and wait until they are ready."""
-        return self._group.setup(self._config.ray.start_timeout_s, self._config)
+    def setup(self, checkpoint: Path | None = None) -> list[dict[str, float]]:
+        """Load policy and reference, or go on from a checkpoint, and wait until they are ready."""
+        return self._group.setup(self._config, _text(checkpoint))
+
+    def rebuild(self, lost: WorkerLost, checkpoint: Path | None) -> None:
+        """Put another worker in the place of a lost one, with the state of a checkpoint, or as the run began.
+
+        Raises:
+            WorkerError: it was lost too often in a row.
+        """
+        self._group.setup_args = (self._config, _text(checkpoint))
+        self._group.revive(lost)
 
     def update(self, scored: Shards, step: int) -> Update:
-        """Make one PPO update on all scored shards; waits for it."""
-        figures = scored.wait()
+        """Make one PPO update on all scored shards; waits for it, whatever signal comes.
+
+        Raises:
+            WorkerLost: the learner died or hangs; its state is gone.
+            WorkerError: as `watch`.
+        """
         path = self._trajectories / f"step-{step:05d}.parquet"
-        answer = self._group.handles[0].update.remote(step, str(path), *scored.tables)
-        metrics, weights = self._published("updating", answer)
-        return Update(figures | metrics, weights)
+
+        def update(tables: list[Any]) -> tuple[dict[str, float], PublishedWeights]:
+            return self._published("updating", self._handle.update.remote(step, str(path), *tables))
+
+        metrics, weights = scored.use(update)
+        return Update(scored.wait() | metrics, weights)
 
     def step(
         self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float
     ) -> tuple[LearnerStep, PublishedWeights]:
         """Make one PPO update on a table of one's own; waits for it. The loop calls `update`."""
-        report, snapshot = self._group.handles[0].step.remote(table, step, orders, kl_coef)
-        (done,) = self._group.wait("updating", [report])
+        report, snapshot = self._handle.step.remote(table, step, orders, kl_coef)
+        done = self._group.answer("updating", report, may_stop=False)
         return done, PublishedWeights(done.policy_version, done.checksum, snapshot)
 
     def fetch_weights(self, weights: PublishedWeights) -> WeightSnapshot:
@@ -154,20 +189,41 @@ class LearnerGroup:
 
     def weights(self) -> PublishedWeights:
         """Publish the weights as they are."""
-        return self._published("publishing weights", self._group.handles[0].weights.remote())[1]
+        return self._published("publishing weights", self._handle.weights.remote())[1]
 
-    def save(self, path: Path) -> None:
-        """Write the policy to a folder."""
-        self._group.call("saving", lambda handle: handle.save.remote(str(path)))
+    def moved_weights(self) -> PublishedWeights:
+        """Publish weights that differ from the policy's, for a check of the engines."""
+        return self._published("publishing weights for a check", self._handle.moved_weights.remote())[1]
+
+    def compare(self, generated: Shards) -> list[Agreement]:
+        """Compare what every engine generated with those weights with what the learner computes."""
+        return generated.use(lambda tables: self._group.answer("comparing", self._handle.compare.remote(*tables)))
+
+    def save(self, path: Path, state: RunState, config: str) -> Pending:
+        """Begin to write a checkpoint; the learner's next call waits until it is written, nobody else does.
+
+        Returns:
+            What waits for it.
+        """
+        ref = self._handle.save.remote(str(path), state, config)
+        return lambda: self._group.answer(f"writing {path.name}", ref, may_stop=False)
 
     def close(self) -> None:
         """End the worker."""
         self._group.close()
 
+    @property
+    def _handle(self) -> Any:
+        return self._group.members[0].handle
+
     def _published(self, doing: str, answer: tuple[Any, Any]) -> tuple[dict[str, float], PublishedWeights]:
-        report, snapshot = answer
-        (report,) = self._group.wait(doing, [report])
+        ref, snapshot = answer
+        report = self._group.answer(doing, ref, may_stop=False)
         return report.metrics, PublishedWeights(report.policy_version, report.checksum, snapshot)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def write_trajectories(path: Path, table: pa.Table) -> None:

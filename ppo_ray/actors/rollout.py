@@ -1,36 +1,37 @@
 """Rollout workers: a shell over `Engine` that turns prompts into trajectories."""
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pyarrow as pa
 import ray
 
 from ppo_ray import trajectory
-from ppo_ray.actors.group import ActorGroup, PublishedWeights, Shards
+from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.placement import rollout_spec
+from ppo_ray.actors.shards import ShardCall, Shards
+from ppo_ray.actors.watch import DependencyLost, Member
+from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config
 from ppo_ray.engines.base import Engine, Request, Sampling
+from ppo_ray.errors import WorkerLost
+from ppo_ray.events import Report
 from ppo_ray.prompts import PromptBatch
 from ppo_ray.seeding import derive_seed
-from ppo_ray.weights import WeightAck, WeightSnapshot, check_acks
+from ppo_ray.weights import PublishedWeights, WeightAck, WeightSnapshot, check_acks
 
 
-@ray.remote
-class RolloutWorker:
+@ray.remote(concurrency_groups=CONTROL)
+class RolloutWorker(Worker):
     """Samples responses with one engine."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
 
     def setup(self, config: Config) -> dict[str, float]:
         """Start the engine and load the tokenizer; returns the seconds it took, by part."""
-        from transformers import AutoTokenizer
+        from ppo_ray.models.loading import load_tokenizer
 
         start = time.perf_counter()
         self._config, self._engine = config, _start_engine(config)
-        self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self._tokenizer = load_tokenizer(config.model.path, config.model.trust)
         stop_ids = (self._tokenizer.eos_token_id,) if config.rollout.stop_at_eos else ()
         self._sampling = Sampling(config.rollout.temperature, stop_ids)
         return {"time/engine_start_s": time.perf_counter() - start}
@@ -89,28 +90,45 @@ class RolloutWorker:
 class RolloutGroup:
     """All rollout workers; what the loop calls `rollout`."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, report: Report) -> None:
         """Create the workers; `setup` starts their engines."""
         self._config = config
-        self._group = ActorGroup(RolloutWorker, rollout_spec(config), config.ray.call_timeout_s)
+        self._group = ActorGroup(RolloutWorker, rollout_spec(config), config.ray, report)
+        self._group.brought_up = self._catch_up
+        self._weights: PublishedWeights | None = None
 
     def setup(self) -> list[dict[str, float]]:
         """Start all engines at once and wait until they are ready."""
-        return self._group.setup(self._config.ray.start_timeout_s, self._config)
+        return self._group.setup(self._config)
 
     def generate(self, prompts: PromptBatch, step: int, seed: int | None = None) -> Shards:
         """Deal the prompts out in order, a shard a worker; returns at once."""
         seed = self._config.seed if seed is None else seed
         shards = prompts.split(self._config.rollout.workers)
-        return self._group.deal("generating", [_generate_call(shard, step, seed) for shard in shards])
+        calls = [_generate_call(shard, step, seed) for shard in shards]
+        return Shards(self._group, "generating", calls, self._config.ray.call_timeout_s)
+
+    def generate_everywhere(self, prompts: PromptBatch, seed: int) -> Shards:
+        """Let every worker generate for all of the prompts, a shard a worker: for comparing workers."""
+        calls = [_generate_call(prompts, 0, seed)] * self._config.rollout.workers
+        return Shards(self._group, "generating for a check", calls, self._config.ray.call_timeout_s)
 
     def load_weights(self, weights: PublishedWeights) -> dict[str, float]:
         """Send weights (by reference) to every engine and check that each serves them.
 
+        A worker that is lost meanwhile is replaced, and its successor gets the same weights.
+
         Raises:
-            WorkerError: a worker failed, was late, or acknowledged another version or checksum.
+            WorkerError: a worker failed, or acknowledged another version or checksum.
+            WorkerLost: the learner's node is gone, and with it the weights.
         """
-        acks = self._group.call("loading weights", lambda handle: handle.load_weights.remote(weights.snapshot))
+        self._weights = weights
+        try:
+            acks = self._group.call(
+                "loading weights", lambda handle: handle.load_weights.remote(weights.snapshot), may_stop=False
+            )
+        except DependencyLost as error:
+            raise _weights_lost(error) from error
         check_acks(weights.policy_version, weights.checksum, acks)
         return {"time/sync_s": max(ack.load_s for ack in acks)}
 
@@ -118,9 +136,26 @@ class RolloutGroup:
         """End the workers."""
         self._group.close()
 
+    def _catch_up(self, member: Member) -> None:
+        """Give a replacement the weights that the others have, verified."""
+        weights = self._weights
+        if weights is None:
+            return
+        ref = member.handle.load_weights.remote(weights.snapshot)
+        try:
+            self._group.watch({ref: member}, "loading weights")
+        except DependencyLost as error:
+            raise _weights_lost(error) from error
+        ack = ray.get(ref, timeout=self._config.ray.call_timeout_s)
+        check_acks(weights.policy_version, weights.checksum, [ack])
 
-def _generate_call(shard: PromptBatch, step: int, seed: int) -> Callable[[Any], Any]:
-    return lambda handle: handle.generate.remote(shard, step, seed)
+
+def _generate_call(shard: PromptBatch, step: int, seed: int) -> ShardCall:
+    return lambda handle, _: handle.generate.remote(shard, step, seed)
+
+
+def _weights_lost(error: DependencyLost) -> WorkerLost:
+    return WorkerLost(f"the weights that engines were to load are gone with the learner's node: {error}", "learner-0")
 
 
 def _start_engine(config: Config) -> Engine:
@@ -129,7 +164,9 @@ def _start_engine(config: Config) -> Engine:
     if rollout.engine == "hf":
         from ppo_ray.engines.hf import HFEngine
 
-        return HFEngine(config.model.path, dtype=rollout.dtype, max_context=rollout.max_context)
+        return HFEngine(
+            config.model.path, dtype=rollout.dtype, max_context=rollout.max_context, trust=config.model.trust
+        )
     from ppo_ray.engines.vllm import VLLMEngine
 
     return VLLMEngine(
@@ -137,4 +174,5 @@ def _start_engine(config: Config) -> Engine:
         dtype=rollout.dtype,
         max_context=rollout.max_context,
         kv_cache_mib=rollout.kv_cache_mib,
+        trust=config.model.trust,
     )

@@ -3,16 +3,15 @@
 import contextlib
 import os
 import secrets
-import signal
-import threading
 from collections.abc import Iterator
-from types import FrameType
+from typing import NoReturn
 
 import psutil
 import ray
 
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError
+from ppo_ray.stopping import stoppable
 
 _EXIT_S = 10.0
 _JOB_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
@@ -42,7 +41,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             started = [process for process in psutil.Process().children() if process not in before]
         else:
             _connect(config.address)
-        with _termination():
+        with stoppable(config.stop_timeout_s, lambda code: _end_at_once(started, code)):  # Ray has its own handlers
             yield
     finally:
         _shut_down(started)
@@ -57,6 +56,14 @@ def _shut_down(started: list[psutil.Process]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=_EXIT_S)
+
+
+def _end_at_once(started: list[psutil.Process], code: int) -> NoReturn:
+    """End this process without closing anything; a Ray that was started here is killed, another ends our actors."""
+    for process in [*started, *(child for parent in started for child in _descendants(parent))]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(code)
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:
@@ -88,20 +95,3 @@ def _connect(address: str | None) -> None:
             f"ray.address={address!r}: no Ray cluster answers there ({error}). Start one with `ray start --head`, "
             "export its token as RAY_AUTH_TOKEN, or leave ray.address empty for a private Ray on this machine."
         ) from error
-
-
-@contextlib.contextmanager
-def _termination() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that whatever was started is closed, and end with the shell's code for it."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)  # after ray.init, which sets its own
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -1,15 +1,13 @@
 """Where the offline assets lie, and how one is built whole or not at all."""
 
-import contextlib
-import fcntl
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from platformdirs import user_cache_path
 
+from ppo_ray import atomic
 from ppo_ray.errors import AssetError
 
 AssetName = Literal["policy", "classifier", "prompts"]
@@ -46,57 +44,15 @@ def build_once(target: Path, build: Callable[[Path], None], force: bool = False)
     Raises:
         AssetError: the disk is full or may not be written to.
     """
-    aside = target.with_name(f".{target.name}.partial")
-    replaced = target.with_name(f".{target.name}.replaced")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f".{target.name}.lock")):
-            _remove(aside)
-            _remove(replaced)
+        with atomic.locked(target.with_name(f".{target.name}.lock")):
+            atomic.remove_remnants(target)
             if target.exists() and not force:
                 return False
-            try:
-                build(aside)
-                _sync(aside)
-            except BaseException:
-                _remove(aside)
-                raise
-            if target.is_dir():  # a folder cannot be renamed over; removed in its place it could be left half there
-                target.rename(replaced)
-            aside.replace(target)
-            _sync_one(target.parent)
-            _remove(replaced)
+            atomic.build(target, build)
             return True
     except OSError as error:
         raise AssetError(
             f"{target}: cannot be built: {error}; free the disk, or set PPO_RAY_CACHE to another folder"
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or a folder with all its files, onto the disk."""
-    for part in [*path.rglob("*"), path]:
-        _sync_one(part)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,10 @@
 """Every option of a run: `ppo.py` and `sections.py` document them, `run.py` joins them, `file.py` reads them."""
 
+from ppo_ray.config.checkpoint import CheckpointConfig
+from ppo_ray.config.difference import Difference, differences
 from ppo_ray.config.ppo import PPOConfig
 from ppo_ray.config.run import Config, load_config, to_yaml
+from ppo_ray.config.section import NO_TRUST, Trust
 from ppo_ray.config.sections import (
     EvaluationConfig,
     LearnerConfig,
@@ -13,7 +16,10 @@ from ppo_ray.config.sections import (
 )
 
 __all__ = [
+    "NO_TRUST",
+    "CheckpointConfig",
     "Config",
+    "Difference",
     "EvaluationConfig",
     "LearnerConfig",
     "ModelConfig",
@@ -22,6 +28,8 @@ __all__ = [
     "RayConfig",
     "RewardConfig",
     "RolloutConfig",
+    "Trust",
+    "differences",
     "load_config",
     "to_yaml",
 ]

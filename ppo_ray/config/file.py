@@ -1,5 +1,6 @@
 """A YAML file and `key=value` overrides read into a pydantic model; whatever is wrong is said at once, a line a key."""
 
+import contextlib
 import copy
 import difflib
 import re
@@ -16,6 +17,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ppo_ray.errors import InputError
+
+_OVERRIDE = re.compile(r"\w+(\.\w+)*=")
+_SHOWN = 20  # problems; a file of another program has thousands
+_LONGEST_LINE = 500  # characters of a problem: the value may be a whole file
+_LONGEST_KEY = 100  # characters; a longer one is no misspelt option, and comparing spellings takes time
+_DEEPEST = 20  # levels of sections and lists; YAML's C parser overflows the stack at some thousands
+_MOST_NODES = 50_000  # keys and values of a file, aliases expanded
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -44,7 +52,7 @@ def load(model: type[Model], path: Path | None, overrides: Sequence[str]) -> Mod
     Raises:
         InputError: the file cannot be read, or anything in it or in the overrides is wrong: a line for each violation.
     """
-    options, problems = _merge(_read(path), overrides)
+    options, problems = _merge(model, _read(path), overrides)
     raw = _with_all_sections(model, options)
     try:
         config = model.model_validate(raw)
@@ -52,9 +60,17 @@ def load(model: type[Model], path: Path | None, overrides: Sequence[str]) -> Mod
         problems += _describe(model, raw, error)
     if problems:
         source = f" in {path}" if path else ""
-        heading = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-        raise InputError("\n".join([f"{heading}{source}", *(f"  {problem}" for problem in problems)]))
+        heading = f"{len(problems):,} problems" if len(problems) > 1 else "1 problem"
+        more = [f"... and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
+        shown = [_bounded(line) for line in problems[:_SHOWN]] + more
+        raise InputError("\n".join([f"{heading}{source}", *(f"  {line}" for line in shown)]))
     return config
+
+
+def _bounded(line: str) -> str:
+    """Cut a line that is too long to be read, and escape what is no letter: it may move a terminal's cursor."""
+    more = f"... ({len(line):,} characters)" if len(line) > _LONGEST_LINE else ""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line[:_LONGEST_LINE]) + more
 
 
 def _read(path: Path | None) -> Any:
@@ -62,11 +78,17 @@ def _read(path: Path | None) -> Any:
     if path is None:
         return OmegaConf.create({})
     try:
-        options = OmegaConf.create(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise InputError(f"config file {path} cannot be read: {error}") from error
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        if text is not None and _too_deep(text):
+            raise InputError(f"config file {path}: more than {_DEEPEST} levels, one in another; a config has two")
+        options = None if text is None else OmegaConf.create(text, max_yaml_expanded_nodes=_MOST_NODES)
     except yaml.YAMLError as error:
+        if "node expansion exceeds" in str(error):
+            limit = f"holds more than {_MOST_NODES:,} keys and values, aliases expanded"
+            raise InputError(f"config file {path} {limit}; is it a config?") from error
         raise InputError(f"config file {path} is not valid YAML: {error}") from error
+    except (OSError, ValueError, OmegaConfBaseException) as error:  # ValueError: no UTF-8, a number of 5,000 digits
+        raise InputError(f"config file {path} cannot be read: {error}") from error
     if options is None:
         hint = "; the config file comes before the key=value overrides" if "=" in str(path) else ""
         raise InputError(f"config file {path} does not exist{hint}")
@@ -75,24 +97,56 @@ def _read(path: Path | None) -> Any:
     return options
 
 
-def _merge(options: Any, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def _too_deep(text: str) -> bool:
+    """Say whether a YAML text nests deeper than any config; what is no YAML at all is found later."""
+    if len(text) <= _DEEPEST:
+        return False
+    depth = 0
+    with contextlib.suppress(yaml.YAMLError, UnicodeEncodeError):
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                return True
+    return False
+
+
+def _merge(model: type[BaseModel], options: Any, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Apply overrides and resolve interpolations; return the options as plain containers and what was malformed."""
+    known = set(dict(_options(model)))
+    whole: list[str] = []
     problems: list[str] = []
+    unknown: dict[str, None] = {}
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        key, _, value = override.partition("=")
+        if not _OVERRIDE.match(override):
             problems.append(f"{override}: not an override; write section.option=value, e.g. ppo.learning_rate=1e-5")
-            continue
+        elif key not in known:
+            section = key.partition(".")[0]
+            unknown[key if section in known else section] = None
+        elif _too_deep(value):
+            problems.append(f"{key}: more than {_DEEPEST} levels, one in another; no option has two")
+        else:
+            whole.append(override)
+    problems += [f"{key}: {_unknown(model, key)}" for key in list(unknown)[:_SHOWN]]
+    problems += [f"{key}: unknown option" for key in list(unknown)[_SHOWN:]]  # counted, not shown
+    with contextlib.suppress(yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError):
+        options, whole = OmegaConf.merge(options, OmegaConf.from_dotlist(whole)), []
+    for override in whole:  # one of them is wrong: which? Each is put in its place: merging anew copies all options
+        key, _, value = override.partition("=")
         try:
-            options = OmegaConf.merge(options, OmegaConf.from_dotlist([override]))
+            options.merge_with_dotlist([override])
         except yaml.YAMLError:
             problems.append(f"{key}: {value!r} is not valid YAML; put it in quotes twice: {key}='\"...\"'")
-        except (OmegaConfBaseException, TypeError) as error:  # TypeError: the key goes into what is a list
-            problems.append(f"{key}: {_first_line(error)}")
+        except UnicodeEncodeError:
+            problems.append(f"{key}: {value!r} is not valid Unicode")
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            section = key.rpartition(".")[0]
+            in_list = section and OmegaConf.is_list(options.get(section))
+            problems.append(f"{key}: {section + ' is a list, not a section' if in_list else _first_line(error)}")
     try:
         resolved = OmegaConf.to_container(options, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise InputError(f"{error.full_key or 'config'}: {_first_line(error)}") from error
+        raise InputError(_bounded(f"{error.full_key or 'config'}: {_first_line(error)}")) from error
     return {str(key): value for key, value in resolved.items()}, problems  # type: ignore[union-attr]
 
 
@@ -117,7 +171,9 @@ def _describe(model: type[BaseModel], raw: dict[str, Any], error: ValidationErro
     if not contradictions:
         contradictions = _contradictions_of_the_rest(model, raw, details)
     wrong = {_key(detail) for detail in details}
-    lines = [f"{_key(detail)}: {_say(model, detail)}" for detail in details if detail["loc"]]
+    located = [detail for detail in details if detail["loc"]]
+    lines = [f"{_key(detail)}: {_say(model, detail)}" for detail in located[:_SHOWN]]
+    lines += [f"{_key(detail)}: {detail['msg']}" for detail in located[_SHOWN:]]  # counted, not shown
     lines += [f"{item.keys[0]}: {item.message}" for item in contradictions if not wrong.intersection(item.keys)]
     return lines
 
@@ -162,7 +218,7 @@ def _say(model: type[BaseModel], detail: ErrorDetails) -> str:
     kind, value, context = detail["type"], _show(detail["input"]), detail.get("ctx", {})
     match kind:
         case "extra_forbidden":
-            return _refusal(model, _key(detail)) or "unknown option" + _suggest(model, _key(detail))
+            return _unknown(model, _key(detail))
         case "missing":
             return "required, but not given"
         case "int_type" | "int_parsing" | "int_from_float":
@@ -196,6 +252,13 @@ def _say(model: type[BaseModel], detail: ErrorDetails) -> str:
 def _show(value: Any) -> str:
     """Write a value as it would stand in YAML, except that text is in quotes."""
     return str(value).lower().replace("none", "null") if value is None or isinstance(value, bool) else repr(value)
+
+
+def _unknown(model: type[BaseModel], key: str) -> str:
+    """Say of an option that is not there why, or which was most likely meant."""
+    if len(key) > _LONGEST_KEY:
+        return "unknown option"
+    return _refusal(model, key) or "unknown option" + _suggest(model, key)
 
 
 def _refusal(model: type[BaseModel], key: str) -> str | None:

@@ -5,11 +5,12 @@ Defaults are TRL 0.11's where TRL has the option; its name follows "TRL:".
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
+from ppo_ray.config.checkpoint import CheckpointConfig
 from ppo_ray.config.file import Contradiction, Contradictions, load
 from ppo_ray.config.ppo import PPOConfig
 from ppo_ray.config.section import Section, Source
@@ -32,7 +33,10 @@ class Config(Section):
     steps: int = Field(default=100, ge=1)
     """Cycles of generation, scoring, update and weight broadcast. TRL: `steps` counts responses instead."""
     output_dir: Source
-    """Folder that the run writes to; it must not hold another run. Required."""
+    """Folder that the run writes to; it must not hold another run, unless that is resumed. Required."""
+    resume: Literal["never", "auto", "required"] = "never"
+    """Whether the run in output_dir goes on from its newest checkpoint: never (a run there is an error), auto (if there
+    is one), required (there must be one: `ppo-ray train CONFIG --resume`)."""
     model: ModelConfig
     prompts: PromptsConfig
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
@@ -40,6 +44,7 @@ class Config(Section):
     ppo: PPOConfig = Field(default_factory=PPOConfig)
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
 
     @model_validator(mode="after")

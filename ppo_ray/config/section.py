@@ -1,5 +1,6 @@
 """What all sections of a config have in common: frozen, strict, documented, and sources that name assets."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -26,6 +27,19 @@ Source = Annotated[str, Field(min_length=1), AfterValidator(_resolve)]
 DType = Literal["float32", "bfloat16"]
 
 
+@dataclass(frozen=True)
+class Trust:
+    """What a model's folder may do beyond being read; nothing, unless its owner is trusted."""
+
+    remote_code: bool = False
+    """Run Python code that lies with the model."""
+    pickles: bool = False
+    """Load weights that are pickled, where there are no safetensors."""
+
+
+NO_TRUST = Trust()
+
+
 class Section(BaseModel):
     """A section of options."""
 
@@ -39,3 +53,18 @@ class Section(BaseModel):
     )
     refused: ClassVar[dict[str, str]] = {}
     """Options that people look for here and must not have, with the reason and what to do instead."""
+
+
+class ModelSource(Section):
+    """A section that names a model."""
+
+    trust_remote_code: bool = False
+    """Whether Python code that lies with the model is run, on every machine of the run. Only for models whose authors
+    you trust with your account."""
+    allow_pickled_weights: bool = False
+    """Whether weights are loaded that are pickled (.bin), where there are no safetensors. Only for models you trust."""
+
+    @property
+    def trust(self) -> Trust:
+        """Both."""
+        return Trust(self.trust_remote_code, self.allow_pickled_weights)

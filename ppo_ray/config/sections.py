@@ -4,10 +4,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ppo_ray.config.section import DType, Section, Source
+from ppo_ray.config.section import DType, ModelSource, Section, Source
 
 
-class ModelConfig(Section):
+class ModelConfig(ModelSource):
     """The policy, and the frozen reference that it must not drift away from."""
 
     path: Source
@@ -84,9 +84,12 @@ class RolloutConfig(Section):
     """Memory of each vLLM engine for keys and values, MiB."""
     dtype: DType = "float32"
     """Of the engines' weights. bfloat16 is faster on GPUs; log-probabilities are then up to 0.4 off the learner's."""
+    self_check: bool = True
+    """Whether the run begins by proving that new weights change what each engine computes as they change the learner;
+    costs two weight syncs."""
 
 
-class RewardConfig(Section):
+class RewardConfig(ModelSource):
     """What scores prompt plus response: either a classifier (`path`) or a Python function (`function`)."""
 
     path: Source | None = None
@@ -138,4 +141,10 @@ class RayConfig(Section):
     start_timeout_s: float = Field(default=300.0, gt=0)
     """Longest start of an actor, seconds: placement, loading of its model."""
     call_timeout_s: float = Field(default=1800.0, gt=0)
-    """Longest call of an actor, seconds."""
+    """Longest call of an actor, seconds; one that takes longer is taken for dead."""
+    ping_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest silence of an actor at work, seconds: one that does not answer a control call is taken for dead."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often in a row an actor that died is replaced, without having finished a call between; then the run ends."""
+    stop_timeout_s: float = Field(default=120.0, gt=0)
+    """Longest end of a run after SIGTERM or Ctrl-C, seconds, the checkpoint included; then it is ended at once."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ppo_ray.config import NO_TRUST, Trust
 from ppo_ray.engines.base import Completion, FinishReason, Request, Sampling, check_requests
 from ppo_ray.errors import WorkerError
 from ppo_ray.models.loading import load_causal_lm
@@ -16,11 +17,11 @@ class HFEngine:
     B requests, T tokens so far, V vocabulary.
     """
 
-    def __init__(self, path: str, *, dtype: str = "float32", max_context: int = 512) -> None:
-        """Load the model on the GPU if there is one; `path`, `dtype` and `max_context` as in `VLLMEngine`."""
+    def __init__(self, path: str, *, dtype: str = "float32", max_context: int = 512, trust: Trust = NO_TRUST) -> None:
+        """Load the model on the GPU if there is one; arguments as in `VLLMEngine`."""
         self.policy_version = -1
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_causal_lm(path, dtype=dtype, device=self._device)
+        self._model = load_causal_lm(path, dtype=dtype, device=self._device, trust=trust)
         self._max_context = max_context
 
     @torch.inference_mode()

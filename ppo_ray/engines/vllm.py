@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ppo_ray.config import NO_TRUST, Trust
 from ppo_ray.engines.base import Completion, Request, Sampling, check_requests
 from ppo_ray.errors import WorkerError
 from ppo_ray.weights import WeightSnapshot
@@ -48,6 +49,7 @@ class VLLMEngine:
         max_num_seqs: int = 128,
         kv_cache_mib: int = 512,
         seed: int = 0,
+        trust: Trust = NO_TRUST,
     ) -> None:
         """Load the model.
 
@@ -58,6 +60,7 @@ class VLLMEngine:
             max_num_seqs: sequences decoded at once at most.
             kv_cache_mib: memory for keys and values, MiB.
             seed: vLLM's own seed; the responses depend on their requests' seeds alone.
+            trust: what its folder may do.
         """
         import vllm
 
@@ -71,8 +74,8 @@ class VLLMEngine:
             kv_cache_memory_bytes=kv_cache_mib << 20,
             enforce_eager=not torch.cuda.is_available(),
             skip_tokenizer_init=True,
-            trust_remote_code=False,
-            load_format="safetensors",
+            trust_remote_code=trust.remote_code,
+            load_format="auto" if trust.pickles else "safetensors",
             disable_log_stats=True,
             # log-probabilities of the distribution that was sampled from: after the temperature
             logprobs_mode="processed_logprobs",
@@ -92,6 +95,7 @@ class VLLMEngine:
         import vllm
 
         check_requests(requests, self._vocab_size, self._max_context)
+        self._llm.reset_prefix_cache()  # what was asked before must not change the last bits of what is asked now
         outputs = self._llm.generate(
             [vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests],
             [

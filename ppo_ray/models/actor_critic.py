@@ -22,12 +22,12 @@ def load_actor_critic(
     Raises:
         InputError: a model cannot be loaded or is not supported.
     """
-    causal_lm = load_causal_lm(model.path, dtype=storage_dtype(model), device=device)
+    causal_lm = load_causal_lm(model.path, dtype=storage_dtype(model), device=device, trust=model.trust)
     actor_critic: ActorCritic
     if model.critic == "separate":
         trained = Path(model.path) / CRITIC_FOLDER
         path = model.critic_path or (str(trained) if trained.is_dir() else model.path)
-        critic = load_pretrained(AutoModel, path, dtype=storage_dtype(model), device=device)
+        critic = load_pretrained(AutoModel, path, dtype=storage_dtype(model), device=device, trust=model.trust)
         actor_critic = CausalLMWithCritic(causal_lm, critic, temperature, model.dtype, value_head_seed)
     else:
         actor_critic = CausalLMWithValueHead(causal_lm, temperature, model.dtype, value_head_seed=value_head_seed)
@@ -41,7 +41,8 @@ def load_reference(model: ModelConfig, temperature: float, device: torch.device)
     Raises:
         InputError: it cannot be loaded or is not supported.
     """
-    causal_lm = load_causal_lm(model.reference_path or model.path, dtype=storage_dtype(model), device=device)
+    path = model.reference_path or model.path
+    causal_lm = load_causal_lm(path, dtype=storage_dtype(model), device=device, trust=model.trust)
     return ResponseLM(causal_lm, temperature, model.dtype).requires_grad_(False)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from ppo_ray.config import NO_TRUST, Trust
 from ppo_ray.errors import InputError
 from ppo_ray.models.loading import default_device, load_pretrained, load_tokenizer
 
@@ -27,6 +28,7 @@ class Classifier:
         dtype: str = "float32",
         device: str | torch.device | None = None,
         batch_size: int = 32,
+        trust: Trust = NO_TRUST,
     ) -> None:
         """Load the model and its tokenizer.
 
@@ -37,13 +39,16 @@ class Classifier:
             dtype: torch's name.
             device: None takes the GPU if there is one.
             batch_size: texts a forward pass.
+            trust: what its folder may do.
 
         Raises:
             InputError: there is no such model or label, or the transform makes every score the same.
         """
         self._device = torch.device(device) if device is not None else default_device()
-        self._model = load_pretrained(AutoModelForSequenceClassification, path, dtype=dtype, device=self._device)
-        self._tokenizer = load_tokenizer(path)
+        self._model = load_pretrained(
+            AutoModelForSequenceClassification, path, dtype=dtype, device=self._device, trust=trust
+        )
+        self._tokenizer = load_tokenizer(path, trust)
         self._label = find_label(self._model.config.id2label, label, path)
         self._transform = transform
         self._batch_size = batch_size

@@ -1,17 +1,21 @@
-"""Loading from a folder or a hub: safetensors only, no remote code, dropout off."""
+"""Loading from a folder or a hub: dropout off; safetensors only and no code of the model's own unless trusted."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ppo_ray.config import NO_TRUST, Trust
 from ppo_ray.errors import InputError
 
 
-def load_causal_lm(path: str, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Any:
+def load_causal_lm(
+    path: str, *, dtype: str = "float32", device: str | torch.device = "cpu", trust: Trust = NO_TRUST
+) -> Any:
     """Load a causal language model in eval mode (dropout is off in PPO, in training passes too).
 
     Attention is torch's fused one (sdpa) in every model that has it: transformers' own choice.
@@ -20,46 +24,72 @@ def load_causal_lm(path: str, *, dtype: str = "float32", device: str | torch.dev
         path: folder or hub name.
         dtype: torch's name of the parameters' type.
         device: where to put it.
+        trust: what its folder may do; even pickles that are allowed may hold nothing but tensors.
 
     Returns:
         The transformers model.
 
     Raises:
-        InputError: there is no such model, it has no safetensors weights, or it is not a causal language model.
+        InputError: there is no such model, its weights are damaged or none that the trust allows, or it is not a causal
+            language model.
     """
-    return load_pretrained(AutoModelForCausalLM, path, dtype=dtype, device=device)
+    return load_pretrained(AutoModelForCausalLM, path, dtype=dtype, device=device, trust=trust)
 
 
-def load_pretrained(auto_class: Any, path: str, *, dtype: str, device: str | torch.device) -> Any:
+def load_pretrained(
+    auto_class: Any, path: str, *, dtype: str, device: str | torch.device, trust: Trust = NO_TRUST
+) -> Any:
     """Load a model by one of transformers' Auto classes; see `load_causal_lm`."""
     try:
         with _no_progress_bar():
             model = auto_class.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
-                use_safetensors=True,
-                trust_remote_code=False,
+                use_safetensors=None if trust.pickles else True,
+                weights_only=True,
+                trust_remote_code=trust.remote_code,
             )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers, safetensors, pickle and a model's own code: each has errors of its own
         raise InputError(
-            f"cannot load the model {path!r} with {auto_class.__name__}: {_first_line(error)}. Give a folder or hub "
+            f"cannot load the model {path!r} with {auto_class.__name__}: {_reason(error)}. Give a folder or hub "
             "name with config.json and model.safetensors; `ppo-ray assets imdb` makes the offline models."
+            + _untrusted(trust)
         ) from error
     return model.to(device).eval()
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, trust: Trust = NO_TRUST) -> Any:
     """Load the tokenizer that lies with a model.
 
+    Code of its own is not run unless it is trusted. For some models transformers then makes what it can of the other
+    files without a word, which may be another tokenizer: `preflight` refuses that.
+
     Raises:
-        InputError: there is none.
+        InputError: there is none, or none that the trust allows.
     """
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code)
+    except Exception as error:  # the tokenizers library raises no narrower kind
         raise InputError(
-            f"cannot load a tokenizer from {path!r}: {_first_line(error)}. It must lie in the model's folder "
-            "(tokenizer.json)."
+            f"cannot load a tokenizer from {path!r}: {_reason(error)}. It must lie in the model's folder "
+            "(tokenizer.json)." + _untrusted(trust)
+        ) from error
+
+
+def load_vocab_size(path: str, trust: Trust = NO_TRUST) -> int:
+    """Return how many token ids a model knows: its ids are below that.
+
+    Raises:
+        InputError: it has no config, or one of no language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code)
+        return int(config.get_text_config().vocab_size)
+    except AttributeError as error:
+        raise InputError(f"the config of {path!r} has no vocab_size; give a language model") from error
+    except Exception as error:  # as in `load_pretrained`
+        raise InputError(
+            f"cannot load the config of the model {path!r}: {_reason(error)}.{_untrusted(trust)}"
         ) from error
 
 
@@ -79,5 +109,17 @@ def _no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    """Say in a line why something cannot be loaded."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to load it all the same
+        return "its pickled weights are damaged or hold more than tensors"
+    line = str(error).strip().partition("\n")[0].rstrip(".")
+    return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
+
+
+def _untrusted(trust: Trust) -> str:
+    """Name the options that allow what was not tried."""
+    refused = {"trust_remote_code (its own Python code)": trust.remote_code}
+    refused |= {"allow_pickled_weights (.bin)": trust.pickles}
+    names = " and ".join(name for name, allowed in refused.items() if not allowed)
+    return f" Only for models you trust there are {names}." if names else ""

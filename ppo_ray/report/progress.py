@@ -18,12 +18,12 @@ STEP_SECONDS = "time/step_s"
 class StepProgress:
     """Shows each step's number, mean score, KL and seconds by part."""
 
-    def __init__(self, num_steps: int, console: Console) -> None:
-        """Show `num_steps` steps on a console; a bar if it is a terminal, else a plain line a step."""
-        self._num_steps, self._console = num_steps, console
+    def __init__(self, num_steps: int, console: Console, done: int = 0) -> None:
+        """Show `num_steps` steps, `done` of them done, on a console; a bar if it is a terminal, else a line a step."""
+        self._num_steps, self._console, self._done = num_steps, console, done
         self._started = time.monotonic()
         self._bar = _StepBar(console) if console.is_terminal else None
-        self._task = self._bar.add_task("", total=num_steps) if self._bar else None
+        self._task = self._bar.add_task("", total=num_steps, completed=done) if self._bar else None
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that a step (counted from 0) is done, and its metrics; what is missing among them is left out."""
@@ -32,7 +32,7 @@ class StepProgress:
             self._bar.line = line
             self._bar.update(self._task, completed=step + 1, refresh=True)
             return
-        left = (time.monotonic() - self._started) / (step + 1) * (self._num_steps - step - 1)
+        left = (time.monotonic() - self._started) / (step + 1 - self._done) * (self._num_steps - step - 1)
         words = [f"step {step + 1}/{self._num_steps}", line, f"left {_duration(left)}"]
         self._console.print("  ".join(filter(None, words)), markup=False, highlight=False, soft_wrap=True)
 

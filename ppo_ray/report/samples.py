@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ppo_ray.atomic import write_text
 from ppo_ray.evaluation import Evaluation
 from ppo_ray.report.progress import signed
-from ppo_ray.run_folder import write_atomically
 
 # Whatever Markdown, GitHub's dialect of it (tables, strikethrough, mathematics, mentions, bare links) or HTML could
 # read as structure. Character references are text in all of them, in a table's cell too.
@@ -19,7 +19,7 @@ def write_samples(path: Path, before: Evaluation, after: Evaluation) -> None:
     Raises:
         ValueError: the two evaluations are not of the same prompts.
     """
-    write_atomically(path, "\n".join(_lines(before, after)) + "\n")
+    write_text(path, "\n".join(_lines(before, after)) + "\n")
 
 
 def _lines(before: Evaluation, after: Evaluation) -> Iterator[str]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ppo_ray.agreement import Agreement
 from ppo_ray.evaluation import Evaluation
 from ppo_ray.report.progress import PARTS, STEP_SECONDS, signed
 from ppo_ray.run_folder import RunFolder
@@ -49,6 +50,18 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
             table.add_row(_plain(sample.prompt), _plain(sample.response), signed(sample.score))
         console.print(table)
     _say(console, f"held-out mean score {_mean(evaluation)}{_unscored(evaluation)}")
+
+
+def print_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
+    """Print what a check of the engines found: differences of log-probabilities, nats a token."""
+    table = Table("worker", "to the weights sent", "to those before", "between the two")
+    for item in agreements:
+        table.add_row(item.worker, f"{item.to_moved:.1e}", f"{item.to_own:.1e}", f"{item.move:.1e}")
+    console.print(table)
+    _say(
+        console,
+        "every engine computes with the weights it was sent; differences of log-probabilities, nats a token",
+    )
 
 
 def _print_change(

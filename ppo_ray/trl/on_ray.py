@@ -1,6 +1,7 @@
 """A trainer's work on Ray actors: vLLM engines generate, a learner updates, weights come back after each step."""
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +17,14 @@ from ppo_ray.actors.placement import check_fit, learner_spec, rollout_spec
 from ppo_ray.actors.rollout import RolloutGroup
 from ppo_ray.actors.session import ray_session
 from ppo_ray.config import Config, load_config
+from ppo_ray.events import Event
 from ppo_ray.learner import Update
 from ppo_ray.models.value_head import VALUE_HEAD_FILE, save_value_head
 from ppo_ray.prompts import PromptBatch
 from ppo_ray.trl.config import PPOConfig
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead
 
+_LOG = logging.getLogger(__name__)
 _ARGUMENTS = {
     "max_new_tokens",
     "do_sample",
@@ -72,10 +75,10 @@ class OnRay:
             _write_models(self._config, model, ref_model, tokenizer)
             stack.enter_context(ray_session(self._config.ray))
             check_fit([rollout_spec(self._config), learner_spec(self._config)])
-            self._rollout = RolloutGroup(self._config)
+            self._rollout = RolloutGroup(self._config, _log_event)
             stack.callback(self._rollout.close)
             self._rollout.setup()
-            self._learner = LearnerGroup(self._config, Path(folder))
+            self._learner = LearnerGroup(self._config, Path(folder), _log_event)
             stack.callback(self._learner.close)
             self._learner.setup()
             self._rollout.load_weights(self._learner.weights())
@@ -141,6 +144,10 @@ class OnRay:
         wanted, given = self._config.rollout.temperature, arguments.get("temperature", 1.0)
         if given != wanted:
             raise ValueError(f"temperature={given}: on Ray it is said once, on_ray=['rollout.temperature={given}']")
+
+
+def _log_event(event: Event) -> None:
+    _LOG.warning("%s", event.message)
 
 
 def _ray_config(config: PPOConfig, folder: str, options: Sequence[str]) -> Config:

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .conftest import CommandLine
+from tests.command_line import CommandLine
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def test_a_worker_that_fails_to_start_is_reported_with_its_own_error(ppo_ray: Co
 
 
 def test_a_worker_that_is_killed_ends_the_run_by_name(ppo_ray: CommandLine, tmp_path: Path) -> None:
-    process = ppo_ray.start("train", str(ppo_ray.config), "rollout.engine=hf", "steps=1000")
+    process = ppo_ray.start("train", str(ppo_ray.config), "rollout.engine=hf", "steps=1000", "ray.max_restarts=0")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists():
@@ -66,7 +66,8 @@ def test_a_worker_that_is_killed_ends_the_run_by_name(ppo_ray: CommandLine, tmp_
     mine[0].kill()
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 1
-    assert "rollout-1" in errors
+    assert "rollout-1 was lost 1 times in a row (ray.max_restarts=0)" in errors
+    assert (tmp_path / "run" / "checkpoints" / "latest" / "learner" / "state.json").is_file()
     assert wait_until_gone(ppo_ray) == []
 
 

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_ray import trajectory
-
-from .conftest import CommandLine
+from tests.command_line import CommandLine
 
 pytestmark = pytest.mark.slow
 

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -5,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from ppo_ray.config import Trust
 from ppo_ray.errors import InputError
 from ppo_ray.models.classifier import Classifier, find_label
 
+PICKLE = "pytorch_model.bin"
 TEXTS = [
     "I liked it",
     "The acting of this film was awful, and honestly",
@@ -107,3 +110,13 @@ def test_a_nameless_only_label_is_the_one_meant(tiny_classifier: Path, tmp_path:
     assert Classifier(str(tmp_path)).score(TEXTS[:1]) == pytest.approx(logits(tmp_path, TEXTS[0]), abs=1e-5)
     with pytest.raises(InputError, match=r"reward\.transform=softmax is always 1"):
         Classifier(str(tmp_path), transform="softmax")
+
+
+def test_pickled_weights_are_loaded_only_where_they_are_allowed(tiny_classifier: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_classifier, tmp_path / "pickled"))
+    (folder / "model.safetensors").unlink()
+    torch.save(AutoModelForSequenceClassification.from_pretrained(tiny_classifier).state_dict(), folder / PICKLE)
+    with pytest.raises(InputError, match="allow_pickled_weights"):
+        Classifier(str(folder))
+    expected = Classifier(str(tiny_classifier)).score(TEXTS)
+    assert Classifier(str(folder), trust=Trust(pickles=True)).score(TEXTS) == expected

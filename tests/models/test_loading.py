@@ -1,11 +1,18 @@
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ppo_ray.config import ModelConfig, Trust
+from ppo_ray.engines.hf import HFEngine
 from ppo_ray.errors import InputError
-from ppo_ray.models.loading import load_causal_lm, load_tokenizer
+from ppo_ray.models.actor_critic import load_actor_critic, load_reference
+from ppo_ray.models.loading import load_causal_lm, load_tokenizer, load_vocab_size
 
 
 def test_dropout_is_off_and_attention_is_sdpa(tmp_path: Path) -> None:
@@ -29,8 +36,126 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"model\.safetensors"):
+    with pytest.raises(InputError, match=r"model\.safetensors.*allow_pickled_weights"):
         load_causal_lm(str(tmp_path))
+    loaded = load_causal_lm(str(tmp_path), trust=Trust(pickles=True))
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+class Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, (f"open({str(self.mark)!r}, 'w')",)
+
+
+def test_a_pickle_never_runs_code_even_where_it_is_allowed(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict() | {"evil": Evil(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="its pickled weights are damaged or hold more than tensors"):
+        load_causal_lm(str(tmp_path), trust=Trust(pickles=True))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def pickled(tiny_policy: Path, tmp_path: Path) -> Path:
+    """Return the tiny policy's folder with its weights pickled."""
+    folder = Path(shutil.copytree(tiny_policy, tmp_path / "pickled"))
+    (folder / "model.safetensors").unlink()
+    torch.save(load_causal_lm(str(tiny_policy)).state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+def test_every_model_of_a_run_follows_the_options_of_the_model_section(tiny_policy: Path, pickled: Path) -> None:
+    weights, device = load_causal_lm(str(tiny_policy)).state_dict(), torch.device("cpu")
+
+    def load(options: dict[str, str], allowed: bool) -> None:
+        model = ModelConfig.model_validate({"path": str(tiny_policy), "allow_pickled_weights": allowed, **options})
+        actor_critic = load_actor_critic(model, 1.0, 0, device)
+        found = {name.rpartition("causal_lm.")[2]: tensor for name, tensor in actor_critic.state_dict().items()}
+        assert torch.equal(found["lm_head.weight"], weights["lm_head.weight"])
+        load_reference(model, 1.0, device)
+
+    for options in (
+        {"path": str(pickled)},
+        {"reference_path": str(pickled)},
+        {"critic": "separate", "critic_path": str(pickled)},
+    ):
+        with pytest.raises(InputError, match=r"Only for models you trust there are .* allow_pickled_weights"):
+            load(options, False)
+        load(options, True)
+
+
+def test_the_engine_follows_them_too(pickled: Path) -> None:
+    with pytest.raises(InputError, match="allow_pickled_weights"):
+        HFEngine(str(pickled))
+    HFEngine(str(pickled), trust=Trust(pickles=True)).close()
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b""), cut, lambda file: file.write_bytes(b"no" * 99)])
+def test_damaged_weights_are_the_users_mistake(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    damage(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="cannot load the model .*SafetensorError"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_weights_of_another_shape_are_the_users_mistake(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="cannot load the model"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_code_that_lies_with_a_tokenizer_is_not_run_unasked(tiny_policy: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_policy, tmp_path / "own_code"))
+    (folder / "own.py").write_text(
+        f"open({str(folder / 'ran')!r}, 'w')\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast): pass\n"
+    )
+    options = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(options | own))
+    with contextlib.suppress(InputError):  # refused, or made of the other files: by model type
+        load_tokenizer(str(folder))
+    assert not (folder / "ran").exists()
+    assert type(load_tokenizer(str(folder), Trust(remote_code=True))).__name__ == "Own"
+    assert (folder / "ran").exists()
+
+
+def test_a_config_of_no_language_model_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(InputError, match="has no vocab_size"):
+        load_vocab_size(str(tmp_path))
+
+
+def test_code_that_lies_with_a_model_is_not_run_unasked(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(
+        f"open({str(ran)!r}, 'w')\n"
+        "from transformers import GPT2Config, GPT2LMHeadModel\n"
+        "class OwnConfig(GPT2Config): model_type = 'own'\n"
+        "class Own(GPT2LMHeadModel): config_class = OwnConfig\n"
+    )
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    with pytest.raises(InputError, match=r"cannot load the model.*trust_remote_code"):
+        load_causal_lm(str(tmp_path))
+    with pytest.raises(InputError, match=r"cannot load the config.*trust_remote_code"):
+        load_vocab_size(str(tmp_path))
+    assert not ran.exists()
+    assert type(load_causal_lm(str(tmp_path), trust=Trust(remote_code=True))).__name__ == "Own"
+    assert ran.exists()
 
 
 def test_a_folder_without_weights_is_the_users_mistake(tmp_path: Path) -> None:

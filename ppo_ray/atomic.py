@@ -1,0 +1,113 @@
+"""Files and folders that are there whole or not at all, whenever the process or the machine dies."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that nobody ever sees half of it, whatever happens meanwhile; make its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def build(target: Path, make: Callable[[Path], None]) -> None:
+    """Make a file or folder aside, bring it onto the disk and rename it into its place, over what is there.
+
+    What a failed `make` left is removed at once, what a killed one left by the next.
+
+    Args:
+        target: the file or folder wanted; its parent is made if need be.
+        make: makes it at the path it is given.
+
+    Raises:
+        OSError: the disk is full, or may not be written to; what was at `target` is still there.
+    """
+    aside, replaced = _remnants(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_remnants(target)
+    try:
+        make(aside)
+        _sync(aside)
+    except BaseException:
+        remove(aside)
+        raise
+    if target.is_dir():  # a folder cannot be renamed over; removed in its place it could be left half there
+        target.rename(replaced)
+    aside.replace(target)
+    _sync_one(target.parent)
+    remove(replaced)
+
+
+def remove_remnants(target: Path) -> None:
+    """Remove what a killed `build` of a file or folder left beside it."""
+    for remnant in _remnants(target):
+        remove(remnant)
+
+
+def link(path: Path, target: str) -> None:
+    """Make a symbolic link, or let the one that is there point elsewhere."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    if path.is_dir() and not path.is_symlink():
+        remove(path)
+    aside.replace(path)
+    _sync_one(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock that ends with the process, however it ends.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+    """
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it; nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder so that nobody ever sees it without some of its files."""
+    gone = path.with_name(f".{path.name}.replaced")
+    remove(gone)
+    path.rename(gone)
+    remove(gone)
+
+
+def _remnants(target: Path) -> tuple[Path, Path]:
+    return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.replaced")
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder with all its files, onto the disk."""
+    for part in [*path.rglob("*"), path]:
+        _sync_one(part)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

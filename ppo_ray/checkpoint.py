@@ -1,0 +1,206 @@
+"""Checkpoints: the whole state of a run between two steps, in a folder that is there whole or not at all.
+
+`checkpoints/step-00010` is the state after ten steps: the policy for `from_pretrained` as it lies, its value head or
+critic, `learner/` (optimizer, KL controller, running moments), `run.json`, `config.yaml`, and `checksums.json` over all
+of it. There is no state of random generators: every seed is derived from where it is used.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import xxhash
+
+from ppo_ray import atomic
+from ppo_ray.config import CheckpointConfig
+from ppo_ray.errors import CheckpointError
+from ppo_ray.events import Event, Report
+
+LATEST, BEST, FINAL = "latest", "best", "final"
+"""Links to a checkpoint: the newest, the one whose policy scored highest, the one after the last step."""
+_CHECKSUMS, _STATE, _CONFIG, _SCORES = "checksums.json", "run.json", "config.yaml", "scores.json"
+_CHUNK = 16 << 20  # bytes
+
+Pending = Callable[[], None]
+"""Waits until something is done; raises what went wrong."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is between two steps; the learner's own state lies beside it."""
+
+    step: int = 0
+    """Steps done, and the number of the next one."""
+    prompt_position: int = 0
+    """Of the prompt stream."""
+    prompts_fingerprint: str = ""
+    """Of the texts and the tokenizer: they must be the same when the run goes on."""
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Self:
+        """Read the state out of a checkpoint that is whole."""
+        return cls(**json.loads((checkpoint / _STATE).read_text(encoding="utf-8")))
+
+
+def write(path: Path, state: RunState, config: str, save_learner: Callable[[Path], None]) -> None:
+    """Write a checkpoint whole or not at all; what is at `path` already is replaced at the end.
+
+    Args:
+        path: the folder.
+        state: of the run.
+        config: YAML of it.
+        save_learner: writes the learner's state into the folder it is given.
+
+    Raises:
+        CheckpointError: the disk is full, or may not be written to; earlier checkpoints are as they were.
+    """
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        save_learner(folder)
+        (folder / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        (folder / _CONFIG).write_text(config, encoding="utf-8")
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        sums = {file.relative_to(folder).as_posix(): [file.stat().st_size, _checksum(file)] for file in files}
+        (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+
+    try:
+        atomic.build(path, make)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {path} could not be written: {error}. Earlier ones are as they were; free the disk and go on "
+            "with --resume, or keep fewer (checkpoint.keep_last, checkpoint.every_steps)"
+        ) from error
+
+
+def verify(path: Path) -> None:
+    """Check that every file of a checkpoint is there as it was written.
+
+    Raises:
+        CheckpointError: one is missing, cut or changed; names it.
+    """
+    try:
+        sums: dict[str, tuple[int, str]] = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
+        for name, (size, checksum) in sums.items():
+            file = path / name
+            if file.stat().st_size != size or _checksum(file) != checksum:
+                raise CheckpointError(f"{path}: {name} is not as it was written ({file.stat().st_size} bytes)")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is not whole: {error}") from error
+
+
+def _checksum(file: Path) -> str:
+    """Return XXH3-64 of a file's bytes, hexadecimal."""
+    state = xxhash.xxh3_64()
+    with file.open("rb") as content:
+        while chunk := content.read(_CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of a run: when one is due, which is the newest whole one, which are kept."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig, config_yaml: str, report: Report) -> None:
+        """Manage a folder; it need not exist.
+
+        Args:
+            folder: of all checkpoints.
+            config: when they are written and which are kept.
+            config_yaml: goes into each.
+            report: is told of those that are not whole.
+        """
+        self._folder, self._config, self._config_yaml, self._report = folder, config, config_yaml, report
+        self._pending: tuple[Path, Pending] | None = None
+
+    def due(self, step: int, num_steps: int) -> bool:
+        """Say whether the state after so many steps is to be written."""
+        every = self._config.every_steps
+        return step == num_steps or (every > 0 and step % every == 0)
+
+    def path(self, step: int) -> Path:
+        """Return where the state after so many steps lies, or would lie."""
+        return self._folder / f"step-{step:05d}"
+
+    def newest(self) -> tuple[Path, RunState] | None:
+        """Return the newest checkpoint that is whole, verified; None if there is none.
+
+        Newer ones that are not whole are renamed to `torn-...`.
+        """
+        for path in reversed(self._all()):
+            try:
+                verify(path)
+                return path, RunState.read(path)
+            except CheckpointError as error:
+                torn = path.with_name(f"torn-{path.name}")
+                atomic.remove(torn)
+                path.rename(torn)
+                self._report(Event("torn_checkpoint", f"{error}; renamed to {torn.name}, the one before it is taken"))
+        return None
+
+    def save(self, state: RunState, begin: Callable[[Path, RunState, str], Pending]) -> None:
+        """Begin to write a state, unless it is there; `finish` waits for it.
+
+        Args:
+            state: of the run.
+            begin: starts `write` with these arguments, wherever the learner is.
+        """
+        self.finish()
+        path = self.path(state.step)
+        if not path.is_dir():
+            self._pending = path, begin(path, state, self._config_yaml)
+
+    def finish(self) -> None:
+        """Wait for what `save` began; it is the latest one then, and those that need not be kept are removed.
+
+        Raises:
+            CheckpointError: it could not be written.
+            WorkerError: the learner was lost, or late.
+        """
+        if self._pending is None:
+            return
+        (path, wait), self._pending = self._pending, None
+        wait()
+        atomic.link(self._folder / LATEST, path.name)
+        self._prune()
+
+    def abandon(self) -> None:
+        """Forget what `save` began: who was writing is gone."""
+        self._pending = None
+
+    def scored(self, step: int, score: float) -> None:
+        """Note the mean score of a step: that of the checkpoint whose policy sampled it, if there is one."""
+        name = self.path(step).name
+        if self._config.keep_best and (self._folder / name).is_dir():
+            scores = self._scores() | {name: score}
+            atomic.write_text(self._folder / _SCORES, json.dumps(scores, indent=1))
+            atomic.link(self._folder / BEST, max(scores, key=lambda name: scores[name]))
+
+    def finish_run(self, step: int) -> None:
+        """Name the state after the last step `final`: the run is done."""
+        atomic.link(self._folder / FINAL, self.path(step).name)
+
+    def _all(self) -> list[Path]:
+        """Return all checkpoints, whole or not, the oldest first."""
+        found = [path for path in self._folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+        return sorted(found, key=lambda path: int(path.name[5:]))
+
+    def _scores(self) -> dict[str, float]:
+        try:
+            scores: dict[str, float] = json.loads((self._folder / _SCORES).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return {name: score for name, score in scores.items() if (self._folder / name).is_dir()}
+
+    def _prune(self) -> None:
+        """Remove what is neither among the last ones nor the best nor final."""
+        everything = self._all()
+        kept = {path.name for path in everything[-self._config.keep_last :]}
+        kept |= {link.readlink().name for name in (BEST, FINAL) if (link := self._folder / name).is_symlink()}
+        for path in everything:
+            if path.name not in kept:
+                atomic.discard(path)
+        for remnant in self._folder.glob(".step-*"):
+            atomic.remove(remnant)

@@ -1,0 +1,79 @@
+"""Proof that an engine computes with the weights it is sent: weights that differ from the policy's are sent to it.
+
+An engine that acknowledges weights may still compute with others: a packed copy of a tied head, a stale cache, a layer
+that was not reloaded. So the probe moves every tensor by a tenth of its size, lets the engine generate, and compares
+the engine's log-probabilities with the learner's under the moved weights and under its own.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ppo_ray import trajectory
+from ppo_ray.agreement import Agreement
+from ppo_ray.batch import Layout, ResponseBatch
+from ppo_ray.models.response_lm import ResponseLM
+from ppo_ray.weights import WeightSnapshot
+
+_RELATIVE_MOVE = 0.1
+_SMALLEST_SIZE = 0.01  # a tensor of zeros is moved too
+
+
+@dataclass(frozen=True)
+class WeightProbe:
+    """The policy, and the policy moved."""
+
+    policy: ResponseLM
+    layout: Layout
+    seed: int
+    """Of the move."""
+    policy_version: int
+
+    def moved_weights(self) -> WeightSnapshot:
+        """Return the moved weights; the policy is as it was."""
+        with self._moved():
+            return WeightSnapshot.take(self.policy.causal_lm.named_parameters(), self.policy_version)
+
+    def compare(self, table: pa.Table) -> list[Agreement]:
+        """Compare what engines generated, a table of `trajectory.SCHEMA` of all workers; the policy is as it was."""
+        batch = ResponseBatch.from_table(trajectory.with_scores(table, [0.0] * table.num_rows))
+        own = self._logprobs(batch)
+        with self._moved():
+            moved = self._logprobs(batch)
+        names = np.array(table.column("worker").to_pylist())
+        found = batch.rollout_logprobs.double()
+        agreements = []
+        for worker in sorted(set(names.tolist())):
+            mask = batch.response_mask & torch.from_numpy(names == worker)[:, None]
+            pairs = ((found, moved), (found, own), (moved, own))
+            agreements.append(Agreement(worker, *(float((a - b).abs()[mask].mean()) for a, b in pairs)))
+        return agreements
+
+    @torch.no_grad()
+    def _logprobs(self, batch: ResponseBatch) -> torch.Tensor:
+        """Compute `[B, R]` float64 on the CPU."""
+        logprobs = torch.zeros(batch.response_mask.shape, dtype=torch.float64)
+        for rows in self.layout.passes(batch, np.arange(batch.num_sequences)):
+            output = self.policy(rows).logprobs
+            logprobs[torch.from_numpy(rows.sequences), : output.shape[1]] = output.double().cpu()
+        return logprobs
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def _moved(self) -> Iterator[None]:
+        parameters = list(self.policy.causal_lm.parameters())
+        kept = [parameter.detach().clone() for parameter in parameters]
+        generator = torch.Generator().manual_seed(self.seed)
+        try:
+            for parameter in parameters:
+                size = max(float(parameter.square().mean().sqrt()), _SMALLEST_SIZE)
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_((noise * (_RELATIVE_MOVE * size)).to(parameter))
+            yield
+        finally:
+            for parameter, original in zip(parameters, kept, strict=True):
+                parameter.copy_(original)

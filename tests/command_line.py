@@ -1,0 +1,129 @@
+"""`ppo-ray` as a user starts it: in a process of its own, with real Ray and tiny real models."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """Runs `ppo-ray` with a Ray session folder of its own, so that what it leaves behind can be told from others'."""
+
+    environment: dict[str, str]
+    config: Path
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "ppo_ray", *arguments]
+        return subprocess.Popen(
+            command,
+            env=self.environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments)
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+    def train(self, *overrides: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return self.run("train", str(self.config), *overrides, timeout=timeout)
+
+    def leftovers(self) -> list[str]:
+        """Return the processes that still belong to this folder's Ray."""
+        mark = self.environment["RAY_TMPDIR"]
+        found = []
+        for process in psutil.process_iter(["pid", "cmdline", "environ"]):
+            environment = process.info["environ"] or {}
+            if process.pid != os.getpid() and environment.get("RAY_TMPDIR") == mark:
+                found.append(f"{process.pid} {process.info['cmdline']}")
+        return found
+
+    def workers(self) -> dict[str, psutil.Process]:
+        """Return the processes of this folder's actors by their names."""
+        found = {}
+        for process in psutil.process_iter(["environ"]):
+            environment = process.info["environ"] or {}
+            if environment.get("RAY_TMPDIR") == self.environment["RAY_TMPDIR"] and "PPO_RAY_WORKER" in environment:
+                found[environment["PPO_RAY_WORKER"]] = process
+        return found
+
+    def end(self, process: subprocess.Popen[str], number: signal.Signals, timeout: float = 90) -> str:
+        """Send a signal, wait for the end, and return what was written to stderr."""
+        process.send_signal(number)
+        return process.communicate(timeout=timeout)[1]
+
+    def wait_until_gone(self, seconds: float = 20) -> list[str]:
+        """Wait for the processes of this folder's Ray to end; returns those that stay."""
+        deadline = time.monotonic() + seconds
+        while (left := self.leftovers()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """Read the steps of a run's metrics, but for seconds; a line that is being written is left out."""
+    return [
+        {key: value for key, value in record.items() if not key.startswith("time/")}
+        for record in _records(run)
+        if "event" not in record
+    ]
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    """Read the events among a run's metrics."""
+    return [record for record in _records(run) if "event" in record]
+
+
+def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int, seconds: float = 180) -> None:
+    """Wait until a run has made so many steps."""
+    deadline = time.monotonic() + seconds
+    while len(lines(run)) < steps:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{len(lines(run))} of {steps} steps within {seconds} s"
+        time.sleep(0.02)
+
+
+def _records(run: Path) -> Iterator[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+@contextlib.contextmanager
+def tiny_command_line(policy: Path, classifier: Path, prompts: Path, folder: Path) -> Iterator[CommandLine]:
+    """Write a config of tiny models that runs in `folder / "run"`, and give it a Ray folder of its own."""
+    options = {
+        "steps": 3,
+        "output_dir": str(folder / "run"),
+        "model": {"path": str(policy)},
+        "prompts": {"path": str(prompts), "min_chars": 20},
+        "rollout": {"workers": 2, "batch_size": 8, "max_context": 64, "kv_cache_mib": 32},
+        "reward": {"path": str(classifier)},
+        "ppo": {"learning_rate": 1e-3},
+        "learner": {"threads": 1},
+        "evaluation": {"num_prompts": 8, "num_samples": 4},
+        "ray": {"object_store_mib": 256},
+    }
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(options))
+    with tempfile.TemporaryDirectory(prefix="pr-") as short:  # Ray's sockets lie below it; their paths must be short
+        yield CommandLine(os.environ | {"RAY_TMPDIR": short, "HF_HUB_OFFLINE": "1"}, config)

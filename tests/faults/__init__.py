@@ -1,0 +1,1 @@
+"""What users fear, done to real runs: each must end with the very weights of a run that nothing happened to."""

@@ -1,0 +1,60 @@
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from ppo_ray import atomic
+
+
+def test_a_failed_write_leaves_the_old_text_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    atomic.write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        atomic.write_text(path, "new \ud800")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_link_points_elsewhere_at_once(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        atomic.link(tmp_path / "latest", name)
+        assert (tmp_path / "latest").resolve() == tmp_path / name
+    (tmp_path / "folder").mkdir()  # what a file system without links, or an earlier version, left there
+    atomic.link(tmp_path / "folder", "one")
+    assert (tmp_path / "folder").readlink() == Path("one")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "latest", "one", "two"]
+
+
+def make(path: Path, text: str) -> None:
+    path.mkdir()
+    (path / "a").write_text(text)
+
+
+def test_a_folder_is_built_over_another(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        atomic.build(tmp_path / "x", lambda path, text=text: make(path, text))
+    assert (tmp_path / "x" / "a").read_text() == "new" and os.listdir(tmp_path) == ["x"]
+    atomic.discard(tmp_path / "x")
+    assert os.listdir(tmp_path) == []
+
+
+def hold(path: Path, held: multiprocessing.Event) -> None:
+    with atomic.locked(path):
+        held.set()
+        time.sleep(60)
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    process = context.Process(target=hold, args=(tmp_path / "lock", held))
+    process.start()
+    assert held.wait(30)
+    with pytest.raises(BlockingIOError), atomic.locked(tmp_path / "lock", wait=False):
+        pytest.fail("two at once")
+    process.kill()
+    process.join()
+    with atomic.locked(tmp_path / "lock", wait=False):
+        pass
