@@ -170,10 +170,10 @@ class Checkpoints:
         """Forget what `save` began: who was writing is gone."""
         self._pending = None
 
-    def scored(self, step: int, score: float) -> None:
-        """Note the mean score of a step: that of the checkpoint whose policy sampled it, if there is one."""
+    def scored(self, step: int, score: float | None) -> None:
+        """Note the mean score of a step: that of the checkpoint whose policy sampled it. Either may be missing."""
         name = self.path(step).name
-        if self._config.keep_best and (self._folder / name).is_dir():
+        if self._config.keep_best and score is not None and (self._folder / name).is_dir():
             scores = self._scores() | {name: score}
             atomic.write_text(self._folder / _SCORES, json.dumps(scores, indent=1))
             atomic.link(self._folder / BEST, max(scores, key=lambda name: scores[name]))

@@ -2,10 +2,11 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -25,6 +26,7 @@ from ppo_ray.resume import Start, find_start, finished, open_folder
 from ppo_ray.run_folder import RunFolder, config_text
 
 Metrics = dict[str, float]
+Result = TypeVar("Result")
 
 _CHECK_PROMPTS = 8
 
@@ -43,6 +45,8 @@ class Run:
     """After the last whole step."""
     history: list[Metrics] = field(default_factory=list)
     """Each step's metrics."""
+    synced: Metrics = field(default_factory=dict)
+    """Of the last weight sync: that of the weights which sample the next step."""
 
     def report(self, event: Event) -> None:
         """Log an event, and say it."""
@@ -52,6 +56,12 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line as it is."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def finish_step(self, metrics: Metrics) -> None:
+        """Log a step's metrics; what comes after belongs to the next one, and may be lost without losing this."""
+        step = self.state.step
+        self.history.append(self.log.write(step, metrics | self.synced))
+        self.state = RunState(step + 1, self.prompts.position, self.prompts.fingerprint)
 
     def go_on_from(self, state: RunState) -> None:
         """Take up the run at a state: prompts, metrics and history are as they were."""
@@ -84,9 +94,9 @@ def train(config: Config, console: Console) -> None:
             ray_session(config.ray),
             launch(config, folder.trajectories, start.checkpoint, run.say, run.report) as actors,
         ):
-            before = evaluate_before(run, actors, start)
+            before = whatever_the_learner(run, actors, lambda: evaluate_before(run, actors))
             with saved_if_it_ends(run, actors):
-                run_to_the_end(run, actors)
+                whatever_the_learner(run, actors, lambda: run_steps(run, actors))
             after = evaluate(actors.rollout, actors.reward, prompts.held_out(), config)
     if before and after:
         write_samples(folder.samples, before, after)
@@ -127,13 +137,10 @@ def run_steps(run: Run, actors: Actors) -> None:
             scored = actors.reward.score(trajectories)  # a shard is scored as soon as it is generated
             checkpoints.finish()  # written while the engines generate
             update = actors.learner.update(scored, step)  # one PPO update on the whole batch
-            synced = actors.rollout.load_weights(update.weights)  # all engines acknowledge version and checksum
-            run.history.append(
-                run.log.write(step, update.metrics | synced | {"prompts/num_skipped": batch.num_skipped})
-            )
-            run.state = RunState(step + 1, prompts.position, prompts.fingerprint)
+            run.finish_step(update.metrics | {"prompts/num_skipped": batch.num_skipped})
+            run.synced = actors.rollout.load_weights(update.weights)  # all engines acknowledge version and checksum
             progress.update(step, run.history[-1])
-            checkpoints.scored(step, update.metrics["score/mean"])
+            checkpoints.scored(step, update.metrics.get("score/mean"))
             if checkpoints.due(step + 1, config.steps):
                 checkpoints.save(run.state, actors.learner.save)
             if step == 0 and not update.metrics["learner/skipped_update"]:
@@ -142,14 +149,14 @@ def run_steps(run: Run, actors: Actors) -> None:
     checkpoints.finish()
 
 
-def run_to_the_end(run: Run, actors: Actors) -> None:
-    """Run all steps; a lost learner is rebuilt from the newest checkpoint, and the steps since are made again."""
+def whatever_the_learner(run: Run, actors: Actors, work: Callable[[], Result]) -> Result:
+    """Do the work; a lost learner is rebuilt from the newest checkpoint, and the work is taken up from there."""
     lost: WorkerLost | None = None
     while True:
         try:
             if lost is not None:
                 rebuild_learner(run, actors, lost)
-            return run_steps(run, actors)
+            return work()
         except WorkerLost as error:
             lost = error
 
@@ -160,7 +167,7 @@ def rebuild_learner(run: Run, actors: Actors, lost: WorkerLost) -> None:
     path, state = run.checkpoints.newest() or (None, RunState(prompts_fingerprint=run.prompts.fingerprint))
     steps = run.state.step
     actors.learner.rebuild(lost, path)
-    actors.rollout.load_weights(actors.learner.weights())
+    run.synced = actors.rollout.load_weights(actors.learner.weights())
     run.go_on_from(state)
     source = f"from {path.name}" if path else "as the run began"
     run.report(
@@ -197,7 +204,7 @@ def begin(run: Run, start: Start) -> None:
     run.report(Event("resumed", f"going on after step {start.state.step} from {start.checkpoint.name}{changed}"))
 
 
-def evaluate_before(run: Run, actors: Actors, start: Start) -> Evaluation | None:
+def evaluate_before(run: Run, actors: Actors) -> Evaluation | None:
     """Check the engines, give them the learner's weights, and evaluate the policy as the run began, or recall it."""
     config, rollout = run.config, actors.rollout
     if config.rollout.self_check:
@@ -206,11 +213,12 @@ def evaluate_before(run: Run, actors: Actors, start: Start) -> Evaluation | None
         run.say(
             f"new weights change what every engine computes, as they should: {worst:.1e} nats a token off the learner"
         )
-    synced = rollout.load_weights(actors.learner.weights())
-    run.say(f"weights of policy version {start.state.step} in every engine, verified, in {synced['time/sync_s']:.1f} s")
+    run.synced = rollout.load_weights(actors.learner.weights())
+    seconds = run.synced["time/sync_s"]
+    run.say(f"weights of policy version {run.state.step} in every engine, verified, in {seconds:.1f} s")
     if run.folder.before.is_file():
         return Evaluation.read(run.folder.before)
-    if start.state.step:
+    if run.state.step:
         return None
     before = evaluate(rollout, actors.reward, run.prompts.held_out(), config)
     if before:

@@ -65,6 +65,14 @@ class CommandLine:
                 found[environment["PPO_RAY_WORKER"]] = process
         return found
 
+    def wait_for_workers(self, kind: str, seconds: float = 60) -> list[tuple[str, psutil.Process]]:
+        """Return the names and processes of the actors of a kind, of which the last may just have been killed."""
+        deadline = time.monotonic() + seconds
+        while not (found := [item for item in self.workers().items() if item[0].startswith(kind)]):
+            assert time.monotonic() < deadline, f"no {kind} worker within {seconds} s"
+            time.sleep(0.05)
+        return found
+
     def end(self, process: subprocess.Popen[str], number: signal.Signals, timeout: float = 90) -> str:
         """Send a signal, wait for the end, and return what was written to stderr."""
         process.send_signal(number)

@@ -92,6 +92,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     assert folder.names() == ["step-00004", "step-00006", "step-00008"]
     assert (folder.link("best"), folder.link("latest")) == ("step-00004", "step-00008")
     folder.checkpoints.scored(7, 5.0)  # a policy that was not saved
+    folder.checkpoints.scored(6, None)  # no text of it could be scored
     assert folder.link("best") == "step-00004"
 
 

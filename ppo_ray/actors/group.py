@@ -92,15 +92,15 @@ class ActorGroup:
             member = self._replaced(lost)
             try:
                 watch({member.handle.setup.remote(*self.setup_args): member}, self._start_limits, "starting again")
+                seconds = time.monotonic() - began
+                message = f"{member.name} was replaced in {seconds:.1f} s: {lost}"
+                self._report(Event("worker_replaced", message, member.name))
                 self.brought_up(member)
-                break
+                return member
             except WorkerLost as again:
                 if again.name != member.name:
                     raise
                 lost = again
-        seconds = time.monotonic() - began
-        self._report(Event("worker_replaced", f"{member.name} was replaced in {seconds:.1f} s: {lost}", member.name))
-        return member
 
     def close(self) -> None:
         """Ask every actor to close and end its process; one that does not answer in time is killed. Never raises."""

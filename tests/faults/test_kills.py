@@ -22,9 +22,8 @@ def kill_at_random(ppo_ray: CommandLine, process: subprocess.Popen[str], run: Pa
     for kind in killed:
         wait_for_steps(process, run, len(lines(run)) + 1)
         time.sleep(random.uniform(0, 0.5))
-        workers = ppo_ray.workers()
-        name = random.choice([name for name in workers if name.startswith(kind)])
-        workers[name].send_signal(signal.SIGKILL)
+        name, worker = random.choice(ppo_ray.wait_for_workers(kind))
+        worker.send_signal(signal.SIGKILL)
         names.append(name)
     return names
 

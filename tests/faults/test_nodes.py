@@ -1,0 +1,81 @@
+"""Nodes that are lost with all that is on them: the work goes on where there is room, and ends the same."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.command_line import CommandLine, events, lines, wait_for_steps
+from tests.faults.conftest import OPTIONS, Same
+
+pytestmark = pytest.mark.slow
+STEPS = 30
+
+
+@pytest.fixture
+def cluster(ppo_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Start a head that takes no actors; a dead node is found within two seconds instead of fifteen."""
+    environment = {
+        "RAY_TMPDIR": ppo_ray.environment["RAY_TMPDIR"],
+        "RAY_AUTH_MODE": "disabled",  # a cluster of one machine, gone with the test
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_health_check_initial_delay_ms": "0",
+        "RAY_health_check_period_ms": "500",
+        "RAY_health_check_timeout_ms": "500",
+        "RAY_health_check_failure_threshold": "3",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ppo_ray.environment.update(environment)
+    Path(environment["RAY_TMPDIR"], "ray").mkdir()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20})
+    yield cluster
+    cluster.shutdown()
+
+
+def add_node(cluster: Cluster):
+    return cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+
+
+def on_node(ppo_ray: CommandLine, node) -> set[str]:
+    """Return the names of the actors that run on a node: the children of its raylet."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    return {name for name, process in ppo_ray.workers().items() if psutil.Process(process.pid).ppid() == raylet}
+
+
+def wait_for_more(process: subprocess.Popen[str], run: Path) -> None:
+    wait_for_steps(process, run, len(lines(run)) + 2)
+
+
+@pytest.mark.timeout(600)
+def test_one_node_after_the_other(
+    ppo_ray: CommandLine, cluster: Cluster, tmp_path: Path, same_as_undisturbed: Same
+) -> None:
+    run = tmp_path / "run"
+    first, second = add_node(cluster), add_node(cluster)
+    options = ("rollout.engine=hf", f"steps={STEPS}", *OPTIONS, f"ray.address={cluster.address}")
+    process = ppo_ray.start("train", str(ppo_ray.config), *options)
+    wait_for_more(process, run)
+    lost = on_node(ppo_ray, first)
+    cluster.remove_node(first, allow_graceful=False)  # the second one has room for all
+    wait_for_more(process, run)
+    assert len(on_node(ppo_ray, second)) == 5
+    lost |= on_node(ppo_ray, second)
+    add_node(cluster)
+    cluster.remove_node(second, allow_graceful=False)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    same_as_undisturbed(run, "hf", STEPS)
+    replaced = {event["worker"] for event in events(run) if event["event"] == "worker_replaced"}
+    assert lost == {"rollout-0", "rollout-1", "reward-0", "reward-1", "learner-0"}
+    assert replaced == lost, output
+    deadline = time.monotonic() + 30
+    while ppo_ray.workers() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ppo_ray.workers() == {}
+    assert os.path.isdir(run / "checkpoints" / "final")
