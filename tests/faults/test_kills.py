@@ -43,3 +43,19 @@ def test_ten_kills_at_random_moments(
     replaced = [event["worker"] for event in events(run) if event["event"] == "worker_replaced"]
     assert set(replaced) <= set(killed) and replaced, output
     assert ppo_ray.leftovers() == []
+
+
+@pytest.mark.timeout(900)
+def test_a_vllm_engine_of_each_worker(ppo_ray: CommandLine, tmp_path: Path, same_as_undisturbed: Same) -> None:
+    run = tmp_path / "run"
+    process = ppo_ray.start("train", str(ppo_ray.config), "rollout.engine=vllm", "steps=12", *OPTIONS)
+    for number in (0, 1):
+        wait_for_steps(process, run, len(lines(run)) + 1)
+        time.sleep(random.uniform(0, 0.5))
+        ppo_ray.workers()[f"rollout-{number}"].send_signal(signal.SIGKILL)
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    same_as_undisturbed(run, "vllm", 12)
+    replaced = {event["worker"] for event in events(run) if event["event"] == "worker_replaced"}
+    assert replaced == {"rollout-0", "rollout-1"}, output
+    assert ppo_ray.leftovers() == []
