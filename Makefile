@@ -5,6 +5,7 @@ SHELL := bash
 PYTHON ?= python3.11
 EXTRA ?= cpu
 ARGS ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/$(EXTRA).txt
@@ -41,7 +42,7 @@ test-fast: setup ## tests that start neither vLLM nor Ray
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: assets ## tests with real vLLM, real Ray, real models
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -109,6 +109,16 @@ def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int, second
         time.sleep(0.02)
 
 
+def orphaned_shared_memory() -> set[str]:
+    """Return what lies in /dev/shm and belongs to no living process."""
+    used = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            used.update(line.split()[-1] for line in (process / "maps").read_text().splitlines() if "/dev/shm/" in line)
+            used.update(str(file.readlink()) for file in (process / "fd").iterdir())
+    return {str(path) for path in Path("/dev/shm").iterdir()} - used
+
+
 def _records(run: Path) -> Iterator[dict[str, Any]]:
     path = run / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.is_file() else []:

@@ -1,40 +1,12 @@
 """How runs end that do not end well: the exit code, what is said, and what stays behind (nothing)."""
 
-import signal
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.command_line import CommandLine
+from tests.command_line import CommandLine, wait_for_steps
 
 pytestmark = pytest.mark.slow
-
-
-def wait_until_gone(ppo_ray: CommandLine, seconds: float = 20) -> list[str]:
-    deadline = time.monotonic() + seconds
-    while ppo_ray.leftovers() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return ppo_ray.leftovers()
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signals_leave_nothing_behind(ppo_ray: CommandLine, tmp_path: Path, name: str) -> None:
-    store = set(Path("/dev/shm").iterdir())
-    process = ppo_ray.start("train", str(ppo_ray.config), "rollout.engine=hf", "steps=1000")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no second step within 120 s"
-        time.sleep(0.2)
-    process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[name], errors
-    assert "Traceback" not in errors
-    assert wait_until_gone(ppo_ray) == []
-    assert set(Path("/dev/shm").iterdir()) <= store
 
 
 def test_a_worker_that_fails_to_start_is_reported_with_its_own_error(ppo_ray: CommandLine, tmp_path: Path) -> None:
@@ -47,28 +19,18 @@ def test_a_worker_that_fails_to_start_is_reported_with_its_own_error(ppo_ray: Co
     assert result.returncode in (1, 2)
     assert "reward-0" in result.stderr
     assert "licence server is away" in result.stderr
-    assert wait_until_gone(ppo_ray) == []
+    assert ppo_ray.wait_until_gone() == []
 
 
 def test_a_worker_that_is_killed_ends_the_run_by_name(ppo_ray: CommandLine, tmp_path: Path) -> None:
     process = ppo_ray.start("train", str(ppo_ray.config), "rollout.engine=hf", "steps=1000", "ray.max_restarts=0")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no first step within 120 s"
-        time.sleep(0.2)
-    workers = [
-        p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("PPO_RAY_WORKER") == "rollout-1"
-    ]
-    mine = [p for p in workers if p.info["environ"]["RAY_TMPDIR"] == ppo_ray.environment["RAY_TMPDIR"]]
-    assert len(mine) == 1
-    mine[0].kill()
+    wait_for_steps(process, tmp_path / "run", 1)
+    ppo_ray.workers()["rollout-1"].kill()
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "rollout-1 was lost 1 times in a row (ray.max_restarts=0)" in errors
     assert (tmp_path / "run" / "checkpoints" / "latest" / "learner" / "state.json").is_file()
-    assert wait_until_gone(ppo_ray) == []
+    assert ppo_ray.wait_until_gone() == []
 
 
 @pytest.mark.parametrize(

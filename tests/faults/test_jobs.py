@@ -33,7 +33,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(
             time.sleep(0.05)
         stopped = head.ray("job", "stop", "first")
         assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-        assert "STOPPED" in head.ray("job", "status", "first").stdout
+        assert "was stopped" in head.ray("job", "status", "first").stdout
         last = events(run)[-1]
         assert last["event"] == "interrupted"
         assert (run / "checkpoints" / "latest").readlink().name == f"step-{last['step']:05d}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import CommandLine, events, lines, wait_for_steps
+from tests.command_line import CommandLine, events, lines, orphaned_shared_memory, wait_for_steps
 from tests.faults.conftest import OPTIONS, Same
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ def start(ppo_ray: CommandLine, engine: str, *more: str):
 def test_ended_and_resumed_again_and_again(
     ppo_ray: CommandLine, tmp_path: Path, same_as_undisturbed: Same, engine: str, signals: list[signal.Signals]
 ) -> None:
-    run = tmp_path / "run"
+    run, orphans = tmp_path / "run", orphaned_shared_memory()
     process = start(ppo_ray, engine)
     for number, steps in zip(signals, (3, 5, 7), strict=False):
         wait_for_steps(process, run, steps)
@@ -35,6 +35,7 @@ def test_ended_and_resumed_again_and_again(
         assert process.returncode == CODES[number], errors
         assert "Traceback" not in errors
         assert ppo_ray.wait_until_gone() == []
+        assert orphaned_shared_memory() <= orphans
         if number != signal.SIGKILL:
             (interrupted,) = [event for event in events(run)[-1:] if event["event"] == "interrupted"]
             assert (run / "checkpoints" / "latest").readlink().name == f"step-{interrupted['step']:05d}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import CommandLine, events, wait_for_steps
+from tests.command_line import CommandLine, events, orphaned_shared_memory, wait_for_steps
 from tests.faults.conftest import OPTIONS, Same
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ def test_a_second_signal_does_not_wait(ppo_ray: CommandLine, tmp_path: Path) -> 
     mark = tmp_path / "updating"
     (tmp_path / "sitecustomize.py").write_text(SLOW_UPDATE.format(mark=str(mark)))
     ppo_ray.environment["PYTHONPATH"] = str(tmp_path)
-    store = set(Path("/dev/shm").iterdir())
+    before = orphaned_shared_memory()
     process = ppo_ray.start("train", str(ppo_ray.config), "rollout.engine=hf", "ray.stop_timeout_s=100")
     deadline = time.monotonic() + 180
     while not mark.exists():
@@ -59,4 +59,4 @@ def test_a_second_signal_does_not_wait(ppo_ray: CommandLine, tmp_path: Path) -> 
     errors = ppo_ray.end(process, signal.SIGTERM, timeout=20)
     assert process.returncode == 143, errors
     assert ppo_ray.wait_until_gone() == []
-    assert set(Path("/dev/shm").iterdir()) <= store
+    assert orphaned_shared_memory() <= before

@@ -64,7 +64,7 @@ def test_a_wrong_acknowledgement_ends_the_run_with_every_step_saved(wrong_worker
     ppo_ray = wrong_worker(FORGETS_TO_SAY_SO)
     result = ppo_ray.train("rollout.engine=hf", "steps=5")
     assert result.returncode == 1, result.stderr
-    assert "rollout-1" in result.stderr and "policy version 2" in result.stderr
+    assert "rollout-1 serves policy version 1" in result.stderr and "it was sent version 2" in result.stderr
     assert [line["step"] for line in lines(run)] == [0, 1]
     assert (run / "checkpoints" / "latest").readlink().name == "step-00002"
     assert events(run)[-1]["event"] == "interrupted"
