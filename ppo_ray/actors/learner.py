@@ -172,8 +172,9 @@ class LearnerGroup:
         def update(tables: list[Any]) -> tuple[dict[str, float], PublishedWeights]:
             return self._published("updating", self._handle.update.remote(step, str(path), *tables))
 
+        figures = scored.wait()  # which a signal may end; from the update on, none does
         metrics, weights = scored.use(update)
-        return Update(scored.wait() | metrics, weights)
+        return Update(figures | metrics, weights)
 
     def step(
         self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float

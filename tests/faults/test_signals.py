@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import CommandLine, events, orphaned_shared_memory, wait_for_steps
+from tests.command_line import CommandLine, events, lines, orphaned_shared_memory, wait_for_steps
 from tests.faults.conftest import OPTIONS, Same
 
 pytestmark = pytest.mark.slow
@@ -18,11 +18,27 @@ import os
 if os.environ.get('PPO_RAY_WORKER') == 'learner-0':
     import time
     from ppo_ray.learner import PPOLearner
-    def update(self, *arguments, **options):
+    update = PPOLearner.update
+    def slow(self, *arguments, **options):
         open({mark!r}, 'a').close()
-        time.sleep(120)
-    PPOLearner.update = update
+        time.sleep({seconds})
+        return update(self, *arguments, **options)
+    PPOLearner.update = slow
 """
+
+
+def start_slow(ppo_ray: CommandLine, folder: Path, seconds: float) -> subprocess.Popen[str]:
+    """Start a run whose updates take so long, and return when the first is under way."""
+    mark = folder / "updating"
+    (folder / "sitecustomize.py").write_text(SLOW_UPDATE.format(mark=str(mark), seconds=seconds))
+    ppo_ray.environment["PYTHONPATH"] = str(folder)
+    process = ppo_ray.start("train", str(ppo_ray.config), "rollout.engine=hf", "ray.stop_timeout_s=100")
+    deadline = time.monotonic() + 180
+    while not mark.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no update within 180 s"
+        time.sleep(0.1)
+    return process
 
 
 @pytest.mark.timeout(600)
@@ -42,18 +58,18 @@ def test_ctrl_c_in_a_terminal(ppo_ray: CommandLine, tmp_path: Path, same_as_undi
     same_as_undisturbed(run, "hf", 12)
 
 
+def test_an_update_in_hand_is_finished_and_saved(ppo_ray: CommandLine, tmp_path: Path) -> None:
+    process = start_slow(ppo_ray, tmp_path, 3)
+    errors = ppo_ray.end(process, signal.SIGTERM)
+    assert process.returncode == 143, errors
+    assert [line["step"] for line in lines(tmp_path / "run")] == [0]
+    assert (tmp_path / "run" / "checkpoints" / "latest").readlink().name == "step-00001"
+
+
 def test_a_second_signal_does_not_wait(ppo_ray: CommandLine, tmp_path: Path) -> None:
-    mark = tmp_path / "updating"
-    (tmp_path / "sitecustomize.py").write_text(SLOW_UPDATE.format(mark=str(mark)))
-    ppo_ray.environment["PYTHONPATH"] = str(tmp_path)
     before = orphaned_shared_memory()
-    process = ppo_ray.start("train", str(ppo_ray.config), "rollout.engine=hf", "ray.stop_timeout_s=100")
-    deadline = time.monotonic() + 180
-    while not mark.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no update within 180 s"
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)  # an update is finished first, and this one takes two minutes
+    process = start_slow(ppo_ray, tmp_path, 120)
+    process.send_signal(signal.SIGTERM)  # the update is finished first
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(3)
     errors = ppo_ray.end(process, signal.SIGTERM, timeout=20)
