@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from ppo_ray import trajectory
-from ppo_ray.algo.batching import microbatches
+from ppo_ray.algo.batching import balanced, microbatches
 from ppo_ray.models.packing import PackedRows, pack
 from ppo_ray.ranks import Ranks
 
@@ -94,7 +94,7 @@ class ResponseBatch:
 
 @dataclass(frozen=True)
 class Layout:
-    """How sequences are laid out in forward passes, and which of these are this rank's."""
+    """Which sequences are this rank's, and how they are laid out in forward passes."""
 
     microbatch_tokens: int
     """At most so many tokens, padding included, a pass."""
@@ -106,8 +106,9 @@ class Layout:
     def passes(self, batch: ResponseBatch, sequences: np.ndarray) -> Iterator[PackedRows]:
         """Yield this rank's passes over the named sequences, the same in whatever order they are named."""
         sequences = np.sort(sequences)
-        layout = microbatches(batch.num_tokens[sequences].tolist(), self.microbatch_tokens, self.row_width)
-        for rows in self.ranks.share(layout):
+        if self.ranks.size > 1:
+            sequences = sequences[balanced(batch.num_tokens[sequences].tolist(), self.ranks.size)[self.ranks.rank]]
+        for rows in microbatches(batch.num_tokens[sequences].tolist(), self.microbatch_tokens, self.row_width):
             named = [[int(sequences[index]) for index in row] for row in rows]
             yield pack(named, batch.prompt_ids, batch.response_ids, self.device)
 

@@ -1,13 +1,10 @@
 """The processes that share an update: each takes its part of the work, and sums make them one again."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -19,10 +16,6 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-
-    def share(self, parts: Sequence[Part]) -> Sequence[Part]:
-        """Return this rank's share of parts that all ranks name in the same order."""
-        return parts[self.rank :: self.size]
 
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all ranks, in place."""

@@ -1,9 +1,32 @@
-"""Micro-batches: which sequences go through the model together, and in which rows."""
+"""Which process takes which sequences, which of them go through the model together, and in which rows."""
 
+import heapq
 from collections.abc import Sequence
 
 Row = list[int]
 """Indices of the sequences that lie one after another in a row."""
+
+
+def balanced(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Deal sequences out so that every share has nearly the same number of tokens.
+
+    The longest first, each to the share that has the fewest tokens yet (Graham, "Bounds on multiprocessing timing
+    anomalies", 1969: the largest share is at most 4/3 of the smallest possible). Ties are broken by index.
+
+    Args:
+        lengths: tokens of each sequence.
+        num_shares: at least 1; there may be more of them than sequences.
+
+    Returns:
+        Indices into `lengths` in ascending order, a list for each share; each index occurs once.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    loads = [(0, share) for share in range(num_shares)]
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        load, share = heapq.heappop(loads)
+        shares[share].append(index)
+        heapq.heappush(loads, (load + lengths[index], share))
+    return [sorted(share) for share in shares]
 
 
 def microbatches(lengths: Sequence[int], budget: int, row_width: int = 0) -> list[list[Row]]:

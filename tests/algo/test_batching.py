@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_ray.algo.batching import microbatches
+from ppo_ray.algo.batching import balanced, microbatches
 
 
 def test_one_sequence_a_row_by_hand() -> None:
@@ -46,3 +46,19 @@ def test_packing_wastes_little_where_length_sorting_wastes_much() -> None:
 def test_nothing_below_one_token(lengths: list[int], budget: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         microbatches(lengths, budget)
+
+
+def test_shares_by_hand() -> None:
+    # 8 | 7; 5 to the second (12), 4 to the first (12), 3 to the first (tie: lower number), 1 to the second
+    assert balanced([3, 8, 5, 1, 7, 4], 2) == [[0, 1, 5], [2, 3, 4]]
+    assert balanced([2, 9], 3) == [[1], [0], []]
+
+
+@given(st.lists(st.integers(1, 500), max_size=80), st.integers(1, 9))
+def test_shares_are_balanced_by_tokens(lengths: list[int], num_shares: int) -> None:
+    shares = balanced(lengths, num_shares)
+    assert sorted(index for share in shares for index in share) == list(range(len(lengths)))
+    loads = [sum(lengths[index] for index in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths, default=0)  # the last given was given to who had least
+    best = max([sum(lengths) / num_shares, *lengths])
+    assert max(loads) <= 4 / 3 * best + max(lengths, default=0) / 3
