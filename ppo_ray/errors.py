@@ -33,6 +33,10 @@ class WorkerLost(WorkerError):
         self.name = name
 
 
+class PeersLost(WorkerError):
+    """Say that this worker cannot go on because one that it works with is gone."""
+
+
 class CheckpointError(PPORayError):
     """Say that a checkpoint could not be written or is not whole."""
 

@@ -195,6 +195,10 @@ class PPOLearner:
         """Copy the policy's weights, by their Hugging Face names; a tied head is listed once."""
         return WeightSnapshot.take(self._policy.causal_lm.named_parameters(), self.policy_version)
 
+    def weights_checksum(self) -> str:
+        """Return the checksum that `weights` would have."""
+        return weights_checksum(self._policy.causal_lm.named_parameters())
+
     def value_head(self) -> dict[str, np.ndarray]:
         """Copy the value head: `weight` `[1, H]` and `bias` `[1]`."""
         state = self._policy.value_head.state_dict()

@@ -33,10 +33,11 @@ def phase_demands(config: Config) -> dict[str, tuple[str, int]]:
     rollout, reward, learner = config.rollout, config.reward, config.learner
     generation = f"rollout.workers={rollout.workers} x rollout.threads={rollout.threads}"
     scoring = f"reward.workers={reward.workers} x reward.threads={reward.threads}"
+    updating = f"learner.workers={learner.workers} x learner.threads={learner.threads}"
     return {
         "generation": (generation, rollout.workers * rollout.threads),
         "scoring": (scoring, reward.workers * reward.threads),
-        "the update": (f"learner.threads={learner.threads}", learner.threads),
+        "the update": (updating, learner.workers * learner.threads),
     }
 
 

@@ -1,10 +1,20 @@
-"""The processes that share an update: each takes its part of the work, and sums make them one again."""
+"""The processes that share an update: how they meet, and the sums that make them one again."""
 
-from collections.abc import Iterable
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
+
+from ppo_ray.errors import PeersLost, WorkerError
+
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -18,15 +28,123 @@ class Ranks:
     size: int = 1
 
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks, in place."""
+        """Replace each tensor by its sum over all ranks, in place.
+
+        Raises:
+            PeersLost: another rank is gone.
+        """
         self._reduce(tensors, dist.ReduceOp.SUM)
 
     def max(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replace each tensor by its maximum over all ranks, in place."""
+        """Replace each tensor by its maximum over all ranks, in place; raises as `sum`."""
         self._reduce(tensors, dist.ReduceOp.MAX)
 
     def _reduce(self, tensors: Iterable[torch.Tensor], operation: dist.ReduceOp.RedOpType) -> None:
         if self.size == 1:
             return
-        for work in [dist.all_reduce(tensor, operation, async_op=True) for tensor in tensors]:
-            work.wait()
+        with peers_needed(self.rank):
+            for work in [dist.all_reduce(tensor, operation, async_op=True) for tensor in tensors]:
+                work.wait()
+
+
+@contextlib.contextmanager
+def peers_needed(rank: int) -> Iterator[None]:
+    """Tell the loss of another rank, which torch raises as a bare RuntimeError, from every other error.
+
+    Raises:
+        PeersLost: torch's communication failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises no kind of its own
+        raise PeersLost(f"rank {rank} lost touch with another rank: {error}") from error
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where ranks meet."""
+
+    host: str
+    """IP address of the node of rank 0; loopback where all are on one node."""
+    port: int
+
+
+def open_meeting(host: str, timeout_s: float) -> tuple[Meeting, dist.TCPStore]:
+    """Open the place where all ranks meet, for rank 0; it listens on `host` alone, on a free port.
+
+    Args:
+        host: an IP address of this machine.
+        timeout_s: longest wait for a key, seconds.
+
+    Returns:
+        What the ranks need to find it, and the store, which must be kept as long as they work together.
+    """
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return Meeting(host, port), store
+
+
+def join(meeting: Meeting, rank: int, size: int, backend: str, timeout_s: float, call_timeout_s: float) -> Ranks:
+    """Join the other ranks in torch's default process group.
+
+    Args:
+        meeting: where.
+        rank: of this process, 0 to `size - 1`.
+        size: how many.
+        backend: `"gloo"` or `"nccl"`.
+        timeout_s: longest wait for all to come, seconds.
+        call_timeout_s: longest wait in a collective, seconds.
+
+    Raises:
+        WorkerError: not all came in time; names those that are missing.
+        PeersLost: one came and was lost again.
+    """
+    name = _interface(meeting.host)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+    with peers_needed(rank):
+        store = dist.TCPStore(meeting.host, meeting.port, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        _wait_for_all(store, rank, size, timeout_s)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=call_timeout_s)
+        )
+    return Ranks(rank, size)
+
+
+def leave() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _wait_for_all(store: dist.TCPStore, rank: int, size: int, timeout_s: float) -> None:
+    """Say that this rank is here, and wait for the others; torch's own wait does not tell who is missing."""
+    store.set(f"here/{rank}", "")
+    deadline = time.monotonic() + timeout_s
+    while missing := [other for other in range(size) if not store.check([f"here/{other}"])]:
+        if time.monotonic() > deadline:
+            raise WorkerError(
+                f"{', '.join(f'learner-{other}' for other in missing)} did not join the other ranks within "
+                f"{timeout_s:g} s (ray.start_timeout_s)"
+            )
+        time.sleep(_POLL_S)
+
+
+def _interface(host: str) -> str:
+    """Return the name of the network interface that the ranks shall use: the one that has a route to the meeting."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        mine = probe.getsockname()[0]
+    return next(
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.address == mine for address in addresses)
+    )

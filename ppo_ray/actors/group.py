@@ -76,10 +76,9 @@ class ActorGroup:
         for member in calls.values():
             member.failures = 0
 
-    def answer(self, doing: str, ref: Any, may_stop: bool = True) -> Any:
-        """Wait for one answer of the first worker, which is not replaced."""
-        self.watch({ref: self.members[0]}, doing, may_stop)
-        return ray.get(ref, timeout=self._config.call_timeout_s)
+    def watch_start(self, calls: dict[Any, Member]) -> None:
+        """Wait for calls that belong to the start, as `watch` does; who is lost is not replaced."""
+        watch(calls, self._start_limits, "starting")
 
     def revive(self, lost: WorkerLost) -> Member:
         """Replace a lost worker and bring its successor to where the group is.
@@ -101,6 +100,19 @@ class ActorGroup:
                 if again.name != member.name:
                     raise
                 lost = again
+
+    def launch_again(self, lost: WorkerLost) -> None:
+        """Kill all workers and launch others under their names: one was lost that the rest cannot do without.
+
+        Raises:
+            WorkerError: it was lost too often in a row.
+        """
+        replaced = self._replaced(lost)
+        for index, member in enumerate(self.members):
+            if member is not replaced:
+                _kill(member)
+                self.members[index] = self._launched(member.name)
+                self.members[index].failures = member.failures
 
     def close(self) -> None:
         """Ask every actor to close and end its process; one that does not answer in time is killed. Never raises."""

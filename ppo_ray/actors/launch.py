@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ppo_ray.actors.learner import LearnerGroup
+from ppo_ray.actors.learner_group import LearnerGroup
 from ppo_ray.actors.placement import check_fit, learner_spec, reward_spec, rollout_spec
 from ppo_ray.actors.reward import RewardGroup
 from ppo_ray.actors.rollout import RolloutGroup

@@ -73,7 +73,7 @@ def learner_spec(config: Config) -> ActorSpec:
             "MALLOC_TRIM_THRESHOLD_": "8000000000",
         }
     )
-    return ActorSpec("learner", 1, config.learner.threads, config.learner.gpus, environment)
+    return ActorSpec("learner", config.learner.workers, config.learner.threads, config.learner.gpus, environment)
 
 
 def check_fit(specs: list[ActorSpec]) -> None:

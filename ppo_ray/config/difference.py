@@ -10,7 +10,7 @@ MAY_CHANGE = (
     *("steps", "output_dir", "resume", "checkpoint.*", "ray.*", "evaluation.num_samples"),
     *("rollout.workers", "rollout.threads", "rollout.gpus", "rollout.kv_cache_mib", "rollout.self_check"),
     *("reward.workers", "reward.threads", "reward.gpus", "reward.batch_size"),
-    *("learner.threads", "learner.gpus", "learner.microbatch_tokens"),
+    *("learner.workers", "learner.threads", "learner.gpus", "learner.microbatch_tokens"),
 )
 """Options that say how long, how often and on what a run works, not what it computes. Where they move work to other
 hardware or other numbers of threads, floating-point sums may round otherwise."""

@@ -114,10 +114,12 @@ class RewardConfig(ModelSource):
 class LearnerConfig(Section):
     """Where the update runs."""
 
+    workers: int = Field(default=1, ge=1)
+    """Learner ranks, which share every batch by tokens; the update is the same, up to the rounding of sums."""
     threads: int = Field(default=2, ge=1)
-    """CPU threads of the learner. Must not exceed the machine's CPUs."""
+    """CPU threads per rank. workers x threads must not exceed the machine's CPUs."""
     gpus: float = Field(default=0.0, ge=0)
-    """GPUs of the learner; a fraction lets it share one."""
+    """GPUs per rank; a fraction lets a single rank share one."""
     microbatch_tokens: int = Field(default=1024, ge=1)
     """Prompt and response tokens, padding included, a forward; trades memory for speed, never changes the gradient."""
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from ppo_ray import trajectory
-from ppo_ray.actors.learner import LearnerGroup
+from ppo_ray.actors.learner_group import LearnerGroup
 from ppo_ray.actors.placement import check_fit, learner_spec, rollout_spec
 from ppo_ray.actors.rollout import RolloutGroup
 from ppo_ray.actors.session import ray_session

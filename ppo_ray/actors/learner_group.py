@@ -1,0 +1,203 @@
+"""The learner as the driver sees it: one rank or several, which stand and fall together."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from ppo_ray.actors.group import ActorGroup
+from ppo_ray.actors.learner import LearnerStep, LearnerWorker
+from ppo_ray.actors.placement import learner_spec
+from ppo_ray.actors.shards import Shards
+from ppo_ray.actors.watch import DependencyLost, Member
+from ppo_ray.agreement import Agreement
+from ppo_ray.checkpoint import Pending, RunState
+from ppo_ray.config import Config
+from ppo_ray.errors import PeersLost, WorkerError, WorkerLost
+from ppo_ray.events import Event, Report
+from ppo_ray.weights import PublishedWeights, WeightSnapshot
+
+if TYPE_CHECKING:
+    from ppo_ray.ranks import Meeting
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update as the driver sees it."""
+
+    metrics: dict[str, float]
+    """Of generation, scoring and learning."""
+    weights: PublishedWeights
+
+
+class LearnerGroup:
+    """The learner, of one rank or several; what the loop calls `learner`."""
+
+    def __init__(self, config: Config, trajectories: Path, report: Report) -> None:
+        """Create the workers; `setup` loads their models. `trajectories` is the folder for the Parquet files."""
+        self._config, self._trajectories, self._report = config, trajectories, report
+        self._group = ActorGroup(LearnerWorker, learner_spec(config), config.ray, report)
+
+    def setup(self, checkpoint: Path | None = None) -> list[dict[str, float]]:
+        """Load policy and reference, or go on from a checkpoint, and wait until all ranks are ready.
+
+        Raises:
+            WorkerError: a rank failed to start, or was lost too often in a row.
+        """
+        while True:
+            try:
+                return self._set_up(checkpoint)
+            except WorkerLost as lost:
+                self._group.launch_again(lost)
+
+    def rebuild(self, lost: WorkerLost, checkpoint: Path | None) -> None:
+        """Put other workers in the place of all ranks, with the state of a checkpoint, or as the run began.
+
+        Raises:
+            WorkerError: as `setup`.
+        """
+        began = time.monotonic()
+        self._group.launch_again(lost)
+        self.setup(checkpoint)
+        seconds = time.monotonic() - began
+        self._report(Event("worker_replaced", f"{lost.name} was replaced in {seconds:.1f} s: {lost}", lost.name))
+
+    def update(self, scored: Shards, step: int) -> Update:
+        """Make one PPO update on all scored shards; waits for it, whatever signal comes.
+
+        Raises:
+            WorkerLost: a rank died or hangs; the learner's state is gone.
+            WorkerError: as `watch`, or ranks hold different weights.
+        """
+        path = self._trajectories / f"step-{step:05d}.parquet"
+
+        def update(tables: list[Any]) -> Update:
+            reports, weights = self._published("updating", lambda rank: rank.update.remote(step, str(path), *tables))
+            return Update(_slowest([report.metrics for report in reports]), weights)
+
+        figures = scored.wait()  # which a signal may end; from the update on, none does
+        done = scored.use(update)
+        return Update(figures | done.metrics, done.weights)
+
+    def step(
+        self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float
+    ) -> tuple[LearnerStep, PublishedWeights]:
+        """Make one PPO update on a table of one's own; waits for it. The loop calls `update`."""
+        shared = ray.put(table)
+        (done, *_), weights = self._published("updating", lambda rank: rank.step.remote(shared, step, orders, kl_coef))
+        return done, weights
+
+    def fetch_weights(self, weights: PublishedWeights) -> WeightSnapshot:
+        """Bring published weights here."""
+        return ray.get(weights.snapshot, timeout=self._config.ray.call_timeout_s)
+
+    def weights(self) -> PublishedWeights:
+        """Publish the weights as they are."""
+        return self._published("publishing weights", lambda rank: rank.weights.remote())[1]
+
+    def moved_weights(self) -> PublishedWeights:
+        """Publish weights that differ from the policy's, for a check of the engines."""
+        leader = self._group.members[:1]
+        return self._published("publishing weights for a check", lambda rank: rank.moved_weights.remote(), leader)[1]
+
+    def compare(self, generated: Shards) -> list[Agreement]:
+        """Compare what every engine generated with those weights with what the learner computes."""
+        leader = self._group.members[0]
+        return generated.use(
+            lambda tables: self._answers("comparing", {leader.handle.compare.remote(*tables): leader})[0]
+        )
+
+    def save(self, path: Path, state: RunState, config: str) -> Pending:
+        """Begin to write a checkpoint; the learner's next call waits until it is written, nobody else does.
+
+        Returns:
+            What waits for it.
+        """
+        leader = self._group.members[0]
+        ref = leader.handle.save.remote(str(path), state, config)
+
+        def wait() -> None:
+            self._answers(f"writing {path.name}", {ref: leader})
+
+        return wait
+
+    def close(self) -> None:
+        """End the workers."""
+        self._group.close()
+
+    def _set_up(self, checkpoint: Path | None) -> list[dict[str, float]]:
+        meeting, text = self._meeting(), None if checkpoint is None else str(checkpoint)
+        calls = {
+            member.handle.setup.remote(self._config, text, meeting, rank): member
+            for rank, member in enumerate(self._group.members)
+        }
+        return self._started(calls)
+
+    def _meeting(self) -> "Meeting | None":
+        """Let the first rank open the place where all meet: on its loopback where all are on one node."""
+        if len(self._group.members) == 1:
+            return None
+        places = self._started({member.handle.whereabouts.remote(): member for member in self._group.members})
+        nodes, leader = [place.node for place in places], self._group.members[0]
+        host = "127.0.0.1" if len(set(nodes)) == 1 else nodes[0]
+        return self._started({leader.handle.open_meeting.remote(host, self._config.ray.start_timeout_s): leader})[0]
+
+    def _published(
+        self, doing: str, call: Callable[[Any], tuple[Any, Any]], members: list[Member] | None = None
+    ) -> tuple[list[Any], PublishedWeights]:
+        """Make a call on all ranks that returns a report and, on the first, weights."""
+        asked = members or self._group.members
+        answers = [call(member.handle) for member in asked]
+        reports = self._answers(doing, dict(zip([ref for ref, _ in answers], asked, strict=True)))
+        for member, report in zip(asked, reports, strict=True):
+            if (report.policy_version, report.checksum) != (reports[0].policy_version, reports[0].checksum):
+                raise WorkerError(
+                    f"{member.name} holds policy version {report.policy_version} (checksum {report.checksum}) and "
+                    f"{asked[0].name} version {reports[0].policy_version} (checksum {reports[0].checksum}): the ranks "
+                    "no longer train the same policy"
+                )
+        return reports, PublishedWeights(reports[0].policy_version, reports[0].checksum, answers[0][1])
+
+    def _answers(self, doing: str, calls: dict[Any, Member]) -> list[Any]:
+        """Wait for calls whose work is not thrown away, and return their answers."""
+        _find_lost(calls, lambda some: self._group.watch(some, doing, may_stop=False))
+        return ray.get(list(calls), timeout=self._config.ray.call_timeout_s)
+
+    def _started(self, calls: dict[Any, Member]) -> list[Any]:
+        _find_lost(calls, self._group.watch_start)
+        return ray.get(list(calls), timeout=self._config.ray.start_timeout_s)
+
+
+def _find_lost(calls: dict[Any, Member], wait: Callable[[dict[Any, Member]], None]) -> None:
+    """Wait for ranks; where one says that it lost touch with another, find out which of them is gone.
+
+    Where one cannot begin because its node took the trajectories along, those that did begin wait for it in vain.
+
+    Raises:
+        WorkerLost: names the rank that is gone, or one that cannot reach the others.
+    """
+    try:
+        wait(calls)
+    except DependencyLost as error:
+        if len(calls) == 1:
+            raise
+        raise WorkerLost(str(error), next(iter(calls.values())).name) from error
+    except PeersLost as error:
+        for ref, member in calls.items():
+            with contextlib.suppress(PeersLost):
+                wait({ref: member})
+        raise WorkerLost(str(error), next(iter(calls.values())).name) from error
+
+
+def _slowest(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Return the first rank's figures, which are those of all, and the longest of all ranks' seconds."""
+    return {
+        name: max(rank[name] for rank in metrics) if name.startswith("time/") else value
+        for name, value in metrics[0].items()
+    }
