@@ -224,8 +224,9 @@ class PPOLearner:
         self._state().write(path)
 
     def probe(self) -> WeightProbe:
-        """Return what shows whether engines compute with the weights they are sent."""
-        return WeightProbe(self._policy, self._layout, derive_seed(self._seed, "probe"), self.policy_version)
+        """Return what shows whether engines compute with the weights they are sent; it works without other ranks."""
+        alone = replace(self._layout, ranks=Ranks())
+        return WeightProbe(self._policy, alone, derive_seed(self._seed, "probe"), self.policy_version)
 
     def _state(self) -> LearnerState:
         policy, reference = self._policy.causal_lm, self._reference.causal_lm
