@@ -16,7 +16,6 @@ import torch
 
 from ppo_ray import trajectory
 from ppo_ray.algo.kl import AdaptiveKLController, FixedKLController, KLController
-from ppo_ray.algo.schedule import learning_rate_factor
 from ppo_ray.algo.scores import RunningMoments
 from ppo_ray.batch import Layout, ResponseBatch, split_evenly
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
@@ -28,6 +27,7 @@ from ppo_ray.minibatch import MinibatchReport, MinibatchUpdater
 from ppo_ray.models.actor_critic import ActorCritic, load_actor_critic, load_reference
 from ppo_ray.models.loading import default_device, load_tokenizer
 from ppo_ray.models.response_lm import ResponseLM
+from ppo_ray.optimizer import make_adam, set_learning_rates
 from ppo_ray.ranks import Ranks
 from ppo_ray.seeding import derive_seed
 from ppo_ray.weight_probe import WeightProbe
@@ -163,7 +163,7 @@ class PPOLearner:
         """
         batch = ResponseBatch.from_table(trajectories)
         if self._owns_optimizer:
-            self._set_learning_rates(step)
+            set_learning_rates(self._optimizer, ppo=self._ppo, step=step, num_steps=self._num_steps)
         metrics = table_metrics(trajectories, batch)
         self._updating = True
         metrics |= {"kl/coef": self.kl_coef, "learner/learning_rate": self._optimizer.param_groups[0]["lr"]}
@@ -281,22 +281,3 @@ class PPOLearner:
             "ppo.on_nonfinite=skip goes on without such mini-batches and counts them.",
             trajectories,
         )
-
-    def _set_learning_rates(self, step: int) -> None:
-        ppo = self._ppo
-        factor = learning_rate_factor(
-            step, self._num_steps, ppo.learning_rate_schedule, ppo.warmup_steps, ppo.learning_rate_final_factor
-        )
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-
-
-def make_adam(policy: ActorCritic, ppo: PPOConfig) -> torch.optim.Adam:
-    """Make the optimizer: torch's Adam with its defaults, a group for the policy and one for the values."""
-    groups = [
-        {"params": list(policy.policy_parameters()), "initial_lr": ppo.learning_rate},
-        {"params": list(policy.value_parameters()), "initial_lr": ppo.value_learning_rate or ppo.learning_rate},
-    ]
-    return torch.optim.Adam(
-        [group | {"lr": group["initial_lr"]} for group in groups], betas=(0.9, 0.999), eps=1e-8, fused=True
-    )

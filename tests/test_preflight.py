@@ -84,7 +84,7 @@ def test_more_threads_than_the_machine_has(configured, monkeypatch):
     assert problems(config) == [
         "rollout.workers=2 x rollout.threads=2: generation wants 4 CPU threads, but this machine has 2 CPUs; lower it",
         "reward.workers=3 x reward.threads=1: scoring wants 3 CPU threads, but this machine has 2 CPUs; lower it",
-        "learner.threads=3: the update wants 3 CPU threads, but this machine has 2 CPUs; lower it",
+        "learner.workers=1 x learner.threads=3: the update wants 3 CPU threads, but this machine has 2 CPUs; lower it",
     ]
     check(config.model_copy(update={"ray": config.ray.model_copy(update={"address": "auto"})}))
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")

@@ -18,7 +18,7 @@ LAYERS = [
     ("actors",),
     ("learner", "engines"),
     ("diagnostics", "learner_state", "weight_probe"),
-    ("minibatch",),
+    ("minibatch", "optimizer"),
     ("objective",),
     ("experience",),
     ("batch",),
