@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ from ppo_ray.errors import InputError
 from ppo_ray.stopping import stoppable
 
 _EXIT_S = 10.0
+_REACH_S = 20.0
 _JOB_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
@@ -88,10 +90,24 @@ def _start_private(config: RayConfig) -> None:
 
 
 def _connect(address: str | None) -> None:
+    """Connect to a running cluster, or to the job's own."""
+    found = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
+        _reach(found)
         ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, ValueError, ray.exceptions.RayError) as error:
         raise InputError(
             f"ray.address={address!r}: no Ray cluster answers there ({error}). Start one with `ray start --head`, "
             "export its token as RAY_AUTH_TOKEN, or leave ray.address empty for a private Ray on this machine."
         ) from error
+
+
+def _reach(address: str) -> None:
+    """Open a connection to `host:port` and close it again: Ray itself tries for minutes where nobody listens.
+
+    Raises:
+        OSError: nobody listens there, or no answer came in time.
+    """
+    host, _, port = address.rpartition(":")
+    if "/" not in address and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()

@@ -1,11 +1,14 @@
 """Whose Ray is used, and what is left of it."""
 
+import socket
+
 import psutil
 import pytest
 import ray
 
 from ppo_ray.actors.session import ray_session
 from ppo_ray.config import RayConfig
+from ppo_ray.errors import InputError
 
 pytestmark = pytest.mark.slow
 
@@ -29,3 +32,13 @@ def test_a_ray_of_the_callers_own_is_used_and_left(short_ray_folder: None) -> No
         with ray_session(RayConfig(object_store_mib=100, address="1.2.3.4:5")):
             assert ray.get(answer.remote(), timeout=60) == 42
         assert ray.get(answer.remote(), timeout=60) == 42
+
+
+@pytest.mark.timeout(60)  # Ray itself would try for minutes
+def test_an_address_where_nobody_listens_is_refused_at_once(short_ray_folder: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    refused = pytest.raises(InputError, match=f"ray.address='{address}': no Ray cluster answers there")
+    with refused, ray_session(RayConfig(address=address)):
+        raise AssertionError
+    assert not ray.is_initialized()
