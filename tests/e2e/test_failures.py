@@ -34,23 +34,24 @@ def test_a_worker_that_is_killed_ends_the_run_by_name(ppo_ray: CommandLine, tmp_
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    "wrong",
     [
-        ("rollout.batch_sise=8", "rollout.batch_size"),
-        ("rollout.batch_size=many", "rollout.batch_size"),
-        ("model.path=/no/such/model", "/no/such/model"),
-        ("prompts.path=/no/such/data.parquet", "/no/such/data.parquet"),
-        ("prompts.column=review", "text"),
-        ("prompts.min_chars=100000", "prompts.min_chars"),
-        ("reward.label=HAPPY", "POSITIVE"),
-        ("ppo.minibatch_size=3", "ppo.minibatch_size"),
-        ("rollout.workers=4096", "rollout.workers"),
+        {"rollout.batch_sise=8": "rollout.batch_size", "rollout.batch_size=many": "rollout.batch_size"},
+        {"ppo.minibatch_size=3": "ppo.minibatch_size", "rollout.workers=4096": "rollout.workers"},
+        {
+            "model.path=/no/such/model": "/no/such/model",
+            "prompts.path=/no/such/data.parquet": "/no/such/data.parquet",
+            "reward.label=HAPPY": "POSITIVE",
+        },
+        {"prompts.column=review": "text"},
+        {"prompts.min_chars=100000": "prompts.min_chars"},
     ],
 )
-def test_bad_input_ends_before_any_work(ppo_ray: CommandLine, tmp_path: Path, override: str, message: str) -> None:
-    result = ppo_ray.train(override)
+def test_bad_input_ends_before_any_work(ppo_ray: CommandLine, tmp_path: Path, wrong: dict[str, str]) -> None:
+    result = ppo_ray.train(*wrong)
     assert result.returncode == 2, result.stderr
-    assert message in result.stderr
+    for message in wrong.values():  # all at once
+        assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
 
