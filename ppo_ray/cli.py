@@ -101,6 +101,34 @@ def check(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/imdb.yaml.")],
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Nodes of the cluster; this machine if none of these.")
+    ] = None,
+    cpus: Annotated[float | None, typer.Option(min=0, help="CPUs of each node.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of each node.")] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="Memory of each node, GiB.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(min=0, help="Memory of each GPU, GiB.")] = None,
+    address: Annotated[str | None, typer.Option(help="Address of a running cluster, e.g. auto, to be asked.")] = None,
+) -> None:
+    """Show where each actor of CONFIG would go, the memory it takes, and what does not fit (exit code 2)."""
+    with _reported():
+        from ppo_ray.config import load_config
+
+        parsed = load_config(config, overrides or [])
+
+        from rich.console import Console
+
+        from ppo_ray import capacity
+
+        described = capacity.Described(nodes, cpus, gpus, memory, gpu_memory, address)
+        if not capacity.show(parsed, described, Console()):
+            raise typer.Exit(2)
+
+
+@app.command()
 def assets(
     name: Annotated[
         AssetSet, typer.Argument(metavar="NAME", help="imdb: the policy, classifier and prompts of configs/imdb.yaml.")

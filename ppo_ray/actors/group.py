@@ -7,11 +7,12 @@ from typing import Any
 
 import ray
 
-from ppo_ray.actors.placement import ActorSpec
+from ppo_ray.actors.placement import Seats
 from ppo_ray.actors.watch import Limits, Member, watch
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.events import Event, Report
+from ppo_ray.plan import ActorSpec
 
 _CLOSE_S = 10.0
 
@@ -27,7 +28,9 @@ class ActorGroup:
     same name and brings it to where the first one was.
     """
 
-    def __init__(self, actor_class: Any, spec: ActorSpec, config: RayConfig, report: Report) -> None:
+    def __init__(
+        self, actor_class: Any, spec: ActorSpec, config: RayConfig, report: Report, seats: Seats | None = None
+    ) -> None:
         """Create the actors without waiting for them.
 
         Args:
@@ -35,7 +38,9 @@ class ActorGroup:
             spec: how many, and what each needs.
             config: time limits, and how often a lost actor is replaced.
             report: is told of every replacement.
+            seats: where they and their successors go; None: where Ray likes.
         """
+        self._seats = seats or Seats()
         self._class, self._spec, self._config, self._report = actor_class, spec, config, report
         self.members = [self._launched(f"{spec.key}-{index}") for index in range(spec.workers)]
         self.setup_args: tuple[Any, ...] = ()
@@ -138,7 +143,8 @@ class ActorGroup:
                 refs[self.members.index(member)] = call(member.handle)
 
     def _launched(self, name: str) -> Member:
-        member = Member(name, self._class.options(**self._spec.options(name)).remote(name))
+        options = self._spec.options(name) | self._seats.options(name)
+        member = Member(name, self._class.options(**options).remote(name))
         member.ask()
         return member
 

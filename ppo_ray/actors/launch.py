@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ppo_ray.actors.learner_group import LearnerGroup
-from ppo_ray.actors.placement import check_fit, learner_spec, reward_spec, rollout_spec
+from ppo_ray.actors.placement import Seats, reserved
 from ppo_ray.actors.reward import RewardGroup
 from ppo_ray.actors.rollout import RolloutGroup
 from ppo_ray.agreement import Agreement, disagreement
@@ -41,9 +41,8 @@ def launch_scorers(config: Config, say: Say, report: Report) -> Iterator[tuple[R
         InputError: the cluster cannot hold them.
         WorkerError: a worker did not start; the message is its own error.
     """
-    check_fit([rollout_spec(config), reward_spec(config)])
-    with contextlib.ExitStack() as stack:
-        rollout, reward = _scorers(config, report, stack)
+    with reserved(config, ["rollout", "reward"]) as seats, contextlib.ExitStack() as stack:
+        rollout, reward = _scorers(config, report, seats, stack)
         _set_up_scorers(config, rollout, reward, say)
         yield rollout, reward
 
@@ -59,21 +58,22 @@ def launch(config: Config, trajectories: Path, checkpoint: Path | None, say: Say
         say: is told when a group is ready.
         report: is told when a worker is replaced.
     """
-    check_fit([rollout_spec(config), reward_spec(config), learner_spec(config)])
-    with contextlib.ExitStack() as stack:
-        rollout, reward = _scorers(config, report, stack)
-        learner = LearnerGroup(config, trajectories, report)
+    with reserved(config) as seats, contextlib.ExitStack() as stack:
+        rollout, reward = _scorers(config, report, seats, stack)
+        learner = LearnerGroup(config, trajectories, report, seats)
         stack.callback(learner.close)
         _set_up_scorers(config, rollout, reward, say)
         _say_ready(say, "learner", learner.setup(checkpoint))
         yield Actors(rollout, reward, learner)
 
 
-def _scorers(config: Config, report: Report, stack: contextlib.ExitStack) -> tuple[RolloutGroup, RewardGroup]:
+def _scorers(
+    config: Config, report: Report, seats: Seats, stack: contextlib.ExitStack
+) -> tuple[RolloutGroup, RewardGroup]:
     """Launch the processes: all import their libraries at once, and take turns to load what they work with."""
-    rollout = RolloutGroup(config, report)
+    rollout = RolloutGroup(config, report, seats)
     stack.callback(rollout.close)
-    reward = RewardGroup(config, report)
+    reward = RewardGroup(config, report, seats)
     stack.callback(reward.close)
     return rollout, reward
 

@@ -71,6 +71,7 @@ class LearnerWorker(Worker):
         start = time.perf_counter()
         torch.set_num_threads(config.learner.threads)
         self._leads, ranks = rank == 0, Ranks()
+        self._shares_gpu = config.ray.placement == "colocated"
         if meeting is not None:
             backend = "nccl" if config.learner.gpus else "gloo"
             limits = config.ray.start_timeout_s, config.ray.call_timeout_s
@@ -133,7 +134,9 @@ class LearnerWorker(Worker):
 
     def compare(self, *shards: pa.Table) -> list[Agreement]:
         """Compare what engines generated with those weights with what the learner computes."""
-        return self._learner.probe().compare(trajectory.concat(shards))
+        agreements = self._learner.probe().compare(trajectory.concat(shards))
+        self._rest()
+        return agreements
 
     def save(self, path: str, state: RunState, config: str) -> None:
         """Write a checkpoint of the run.
@@ -155,11 +158,19 @@ class LearnerWorker(Worker):
 
     def _published(self, metrics: dict[str, float]) -> tuple[UpdateReport, WeightSnapshot | None]:
         """Return the weights; ranks but the first only say which they hold."""
+        self._rest()
         version = self._learner.policy_version
         if not self._leads:
             return UpdateReport(metrics, version, self._learner.weights_checksum()), None
         snapshot = self._learner.weights()
         return UpdateReport(metrics, version, snapshot.checksum), snapshot
+
+    def _rest(self) -> None:
+        """Give back what torch keeps of freed GPU memory: the engine that shares the GPU is about to wake."""
+        if self._shares_gpu:
+            import torch
+
+            torch.cuda.empty_cache()
 
 
 def write_trajectories(path: Path, table: pa.Table) -> None:

@@ -13,7 +13,7 @@ import ray
 
 from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.learner import LearnerStep, LearnerWorker
-from ppo_ray.actors.placement import learner_spec
+from ppo_ray.actors.placement import Seats, learner_spec
 from ppo_ray.actors.shards import Shards
 from ppo_ray.actors.watch import DependencyLost, Member
 from ppo_ray.agreement import Agreement
@@ -39,10 +39,10 @@ class Update:
 class LearnerGroup:
     """The learner, of one rank or several; what the loop calls `learner`."""
 
-    def __init__(self, config: Config, trajectories: Path, report: Report) -> None:
+    def __init__(self, config: Config, trajectories: Path, report: Report, seats: Seats | None = None) -> None:
         """Create the workers; `setup` loads their models. `trajectories` is the folder for the Parquet files."""
         self._config, self._trajectories, self._report = config, trajectories, report
-        self._group = ActorGroup(LearnerWorker, learner_spec(config), config.ray, report)
+        self._group = ActorGroup(LearnerWorker, learner_spec(config), config.ray, report, seats)
 
     def setup(self, checkpoint: Path | None = None) -> list[dict[str, float]]:
         """Load policy and reference, or go on from a checkpoint, and wait until all ranks are ready.

@@ -1,66 +1,70 @@
-"""From the config to what each actor asks of Ray; refuses what cannot fit."""
+"""From a plan's request to Ray: placement groups that are waited for and removed, and each actor's place in them."""
 
-from dataclasses import dataclass, field
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node, state
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ppo_ray import stopping
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
+from ppo_ray.plan import ActorSpec, ClusterShape, Node, Request, requested
+from ppo_ray.plan.assign import assign
+from ppo_ray.plan.demand import KINDS, Kind, actor_specs
+from ppo_ray.plan.request import Seat
 
-_PHASES = 3
-"""Generation, scoring and learning take turns, so each reserves a third of a CPU for each of its threads."""
+_POLL_S = 1.0  # signal handlers run between polls
 
 
 @dataclass(frozen=True)
-class ActorSpec:
-    """What one kind of actor needs."""
+class Seats:
+    """Where Ray is told to put actors; one that is not named here it puts where it likes."""
 
-    key: str
-    """The config section that says so: `rollout`, `reward` or `learner`."""
-    workers: int
-    threads: int
-    """CPU threads of each worker."""
-    gpus: float
-    """GPUs of each worker; below 1 they share one."""
-    environment: dict[str, str] = field(default_factory=dict)
+    seats: Mapping[str, Seat] = field(default_factory=dict)
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    """Ray's placement groups by name."""
 
-    @property
-    def num_cpus(self) -> float:
-        """CPUs each worker reserves; Ray counts in ten-thousandths."""
-        return int(self.threads / _PHASES * 10_000) / 10_000
-
-    def options(self, name: str) -> dict[str, object]:
-        """Return the `.options(...)` of one actor, which is never restarted behind its caller's back."""
-        environment = {
-            "OMP_NUM_THREADS": str(self.threads),
-            "RAYON_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        if not self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from an actor that asks for none
+    def options(self, actor: str) -> dict[str, Any]:
+        """Return the part of an actor's `.options(...)` that says where it goes; the same for its successors."""
+        if actor not in self.seats:
+            return {}
+        seat = self.seats[actor]
+        if seat.group is None:
+            return {"scheduling_strategy": "SPREAD"}
+        ranks = len(seat.bundles) > 1
         return {
-            "name": None,
-            "num_cpus": self.num_cpus,
-            "num_gpus": self.gpus,
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            "runtime_env": {"env_vars": {**environment, **self.environment, "PPO_RAY_WORKER": name}},
+            "num_cpus": seat.cpus,
+            "num_gpus": 0 if ranks else seat.gpus,  # of several bundles its ranks take the GPUs
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self.groups[seat.group], seat.bundles[0], placement_group_capture_child_tasks=ranks
+            ),
         }
 
 
 def rollout_spec(config: Config) -> ActorSpec:
     """Return what the rollout workers need; vLLM's environment must be set before their process imports it."""
-    environment: dict[str, str] = {}
-    if config.rollout.engine == "vllm":
-        from ppo_ray.engines.vllm import CPU_ENVIRONMENT, ENVIRONMENT
+    spec = actor_specs(config)["rollout"]
+    if config.rollout.engine != "vllm":
+        return spec
+    from ppo_ray.engines.vllm import CPU_ENVIRONMENT, ENVIRONMENT
 
-        environment = ENVIRONMENT | ({} if config.rollout.gpus else CPU_ENVIRONMENT)
-    return ActorSpec("rollout", config.rollout.workers, config.rollout.threads, config.rollout.gpus, environment)
+    environment = ENVIRONMENT | ({} if config.rollout.gpus else CPU_ENVIRONMENT)
+    if spec.ranks > 1:
+        gpus = requested(config).seat("rollout-0").gpus
+        bundles = ",".join(map(str, range(spec.ranks)))
+        environment |= {"VLLM_RAY_BUNDLE_INDICES": bundles, "VLLM_RAY_PER_WORKER_GPUS": f"{gpus:g}"}
+    return replace(spec, environment=environment)
 
 
 def reward_spec(config: Config) -> ActorSpec:
     """Return what the reward workers need."""
-    return ActorSpec("reward", config.reward.workers, config.reward.threads, config.reward.gpus)
+    return actor_specs(config)["reward"]
 
 
 def learner_spec(config: Config) -> ActorSpec:
@@ -73,27 +77,109 @@ def learner_spec(config: Config) -> ActorSpec:
             "MALLOC_TRIM_THRESHOLD_": "8000000000",
         }
     )
-    return ActorSpec("learner", config.learner.workers, config.learner.threads, config.learner.gpus, environment)
+    return replace(actor_specs(config)["learner"], environment=environment)
 
 
-def check_fit(specs: list[ActorSpec]) -> None:
-    """Check that the connected cluster can hold all actors at once.
+@contextlib.contextmanager
+def reserved(config: Config, kinds: Sequence[Kind] = KINDS) -> Iterator[Seats]:
+    """Reserve what the actors of some kinds need, and give it back at the end, whatever ends the block.
 
     Raises:
-        InputError: it has fewer CPUs or GPUs than the actors reserve; names demand, supply and config keys.
+        InputError: the cluster can never hold them, or has no room within `ray.start_timeout_s`; says what is needed
+            beside what is there.
+        Interrupted: the run is to be stopped.
     """
-    supply = ray.cluster_resources()
-    for resource, demand_of, option in (
-        ("CPU", lambda spec: spec.workers * spec.num_cpus, "threads"),
-        ("GPU", lambda spec: spec.workers * spec.gpus, "gpus"),
-    ):
-        demand = sum(demand_of(spec) for spec in specs)
-        if demand > supply.get(resource, 0) + 1e-6:
-            parts = ", ".join(
-                f"{spec.key}: {spec.workers} x {getattr(spec, option):g} (reserves {demand_of(spec):g})"
-                for spec in specs
+    request = requested(config, kinds)
+    check_fit(request)
+    with contextlib.ExitStack() as stack:
+        groups: dict[str, Any] = {}
+        for group in request.groups:
+            bundles = [bundle.resources() for bundle in group.bundles]
+            groups[group.name] = placement_group(bundles, strategy=group.strategy)
+            stack.callback(_remove, groups[group.name])
+        _wait(request, groups, config.ray.start_timeout_s)
+        yield Seats({seat.actor: seat for seat in request.seats}, groups)
+
+
+def check_fit(request: Request) -> None:
+    """Check that the connected cluster, were it empty, could hold all actors at once; it may yet grow by itself.
+
+    Raises:
+        InputError: it cannot; names demand, supply and config keys.
+    """
+    shortages = assign(request, connected_cluster()).shortages
+    if shortages and state.get_max_resources_from_cluster_config() is None:  # no autoscaler
+        lines = "\n".join(f"  {shortage}" for shortage in shortages)
+        raise InputError(f"the cluster cannot hold the actors, nothing was started\n{lines}\n{_supply()}")
+
+
+def connected_cluster(gpu_memory: int | None = None) -> ClusterShape:
+    """Describe the nodes of the connected cluster that are alive.
+
+    Args:
+        gpu_memory: bytes of each GPU, which Ray does not know.
+    """
+    nodes = []
+    for node in sorted(_alive(), key=lambda node: str(node["NodeManagerAddress"])):
+        resources = node["Resources"]
+        store = int(resources.get("object_store_memory", 0))
+        memory = int(resources.get("memory", 0)) + store  # Ray keeps the store apart
+        nodes.append(
+            Node(
+                f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})",
+                resources.get("CPU", 0.0),
+                int(resources.get("GPU", 0)),
+                memory,
+                gpu_memory,
+                store,
+            )
+        )
+    return ClusterShape(tuple(nodes))
+
+
+def _wait(request: Request, groups: Mapping[str, Any], limit_s: float) -> None:
+    """Wait until all groups have room."""
+    deadline = time.monotonic() + limit_s
+    waiting = dict(groups)
+    while waiting:
+        stopping.check()
+        left = max(min(_POLL_S, deadline - time.monotonic()), 0.01)
+        name, group = next(iter(waiting.items()))
+        if group.wait(left):
+            del waiting[name]
+        elif time.monotonic() > deadline:
+            wanted = "; ".join(
+                f"{group.name} wants {_shown(group)}" for group in request.groups if group.name in waiting
             )
             raise InputError(
-                f"the actors need {demand:g} {resource}s but Ray has {supply.get(resource, 0):g} ({parts}); "
-                f"lower workers or {option} of these sections, or add nodes"
+                f"no room for the actors within {limit_s:g} s (ray.start_timeout_s): {wanted}. Lower workers, threads "
+                f"or gpus of these sections, wait until others are done, or add nodes\n{_supply()}"
             )
+
+
+def _shown(group: Any) -> str:
+    bundle, number = group.bundles[0], len(group.bundles)
+    where = "" if number == 1 else " on one node" if group.strategy == "STRICT_PACK" else " on few nodes"
+    return f"{number} x ({bundle.cpus:g} CPUs, {bundle.gpus:g} GPUs){where}"
+
+
+def _supply() -> str:
+    """Say what each node has and what of it is free, a line each."""
+    free = available_resources_per_node()
+    lines = []
+    for node in _alive():
+        left = free.get(node["NodeID"], {})
+        figures = ", ".join(
+            f"{node['Resources'].get(key, 0):g} {key}s, {left.get(key, 0):g} free" for key in ("CPU", "GPU")
+        )
+        lines.append(f"  node {node['NodeManagerAddress']} ({node['NodeID'][:6]}): {figures}")
+    return "\n".join(["the cluster has", *lines])
+
+
+def _alive() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _remove(group: Any) -> None:
+    with contextlib.suppress(ray.exceptions.RayError):
+        remove_placement_group(group)

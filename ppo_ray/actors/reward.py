@@ -7,7 +7,7 @@ import ray
 
 from ppo_ray import trajectory
 from ppo_ray.actors.group import ActorGroup
-from ppo_ray.actors.placement import reward_spec
+from ppo_ray.actors.placement import Seats, reward_spec
 from ppo_ray.actors.shards import Shards
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config
@@ -61,10 +61,10 @@ class RewardWorker(Worker):
 class RewardGroup:
     """All reward workers; what the loop calls `reward`."""
 
-    def __init__(self, config: Config, report: Report) -> None:
+    def __init__(self, config: Config, report: Report, seats: Seats | None = None) -> None:
         """Create the workers; `setup` loads their classifiers."""
         self._config = config
-        self._group = ActorGroup(RewardWorker, reward_spec(config), config.ray, report)
+        self._group = ActorGroup(RewardWorker, reward_spec(config), config.ray, report, seats)
 
     def setup(self) -> list[dict[str, float]]:
         """Load all classifiers at once and wait until they are ready."""

@@ -8,7 +8,7 @@ import ray
 
 from ppo_ray import trajectory
 from ppo_ray.actors.group import ActorGroup
-from ppo_ray.actors.placement import rollout_spec
+from ppo_ray.actors.placement import Seats, rollout_spec
 from ppo_ray.actors.shards import ShardCall, Shards
 from ppo_ray.actors.watch import DependencyLost, Member
 from ppo_ray.actors.worker import CONTROL, Worker
@@ -34,6 +34,7 @@ class RolloutWorker(Worker):
         self._tokenizer = load_tokenizer(config.model.path, config.model.trust)
         stop_ids = (self._tokenizer.eos_token_id,) if config.rollout.stop_at_eos else ()
         self._sampling = Sampling(config.rollout.temperature, stop_ids)
+        self._rest()
         return {"time/engine_start_s": time.perf_counter() - start}
 
     @ray.method(num_returns=2)
@@ -46,6 +47,7 @@ class RolloutWorker(Worker):
             for sample_id, prompt_ids, limit in zip(prompts.sample_ids, prompts.prompt_ids, limits, strict=True)
         ]
         completions = self._engine.generate(requests, self._sampling)
+        self._rest()
         rows = [
             {
                 "sample_id": sample_id,
@@ -74,6 +76,11 @@ class RolloutWorker(Worker):
         if hasattr(self, "_engine"):
             self._engine.close()
 
+    def _rest(self) -> None:
+        """Leave the GPU to those that share it, until this worker's next turn."""
+        if self._config.ray.placement == "colocated":
+            self._engine.sleep()
+
     def _drawn_limit(self, seed: int, step: int, sample_id: int) -> int:
         shortest, longest = self._config.rollout.min_response_tokens, self._config.rollout.max_response_tokens
         return shortest + derive_seed(seed, "response_length", step, sample_id) % (longest - shortest + 1)
@@ -90,10 +97,10 @@ class RolloutWorker(Worker):
 class RolloutGroup:
     """All rollout workers; what the loop calls `rollout`."""
 
-    def __init__(self, config: Config, report: Report) -> None:
+    def __init__(self, config: Config, report: Report, seats: Seats | None = None) -> None:
         """Create the workers; `setup` starts their engines."""
         self._config = config
-        self._group = ActorGroup(RolloutWorker, rollout_spec(config), config.ray, report)
+        self._group = ActorGroup(RolloutWorker, rollout_spec(config), config.ray, report, seats)
         self._group.brought_up = self._catch_up
         self._weights: PublishedWeights | None = None
 
@@ -174,5 +181,7 @@ def _start_engine(config: Config) -> Engine:
         dtype=rollout.dtype,
         max_context=rollout.max_context,
         kv_cache_mib=rollout.kv_cache_mib,
+        tensor_parallel=rollout.tensor_parallel,
+        may_sleep=config.ray.placement == "colocated",
         trust=config.model.trust,
     )

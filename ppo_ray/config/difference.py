@@ -8,7 +8,8 @@ from ppo_ray.config.run import Config
 
 MAY_CHANGE = (
     *("steps", "output_dir", "resume", "checkpoint.*", "ray.*", "evaluation.num_samples"),
-    *("rollout.workers", "rollout.threads", "rollout.gpus", "rollout.kv_cache_mib", "rollout.self_check"),
+    *("rollout.workers", "rollout.threads", "rollout.gpus", "rollout.tensor_parallel", "rollout.kv_cache_mib"),
+    "rollout.self_check",
     *("reward.workers", "reward.threads", "reward.gpus", "reward.batch_size"),
     *("learner.workers", "learner.threads", "learner.gpus", "learner.microbatch_tokens"),
 )

@@ -3,7 +3,7 @@
 Defaults are TRL 0.11's where TRL has the option; its name follows "TRL:".
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -139,9 +139,34 @@ def _contradictions(config: Config) -> list[Contradiction]:
         "give reward.path (a classifier) or reward.function (a Python function), "
         + ("one of them" if reward.path is None else "not both"),
     )
+    _check_placement(config, refuse_unless)
     refuse_unless(
         evaluation.num_samples <= evaluation.num_prompts or evaluation.num_prompts == 0,
         ("evaluation.num_samples", "evaluation.num_prompts"),
         f"{evaluation.num_samples} exceeds evaluation.num_prompts={evaluation.num_prompts}",
     )
     return found
+
+
+def _check_placement(config: Config, refuse_unless: Callable[[bool, tuple[str, ...], str], None]) -> None:
+    """Find contradictions of who sits on which GPUs."""
+    rollout, learner, ranks = config.rollout, config.learner, config.rollout.tensor_parallel
+    refuse_unless(
+        ranks == 1 or (rollout.engine == "vllm" and rollout.gpus == 1),
+        ("rollout.tensor_parallel", "rollout.engine", "rollout.gpus"),
+        f"{ranks} ranks need rollout.engine=vllm and rollout.gpus=1, a whole GPU each; vLLM has no ranks on CPUs",
+    )
+    if config.ray.placement == "apart":
+        return
+    refuse_unless(
+        bool(rollout.gpus) == bool(learner.gpus) and max(rollout.gpus, learner.gpus, config.reward.gpus) <= 1,
+        ("ray.placement", "rollout.gpus", "learner.gpus", "reward.gpus"),
+        "colocated shares each GPU between an engine, a learner rank and rewards: set rollout.gpus and learner.gpus to "
+        "1 both, or to 0 both",
+    )
+    refuse_unless(
+        learner.workers <= rollout.workers * ranks,
+        ("ray.placement", "learner.workers", "rollout.workers", "rollout.tensor_parallel"),
+        f"colocated puts each learner rank beside an engine's: {learner.workers} ranks need as many of "
+        f"rollout.workers={rollout.workers} x rollout.tensor_parallel={ranks}",
+    )

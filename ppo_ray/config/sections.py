@@ -67,7 +67,9 @@ class RolloutConfig(Section):
     threads: int = Field(default=1, ge=1)
     """CPU threads per worker. workers x threads must not exceed the machine's CPUs."""
     gpus: float = Field(default=0.0, ge=0)
-    """GPUs per worker; a fraction lets actors share one."""
+    """GPUs per worker, or per rank of one (tensor_parallel); a fraction lets actors share one."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks of each vLLM worker that share one copy of the policy, all on one node, each on a GPU of its own."""
     batch_size: int = Field(default=128, ge=1)
     """Responses a step, over all workers. TRL: `batch_size`."""
     min_response_tokens: int = Field(default=4, ge=1)
@@ -138,10 +140,13 @@ class RayConfig(Section):
 
     address: str | None = None
     """Of a running cluster, e.g. "auto" or "10.0.0.1:6379"; null: a local Ray, or in `ray job submit` the job's own."""
+    placement: Literal["apart", "colocated"] = "apart"
+    """apart: every worker has its own GPUs. colocated: learner ranks and reward workers sit on the rollout workers'
+    GPUs, each with an equal share, and engines sleep while the learner works. See docs/placement.md."""
     object_store_mib: int = Field(default=2048, ge=80)
     """Shared memory of a local Ray's object store, MiB."""
     start_timeout_s: float = Field(default=300.0, gt=0)
-    """Longest start of an actor, seconds: placement, loading of its model."""
+    """Longest start of an actor, seconds: until the cluster has room for it, and until its model is loaded."""
     call_timeout_s: float = Field(default=1800.0, gt=0)
     """Longest call of an actor, seconds; one that takes longer is taken for dead."""
     ping_timeout_s: float = Field(default=60.0, gt=0)

@@ -64,6 +64,13 @@ class Engine(Protocol):
         """
         ...
 
+    def sleep(self) -> None:
+        """Leave the GPU to others; the next `generate` or `load_weights` wakes the engine, with the weights it had.
+
+        On a CPU it changes nothing.
+        """
+        ...
+
     def close(self) -> None:
         """Free what the engine holds; it cannot be used afterwards."""
         ...

@@ -33,6 +33,7 @@ class HFEngine:
         """
         if not requests:
             return []
+        self._model.to(self._device)
         check_requests(requests, self._model.config.get_text_config().vocab_size, self._max_context)
         longest = max(len(request.prompt_ids) for request in requests)
         input_ids, attention_mask = self._left_padded(requests, longest)  # [B, P]
@@ -81,10 +82,17 @@ class HFEngine:
             differing = sorted(parameters.keys() ^ tensors.keys())
             raise WorkerError(f"the snapshot is of another model: {len(differing)} names differ, e.g. {differing[:3]}")
         self.policy_version = -1
+        self._model.to(self._device)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
         self.policy_version = snapshot.policy_version
+
+    def sleep(self) -> None:
+        """Move the weights to the host's memory; see `Engine.sleep`."""
+        self._model.to("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Free the model."""

@@ -49,6 +49,8 @@ class VLLMEngine:
         max_num_seqs: int = 128,
         kv_cache_mib: int = 512,
         seed: int = 0,
+        tensor_parallel: int = 1,
+        may_sleep: bool = False,
         trust: Trust = NO_TRUST,
     ) -> None:
         """Load the model.
@@ -58,13 +60,17 @@ class VLLMEngine:
             dtype: `"float32"` or `"bfloat16"`; log-probabilities match the learner's to 1e-4 or to 0.4.
             max_context: prompt and response tokens of one sequence at most.
             max_num_seqs: sequences decoded at once at most.
-            kv_cache_mib: memory for keys and values, MiB.
+            kv_cache_mib: memory for keys and values, MiB, of each rank.
             seed: vLLM's own seed; the responses depend on their requests' seeds alone.
+            tensor_parallel: ranks that share the model; above 1 they are Ray actors in this one's placement group.
+            may_sleep: whether `sleep` will be called, for which a GPU's memory is set up in another way.
             trust: what its folder may do.
         """
         import vllm
 
         self.policy_version = -1
+        self._asleep: set[str] = set()
+        on_gpu = torch.cuda.is_available()
         self._llm: Any = vllm.LLM(
             model=path,
             dtype=dtype,
@@ -72,14 +78,17 @@ class VLLMEngine:
             max_model_len=max_context,
             max_num_seqs=max_num_seqs,
             kv_cache_memory_bytes=kv_cache_mib << 20,
-            enforce_eager=not torch.cuda.is_available(),
+            enforce_eager=not on_gpu,
+            enable_sleep_mode=may_sleep and on_gpu,  # on a CPU it is refused, and sleep ignored
+            tensor_parallel_size=tensor_parallel,
+            **({"distributed_executor_backend": "ray"} if tensor_parallel > 1 else {}),
             skip_tokenizer_init=True,
             trust_remote_code=trust.remote_code,
             load_format="auto" if trust.pickles else "safetensors",
             disable_log_stats=True,
             # log-probabilities of the distribution that was sampled from: after the temperature
             logprobs_mode="processed_logprobs",
-            **({} if torch.cuda.is_available() else {"block_size": _BLOCK_SIZE}),
+            **({} if on_gpu else {"block_size": _BLOCK_SIZE}),
         )
         config = self._llm.llm_engine.model_config.hf_text_config
         self._tied_head = bool(getattr(config, "tie_word_embeddings", False))
@@ -95,6 +104,7 @@ class VLLMEngine:
         import vllm
 
         check_requests(requests, self._vocab_size, self._max_context)
+        self._wake("weights", "kv_cache")
         self._llm.reset_prefix_cache()  # what was asked before must not change the last bits of what is asked now
         outputs = self._llm.generate(
             [vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests],
@@ -123,7 +133,10 @@ class VLLMEngine:
             # and no error would tell.
             tensors["lm_head.weight"] = tensors[_embedding_name(tensors)]
         self.policy_version = -1
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
+        self._wake("weights")
+        # a list: ranks in processes of their own cannot be sent an iterator
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(tensors.items())})
+        self._wake("kv_cache")  # only now: while weights are loaded some of them are there twice
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise WorkerError(
                 "vLLM did not drop its prefix cache after new weights; its answers would mix two policies"
@@ -131,6 +144,21 @@ class VLLMEngine:
         if hasattr(self._llm, "update_weight_version"):
             self._llm.update_weight_version(str(snapshot.policy_version))
         self.policy_version = snapshot.policy_version
+
+    def sleep(self) -> None:
+        """Keep the weights in the host's memory and drop the KV cache; see `Engine.sleep`.
+
+        vLLM's level 1: level 2 drops the weights too, but the same weights may be asked again before others come.
+        """
+        if not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = {"weights", "kv_cache"}
+
+    def _wake(self, *parts: str) -> None:
+        """Bring back what is asleep of `weights` and `kv_cache`; when both are there, vLLM takes requests again."""
+        if asleep := [part for part in parts if part in self._asleep]:
+            self._llm.wake_up(asleep)
+            self._asleep -= set(asleep)
 
     def close(self) -> None:
         """Free the model and its caches."""

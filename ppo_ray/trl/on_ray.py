@@ -13,7 +13,7 @@ import torch
 
 from ppo_ray import trajectory
 from ppo_ray.actors.learner_group import LearnerGroup
-from ppo_ray.actors.placement import check_fit, learner_spec, rollout_spec
+from ppo_ray.actors.placement import reserved
 from ppo_ray.actors.rollout import RolloutGroup
 from ppo_ray.actors.session import ray_session
 from ppo_ray.config import Config, load_config
@@ -74,11 +74,11 @@ class OnRay:
             self._config = _ray_config(config, folder, options)
             _write_models(self._config, model, ref_model, tokenizer)
             stack.enter_context(ray_session(self._config.ray))
-            check_fit([rollout_spec(self._config), learner_spec(self._config)])
-            self._rollout = RolloutGroup(self._config, _log_event)
+            seats = stack.enter_context(reserved(self._config, ["rollout", "learner"]))
+            self._rollout = RolloutGroup(self._config, _log_event, seats)
             stack.callback(self._rollout.close)
             self._rollout.setup()
-            self._learner = LearnerGroup(self._config, Path(folder), _log_event)
+            self._learner = LearnerGroup(self._config, Path(folder), _log_event, seats)
             stack.callback(self._learner.close)
             self._learner.setup()
             self._rollout.load_weights(self._learner.weights())

@@ -1,0 +1,210 @@
+"""Where on a cluster a request fits, and what does not: Ray's own rules, tried on paper.
+
+Ray decides when the run starts; on an empty cluster it packs and spreads by the same rules, though among like nodes it
+may choose others.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ppo_ray.plan.cluster import ClusterShape
+from ppo_ray.plan.request import Bundle, Group, Request
+
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one bundle, or an actor without a group, goes."""
+
+    node: int
+    """Index into the cluster's nodes."""
+    gpus: tuple[int, ...]
+    """The node's GPUs that it uses, by index."""
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Something that is needed and is not there."""
+
+    what: str
+    """Who needs it, e.g. `rollout-1 on one node`."""
+    resource: str
+    """E.g. `GPUs`, `GiB of GPU memory`."""
+    demand: float
+    supply: float
+    remedy: str
+    """What to change, by config key."""
+    where: str = "the cluster has"
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.demand:g} {self.resource} needed, {self.where} {self.supply:g}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Where everything of a request goes."""
+
+    places: dict[str, tuple[Place, ...]]
+    """By actor: a place for each of its bundles; an actor that has no room is not there."""
+    shortages: tuple[Shortage, ...]
+
+
+def assign(request: Request, cluster: ClusterShape) -> Assignment:
+    """Put groups, then the actors without one, onto the nodes of an empty cluster."""
+    nodes = [_Free(node.cpus, (1.0,) * node.gpus) for node in cluster.nodes]
+    shortages = list(_total_shortages(request, cluster))
+    reported = bool(shortages)
+    bundles: dict[str, tuple[Place, ...]] = {}
+    for group in request.groups:
+        found = _strict(group, nodes) if group.strategy == "STRICT_PACK" else _packed(group, nodes)
+        if found is not None:
+            bundles[group.name] = found
+        elif not reported:
+            shortages.append(_group_shortage(group, nodes))
+    places = {
+        seat.actor: tuple(bundles[seat.group][index] for index in seat.bundles)
+        for seat in request.seats
+        if seat.group in bundles
+    }
+    counts: dict[tuple[str, int], int] = {}
+    for seat in request.seats:
+        if seat.group is not None:
+            continue
+        place = _spread(Bundle(seat.cpus, seat.gpus), nodes, seat.kind, counts)
+        if place is not None:
+            places[seat.actor] = (place,)
+        elif not reported:
+            shortages.append(_group_shortage(Group(seat.actor, "PACK", (Bundle(seat.cpus, seat.gpus),)), nodes))
+    return Assignment(places, tuple(shortages))
+
+
+@dataclass(frozen=True)
+class _Free:
+    """What is left of a node."""
+
+    cpus: float
+    gpus: tuple[float, ...]
+    """Of each GPU."""
+
+    def without(self, bundle: Bundle) -> "tuple[_Free, tuple[int, ...]] | None":
+        """Return what a bundle leaves and the GPUs that it takes; None if it does not fit."""
+        if bundle.cpus > self.cpus + _TOLERANCE:
+            return None
+        number, part = (int(bundle.gpus), 1.0) if bundle.gpus >= 1 else (int(bundle.gpus > 0), bundle.gpus)
+        fitting = [index for index, free in enumerate(self.gpus) if free >= part - _TOLERANCE]
+        taken = tuple(sorted(fitting, key=lambda index: (self.gpus[index], index))[:number])  # the fullest first
+        if len(taken) < number:
+            return None
+        gpus = tuple(max(free - part, 0.0) if index in taken else free for index, free in enumerate(self.gpus))
+        return _Free(self.cpus - bundle.cpus, gpus), taken
+
+    def take(self, bundles: Sequence[Bundle]) -> "tuple[_Free, list[tuple[int, ...]]]":
+        """Return what the first of the bundles leave, as many as fit, and the GPUs of each."""
+        free, taken = self, []
+        for bundle in bundles:
+            if (found := free.without(bundle)) is None:
+                break
+            free, gpus = found
+            taken.append(gpus)
+        return free, taken
+
+
+def _strict(group: Group, nodes: list[_Free]) -> tuple[Place, ...] | None:
+    """Put all bundles on one node, on the fullest that holds them."""
+    fits = []
+    for index, node in enumerate(nodes):
+        free, taken = node.take(group.bundles)
+        if len(taken) == len(group.bundles):
+            fits.append((sum(free.gpus), free.cpus, index, free, taken))
+    if not fits:
+        return None
+    *_, index, free, taken = min(fits, key=lambda fit: fit[:3])
+    nodes[index] = free
+    return tuple(Place(index, gpus) for gpus in taken)
+
+
+def _packed(group: Group, nodes: list[_Free]) -> tuple[Place, ...] | None:
+    """Put the bundles on as few nodes as possible; the bundles are alike."""
+    tried, places, left = list(nodes), [], list(group.bundles)
+    while left:
+        takes = [node.take(left) for node in tried]
+        whole = [index for index, (_, taken) in enumerate(takes) if len(taken) == len(left)]
+        index = (
+            min(whole, key=lambda index: (sum(takes[index][0].gpus), takes[index][0].cpus))
+            if whole
+            else max(range(len(tried)), key=lambda index: len(takes[index][1]))
+        )
+        tried[index], taken = takes[index]
+        if not taken:
+            return None
+        places += [Place(index, gpus) for gpus in taken]
+        left = left[len(taken) :]
+    nodes[:] = tried
+    return tuple(places)
+
+
+def _spread(bundle: Bundle, nodes: list[_Free], kind: str, counts: dict[tuple[str, int], int]) -> Place | None:
+    """Put an actor where fewest of its kind are, and most CPUs are free."""
+    fits = [(index, found) for index, node in enumerate(nodes) if (found := node.without(bundle))]
+    if not fits:
+        return None
+    index, (free, gpus) = min(fits, key=lambda fit: (counts.get((kind, fit[0]), 0), -nodes[fit[0]].cpus))
+    nodes[index] = free
+    counts[kind, index] = counts.get((kind, index), 0) + 1
+    return Place(index, gpus)
+
+
+def _total_shortages(request: Request, cluster: ClusterShape) -> Iterator[Shortage]:
+    """Compare all that is asked for with all that there is."""
+    for resource, demand, supply, option in (
+        ("CPUs", request.cpus, cluster.cpus, "threads"),
+        ("GPUs", request.gpus, float(cluster.gpus), "gpus"),
+    ):
+        if demand > supply + _TOLERANCE:
+            remedy = f"lower workers or {option} of {_kinds(request)}, or add nodes"
+            if resource == "GPUs" and any(group.name == "learner" for group in request.groups):
+                remedy += ", or let them share GPUs (ray.placement=colocated)"
+            yield Shortage(f"all actors together ({_parts(request, resource)})", resource, demand, supply, remedy)
+
+
+def _group_shortage(group: Group, nodes: list[_Free]) -> Shortage:
+    """Say what of a group does not fit although there is enough in all; by the node that comes closest."""
+    demand = group.bundles if group.strategy == "STRICT_PACK" else group.bundles[:1]
+    cpus, gpus = sum(bundle.cpus for bundle in demand), sum(bundle.gpus for bundle in demand)
+    lacks = []
+    for node in nodes:
+        usable = _usable(node, demand[0].gpus)
+        lacks.append((gpus > usable + _TOLERANCE, cpus > node.cpus + _TOLERANCE, usable, node.cpus))
+    lacking_gpus, _, free_gpus, free_cpus = min(lacks, key=lambda lack: (lack[0] + lack[1], -lack[2], -lack[3]))
+    kind = group.name.partition("-")[0]
+    tensor = " or rollout.tensor_parallel" if len(demand) > 1 else ""
+    what = f"{group.name} on one node"
+    where = "the node that comes closest has left"
+    if lacking_gpus:
+        remedy = f"lower {kind}.gpus, {kind}.workers{tensor}, or take nodes with more GPUs"
+        return Shortage(what, "GPUs", gpus, free_gpus, remedy, where)
+    remedy = f"lower {kind}.threads, {kind}.workers{tensor}, or take nodes with more CPUs"
+    return Shortage(what, "CPUs", cpus, free_cpus, remedy, where)
+
+
+def _usable(node: _Free, part: float) -> float:
+    """Return how much of a node's GPUs is left for bundles that take `part` of one each."""
+    if part >= 1:
+        return float(sum(free >= 1 - _TOLERANCE for free in node.gpus))
+    return max(node.gpus, default=0.0)
+
+
+def _kinds(request: Request) -> str:
+    return ", ".join(dict.fromkeys(seat.kind for seat in request.seats))
+
+
+def _parts(request: Request, resource: str) -> str:
+    """Say what each kind of actor asks for."""
+    parts = []
+    for kind in dict.fromkeys(seat.kind for seat in request.seats):
+        seats = [seat for seat in request.seats if seat.kind == kind]
+        ranks = len(seats[0].bundles) or 1
+        each = (seats[0].cpus if resource == "CPUs" else seats[0].gpus) * ranks
+        parts.append(f"{kind}: {len(seats)} x {each:g}")
+    return ", ".join(parts)

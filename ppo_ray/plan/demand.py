@@ -1,0 +1,72 @@
+"""What the actors of each kind need of a machine, and what they reserve of its CPUs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ppo_ray.config import Config
+
+Kind = Literal["rollout", "reward", "learner"]
+KINDS: tuple[Kind, ...] = ("rollout", "reward", "learner")
+
+PHASES = 3
+"""Generation, scoring and learning take turns, so each reserves a third of a CPU for each of its threads. All of Ray's
+arithmetic of CPUs is here and in `ActorSpec.num_cpus`: phases that ran at the same time would be fewer turns."""
+PRECISION = 10_000
+"""Ray counts resources in ten-thousandths."""
+
+
+@dataclass(frozen=True)
+class ActorSpec:
+    """What one kind of actor needs."""
+
+    key: str
+    """The config section that says so: `rollout`, `reward` or `learner`."""
+    workers: int
+    threads: int
+    """CPU threads of each worker's processes."""
+    gpus: float
+    """GPUs of each worker, those of all its ranks; below 1 they share one."""
+    environment: dict[str, str] = field(default_factory=dict)
+    ranks: int = 1
+    """Processes of each worker that share its model, each on a GPU of its own (tensor parallelism)."""
+
+    @property
+    def num_cpus(self) -> float:
+        """CPUs each worker reserves."""
+        return self.rank_cpus * self.ranks
+
+    @property
+    def rank_cpus(self) -> float:
+        """CPUs each rank of a worker reserves."""
+        return int(self.threads / PHASES * PRECISION) / PRECISION
+
+    def options(self, name: str) -> dict[str, object]:
+        """Return the `.options(...)` of one actor, which is never restarted behind its caller's back."""
+        environment = {
+            "OMP_NUM_THREADS": str(self.threads),
+            "RAYON_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if not self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from an actor that asks for none
+        return {
+            "name": None,
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": {**environment, **self.environment, "PPO_RAY_WORKER": name}},
+        }
+
+
+def actor_specs(config: Config, kinds: Sequence[Kind] = KINDS) -> dict[str, ActorSpec]:
+    """Return what the actors of some kinds need; their environments are the launch's business."""
+    rollout, reward, learner = config.rollout, config.reward, config.learner
+    ranks = rollout.tensor_parallel
+    specs = {
+        "rollout": ActorSpec("rollout", rollout.workers, rollout.threads, rollout.gpus * ranks, ranks=ranks),
+        "reward": ActorSpec("reward", reward.workers, reward.threads, reward.gpus),
+        "learner": ActorSpec("learner", learner.workers, learner.threads, learner.gpus),
+    }
+    return {kind: specs[kind] for kind in kinds}

@@ -1,0 +1,159 @@
+"""The plan of a run: who goes where, what memory that takes, what does not fit."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ppo_ray.config import Config
+from ppo_ray.plan.assign import Assignment, Place, Shortage, assign
+from ppo_ray.plan.cluster import GIB, ClusterShape
+from ppo_ray.plan.memory import Device, Term, disk_terms, learner_terms, reward_terms, rollout_terms, store_terms
+from ppo_ray.plan.request import Request, Seat, requested
+from ppo_ray.plan.sizes import ModelSizes
+
+_REMEDIES = {
+    "learner": "learner.microbatch_tokens",
+    "rollout": "rollout.kv_cache_mib, rollout.dtype=bfloat16, more rollout.tensor_parallel",
+    "reward": "reward.batch_size",
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Memory that is needed somewhere, beside what is there."""
+
+    name: str
+    """E.g. `node-0`, `node-0 GPU 1`."""
+    needed: int
+    """Bytes."""
+    available: int | None
+    """Bytes; None: not known."""
+    actors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before a run."""
+
+    cluster: ClusterShape
+    request: Request
+    """What Ray will be asked for."""
+    assignment: Assignment
+    terms: dict[str, tuple[Term, ...]]
+    """By actor; of each of its ranks."""
+    gpus: tuple[Need, ...]
+    """Every GPU that is used."""
+    nodes: tuple[Need, ...]
+    """Every node's memory, its object store included."""
+    stores: tuple[Need, ...]
+    """Every node's object store."""
+    store_terms: tuple[Term, ...]
+    disk_terms: tuple[Term, ...]
+    shortages: tuple[Shortage, ...]
+    """What does not fit."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything has room."""
+        return not self.shortages
+
+
+def plan(config: Config, cluster: ClusterShape, sizes: ModelSizes) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: of the run.
+        cluster: empty.
+        sizes: of the config's models.
+    """
+    request = requested(config)
+    assignment = assign(request, cluster)
+    terms = {seat.actor: tuple(_terms(config, sizes, seat)) for seat in request.seats}
+    stored = tuple(store_terms(config, sizes))
+    takes_turns = config.ray.placement == "colocated"
+    gpus = tuple(_gpu_needs(cluster, assignment, request, terms, takes_turns))
+    stores = tuple(_store_needs(cluster, assignment, stored))
+    nodes = tuple(_node_needs(cluster, assignment, terms, {need.name: need.needed for need in stores}))
+    memory = [
+        *_memory_shortages(gpus, "GiB of GPU memory"),
+        *_memory_shortages(nodes, "GiB of memory"),
+        *_memory_shortages(stores, "GiB of object store"),
+    ]
+    shortages = (*assignment.shortages, *memory)
+    disk = tuple(disk_terms(config, sizes))
+    return Plan(cluster, request, assignment, terms, gpus, nodes, stores, stored, disk, shortages)
+
+
+def _terms(config: Config, sizes: ModelSizes, seat: Seat) -> Iterable[Term]:
+    if seat.kind == "learner":
+        return learner_terms(config, sizes, int(seat.actor.rpartition("-")[2]))
+    return rollout_terms(config, sizes) if seat.kind == "rollout" else reward_terms(config, sizes)
+
+
+def _gpu_needs(
+    cluster: ClusterShape,
+    assignment: Assignment,
+    request: Request,
+    terms: dict[str, tuple[Term, ...]],
+    takes_turns: bool,
+) -> Iterator[Need]:
+    """Add up every GPU: who shares one by turns counts with what it keeps, and the hungriest of all at its work."""
+    users: dict[tuple[int, int], list[str]] = {}
+    for seat in request.seats:
+        for place in assignment.places.get(seat.actor, ()):
+            for gpu in place.gpus if seat.gpus else ():
+                users.setdefault((place.node, gpu), []).append(seat.actor)
+    for (node, gpu), actors in sorted(users.items()):
+        kept = sum(total(terms[actor], "gpu") - at_work(terms[actor]) for actor in actors)
+        working = [at_work(terms[actor]) for actor in actors]
+        needed = kept + (max(working) if takes_turns else sum(working))
+        name = f"{cluster.nodes[node].name} GPU {gpu}"
+        yield Need(name, needed, cluster.nodes[node].gpu_memory, tuple(actors))
+
+
+def _store_needs(cluster: ClusterShape, assignment: Assignment, stored: tuple[Term, ...]) -> Iterator[Need]:
+    for index, node in enumerate(cluster.nodes):
+        actors = _on(index, assignment)
+        uses = any(not actor.startswith("reward-") for actor in actors)
+        yield Need(node.name, total(stored, "host") if uses else 0, node.store, actors)
+
+
+def _node_needs(
+    cluster: ClusterShape,
+    assignment: Assignment,
+    terms: dict[str, tuple[Term, ...]],
+    stores: dict[str, int],
+) -> Iterator[Need]:
+    """Add up every node: memory that a process frees on the host it mostly keeps, so nobody takes turns."""
+    for index, node in enumerate(cluster.nodes):
+        ranks = [actor for actor, places in assignment.places.items() for place in places if place.node == index]
+        needed = sum(total(terms[actor], "host") for actor in ranks) + stores[node.name]
+        yield Need(node.name, needed, node.memory, _on(index, assignment))
+
+
+def _on(node: int, assignment: Assignment) -> tuple[str, ...]:
+    return tuple(actor for actor, places in assignment.places.items() if any(place.node == node for place in places))
+
+
+def _memory_shortages(needs: Iterable[Need], resource: str) -> Iterator[Shortage]:
+    for need in needs:
+        if need.available is not None and need.needed > need.available:
+            kinds = dict.fromkeys(actor.rpartition("-")[0] for actor in need.actors)
+            if resource == "GiB of object store":
+                remedy = "raise ray.object_store_mib, or the nodes' --object-store-memory"
+            else:
+                remedy = f"lower {'; '.join(_REMEDIES[kind] for kind in kinds)}; or take larger ones"
+            figures = need.needed / GIB, need.available / GIB
+            yield Shortage(f"{need.name} ({', '.join(need.actors)})", resource, *figures, remedy, "it has")
+
+
+def total(terms: Iterable[Term], device: Device) -> int:
+    """Return the bytes of all terms on a device."""
+    return sum(term.num_bytes for term in terms if term.device == device)
+
+
+def at_work(terms: Iterable[Term]) -> int:
+    """Return the bytes on a GPU that an actor gives back when its turn is over."""
+    return sum(term.num_bytes for term in terms if term.device == "gpu" and term.when == "at work")
+
+
+__all__ = ["Need", "Place", "Plan", "plan"]

@@ -1,0 +1,158 @@
+"""What Ray is asked for: placement groups, and each actor's seat in one of them or anywhere.
+
+Apart, every rollout worker has a placement group of its own, one bundle a rank, all on one node; the learner's ranks
+share one that is packed; reward workers are spread and need none. Colocated, learner ranks and reward workers sit in
+the bundles of the rollout workers and take equal shares of their GPUs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ppo_ray.config import Config
+from ppo_ray.plan.demand import KINDS, PRECISION, ActorSpec, Kind, actor_specs
+
+Strategy = Literal["STRICT_PACK", "PACK"]
+Slot = tuple[str, int]
+"""A bundle by its group's name and its index there."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Resources that are reserved together, on one node."""
+
+    cpus: float
+    gpus: float
+
+    def resources(self) -> dict[str, float]:
+        """Return it as Ray's placement groups take it."""
+        return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount}
+
+
+@dataclass(frozen=True)
+class Group:
+    """A placement group: its bundles are reserved all or none."""
+
+    name: str
+    strategy: Strategy
+    """STRICT_PACK: all bundles on one node; PACK: on as few nodes as possible."""
+    bundles: tuple[Bundle, ...]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where one actor sits, and what it takes there."""
+
+    actor: str
+    """Its name, e.g. `rollout-0`."""
+    cpus: float
+    gpus: float
+    """Of each bundle that it has, or of a node."""
+    group: str | None = None
+    """None: in no group, on whichever node has the fewest of its kind."""
+    bundles: tuple[int, ...] = ()
+    """Of the group: one, or one a rank."""
+
+    @property
+    def kind(self) -> str:
+        """The config section that it comes from."""
+        return self.actor.rpartition("-")[0]
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that Ray is asked for."""
+
+    groups: tuple[Group, ...]
+    """In the order in which they are created: those that need most of one node first."""
+    seats: tuple[Seat, ...]
+
+    @property
+    def cpus(self) -> float:
+        """CPUs that are reserved in all."""
+        return sum(bundle.cpus for bundle in self._parts)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that are reserved in all."""
+        return sum(bundle.gpus for bundle in self._parts)
+
+    def seat(self, actor: str) -> Seat:
+        """Return an actor's seat."""
+        return next(seat for seat in self.seats if seat.actor == actor)
+
+    @property
+    def _parts(self) -> list[Bundle]:
+        spread = [Bundle(seat.cpus, seat.gpus) for seat in self.seats if seat.group is None]
+        return [bundle for group in self.groups for bundle in group.bundles] + spread
+
+
+def requested(config: Config, kinds: Sequence[Kind] = KINDS) -> Request:
+    """Return what the actors of a config ask Ray for.
+
+    Args:
+        config: of the run.
+        kinds: of actors that are started; an evaluation has no learner.
+    """
+    specs = actor_specs(config, kinds)
+    return _colocated(specs) if config.ray.placement == "colocated" else _apart(specs)
+
+
+def _apart(specs: dict[str, ActorSpec]) -> Request:
+    groups: list[Group] = []
+    seats: list[Seat] = []
+    for spec in specs.values():
+        part = Bundle(spec.rank_cpus, spec.gpus / spec.ranks)
+        if spec.key == "reward":
+            seats += [Seat(name, part.cpus, part.gpus) for name in _names(spec)]
+        elif spec.key == "learner":
+            groups.append(Group("learner", "PACK", (part,) * spec.workers))
+            seats += [Seat(name, part.cpus, part.gpus, "learner", (rank,)) for rank, name in enumerate(_names(spec))]
+        else:
+            ranks = tuple(range(spec.ranks))
+            groups += [Group(name, "STRICT_PACK", (part,) * spec.ranks) for name in _names(spec)]
+            seats += [Seat(name, part.cpus, part.gpus, name, ranks) for name in _names(spec)]
+    return Request(tuple(groups), tuple(seats))
+
+
+def _colocated(specs: dict[str, ActorSpec]) -> Request:
+    """Put learner ranks, and reward workers that use a GPU, into the bundles of the rollout workers."""
+    rollout, reward = specs["rollout"], specs.get("reward")
+    slots = [(name, rank) for name in _names(rollout) for rank in range(rollout.ranks)]
+    engines = [(name, rollout, [slot for slot in slots if slot[0] == name]) for name in _names(rollout)]
+    seated = [*engines, *_guests(specs, slots)]
+
+    def users(slot: Slot) -> list[ActorSpec]:
+        return [spec for _, spec, own in seated if slot in own]
+
+    def bundle(slot: Slot) -> Bundle:
+        return Bundle(round(sum(spec.rank_cpus for spec in users(slot)), 4), float(bool(rollout.gpus)))
+
+    def share(own: list[Slot]) -> float:
+        """Return an equal part of the fullest bundle's GPU, rounded down as Ray counts."""
+        number = max(sum(bool(spec.gpus) for spec in users(slot)) for slot in own)
+        return int(PRECISION / number) / PRECISION
+
+    groups = [Group(name, "STRICT_PACK", tuple(bundle(slot) for slot in own)) for name, _, own in engines]
+    seats = [
+        Seat(name, spec.rank_cpus, share(own) if spec.gpus else 0.0, own[0][0], tuple(rank for _, rank in own))
+        for name, spec, own in seated
+    ]
+    if reward and not reward.gpus:
+        seats += [Seat(name, reward.rank_cpus, 0.0) for name in _names(reward)]
+    return Request(tuple(groups), tuple(seats))
+
+
+def _guests(specs: dict[str, ActorSpec], slots: list[Slot]) -> Iterator[tuple[str, ActorSpec, list[Slot]]]:
+    """Yield who sits beside the engines: learner ranks slot after slot, rewards engine after engine."""
+    if learner := specs.get("learner"):
+        for name, slot in zip(_names(learner), slots, strict=False):
+            yield name, learner, [slot]
+    if (reward := specs.get("reward")) and reward.gpus:
+        across = sorted(slots, key=lambda slot: slot[1])
+        for index, name in enumerate(_names(reward)):
+            yield name, reward, [across[index % len(across)]]
+
+
+def _names(spec: ActorSpec) -> list[str]:
+    return [f"{spec.key}-{index}" for index in range(spec.workers)]

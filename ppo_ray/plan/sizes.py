@@ -1,0 +1,87 @@
+"""How large the models of a config are, from their own configs alone: no weights are read, none need be there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppo_ray.config import Config, Trust
+from ppo_ray.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What of a model's shape its memory depends on."""
+
+    parameters: int
+    """A tied head is counted once."""
+    layers: int
+    hidden: int
+    intermediate: int
+    """Width of the feed-forward layers."""
+    vocabulary: int
+    key_values: int
+    """Keys and values of one token in one layer: 2 x key-value heads x their width."""
+    tied_head: bool
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The models of a run."""
+
+    policy: ModelSize
+    reference: ModelSize
+    critic: ModelSize | None
+    """None: a linear head on the policy."""
+    classifier: ModelSize | None
+    """None: a Python function scores."""
+
+    @classmethod
+    def read(cls, config: Config) -> "ModelSizes":
+        """Read the models' configs and build each without memory for its weights.
+
+        Raises:
+            InputError: a model has no config that transformers can read; names the key.
+        """
+        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        model, reward = config.model, config.reward
+        policy = _read("model.path", model.path, model.trust, AutoModelForCausalLM)
+        other, path = model.reference_path, model.critic_path or model.path
+        reference = _read("model.reference_path", other, model.trust, AutoModelForCausalLM) if other else policy
+        separate = model.critic == "separate"
+        return cls(
+            policy,
+            reference,
+            _read("model.critic_path", path, model.trust, AutoModel) if separate else None,
+            _read("reward.path", reward.path, reward.trust, AutoModelForSequenceClassification)
+            if reward.path
+            else None,
+        )
+
+
+def _read(key: str, path: str, trust: Trust, auto_class: Any) -> ModelSize:
+    import torch
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code)
+        with torch.device("meta"):
+            model = auto_class.from_config(config, trust_remote_code=trust.remote_code)
+    except Exception as error:  # OSError, ValueError, whatever a hub client raises, or the model's own code
+        hint = "; `ppo-ray assets imdb` builds the demo's models" if not Path(path).exists() else ""
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{key}={path}: its size is not known, its config cannot be read: {reason}{hint}") from error
+    text = config.get_text_config()
+    hidden = int(text.hidden_size)
+    heads = int(getattr(text, "num_attention_heads", 1))
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    width = int(getattr(text, "head_dim", None) or hidden // heads)
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=int(text.num_hidden_layers),
+        hidden=hidden,
+        intermediate=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden),
+        vocabulary=int(text.vocab_size),
+        key_values=2 * kv_heads * width,
+        tied_head=bool(getattr(text, "tie_word_embeddings", False)),
+    )
