@@ -73,7 +73,7 @@ class LearnerWorker(Worker):
         self._leads, ranks = rank == 0, Ranks()
         self._shares_gpu = config.ray.placement == "colocated"
         if meeting is not None:
-            backend = "nccl" if config.learner.gpus else "gloo"
+            backend = "nccl" if torch.cuda.is_available() else "gloo"  # Ray's GPUs may be but a number
             limits = config.ray.start_timeout_s, config.ray.call_timeout_s
             ranks = join(meeting, rank, config.learner.workers, backend, *limits)
         self._learner = PPOLearner.load(

@@ -18,6 +18,10 @@ class Whereabouts:
     """IP address."""
     log: str
     """File on that node that the actor writes its output and errors to."""
+    node_id: str = ""
+    """Ray's own name of the node."""
+    gpus: tuple[int, ...] = ()
+    """GPUs of the node that Ray has given it."""
 
     def __str__(self) -> str:
         return f"pid {self.pid} on node {self.node}, log {self.log}"
@@ -34,7 +38,8 @@ class Worker:
     def whereabouts(self) -> Whereabouts:
         """Answer, as long as the process is alive and not stopped."""
         log = os.readlink("/proc/self/fd/2") if os.path.exists("/proc/self/fd/2") else "stderr"
-        return Whereabouts(os.getpid(), ray.util.get_node_ip_address(), log)
+        node_id, gpus = ray.get_runtime_context().get_node_id(), tuple(map(int, ray.get_gpu_ids()))
+        return Whereabouts(os.getpid(), ray.util.get_node_ip_address(), log, node_id, gpus)
 
     def close(self) -> None:
         """Free what the actor holds; its group ends the process."""

@@ -105,7 +105,8 @@ def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     if device == "gpu":
         yield _cuda("reward")
     yield _each("classifier", sizes.classifier.parameters, 4, device)
-    tokens = config.reward.batch_size * (config.prompts.max_tokens + config.rollout.max_response_tokens)
+    texts = min(config.reward.batch_size, config.rollout.batch_size)
+    tokens = texts * (config.prompts.max_tokens + config.rollout.max_response_tokens)
     width = 4 * sizes.classifier.hidden + 2 * sizes.classifier.intermediate
     how = f"{tokens} tokens x (4 x {sizes.classifier.hidden} + 2 x {sizes.classifier.intermediate}) x 4 bytes"
     yield Term("a layer's activations", how, tokens * width * 4, device)

@@ -1,38 +1,73 @@
+"""What Ray is asked for, by name: options of actors, and what is refused at once."""
+
+from typing import Any
+
 import pytest
 import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ppo_ray.actors.placement import ActorSpec, check_fit
+from ppo_ray.actors import placement
+from ppo_ray.actors.placement import Seats, check_fit, rollout_spec
 from ppo_ray.errors import InputError
+from ppo_ray.plan import requested
+from tests.plan.test_request import configured
 
 
-def test_phases_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cores hold two workers of one thread, one of two and a learner of two: they take turns."""
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    specs = [ActorSpec("rollout", 2, 1, 0), ActorSpec("reward", 1, 2, 0), ActorSpec("learner", 1, 2, 0)]
-    assert [spec.num_cpus for spec in specs] == [0.3333, 0.6666, 0.6666]
-    check_fit(specs)
+def node(name: str, **resources: float) -> dict[str, Any]:
+    return {"NodeID": name * 8, "NodeManagerAddress": f"10.0.0.{name}", "Alive": True, "Resources": resources}
 
 
-@pytest.mark.parametrize(
-    ("supply", "message"),
-    [({"CPU": 64.0}, "need 5 GPUs but Ray has 0"), ({"CPU": 64.0, "GPU": 4.0}, r"rollout: 4 x 1 .*learner: 1 x 1")],
-)
-def test_what_cannot_fit_is_refused_with_the_numbers(
-    monkeypatch: pytest.MonkeyPatch, supply: dict[str, float], message: str
-) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: supply)
-    with pytest.raises(InputError, match=message):
-        check_fit([ActorSpec("rollout", 4, 8, 1.0), ActorSpec("learner", 1, 8, 1.0)])
+@pytest.fixture
+def connected(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stand in for a connected cluster."""
+
+    def connect(*nodes: dict[str, Any], may_grow_to: dict[str, int] | None = None) -> None:
+        monkeypatch.setattr(ray, "nodes", lambda: [*nodes, node("9", CPU=99, GPU=99) | {"Alive": False}])
+        monkeypatch.setattr(placement, "available_resources_per_node", lambda: {"2" * 8: {"CPU": 1.5}})
+        monkeypatch.setattr(placement.state, "get_max_resources_from_cluster_config", lambda: may_grow_to)
+
+    return connect
 
 
-def test_shared_gpus_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
-    check_fit([ActorSpec("rollout", 1, 2, 0.5), ActorSpec("reward", 1, 2, 0.1), ActorSpec("learner", 1, 2, 0.4)])
+def test_what_cannot_fit_is_refused_with_the_numbers(connected: Any) -> None:
+    request = requested(configured("rollout.workers=4", "rollout.gpus=1", "learner.gpus=1"))
+    connected(node("1", CPU=32, GPU=3), node("2", CPU=32, GPU=2))
+    check_fit(request)
+    connected(node("1", CPU=32, GPU=2), node("2", CPU=32, GPU=2))
+    with pytest.raises(InputError) as caught:
+        check_fit(request)
+    assert "(rollout: 4 x 1, reward: 1 x 0, learner: 1 x 1): 5 GPUs needed, the cluster has 4" in str(caught.value)
+    assert "node 10.0.0.2 (222222): 32 CPUs, 1.5 free, 2 GPUs, 0 free" in str(caught.value)
 
 
-def test_an_actor_is_told_its_threads_and_sees_only_its_gpus() -> None:
-    options = ActorSpec("learner", 1, 3, 0).options("learner-0")
-    assert options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "3"
-    assert options["runtime_env"]["env_vars"]["CUDA_VISIBLE_DEVICES"] == ""
-    assert "CUDA_VISIBLE_DEVICES" not in ActorSpec("learner", 1, 3, 1.0).options("x")["runtime_env"]["env_vars"]
-    assert (options["max_restarts"], options["max_task_retries"]) == (0, 0)
+def test_a_cluster_that_grows_is_waited_for(connected: Any) -> None:
+    connected(node("1", CPU=2), may_grow_to={"CPU": 64, "GPU": 8})
+    check_fit(requested(configured("rollout.gpus=1")))
+
+
+def test_an_actor_and_its_successors_are_sent_to_their_bundle() -> None:
+    request = requested(
+        configured("rollout.gpus=1", "rollout.tensor_parallel=2", "learner.gpus=1", "learner.workers=2")
+    )
+    groups = {group.name: PlacementGroup.empty() for group in request.groups}
+    seats = Seats({seat.actor: seat for seat in request.seats}, groups)
+    learner = seats.options("learner-1")
+    strategy = learner["scheduling_strategy"]
+    assert isinstance(strategy, PlacementGroupSchedulingStrategy)
+    assert strategy.placement_group is groups["learner"]
+    assert (strategy.placement_group_bundle_index, learner["num_gpus"], learner["num_cpus"]) == (1, 1.0, 0.6666)
+    engine = seats.options("rollout-0")  # its ranks are actors that vLLM starts
+    assert (engine["num_gpus"], engine["num_cpus"]) == (0, 0.3333)
+    assert engine["scheduling_strategy"].placement_group_capture_child_tasks
+    assert seats.options("reward-0") == {"scheduling_strategy": "SPREAD"}
+    assert Seats().options("toy-0") == {}
+
+
+def test_ranks_of_an_engine_are_told_their_bundles_and_shares() -> None:
+    options = ("rollout.gpus=1", "rollout.tensor_parallel=2", "learner.gpus=1")
+    apart = rollout_spec(configured(*options)).environment
+    assert (apart["VLLM_RAY_BUNDLE_INDICES"], apart["VLLM_RAY_PER_WORKER_GPUS"]) == ("0,1", "1")
+    shared = rollout_spec(configured(*options, "learner.workers=2", "ray.placement=colocated")).environment
+    assert shared["VLLM_RAY_PER_WORKER_GPUS"] == "0.5"
+    assert "VLLM_RAY_BUNDLE_INDICES" not in rollout_spec(configured("rollout.gpus=1")).environment

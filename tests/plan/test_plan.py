@@ -1,0 +1,169 @@
+"""What a run holds in memory, worked by hand for the tiny models and held against what they really hold."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from ppo_ray.cli import app
+from ppo_ray.config import Config, load_config
+from ppo_ray.errors import InputError
+from ppo_ray.plan import ClusterShape, ModelSizes, Plan, plan
+from ppo_ray.plan.cluster import GIB
+from ppo_ray.plan.memory import Term
+from tests.learning import make_learner, make_table
+
+MIB = 1 << 20
+LAYER = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256 + 2 * 128  # q and o, k and v, feed-forward, norms
+POLICY = 512 * 128 + 2 * LAYER + 128  # the tied embedding, two layers, the last norm
+TRAINED = POLICY + 129  # and the value head
+CLASSIFIER = 512 * 32 + 128 * 32 + 2 * 32 + 64 + 4 * (32 * 32 + 32) + 2 * 64 + 2 * 32 * 64 + 96 + 33 * 32 + 66
+
+Configured = Callable[..., Config]
+
+
+@pytest.fixture
+def configured(tiny_policy: Path, tiny_classifier: Path, tiny_prompts: Path) -> Configured:
+    base = (f"model.path={tiny_policy}", f"reward.path={tiny_classifier}", f"prompts.path={tiny_prompts}")
+    base += ("output_dir=x", "rollout.batch_size=8", "rollout.kv_cache_mib=32", "learner.microbatch_tokens=100")
+    return lambda *overrides: load_config(None, [*base, *overrides])
+
+
+def planned(config: Config, cluster: ClusterShape) -> Plan:
+    return plan(config, cluster, ModelSizes.read(config))
+
+
+def amounts(terms: tuple[Term, ...]) -> dict[str, int]:
+    return {term.what: term.num_bytes for term in terms}
+
+
+def test_models_are_measured_by_their_configs_alone(configured: Configured, tmp_path: Path) -> None:
+    sizes = ModelSizes.read(configured())
+    assert (sizes.policy.parameters, POLICY) == (361_088, 361_088)
+    assert sizes.classifier is not None and sizes.classifier.parameters == CLASSIFIER == 30_274
+    assert (sizes.policy.key_values, sizes.policy.tied_head, sizes.critic) == (2 * 2 * 32, True, None)
+    large = tmp_path / "large"  # 70 billion parameters that nobody has
+    large.mkdir()
+    (large / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, '
+        '"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": false}'
+    )
+    assert ModelSizes.read(configured(f"model.path={large}")).policy.parameters == 70_553_706_496
+    with pytest.raises(InputError, match=r"reward.path=nowhere/at-all: its size is not known"):
+        ModelSizes.read(configured("reward.path=nowhere/at-all"))
+
+
+def test_the_arithmetic_of_a_cpu_run(configured: Configured) -> None:
+    found = planned(configured(), ClusterShape.uniform(1, cpus=2, memory=8 * GIB))
+    process = {"process": 550 * MIB}
+    assert amounts(found.terms["learner-0"]) == process | {
+        "weights": 4 * TRAINED,
+        "gradients": 4 * TRAINED,
+        "Adam's two moments": 8 * TRAINED,
+        "reference": 4 * POLICY,
+        "activations": 100 * 2 * (12 * 128 + 4 * 256) * 4,
+        "probabilities": 100 * 512 * 4,
+        "weights to publish": 4 * POLICY,
+    }
+    assert amounts(found.terms["rollout-0"]) == {
+        "process": 1200 * MIB,
+        "weights": 4 * POLICY,
+        "KV cache": 32 * MIB,
+        "packed copy of the head": 4 * 512 * 128,
+    }
+    assert amounts(found.terms["reward-0"])["classifier"] == 4 * CLASSIFIER
+    assert amounts(found.store_terms)["weights on their way"] == 2 * 4 * POLICY
+    assert amounts(found.disk_terms)["checkpoints"] == (2 + 1 + 1) * 12 * TRAINED
+    (node,) = found.nodes
+    everything = [term for terms in (*found.terms.values(), found.store_terms) for term in terms]
+    assert node.needed == sum(term.num_bytes for term in everything)
+    assert found.fits
+
+
+def test_on_one_gpu_the_hungriest_of_all_counts_where_they_take_turns(configured: Configured) -> None:
+    gpus = ("rollout.gpus=1", "learner.gpus=1", "reward.gpus=1", "rollout.dtype=bfloat16")
+    shared = planned(configured(*gpus, "ray.placement=colocated"), ClusterShape.uniform(1, 8, 1, 64 * GIB, 8 * GIB))
+    (gpu,) = shared.gpus
+    kept = (12 * TRAINED + 4 * POLICY) + 4 * CLASSIFIER + 24 * 8 * (4 * 32 + 2 * 64) * 4
+    cuda = (2500 + 800 + 1000) * MIB
+    engine = 2 * POLICY + 32 * MIB
+    learning = 4 * TRAINED + 100 * 2 * (12 * 128 + 4 * 256) * 4 + 100 * 512 * 4
+    assert learning < engine  # tiny models: the KV cache is the largest thing there is
+    assert gpu.needed == kept + cuda + engine
+    assert gpu.actors == ("rollout-0", "learner-0", "reward-0")
+    assert amounts(shared.terms["rollout-0"])["weights of the sleeping engine"] == 2 * POLICY  # on the host
+
+    apart = planned(configured(*gpus), ClusterShape.uniform(1, 8, 3, 64 * GIB, 8 * GIB))
+    assert [need.actors for need in apart.gpus] == [("rollout-0",), ("learner-0",), ("reward-0",)]
+    assert apart.gpus[0].needed == engine + 2500 * MIB
+
+
+def test_ranks_of_an_engine_share_its_weights(configured: Configured) -> None:
+    config = configured("rollout.gpus=1", "rollout.tensor_parallel=2", "learner.gpus=1")
+    found = planned(config, ClusterShape.uniform(1, 8, 3, 64 * GIB))
+    assert amounts(found.terms["rollout-0"])["weights"] == 4 * POLICY // 2
+    assert [need.actors for need in found.gpus] == [("rollout-0",), ("rollout-0",), ("learner-0",)]
+    assert found.gpus[0].available is None and found.fits  # what is not known is not refused
+
+
+def test_what_is_too_small_is_told_with_its_options(configured: Configured) -> None:
+    config = configured("rollout.gpus=1", "learner.gpus=1", "rollout.kv_cache_mib=8000")
+    found = planned(config, ClusterShape.uniform(1, 8, 2, 2 * GIB, 8 * GIB))
+    resources = {shortage.resource: shortage for shortage in found.shortages}
+    assert set(resources) == {"GiB of GPU memory", "GiB of memory"}
+    assert "rollout.kv_cache_mib" in str(resources["GiB of GPU memory"])
+    assert all(shortage.demand > shortage.supply for shortage in found.shortages)
+
+
+def test_the_learner_really_holds_that(tiny_policy: Path, configured: Configured) -> None:
+    """Parameters, moments and what the backward pass needs: the first two to the byte, activations within a fifth."""
+    learner = make_learner(tiny_policy)
+    learner.update(make_table(), 0)
+    terms = amounts(planned(configured(), ClusterShape.uniform(1, 2)).terms["learner-0"])
+    held = sum(parameter.nbytes for parameter in learner._policy.parameters())
+    assert held == terms["weights"]
+    moments = [tensor.nbytes for state in learner._optimizer.state.values() for tensor in state.values() if tensor.ndim]
+    assert sum(moments) == terms["Adam's two moments"]
+
+    owned = {parameter.untyped_storage().data_ptr() for parameter in learner._policy.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    batch_tokens = torch.arange(1, 101)[None]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        learner._policy.causal_lm.base_model(input_ids=batch_tokens, use_cache=False)
+    activations = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in owned)
+    assert terms["activations"] == pytest.approx(activations, rel=0.2)
+
+
+def shown(config: Config, tmp_path: Path, *flags: str) -> Result:
+    from ppo_ray.config import to_yaml
+
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(config))
+    return CliRunner().invoke(app, ["plan", str(path), *flags], env={"COLUMNS": "160"})
+
+
+def test_the_command_says_where_everything_goes(configured: Configured, tmp_path: Path) -> None:
+    config = configured("rollout.workers=2", "rollout.gpus=1", "learner.gpus=1")
+    sizes = ("--cpus", "8", "--gpus", "4", "--memory", "64", "--gpu-memory", "80")
+    result = shown(config, tmp_path, *sizes)
+    assert result.exit_code == 0, result.output
+    assert "It fits. Nothing was started." in result.output
+    assert "rollout-1 (STRICT_PACK)" in result.output and "node-0 GPU 2" in result.output
+    result = shown(config, tmp_path, *sizes, "learner.workers=3")
+    assert result.exit_code == 2
+    assert "5 GPUs needed, the cluster has 4" in result.output and "no room" in result.output
+
+
+def test_the_command_takes_this_machine_or_a_whole_description(configured: Configured, tmp_path: Path) -> None:
+    assert "this machine" in shown(configured(), tmp_path).output
+    result = shown(configured(), tmp_path, "--gpus", "4")
+    assert (result.exit_code, "--cpus is missing" in result.stderr) == (2, True)
+    result = shown(configured(), tmp_path, "--address", "auto", "--nodes", "2")
+    assert (result.exit_code, "leave out --nodes" in result.stderr) == (2, True)
