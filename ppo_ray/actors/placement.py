@@ -15,7 +15,7 @@ from ppo_ray import stopping
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
 from ppo_ray.plan import ActorSpec, ClusterShape, Node, Request, requested
-from ppo_ray.plan.assign import assign
+from ppo_ray.plan.assign import Assignment, assign
 from ppo_ray.plan.demand import KINDS, Kind, actor_specs
 from ppo_ray.plan.request import Seat
 
@@ -90,10 +90,10 @@ def reserved(config: Config, kinds: Sequence[Kind] = KINDS) -> Iterator[Seats]:
         Interrupted: the run is to be stopped.
     """
     request = requested(config, kinds)
-    check_fit(request)
+    order = check_fit(request).order
     with contextlib.ExitStack() as stack:
         groups: dict[str, Any] = {}
-        for group in request.groups:
+        for group in order:
             bundles = [bundle.resources() for bundle in group.bundles]
             groups[group.name] = placement_group(bundles, strategy=group.strategy)
             stack.callback(_remove, groups[group.name])
@@ -101,16 +101,20 @@ def reserved(config: Config, kinds: Sequence[Kind] = KINDS) -> Iterator[Seats]:
         yield Seats({seat.actor: seat for seat in request.seats}, groups)
 
 
-def check_fit(request: Request) -> None:
+def check_fit(request: Request) -> Assignment:
     """Check that the connected cluster, were it empty, could hold all actors at once; it may yet grow by itself.
+
+    Returns:
+        Where they would go.
 
     Raises:
         InputError: it cannot; names demand, supply and config keys.
     """
-    shortages = assign(request, connected_cluster()).shortages
-    if shortages and state.get_max_resources_from_cluster_config() is None:  # no autoscaler
-        lines = "\n".join(f"  {shortage}" for shortage in shortages)
+    found = assign(request, connected_cluster())
+    if found.shortages and state.get_max_resources_from_cluster_config() is None:  # no autoscaler
+        lines = "\n".join(f"  {shortage}" for shortage in found.shortages)
         raise InputError(f"the cluster cannot hold the actors, nothing was started\n{lines}\n{_supply()}")
+    return found
 
 
 def connected_cluster(gpu_memory: int | None = None) -> ClusterShape:

@@ -36,6 +36,10 @@ CPU_ENVIRONMENT = {
 
 _BLOCK_SIZE = 32  # tokens a KV-cache block; the CPU default of 128 wastes most of a short sequence's block
 
+# The KV cache's size is given, yet vLLM still refuses to start on a GPU whose free memory is below this share of all: an
+# engine that starts anew beside a learner would never find the default 0.92.
+_SHARED_GPU = {"gpu_memory_utilization": 0.01}
+
 
 class VLLMEngine:
     """An `Engine` over `vllm.LLM`."""
@@ -88,7 +92,7 @@ class VLLMEngine:
             disable_log_stats=True,
             # log-probabilities of the distribution that was sampled from: after the temperature
             logprobs_mode="processed_logprobs",
-            **({} if on_gpu else {"block_size": _BLOCK_SIZE}),
+            **(_SHARED_GPU if on_gpu else {"block_size": _BLOCK_SIZE}),
         )
         config = self._llm.llm_engine.model_config.hf_text_config
         self._tied_head = bool(getattr(config, "tie_word_embeddings", False))

@@ -4,6 +4,7 @@ Ray decides when the run starts; on an empty cluster it packs and spreads by the
 may choose others.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,35 +49,50 @@ class Assignment:
     places: dict[str, tuple[Place, ...]]
     """By actor: a place for each of its bundles; an actor that has no room is not there."""
     shortages: tuple[Shortage, ...]
+    order: tuple[Group, ...]
+    """In which Ray is to be asked for the groups."""
 
 
 def assign(request: Request, cluster: ClusterShape) -> Assignment:
-    """Put groups, then the actors without one, onto the nodes of an empty cluster."""
+    """Put groups, then the actors without one, onto the nodes of an empty cluster.
+
+    Ray gives each group the emptiest nodes. So the learner is asked for first, while one node may still hold all of it;
+    where that leaves no node whole enough for an engine, the engines are.
+    """
+    packed_first = tuple(sorted(request.groups, key=lambda group: group.strategy != "PACK"))
+    found = _assigned(request, cluster, packed_first)
+    if found.shortages and packed_first != request.groups:
+        found = _assigned(request, cluster, request.groups)
+    return found
+
+
+def _assigned(request: Request, cluster: ClusterShape, order: tuple[Group, ...]) -> Assignment:
     nodes = [_Free(node.cpus, (1.0,) * node.gpus) for node in cluster.nodes]
     shortages = list(_total_shortages(request, cluster))
     reported = bool(shortages)
     bundles: dict[str, tuple[Place, ...]] = {}
-    for group in request.groups:
-        found = _strict(group, nodes) if group.strategy == "STRICT_PACK" else _packed(group, nodes)
-        if found is not None:
-            bundles[group.name] = found
+    for group in order:
+        found, left = _grouped(group, nodes)
+        if len(found) == len(group.bundles):
+            bundles[group.name], nodes = found, left
         elif not reported:
-            shortages.append(_group_shortage(group, nodes))
+            shortages.append(_group_shortage(group, left))
     places = {
         seat.actor: tuple(bundles[seat.group][index] for index in seat.bundles)
         for seat in request.seats
         if seat.group in bundles
     }
-    counts: dict[tuple[str, int], int] = {}
+    counts: Counter[tuple[str, int]] = Counter()
     for seat in request.seats:
         if seat.group is not None:
             continue
-        place = _spread(Bundle(seat.cpus, seat.gpus), nodes, seat.kind, counts)
+        bundle = Bundle(seat.cpus, seat.gpus)
+        place = _spread(bundle, nodes, seat.kind, counts)
         if place is not None:
             places[seat.actor] = (place,)
         elif not reported:
-            shortages.append(_group_shortage(Group(seat.actor, "PACK", (Bundle(seat.cpus, seat.gpus),)), nodes))
-    return Assignment(places, tuple(shortages))
+            shortages.append(_group_shortage(Group(seat.actor, "PACK", (bundle,)), nodes))
+    return Assignment(places, tuple(shortages), order)
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,12 @@ class _Free:
         gpus = tuple(max(free - part, 0.0) if index in taken else free for index, free in enumerate(self.gpus))
         return _Free(self.cpus - bundle.cpus, gpus), taken
 
+    def emptiness(self, bundles: Sequence[Bundle]) -> float:
+        """Return Ray's own score of a node: what share of each resource that is asked for the bundles would leave."""
+        cpus, gpus = sum(bundle.cpus for bundle in bundles), sum(bundle.gpus for bundle in bundles)
+        pairs = ((cpus, self.cpus), (gpus, sum(self.gpus)))
+        return sum((free - asked) / free for asked, free in pairs if asked and free)
+
     def take(self, bundles: Sequence[Bundle]) -> "tuple[_Free, list[tuple[int, ...]]]":
         """Return what the first of the bundles leave, as many as fit, and the GPUs of each."""
         free, taken = self, []
@@ -110,48 +132,33 @@ class _Free:
         return free, taken
 
 
-def _strict(group: Group, nodes: list[_Free]) -> tuple[Place, ...] | None:
-    """Put all bundles on one node, on the fullest that holds them."""
-    fits = []
-    for index, node in enumerate(nodes):
-        free, taken = node.take(group.bundles)
-        if len(taken) == len(group.bundles):
-            fits.append((sum(free.gpus), free.cpus, index, free, taken))
-    if not fits:
-        return None
-    *_, index, free, taken = min(fits, key=lambda fit: fit[:3])
-    nodes[index] = free
-    return tuple(Place(index, gpus) for gpus in taken)
+def _grouped(group: Group, nodes: list[_Free]) -> tuple[tuple[Place, ...], list[_Free]]:
+    """Put a group's bundles, which are alike or on one node, onto the emptiest nodes.
 
-
-def _packed(group: Group, nodes: list[_Free]) -> tuple[Place, ...] | None:
-    """Put the bundles on as few nodes as possible; the bundles are alike."""
-    tried, places, left = list(nodes), [], list(group.bundles)
-    while left:
-        takes = [node.take(left) for node in tried]
-        whole = [index for index, (_, taken) in enumerate(takes) if len(taken) == len(left)]
-        index = (
-            min(whole, key=lambda index: (sum(takes[index][0].gpus), takes[index][0].cpus))
-            if whole
-            else max(range(len(tried)), key=lambda index: len(takes[index][1]))
-        )
-        tried[index], taken = takes[index]
-        if not taken:
-            return None
+    Returns:
+        Where they go, as many as have room, and what they leave of the nodes.
+    """
+    nodes, places, waiting = list(nodes), [], list(group.bundles)
+    while waiting:
+        whole = waiting if group.strategy == "STRICT_PACK" else waiting[:1]
+        fits = [index for index, node in enumerate(nodes) if len(node.take(whole)[1]) == len(whole)]
+        if not fits:
+            break
+        index = max(fits, key=lambda index: nodes[index].emptiness(whole))
+        nodes[index], taken = nodes[index].take(waiting)
         places += [Place(index, gpus) for gpus in taken]
-        left = left[len(taken) :]
-    nodes[:] = tried
-    return tuple(places)
+        waiting = waiting[len(taken) :]
+    return tuple(places), nodes
 
 
-def _spread(bundle: Bundle, nodes: list[_Free], kind: str, counts: dict[tuple[str, int], int]) -> Place | None:
+def _spread(bundle: Bundle, nodes: list[_Free], kind: str, counts: Counter[tuple[str, int]]) -> Place | None:
     """Put an actor where fewest of its kind are, and most CPUs are free."""
     fits = [(index, found) for index, node in enumerate(nodes) if (found := node.without(bundle))]
     if not fits:
         return None
-    index, (free, gpus) = min(fits, key=lambda fit: (counts.get((kind, fit[0]), 0), -nodes[fit[0]].cpus))
+    index, (free, gpus) = min(fits, key=lambda fit: (counts[kind, fit[0]], -nodes[fit[0]].cpus))
     nodes[index] = free
-    counts[kind, index] = counts.get((kind, index), 0) + 1
+    counts[kind, index] += 1
     return Place(index, gpus)
 
 

@@ -64,7 +64,7 @@ class Request:
     """All that Ray is asked for."""
 
     groups: tuple[Group, ...]
-    """In the order in which they are created: those that need most of one node first."""
+    """Those that need most of one node first."""
     seats: tuple[Seat, ...]
 
     @property

@@ -136,3 +136,18 @@ def test_prompts_that_cannot_be_generated_for(engine: Engine) -> None:
         engine.generate([Request((3, 600), 4, 0)], SAMPLED)
     with pytest.raises(WorkerError, match="max_context=128"):
         engine.generate([Request((3,) * 120, 20, 0)], SAMPLED)
+
+
+def test_sleep_changes_no_answer(engine: Engine, tiny_policy: Path) -> None:
+    """On a CPU an engine sleeps in name alone; who is asked, or gets weights, is awake again."""
+    before = engine.generate(REQUESTS, SAMPLED)
+    engine.sleep()
+    engine.sleep()
+    assert engine.generate(REQUESTS, SAMPLED) == before
+    engine.sleep()
+    model = reference(tiny_policy, noise=0.1)
+    engine.load_weights(snapshot_of(model, 11))
+    assert largest_difference(model, engine.generate(REQUESTS, SAMPLED)) < 1e-4
+    engine.load_weights(snapshot_of(model, 12))
+    engine.sleep()
+    assert engine.policy_version == 12

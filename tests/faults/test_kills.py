@@ -48,7 +48,8 @@ def test_ten_kills_at_random_moments(
 @pytest.mark.timeout(900)
 def test_a_vllm_engine_of_each_worker(ppo_ray: CommandLine, tmp_path: Path, same_as_undisturbed: Same) -> None:
     run = tmp_path / "run"
-    process = ppo_ray.start("train", str(ppo_ray.config), "rollout.engine=vllm", "steps=12", *OPTIONS)
+    options = ("rollout.engine=vllm", "steps=12", "ray.placement=colocated", *OPTIONS)  # the others' run is apart
+    process = ppo_ray.start("train", str(ppo_ray.config), *options)
     for number in (0, 1):
         wait_for_steps(process, run, len(lines(run)) + 1)
         time.sleep(random.uniform(0, 0.5))

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppo_ray.plan.assign import Assignment, Place, assign
@@ -16,14 +16,24 @@ def nodes_of(assignment: Assignment, kind: str) -> list[int]:
     return [place.node for actor, places in assignment.places.items() if actor.startswith(kind) for place in places]
 
 
-def test_engines_fill_a_node_and_leave_the_other_to_the_learner() -> None:
+def test_the_learner_has_a_node_and_engines_the_other() -> None:
     request = requested(configured(*FOUR_ENGINES, "rollout.workers=2", "learner.workers=4", "reward.workers=2"))
     found = assign(request, ClusterShape.uniform(2, cpus=8, gpus=4))
     assert not found.shortages
-    assert found.places["rollout-0"] == (Place(0, (0,)), Place(0, (1,)))
-    assert found.places["rollout-1"] == (Place(0, (2,)), Place(0, (3,)))
-    assert found.places["learner-3"] == (Place(1, (3,)),)
+    assert [group.name for group in found.order] == ["learner", "rollout-0", "rollout-1"]
+    assert found.places["learner-3"] == (Place(0, (3,)),)
+    assert found.places["rollout-0"] == (Place(1, (0,)), Place(1, (1,)))
+    assert found.places["rollout-1"] == (Place(1, (2,)), Place(1, (3,)))
     assert sorted(nodes_of(found, "reward")) == [0, 1]
+
+
+def test_engines_come_first_where_the_learner_would_leave_no_node_whole_enough() -> None:
+    options = ("rollout.gpus=1", "rollout.tensor_parallel=3", "rollout.workers=2", "learner.gpus=1")
+    request = requested(configured(*options, "learner.workers=2"))
+    found = assign(request, ClusterShape.uniform(2, cpus=8, gpus=4))
+    assert not found.shortages
+    assert [group.name for group in found.order] == ["rollout-0", "rollout-1", "learner"]
+    assert (nodes_of(found, "rollout"), nodes_of(found, "learner")) == ([0, 0, 0, 1, 1, 1], [0, 1])
 
 
 def test_colocated_on_one_gpu() -> None:
@@ -61,6 +71,10 @@ def test_enough_in_all_but_not_on_one_node() -> None:
     cluster = ClusterShape((Node("a", cpus=1, gpus=0), Node("b", cpus=0.2, gpus=1)))
     (short,) = assign(requested(configured("rollout.gpus=1", "learner.threads=1")), cluster).shortages
     assert (short.what, short.resource, short.supply) == ("rollout-0 on one node", "CPUs", 0.2)
+    cluster = ClusterShape((Node("a", cpus=0, gpus=1), Node("b", cpus=2, gpus=1)))  # room for one rank, not for two
+    options = ("learner.gpus=1", "learner.workers=2", "learner.threads=1")
+    (short,) = assign(requested(configured(*options)), cluster).shortages
+    assert (short.what, short.resource, short.demand, short.supply) == ("learner on one node", "CPUs", 0.3333, 0)
 
 
 clusters = st.lists(
@@ -91,6 +105,7 @@ def requests(draw: st.DrawFn) -> Request:
     return requested(configured(*(f"{key}={value}" for key, value in options.items())))
 
 
+@settings(deadline=None)
 @given(requests(), clusters)
 def test_nothing_is_taken_twice_and_groups_hold_together(request: Request, cluster: ClusterShape) -> None:
     found = assign(request, cluster)
@@ -110,6 +125,7 @@ def test_nothing_is_taken_twice_and_groups_hold_together(request: Request, clust
     assert all(short.demand > short.supply for short in found.shortages)
 
 
+@settings(deadline=None)
 @given(requests(), clusters)
 def test_too_little_in_all_is_always_told(request: Request, cluster: ClusterShape) -> None:
     short = {shortage.resource for shortage in assign(request, cluster).shortages}
@@ -119,6 +135,7 @@ def test_too_little_in_all_is_always_told(request: Request, cluster: ClusterShap
         assert "CPUs" in short
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(1, 8))
 def test_learners_are_packed_and_rewards_spread(learners: int, gpus: list[int], rewards: int) -> None:
     options = (f"learner.workers={learners}", "learner.gpus=1", f"reward.workers={rewards}")
