@@ -17,9 +17,10 @@ from ppo_ray.errors import InputError
 from ppo_ray.plan import ActorSpec, ClusterShape, Node, Request, requested
 from ppo_ray.plan.assign import Assignment, assign
 from ppo_ray.plan.demand import KINDS, Kind, actor_specs
-from ppo_ray.plan.request import Seat
+from ppo_ray.plan.request import Group, Seat
 
 _POLL_S = 1.0  # signal handlers run between polls
+_AT_ONCE_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def reserved(config: Config, kinds: Sequence[Kind] = KINDS) -> Iterator[Seats]:
             bundles = [bundle.resources() for bundle in group.bundles]
             groups[group.name] = placement_group(bundles, strategy=group.strategy)
             stack.callback(_remove, groups[group.name])
-        _wait(request, groups, config.ray.start_timeout_s)
+        _wait(order, groups, config.ray.start_timeout_s)
         yield Seats({seat.actor: seat for seat in request.seats}, groups)
 
 
@@ -141,27 +142,23 @@ def connected_cluster(gpu_memory: int | None = None) -> ClusterShape:
     return ClusterShape(tuple(nodes))
 
 
-def _wait(request: Request, groups: Mapping[str, Any], limit_s: float) -> None:
+def _wait(order: Sequence[Group], groups: Mapping[str, Any], limit_s: float) -> None:
     """Wait until all groups have room."""
     deadline = time.monotonic() + limit_s
-    waiting = dict(groups)
-    while waiting:
-        stopping.check()
-        left = max(min(_POLL_S, deadline - time.monotonic()), 0.01)
-        name, group = next(iter(waiting.items()))
-        if group.wait(left):
-            del waiting[name]
-        elif time.monotonic() > deadline:
-            wanted = "; ".join(
-                f"{group.name} wants {_shown(group)}" for group in request.groups if group.name in waiting
-            )
+    for first in order:
+        while not groups[first.name].wait(max(min(_POLL_S, deadline - time.monotonic()), _AT_ONCE_S)):
+            stopping.check()
+            if time.monotonic() < deadline:
+                continue
+            waiting = [group for group in order if not groups[group.name].wait(_AT_ONCE_S)]
+            wanted = "; ".join(f"{group.name} wants {_shown(group)}" for group in waiting)
             raise InputError(
                 f"no room for the actors within {limit_s:g} s (ray.start_timeout_s): {wanted}. Lower workers, threads "
                 f"or gpus of these sections, wait until others are done, or add nodes\n{_supply()}"
             )
 
 
-def _shown(group: Any) -> str:
+def _shown(group: Group) -> str:
     bundle, number = group.bundles[0], len(group.bundles)
     where = "" if number == 1 else " on one node" if group.strategy == "STRICT_PACK" else " on few nodes"
     return f"{number} x ({bundle.cpus:g} CPUs, {bundle.gpus:g} GPUs){where}"

@@ -36,8 +36,8 @@ CPU_ENVIRONMENT = {
 
 _BLOCK_SIZE = 32  # tokens a KV-cache block; the CPU default of 128 wastes most of a short sequence's block
 
-# The KV cache's size is given, yet vLLM still refuses to start on a GPU whose free memory is below this share of all: an
-# engine that starts anew beside a learner would never find the default 0.92.
+# The KV cache's size is given, yet vLLM still refuses to start on a GPU with less than this share of its memory free:
+# an engine that starts anew beside a learner would never find the default of 0.92.
 _SHARED_GPU = {"gpu_memory_utilization": 0.01}
 
 

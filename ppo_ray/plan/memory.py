@@ -41,6 +41,7 @@ LEARNER_STATE: tuple[tuple[str, int, When], ...] = (
 
 _PROCESS_MIB = {"rollout": 1200, "hf": 500, "reward": 500, "learner": 550}
 """Python with its libraries, without a model: measured, see `docs/placement.md`."""
+_NODE_MIB = 1200
 _CUDA_MIB = {"rollout": 2500, "reward": 800, "learner": 1000}
 """CUDA's context and kernels, an engine's graphs and workspace: assumed, not measured."""
 
@@ -89,6 +90,7 @@ def rollout_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
         if device == "host":
             head = policy.vocabulary * policy.hidden
             yield _each("packed copy of the head", head, size, "host")
+            yield _each("weights that are being replaced", policy.parameters, size, "host")
     else:
         tokens = -(-rollout.batch_size // rollout.workers) * (config.prompts.max_tokens + rollout.max_response_tokens)
         kv = tokens * policy.layers * policy.key_values * size
@@ -120,6 +122,11 @@ def store_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     tokens = _batch_tokens(config)
     how = f"{tokens} tokens x 32 bytes, before and after they are scored"
     yield Term("trajectories of a step", how, 2 * tokens * 32, "host")
+
+
+def node_terms() -> Iterator[Term]:
+    """Yield what is on every node, whoever works there."""
+    yield Term("Ray", "its own processes, and the driver's where that runs", _NODE_MIB * _MIB, "host")
 
 
 def disk_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from ppo_ray.config import Config
 from ppo_ray.plan.assign import Assignment, Place, Shortage, assign
 from ppo_ray.plan.cluster import GIB, ClusterShape
-from ppo_ray.plan.memory import Device, Term, disk_terms, learner_terms, reward_terms, rollout_terms, store_terms
+from ppo_ray.plan.memory import (
+    Device,
+    Term,
+    disk_terms,
+    learner_terms,
+    node_terms,
+    reward_terms,
+    rollout_terms,
+    store_terms,
+)
 from ppo_ray.plan.request import Request, Seat, requested
 from ppo_ray.plan.sizes import ModelSizes
 
@@ -72,7 +81,7 @@ def plan(config: Config, cluster: ClusterShape, sizes: ModelSizes) -> Plan:
     takes_turns = config.ray.placement == "colocated"
     gpus = tuple(_gpu_needs(cluster, assignment, request, terms, takes_turns))
     stores = tuple(_store_needs(cluster, assignment, stored))
-    nodes = tuple(_node_needs(cluster, assignment, terms, {need.name: need.needed for need in stores}))
+    nodes = tuple(_node_needs(cluster, assignment, terms, stores))
     memory = [
         *_memory_shortages(gpus, "GiB of GPU memory"),
         *_memory_shortages(nodes, "GiB of memory"),
@@ -121,12 +130,13 @@ def _node_needs(
     cluster: ClusterShape,
     assignment: Assignment,
     terms: dict[str, tuple[Term, ...]],
-    stores: dict[str, int],
+    stores: tuple[Need, ...],
 ) -> Iterator[Need]:
     """Add up every node: memory that a process frees on the host it mostly keeps, so nobody takes turns."""
-    for index, node in enumerate(cluster.nodes):
+    for index, (node, store) in enumerate(zip(cluster.nodes, stores, strict=True)):
         ranks = [actor for actor, places in assignment.places.items() for place in places if place.node == index]
-        needed = sum(total(terms[actor], "host") for actor in ranks) + stores[node.name]
+        needed = sum(total(terms[actor], "host") for actor in ranks) + store.needed
+        needed += total(node_terms(), "host")
         yield Need(node.name, needed, node.memory, _on(index, assignment))
 
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from ppo_ray.plan import Plan
 from ppo_ray.plan.cluster import GIB
-from ppo_ray.plan.memory import Term
+from ppo_ray.plan.memory import Term, node_terms
 from ppo_ray.plan.plan import Need
 
 
@@ -47,6 +47,7 @@ def _print_terms(console: Console, plan: Plan) -> None:
             kind = actor.removesuffix("-0")
             ranks = max(len(plan.request.seat(actor).bundles), 1)
             _add_terms(table, f"each rank of a {kind}" if ranks > 1 else f"each {kind}", terms)
+    _add_terms(table, "every node", tuple(node_terms()))
     _add_terms(table, "object store of a node", plan.store_terms)
     _add_terms(table, "disk", plan.disk_terms, where="disk")
     console.print(table)

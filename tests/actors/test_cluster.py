@@ -146,7 +146,7 @@ def test_actors_are_where_the_plan_says(cluster: Cluster, configured: Callable[.
         with pytest.raises(InputError, match="no room for the actors within 2 s") as caught, reserved(pressed):
             pass
         assert time.monotonic() - began < 60
-        assert "learner wants 2 x (0.3333 CPUs, 1 GPUs) on few nodes" in str(caught.value)
+        assert "(ray.start_timeout_s): rollout-0 wants 1 x (0.3333 CPUs, 1 GPUs); rollout-1 wants" in str(caught.value)
         assert "2 GPUs, 0 free" in str(caught.value)
     wait_until_all_is_free()
 
