@@ -151,6 +151,9 @@ def _contradictions(config: Config) -> list[Contradiction]:
 def _check_placement(config: Config, refuse_unless: Callable[[bool, tuple[str, ...], str], None]) -> None:
     """Find contradictions of who sits on which GPUs."""
     rollout, learner, ranks = config.rollout, config.learner, config.rollout.tensor_parallel
+    for key, gpus in (("rollout", rollout.gpus), ("reward", config.reward.gpus), ("learner", learner.gpus)):
+        whole = gpus <= 1 or gpus == int(gpus)
+        refuse_unless(whole, (f"{key}.gpus",), f"{gpus:g} is more than one GPU and not a whole number of them")
     refuse_unless(
         ranks == 1 or (rollout.engine == "vllm" and rollout.gpus == 1),
         ("rollout.tensor_parallel", "rollout.engine", "rollout.gpus"),

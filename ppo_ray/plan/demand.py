@@ -10,8 +10,7 @@ Kind = Literal["rollout", "reward", "learner"]
 KINDS: tuple[Kind, ...] = ("rollout", "reward", "learner")
 
 PHASES = 3
-"""Generation, scoring and learning take turns, so each reserves a third of a CPU for each of its threads. All of Ray's
-arithmetic of CPUs is here and in `ActorSpec.num_cpus`: phases that ran at the same time would be fewer turns."""
+"""Generation, scoring and learning take turns, so each reserves a third of a CPU for each of its threads."""
 PRECISION = 10_000
 """Ray counts resources in ten-thousandths."""
 
@@ -30,6 +29,8 @@ class ActorSpec:
     environment: dict[str, str] = field(default_factory=dict)
     ranks: int = 1
     """Processes of each worker that share its model, each on a GPU of its own (tensor parallelism)."""
+    turns: int = PHASES
+    """Phases that take turns on the CPUs it uses; fewer where some are at work at the same time."""
 
     @property
     def num_cpus(self) -> float:
@@ -39,7 +40,7 @@ class ActorSpec:
     @property
     def rank_cpus(self) -> float:
         """CPUs each rank of a worker reserves."""
-        return int(self.threads / PHASES * PRECISION) / PRECISION
+        return int(self.threads / self.turns * PRECISION) / PRECISION
 
     def options(self, name: str) -> dict[str, object]:
         """Return the `.options(...)` of one actor, which is never restarted behind its caller's back."""

@@ -93,6 +93,7 @@ def test_an_evaluation_asks_for_no_learner() -> None:
 def test_a_worker_of_several_ranks_counts_whole() -> None:
     spec = ActorSpec("rollout", workers=2, threads=3, gpus=4.0, ranks=4)
     assert (spec.num_cpus, spec.rank_cpus) == (4.0, 1.0)
+    assert ActorSpec("learner", workers=1, threads=3, gpus=0, turns=2).num_cpus == 1.5
 
 
 def test_an_actor_is_told_its_threads_and_sees_only_its_gpus() -> None:
@@ -110,6 +111,7 @@ def test_an_actor_is_told_its_threads_and_sees_only_its_gpus() -> None:
         (["rollout.tensor_parallel=2"], "2 ranks need rollout.engine=vllm and rollout.gpus=1"),
         (["rollout.tensor_parallel=2", "rollout.gpus=1", "rollout.engine=hf"], "2 ranks need rollout.engine=vllm"),
         (["rollout.tensor_parallel=2", "rollout.gpus=0.5"], "2 ranks need rollout.engine=vllm"),
+        (["learner.gpus=1.5"], "learner.gpus: 1.5 is more than one GPU and not a whole number"),
         (["ray.placement=colocated", "rollout.gpus=1"], "set rollout.gpus and learner.gpus to 1 both"),
         (["ray.placement=colocated", "rollout.gpus=2", "learner.gpus=1"], "set rollout.gpus and learner.gpus to 1"),
         (["ray.placement=colocated", "learner.workers=2"], "2 ranks need as many of rollout.workers=1 x"),
