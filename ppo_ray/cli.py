@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -126,6 +127,33 @@ def plan(
         described = capacity.Described(nodes, cpus, gpus, memory, gpu_memory, address)
         if not capacity.show(parsed, described, Console()):
             raise typer.Exit(2)
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; output_dir must be absolute.")],
+    address: Annotated[
+        str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The head's dashboard, http://HOST:8265.")
+    ],
+    overrides: Overrides = None,
+    working_dir: Annotated[
+        Path | None, typer.Option("--working-dir", help="A folder to send: a reward function, small data.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option("--env", metavar="NAME", help="A variable to forward by name; may be repeated.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the job; without: CONFIG's, and the time.")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log; exit with the job's code.")] = True,
+) -> None:
+    """Train as `train` does, as a job on a Ray cluster; sent again, it goes on from its newest checkpoint."""
+    with _reported():
+        from ppo_ray import submission
+        from ppo_ray.job_request import JobRequest, job_name
+
+        parsed = submission.submitted_config(config, overrides or [])
+        request = JobRequest(parsed, address, name or job_name(config), working_dir, tuple(env or ()))
+        code = submission.submit(request, wait, partial(typer.echo, nl=False), typer.echo)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -41,6 +41,10 @@ class CheckpointError(PPORayError):
     """Say that a checkpoint could not be written or is not whole."""
 
 
+class JobError(PPORayError):
+    """Say that a job was not taken by its cluster, or can no longer be followed."""
+
+
 class Interrupted(PPORayError):
     """Say that a signal ended the run; the command line exits as shells have it, with 128 + its number."""
 

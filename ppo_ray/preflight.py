@@ -1,7 +1,10 @@
-"""What can be found wrong before any actor starts: models, labels, texts, reward function, threads. All at once."""
+"""What can be found wrong before any actor starts: models, labels, texts, reward function, threads, output folder.
+
+All at once.
+"""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,20 @@ def check(config: Config) -> None:
         InputError: a line for everything that cannot be used.
     """
     problems = [*_cpu_problems(config), *_policy_problems(config), *_reward_problems(config), *_prompt_problems(config)]
+    if os.environ.get(_JOB_VARIABLES[1]):
+        problems = [*output_problems(config), *problems]
+    refuse(problems, "nothing was started")
+
+
+def refuse(problems: Sequence[str], so: str) -> None:
+    """Raise one error for all problems, if there are any.
+
+    Raises:
+        InputError: there are; `so` ends its first line.
+    """
     if problems:
         heading = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-        raise InputError("\n".join([f"{heading}, nothing was started", *(f"  {problem}" for problem in problems)]))
+        raise InputError("\n".join([f"{heading}, {so}", *(f"  {problem}" for problem in problems)]))
 
 
 def phase_demands(config: Config) -> dict[str, tuple[str, int]]:
@@ -44,6 +58,15 @@ def phase_demands(config: Config) -> dict[str, tuple[str, int]]:
 def cpu_demand(config: Config) -> int:
     """Return the CPU threads of the busiest phase: the phases take turns and idle actors hold no spinning thread."""
     return max(threads for _, threads in phase_demands(config).values())
+
+
+def output_problems(config: Config) -> Iterator[str]:
+    """Find out whether a job would lose what it writes."""
+    if not Path(config.output_dir).is_absolute():
+        yield (
+            f"output_dir={config.output_dir}: must be absolute, on storage that all nodes share: the folder in which a "
+            "job starts lies on one of them and is deleted some time after the job"
+        )
 
 
 def _cpu_problems(config: Config) -> Iterator[str]:

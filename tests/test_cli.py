@@ -86,6 +86,25 @@ def test_assets(monkeypatch):
     assert run("assets", "mnist").exit_code == 2
 
 
+def test_submit_hands_over_what_was_asked_for(config, monkeypatch, tmp_path):
+    from ppo_ray import submission
+
+    calls = []
+    monkeypatch.setattr(submission, "submit", lambda request, wait, write, say: calls.append((request, wait)) or 7)
+    options = ("--address", "http://h:8265", "--env", "A", "--env", "B", "--name", "films", "--no-wait")
+    assert run("submit", config, "steps=7", "--working-dir", str(tmp_path), *options).exit_code == 7
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://other:8265")
+    assert run("submit", config).exit_code == 7
+    (first, first_wait), (second, second_wait) = calls
+    assert (first.config.steps, first.config.resume, first.address) == (7, "auto", "http://h:8265")
+    assert (first.name, first.variables, first.working_dir, first_wait) == ("films", ("A", "B"), tmp_path, False)
+    assert (second.address, second.working_dir, second.variables) == ("http://other:8265", None, ())
+    assert second_wait and second.name.startswith("run-20")
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    assert run("submit", config).exit_code == 2 == run("submit", config, "stpes=7", *options).exit_code
+    assert len(calls) == 2
+
+
 def test_bad_config_is_a_message_and_exit_code_2(config, driver):
     result = run("train", config, "ppo.clip_rnage=1", "steps=x")
     assert result.exit_code == 2 and not driver.calls

@@ -88,7 +88,14 @@ def test_more_threads_than_the_machine_has(configured, monkeypatch):
     ]
     check(config.model_copy(update={"ray": config.ray.model_copy(update={"address": "auto"})}))
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    check(config)
+    check(config.model_copy(update={"output_dir": "/shared/run"}))
+
+
+def test_a_job_writes_where_it_is_not_deleted_with_it(configured, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    (line,) = problems(configured())
+    assert line.startswith("output_dir=out: must be absolute, on storage that all nodes share")
+    check(configured("output_dir=/shared/run"))
 
 
 def test_missing_models_and_texts_are_reported_together(configured, tmp_path):

@@ -13,11 +13,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ("__main__",),
     ("cli",),
-    ("driver", "trl"),
+    ("driver", "trl", "submission"),
     ("held_out", "capacity"),
     ("actors",),
     ("learner", "engines"),
-    ("diagnostics", "learner_state", "weight_probe"),
+    ("diagnostics", "learner_state", "weight_probe", "job_request"),
     ("minibatch", "optimizer"),
     ("objective",),
     ("experience",),

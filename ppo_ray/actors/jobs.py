@@ -1,0 +1,219 @@
+"""Ray's job server at the head of a cluster: what the cluster has, and jobs that are sent to it and followed.
+
+`RAY_AUTH_MODE` must be set before this module is imported: Ray reads it once.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+from ray.exceptions import AuthenticationError, RayError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
+
+from ppo_ray.actors.placement import ActorSpec
+from ppo_ray.config import Config
+from ppo_ray.errors import InputError, JobError
+
+_ANSWER_S = (10, 120)  # to connect; between two bytes of an answer: an upload is unpacked before it is answered
+_SILENCE_S = 60.0  # of a log, before the job's state is asked for
+_PATIENCE_S = 300.0  # without an answer of the head, before a job is no longer followed
+_LONGEST_PAUSE_S = 30.0  # between two looks at a log that cannot be followed
+_MOST_NODES = 10_000
+
+_UNREACHABLE = (OSError, RuntimeError, aiohttp.ClientError, RayError)
+"""What Ray's SDK raises when the head does not answer, or not as it should; all that `requests` raises is `OSError`."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a job ended."""
+
+    exit_code: int
+    """Of the job's own process, as shells have it; 143 if the job was stopped."""
+    message: str
+
+
+class JobServer:
+    """The job server at an address; every request has a time limit."""
+
+    def __init__(self, address: str) -> None:
+        """Connect.
+
+        Args:
+            address: of the dashboard, e.g. `http://10.0.0.1:8265`.
+
+        Raises:
+            InputError: nothing answers there, what answers is no Ray, or it refuses the token.
+        """
+        for name in ("dashboard_sdk", "job.sdk"):  # they tell of uploads and closed sockets; we say what matters
+            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+        self._address = address
+        try:
+            self._client = _Client(address)
+        except AuthenticationError as error:
+            raise InputError(f"--address={address}: {_refusal(str(error))}") from error
+        except (*_UNREACHABLE, ValueError, KeyError) as error:
+            raise InputError(
+                f"--address={address}: no Ray dashboard answers there ({type(error).__name__}); give the head's, e.g. "
+                "http://HOST:8265, and see that it can be reached from here (ssh -L 8265:127.0.0.1:8265 HOST)"
+            ) from error
+
+    def knows(self, name: str) -> bool:
+        """Say whether there is, or was, a job of that name: Ray never gives a name twice."""
+        return any(job.submission_id == name for job in self._client.list_jobs())
+
+    def shortage(self, config: Config) -> str | None:
+        """Say what the actors need beyond what the cluster has at this moment."""
+        try:
+            nodes = list_nodes(self._address, [("state", "=", "ALIVE")], limit=_MOST_NODES, timeout=_ANSWER_S[0])
+        except (RayStateApiException, *_UNREACHABLE) as error:
+            return f"what the cluster has could not be found out ({type(error).__name__})"
+        supply: Counter[str] = Counter()
+        for node in nodes:
+            supply.update(node.resources_total)
+        lacking = {name: demand for name, demand in _demand(config).items() if demand > supply[name] + 1e-6}
+        if not lacking:
+            return None
+        wanted = " and ".join(f"{demand:.4g} {name}s" for name, demand in lacking.items())
+        there = " and ".join(f"{supply[name]:.4g} {name}s" for name in lacking)
+        return f"the actors need {wanted}, but the cluster has {there} now"
+
+    def submit(self, name: str, entrypoint: str, package: Path, variables: Mapping[str, str]) -> None:
+        """Send a package and start a job in it.
+
+        Args:
+            name: of the job, new to the cluster.
+            entrypoint: a shell command.
+            package: a zip archive; the job's working directory is what it holds.
+            variables: environment of the job and its actors; whoever may list the cluster's jobs can read it.
+
+        Raises:
+            JobError: the server does not take it.
+        """
+        environment = {"working_dir": str(package), "env_vars": dict(variables)}
+        try:
+            self._client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=environment)
+        except _UNREACHABLE as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()
+            raise JobError(f"{self._address} did not take the job: {reason[0]} {reason[-1]}") from error
+
+    def follow(self, name: str, write: Callable[[str], object]) -> End:
+        """Write a job's log as it grows, until the job has ended.
+
+        The end of the log's stream is not taken for the end of the job: connections break, heads restart.
+
+        Raises:
+            JobError: the head did not answer for five minutes.
+        """
+        return asyncio.run(self._follow(name, write))
+
+    async def _follow(self, name: str, write: Callable[[str], object]) -> End:
+        log, answered, pause = _Log(write), time.monotonic(), 1.0
+        while True:
+            before = log.written
+            with contextlib.suppress(*_UNREACHABLE):
+                await self._tail(name, log)
+            try:
+                details = self._client.get_job_info(name)
+                answered = time.monotonic()
+                if details.status.is_terminal():
+                    with contextlib.suppress(*_UNREACHABLE):
+                        log.add(self._client.get_job_logs(name), 0)
+                    return _end(name, details)
+            except _UNREACHABLE as error:
+                if time.monotonic() - answered > _PATIENCE_S:
+                    raise JobError(
+                        f"the head has not answered for {_PATIENCE_S:g} s ({error}); the job may go on or be lost with "
+                        "it: see `ray job list`, and submit the same line again to go on from its newest checkpoint"
+                    ) from error
+            pause = 1.0 if log.written > before else min(2 * pause, _LONGEST_PAUSE_S)
+            await asyncio.sleep(pause)
+
+    async def _tail(self, name: str, log: "_Log") -> None:
+        """Write the log until its stream ends, or is silent and the head does not answer."""
+        async with contextlib.aclosing(self._client.tail_job_logs(name)) as chunks:
+            position = 0  # each stream begins at the log's first character
+            while (chunk := await self._next(chunks, name)) is not None:
+                log.add(chunk, position)
+                position += len(chunk)
+
+    async def _next(self, chunks: AsyncIterator[str], name: str) -> str | None:
+        """Wait for the next piece of a log as long as the head answers; None: the stream has ended."""
+
+        async def arrive() -> str | None:
+            return await anext(chunks, None)
+
+        arriving = asyncio.ensure_future(arrive())
+        try:
+            while not (await asyncio.wait({arriving}, timeout=_SILENCE_S))[0]:
+                self._client.get_job_info(name)
+            return arriving.result()
+        finally:
+            arriving.cancel()
+            await asyncio.wait({arriving})
+
+
+class _Client(JobSubmissionClient):
+    """Ray's own client, with a time limit: without one a request to a host that is gone waits for ever."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        return super()._do_request(method, endpoint, **{"timeout": _ANSWER_S, **options})
+
+
+class _Log:
+    """What was written of a log: a stream that begins anew repeats none of it."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write = write
+        self.written = 0  # characters
+
+    def add(self, text: str, position: int) -> None:
+        """Write what is new of a text that begins at that character of the log."""
+        if fresh := text[max(0, self.written - position) :]:
+            self._write(fresh)
+            self.written = position + len(text)
+
+
+def _demand(config: Config) -> dict[str, float]:
+    """Return what all actors reserve at once."""
+    rollout, reward, learner = config.rollout, config.reward, config.learner
+    specs = (
+        ActorSpec("rollout", rollout.workers, rollout.threads, rollout.gpus),
+        ActorSpec("reward", reward.workers, reward.threads, reward.gpus),
+        ActorSpec("learner", learner.workers, learner.threads, learner.gpus),
+    )
+    return {
+        "CPU": sum(spec.workers * spec.num_cpus for spec in specs),
+        "GPU": sum(spec.workers * spec.gpus for spec in specs),
+    }
+
+
+def _refusal(answer: str) -> str:
+    if "Forbidden" in answer or "invalid" in answer:
+        return (
+            "the head refuses the token (HTTP 403): it is another cluster's, or an old one. Ray takes RAY_AUTH_TOKEN, "
+            "else the file RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token: put the cluster's own there"
+        )
+    return "the head wants a token (HTTP 401) and got none; RAY_AUTH_MODE must be token here too"
+
+
+def _end(name: str, details: JobDetails) -> End:
+    if details.status == JobStatus.SUCCEEDED:
+        return End(0, f"job {name} succeeded")
+    if details.status == JobStatus.STOPPED:
+        return End(143, f"job {name} was stopped; submit the same line again to go on")
+    code = details.driver_exit_code
+    if code is None:
+        return End(1, f"job {name} failed: {details.message}")
+    code = 128 - code if code < 0 else code  # ended by a signal
+    return End(code, f"job {name} failed with exit code {code}")

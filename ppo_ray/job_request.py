@@ -1,0 +1,144 @@
+"""A run that is to be submitted as a job: what can be found wrong with it here, before a cluster is asked."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+
+from ppo_ray.config import Config
+from ppo_ray.preflight import output_problems
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_VARIABLE = re.compile(r"[A-Za-z_]\w*")
+_DATA_FILES = (".parquet", ".csv", ".jsonl")
+_LEFT_OUT = ".gitignore, .rayignore and Ray itself (.git, .venv, venv, __pycache__) leave files out"
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What `ppo-ray submit` was asked for."""
+
+    config: Config
+    """Of the run, as it is to be on the cluster."""
+    address: str
+    """URL of the dashboard."""
+    name: str
+    """Of the job; the cluster must not have had one of that name."""
+    working_dir: Path | None = None
+    """A folder that is sent: the job's working directory. None: only the config is sent."""
+    variables: tuple[str, ...] = ()
+    """Names of the environment variables that go with the job."""
+
+
+def job_name(config: Path) -> str:
+    """Return a name that no other job has, e.g. `films-20260102-030405` for films.yaml."""
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.stem).strip("-._")[:60] or "job"
+    return f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def request_problems(
+    request: JobRequest, environment: Mapping[str, str], holds: Callable[[str], bool]
+) -> Iterator[str]:
+    """Find what is wrong, a line each.
+
+    Args:
+        request: what was asked for.
+        environment: variables of this process.
+        holds: says whether a path, relative to the working dir, is sent.
+    """
+    if not request.address.startswith(("http://", "https://")):
+        yield f"--address={request.address}: give the URL of the head's dashboard, e.g. http://HOST:8265"
+    if not _NAME.fullmatch(request.name):
+        yield f"--name={request.name}: may hold letters, digits, `.`, `_` and `-`, 100 at most"
+    yield from _token_problems(environment)
+    yield from _variable_problems(request.variables, environment)
+    yield from _config_problems(request.config)
+    for key, path in _paths(request.config).items():
+        yield from _path_problems(key, path, request.working_dir, holds)
+    if request.config.reward.function is not None:
+        yield from _module_problems(request.config.reward.function, request.working_dir, holds)
+
+
+def _token_problems(environment: Mapping[str, str]) -> Iterator[str]:
+    """Look for a token where Ray does; it is read by Ray alone, and said nowhere."""
+    if environment.get("RAY_AUTH_MODE") == "disabled" or environment.get("RAY_ENABLE_K8S_TOKEN_AUTH"):
+        return
+    if environment.get("RAY_AUTH_TOKEN"):
+        return
+    given = environment.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(given or Path(environment.get("HOME", "~"), ".ray", "auth_token")).expanduser()
+    if not path.is_file() or not path.stat().st_size:
+        yield (
+            f"no token for the cluster: RAY_AUTH_TOKEN is not set, and {path} is not there or empty; export the token "
+            "that the head was started with (a cluster without tokens: RAY_AUTH_MODE=disabled)"
+        )
+
+
+def _variable_problems(names: tuple[str, ...], environment: Mapping[str, str]) -> Iterator[str]:
+    for name in names:
+        if not _VARIABLE.fullmatch(name):
+            shown = name.partition("=")[0]  # what follows may be a secret
+            yield f"--env {shown}: give the name alone; its value is taken from here, and need not be typed"
+        elif name.startswith("RAY_"):
+            yield f"--env {name}: is the cluster's own to set; leave it out"
+        elif name not in environment:
+            yield f"--env {name}: is not set here; export it, or leave it out"
+
+
+def _config_problems(config: Config) -> Iterator[str]:
+    yield from output_problems(config)
+    if config.ray.address not in (None, "auto"):
+        yield f"ray.address={config.ray.address}: a job runs on the cluster it was submitted to; leave it out"
+
+
+def _paths(config: Config) -> dict[str, str]:
+    found = {
+        "model.path": config.model.path,
+        "model.reference_path": config.model.reference_path,
+        "model.critic_path": config.model.critic_path,
+        "prompts.path": config.prompts.path,
+        "reward.path": config.reward.path,
+    }
+    return {key: path for key, path in found.items() if path is not None}
+
+
+def _path_problems(key: str, path: str, working_dir: Path | None, holds: Callable[[str], bool]) -> Iterator[str]:
+    """Look at a path as the job will, from its working directory; absolute ones and hub names are for the cluster."""
+    if Path(path).is_absolute() or not _is_local(path, working_dir):
+        return
+    if working_dir is None:
+        yield (
+            f"{key}={path}: is relative, and no folder is sent that it could lie in; give an absolute path that the "
+            "cluster's nodes have, or send a folder with --working-dir"
+        )
+    elif not (working_dir / path).exists():
+        yield f"{key}={path}: is not in --working-dir={working_dir}, where the job looks for it"
+    elif not holds(path):
+        yield f"{key}={path}: is not among the files that are sent of --working-dir={working_dir}: {_LEFT_OUT}"
+
+
+def _is_local(path: str, working_dir: Path | None) -> bool:
+    """Say whether a relative path is one, rather than a name on the hub."""
+    looks = path.startswith(".") or path.count("/") > 1 or Path(path).suffix in _DATA_FILES
+    return looks or Path(path).exists() or (working_dir is not None and (working_dir / path).exists())
+
+
+def _module_problems(function: str, working_dir: Path | None, holds: Callable[[str], bool]) -> Iterator[str]:
+    """Refuse a module that lies here and is not sent; one that is installed is for the cluster to have."""
+    package = function.partition(":")[0].partition(".")[0]
+    names = (package, f"{package}.py")
+    if _is_installed(package):
+        return
+    if working_dir is not None and any((working_dir / name).exists() for name in names):
+        if not any(map(holds, names)):
+            yield f"reward.function={function}: {package} is not sent with --working-dir={working_dir}: {_LEFT_OUT}"
+    elif any(Path(name).exists() for name in names):
+        yield f"reward.function={function}: {package} lies here and is not sent; send its folder: --working-dir ."
+
+
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+    return any({"site-packages", "dist-packages"} & set(Path(place).parts) for place in places if place)
