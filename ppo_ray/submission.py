@@ -59,7 +59,7 @@ def submit(request: JobRequest, wait: bool, write: Callable[[str], object], say:
     os.environ["RAY_API_SERVER_ADDRESS"] = request.address  # what is set there would win over any argument
     package, server = _checked(request, say)
     _send(request, package, server)
-    say(f"submitted {request.name}: {len(package.files) + 1:,} files, {package.size / 2**20:.1f} MiB")
+    say(f"submitted {request.name} to {request.address}: the config{_and_files(package)}")
     if not wait:
         say(_next_steps(request))
         return 0
@@ -117,6 +117,12 @@ def _send(request: JobRequest, package: "Package", server: "JobServer") -> None:
             archive,
             {**variables, "RAY_JOB_STOP_WAIT_TIME_S": str(patience)},  # Ray's own 3 s are too short for a checkpoint
         )
+
+
+def _and_files(package: "Package") -> str:
+    if package.folder is None:
+        return ""
+    return f" and {len(package.files):,} files of {package.folder}, {package.size / 2**20:.1f} MiB"
 
 
 def _next_steps(request: JobRequest) -> str:

@@ -1,7 +1,6 @@
 """A Ray head as a user starts it, on ports of its own, with token authentication."""
 
 import contextlib
-import json
 import os
 import secrets
 import socket
@@ -37,12 +36,6 @@ class Head:
     def ray(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         command = [str(Path(sys.executable).with_name("ray")), *arguments]
         return subprocess.run(command, env=self.environment, text=True, capture_output=True, timeout=timeout)
-
-    def submit(self, name: str, *entrypoint: str, wait: bool, variables: dict[str, str]):
-        """Submit a job by its name, as the documents show it."""
-        runtime_env = json.dumps({"env_vars": variables})
-        options = ["--submission-id", name, "--runtime-env-json", runtime_env, *(() if wait else ("--no-wait",))]
-        return self.ray("job", "submit", *options, "--", *entrypoint)
 
 
 @contextlib.contextmanager

@@ -72,7 +72,8 @@ def test_what_is_sent_and_what_is_said(head: FakeHead, tmp_path: Path, monkeypat
     *start, file = shlex.split(job["entrypoint"])
     assert start == ["python", "-m", "ppo_ray", "train"]
     assert load_config(tmp_path / file, []) == load_config(None, [*OPTIONS, "steps=7", "ray.stop_timeout_s=30.5"])
-    assert "submitted films: 2 files" in said and said.endswith("job films succeeded")
+    assert f"submitted films to {head.address}: the config and 1 files of {tmp_path}, 0.0 MiB" in said
+    assert said.endswith("job films succeeded")
     assert f"ray job stop --address {head.address} films" in said
     assert "hf_secret" not in said and TOKEN not in said
 
