@@ -35,7 +35,7 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    """Run the command and exit with its code: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C."""
+    """Run the command and exit with its code: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C, or a job's own."""
     app()
 
 
@@ -142,7 +142,7 @@ def submit(
     env: Annotated[
         list[str] | None, typer.Option("--env", metavar="NAME", help="A variable to forward by name; may be repeated.")
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Of the job; without: CONFIG's, and the time.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the job, new to the cluster.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log; exit with the job's code.")] = True,
 ) -> None:
     """Train as `train` does, as a job on a Ray cluster; sent again, it goes on from its newest checkpoint."""

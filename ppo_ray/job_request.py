@@ -1,6 +1,7 @@
 """A run that is to be submitted as a job: what can be found wrong with it here, before a cluster is asked."""
 
 import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,9 +34,9 @@ class JobRequest:
 
 
 def job_name(config: Path) -> str:
-    """Return a name that no other job has, e.g. `films-20260102-030405` for films.yaml."""
+    """Return a name that no other job has, e.g. `films-20260102-030405-6f0c` for films.yaml."""
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.stem).strip("-._")[:60] or "job"
-    return f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    return f"{stem}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def request_problems(

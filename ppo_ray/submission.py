@@ -130,7 +130,7 @@ def _next_steps(request: JobRequest) -> str:
         (
             f"  follow it:                      {_ray('logs --follow', request)}",
             f"  stop it, with a checkpoint:     {_ray('stop', request)}",
-            "  go on with it:                  submit the same line again",
+            "  go on with it:                  submit it again (a --name must be a new one)",
         )
     )
 

@@ -26,6 +26,8 @@ class FakeHead:
     """Of earlier jobs."""
     packages: list[bytes] = field(default_factory=list)
     submitted: list[dict[str, Any]] = field(default_factory=list)
+    refusal: str = ""
+    """Of a job that is submitted, as Ray's server words it."""
     silent: bool = False
     """Whether a stream that is to break off hangs instead."""
     address: str = ""
@@ -83,6 +85,8 @@ class FakeHead:
 
     async def _submit(self, request):
         self.submitted.append(await request.json())
+        if self.refusal:
+            return web.Response(status=500, text=self.refusal)
         name = self.submitted[-1]["submission_id"]
         return web.json_response({"job_id": name, "submission_id": name})
 

@@ -128,6 +128,7 @@ def test_every_path_of_a_config_is_looked_at() -> None:
 def test_names() -> None:
     assert job_name(Path("/x/my films.yaml")).startswith("my-films-20")
     assert job_name(Path("...")).startswith("job-20")
+    assert len({job_name(Path("a.yaml")) for _ in range(9)}) > 1  # in one second
     assert problems(request(name=job_name(Path("a" * 300)))) == []
     assert len(problems(request(name="a/b"))) == len(problems(request(name="-a"))) == 1
 

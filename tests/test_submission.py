@@ -90,7 +90,7 @@ def test_a_job_that_is_not_waited_for(head: FakeHead) -> None:
         ({"status": "FAILED", "driver_exit_code": 2}, 2, "failed with exit code 2"),
         ({"status": "FAILED", "driver_exit_code": -9}, 137, "failed with exit code 137"),
         ({"status": "FAILED", "message": "no such image"}, 1, "failed: no such image"),
-        ({"status": "STOPPED"}, 143, "was stopped; submit the same line again to go on"),
+        ({"status": "STOPPED"}, 143, "was stopped; submit it again to go on"),
     ],
 )
 def test_the_exit_code_is_the_jobs(head: FakeHead, state: dict, code: int, said: str) -> None:
@@ -135,6 +135,12 @@ def test_a_head_that_is_gone_is_not_waited_for_for_ever(head: FakeHead, monkeypa
 
     monkeypatch.setattr(jobs._Client, "get_job_info", gone)
     with pytest.raises(JobError, match=r"the head has not answered for 0\.1 s \(refused\); the job may go on"):
+        submit(head)
+
+
+def test_a_job_that_is_not_taken(head: FakeHead) -> None:
+    head.refusal = "Traceback (most recent call last):\n  File x\nValueError: No available agent\n.\n"
+    with pytest.raises(JobError, match=f"{head.address} did not take the job: ValueError: No available agent"):
         submit(head)
 
 

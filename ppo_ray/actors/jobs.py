@@ -104,8 +104,8 @@ class JobServer:
         try:
             self._client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=environment)
         except _UNREACHABLE as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()
-            raise JobError(f"{self._address} did not take the job: {reason[0]} {reason[-1]}") from error
+            lines = [line for line in str(error).splitlines() if line.strip(" .")]  # a traceback; its end says what
+            raise JobError(f"{self._address} did not take the job: {(lines or [type(error).__name__])[-1]}") from error
 
     def follow(self, name: str, write: Callable[[str], object]) -> End:
         """Write a job's log as it grows, until the job has ended.
@@ -134,7 +134,7 @@ class JobServer:
                 if time.monotonic() - answered > _PATIENCE_S:
                     raise JobError(
                         f"the head has not answered for {_PATIENCE_S:g} s ({error}); the job may go on or be lost with "
-                        "it: see `ray job list`, and submit the same line again to go on from its newest checkpoint"
+                        "it: see `ray job list`, and submit it again to go on from its newest checkpoint"
                     ) from error
             pause = 1.0 if log.written > before else min(2 * pause, _LONGEST_PAUSE_S)
             await asyncio.sleep(pause)
@@ -211,7 +211,7 @@ def _end(name: str, details: JobDetails) -> End:
     if details.status == JobStatus.SUCCEEDED:
         return End(0, f"job {name} succeeded")
     if details.status == JobStatus.STOPPED:
-        return End(143, f"job {name} was stopped; submit the same line again to go on")
+        return End(143, f"job {name} was stopped; submit it again to go on")
     code = details.driver_exit_code
     if code is None:
         return End(1, f"job {name} failed: {details.message}")
