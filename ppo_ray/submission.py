@@ -100,7 +100,7 @@ def _checked(request: JobRequest, say: Say) -> "tuple[Package, JobServer]":
     refuse(problems, "nothing was sent")
     assert server is not None  # or there was a problem
     if shortage := server.shortage(request.config):
-        say(f"warning: {shortage}; unless it grows, the job will be refused")
+        say(f"warning: the cluster is too small now, and the job will be refused unless it grows: {shortage}")
     return package, server
 
 

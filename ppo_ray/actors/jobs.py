@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
-from ppo_ray.actors.placement import ActorSpec
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError, JobError
+from ppo_ray.plan import ClusterShape, Node, requested
+from ppo_ray.plan.assign import assign
 
 _ANSWER_S = (10, 120)  # to connect; between two bytes of an answer: an upload is unpacked before it is answered
 _SILENCE_S = 60.0  # of a log, before the job's state is asked for
@@ -73,20 +73,17 @@ class JobServer:
         return any(job.submission_id == name for job in self._client.list_jobs())
 
     def shortage(self, config: Config) -> str | None:
-        """Say what the actors need beyond what the cluster has at this moment."""
+        """Say what of the actors has no room on the nodes that the cluster has at this moment."""
         try:
             nodes = list_nodes(self._address, [("state", "=", "ALIVE")], limit=_MOST_NODES, timeout=_ANSWER_S[0])
         except (RayStateApiException, *_UNREACHABLE) as error:
             return f"what the cluster has could not be found out ({type(error).__name__})"
-        supply: Counter[str] = Counter()
-        for node in nodes:
-            supply.update(node.resources_total)
-        lacking = {name: demand for name, demand in _demand(config).items() if demand > supply[name] + 1e-6}
-        if not lacking:
-            return None
-        wanted = " and ".join(f"{demand:.4g} {name}s" for name, demand in lacking.items())
-        there = " and ".join(f"{supply[name]:.4g} {name}s" for name in lacking)
-        return f"the actors need {wanted}, but the cluster has {there} now"
+        there = tuple(
+            Node(node.node_ip, node.resources_total.get("CPU", 0.0), int(node.resources_total.get("GPU", 0)))
+            for node in nodes
+        )
+        shortages = assign(requested(config), ClusterShape(there)).shortages
+        return "; ".join(map(str, shortages)) or None
 
     def submit(self, name: str, entrypoint: str, package: Path, variables: Mapping[str, str]) -> None:
         """Send a package and start a job in it.
@@ -182,20 +179,6 @@ class _Log:
         if fresh := text[max(0, self.written - position) :]:
             self._write(fresh)
             self.written = position + len(text)
-
-
-def _demand(config: Config) -> dict[str, float]:
-    """Return what all actors reserve at once."""
-    rollout, reward, learner = config.rollout, config.reward, config.learner
-    specs = (
-        ActorSpec("rollout", rollout.workers, rollout.threads, rollout.gpus),
-        ActorSpec("reward", reward.workers, reward.threads, reward.gpus),
-        ActorSpec("learner", learner.workers, learner.threads, learner.gpus),
-    )
-    return {
-        "CPU": sum(spec.workers * spec.num_cpus for spec in specs),
-        "GPU": sum(spec.workers * spec.gpus for spec in specs),
-    }
 
 
 def _refusal(answer: str) -> str:
