@@ -11,6 +11,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from ppo_ray import preflight, stopping
+from ppo_ray.actors.gauges import Gauges
 from ppo_ray.actors.launch import Actors, check_engines, launch
 from ppo_ray.actors.session import ray_session
 from ppo_ray.checkpoint import Checkpoints, RunState
@@ -40,6 +41,7 @@ class Run:
     folder: RunFolder
     checkpoints: Checkpoints
     log: MetricsLog
+    gauges: Gauges
     console: Console
     state: RunState
     """After the last whole step."""
@@ -51,6 +53,7 @@ class Run:
     def report(self, event: Event) -> None:
         """Log an event, and say it."""
         self.log.event(event)
+        self.gauges.count(event)
         self.say(event.message)
 
     def say(self, text: str) -> None:
@@ -61,6 +64,7 @@ class Run:
         """Log a step's metrics; what comes after belongs to the next one, and may be lost without losing this."""
         step = self.state.step
         self.history.append(self.log.write(step, metrics | self.synced))
+        self.gauges.set(self.history[-1])
         self.state = RunState(step + 1, self.prompts.position, self.prompts.fingerprint)
 
     def go_on_from(self, state: RunState) -> None:
@@ -86,7 +90,7 @@ def train(config: Config, console: Console) -> None:
             return
         prompts = prompt_stream(config)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, config_text(config), lambda e: run.report(e))
-        run = Run(config, prompts, folder, checkpoints, log, console, RunState())
+        run = Run(config, prompts, folder, checkpoints, log, Gauges(folder.path.name), console, RunState())
         start = find_start(folder, config, checkpoints, prompts.fingerprint)
         folder.write_config(config)
         begin(run, start)
