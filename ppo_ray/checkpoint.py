@@ -20,6 +20,8 @@ from ppo_ray.events import Event, Report
 
 LATEST, BEST, FINAL = "latest", "best", "final"
 """Links to a checkpoint: the newest, the one whose policy scored highest, the one after the last step."""
+AHEAD = "ahead.parquet"
+"""In a checkpoint: the next step's trajectories, scored, where generation overlaps with learning."""
 _CHECKSUMS, _STATE, _CONFIG, _SCORES = "checksums.json", "run.json", "config.yaml", "scores.json"
 _CHUNK = 16 << 20  # bytes
 

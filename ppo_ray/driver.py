@@ -1,16 +1,15 @@
-"""The loop of PPO over Ray actors, and what stands before and after it."""
+"""A run from its config to its last line: what stands before, around and after the loop."""
 
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 
-from ppo_ray import preflight, stopping
+from ppo_ray import preflight
 from ppo_ray.actors.gauges import Gauges
 from ppo_ray.actors.launch import Actors, check_engines, launch
 from ppo_ray.actors.session import ray_session
@@ -20,57 +19,15 @@ from ppo_ray.errors import PPORayError, WorkerLost
 from ppo_ray.evaluation import Evaluation
 from ppo_ray.events import Event
 from ppo_ray.held_out import evaluate, prompt_stream
+from ppo_ray.loop import Run, run_overlapped, run_steps
 from ppo_ray.metrics import MetricsLog
-from ppo_ray.prompts import PromptStream
-from ppo_ray.report import StepProgress, draw_curves, print_agreements, print_summary, write_samples
+from ppo_ray.report import draw_curves, print_agreements, print_summary, write_samples
 from ppo_ray.resume import Start, find_start, finished, open_folder
-from ppo_ray.run_folder import RunFolder, config_text
+from ppo_ray.run_folder import config_text
 
-Metrics = dict[str, float]
 Result = TypeVar("Result")
 
 _CHECK_PROMPTS = 8
-
-
-@dataclass
-class Run:
-    """A run under way."""
-
-    config: Config
-    prompts: PromptStream
-    folder: RunFolder
-    checkpoints: Checkpoints
-    log: MetricsLog
-    gauges: Gauges
-    console: Console
-    state: RunState
-    """After the last whole step."""
-    history: list[Metrics] = field(default_factory=list)
-    """Each step's metrics."""
-    synced: Metrics = field(default_factory=dict)
-    """Of the last weight sync: that of the weights which sample the next step."""
-
-    def report(self, event: Event) -> None:
-        """Log an event, and say it."""
-        self.log.event(event)
-        self.gauges.count(event)
-        self.say(event.message)
-
-    def say(self, text: str) -> None:
-        """Print a line as it is."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def finish_step(self, metrics: Metrics) -> None:
-        """Log a step's metrics; what comes after belongs to the next one, and may be lost without losing this."""
-        step = self.state.step
-        self.history.append(self.log.write(step, metrics | self.synced))
-        self.gauges.set(self.history[-1])
-        self.state = RunState(step + 1, self.prompts.position, self.prompts.fingerprint)
-
-    def go_on_from(self, state: RunState) -> None:
-        """Take up the run at a state: prompts, metrics and history are as they were."""
-        self.state, self.prompts.position = state, state.prompt_position
-        self.history = self.log.go_on(state.step)
 
 
 def train(config: Config, console: Console) -> None:
@@ -94,13 +51,14 @@ def train(config: Config, console: Console) -> None:
         start = find_start(folder, config, checkpoints, prompts.fingerprint)
         folder.write_config(config)
         begin(run, start)
+        steps = run_overlapped if config.rollout.max_staleness else run_steps
         with (
             ray_session(config.ray),
             launch(config, folder.trajectories, start.checkpoint, run.say, run.report) as actors,
         ):
             before = whatever_the_learner(run, actors, lambda: evaluate_before(run, actors))
             with saved_if_it_ends(run, actors):
-                whatever_the_learner(run, actors, lambda: run_steps(run, actors))
+                whatever_the_learner(run, actors, lambda: steps(run, actors))
             after = evaluate(actors.rollout, actors.reward, prompts.held_out(), config)
     if before and after:
         write_samples(folder.samples, before, after)
@@ -125,32 +83,6 @@ def check(config: Config, console: Console) -> None:
         launch(config, Path(folder), None, say, lambda event: say(event.message)) as actors,
     ):
         print_agreements(console, check_engines(actors, config, prompts))
-
-
-def run_steps(run: Run, actors: Actors) -> None:
-    """Run PPO: sample, score, update, broadcast, step after step, from the run's state to `config.steps`.
-
-    The driver holds references: what it reads of a step is a few floats.
-    """
-    config, prompts, checkpoints = run.config, run.prompts, run.checkpoints
-    run.log.start_clock()
-    with StepProgress(config.steps, run.console, run.state.step) as progress:
-        for step in range(run.state.step, config.steps):
-            batch = prompts.take(config.rollout.batch_size)  # sample ids and token ids, in order
-            trajectories = actors.rollout.generate(batch, step)  # references, in order, at once
-            scored = actors.reward.score(trajectories)  # a shard is scored as soon as it is generated
-            checkpoints.finish()  # written while the engines generate
-            update = actors.learner.update(scored, step)  # one PPO update on the whole batch
-            run.finish_step(update.metrics | {"prompts/num_skipped": batch.num_skipped})
-            run.synced = actors.rollout.load_weights(update.weights)  # all engines acknowledge version and checksum
-            progress.update(step, run.history[-1])
-            checkpoints.scored(step, update.metrics.get("score/mean"))
-            if checkpoints.due(step + 1, config.steps):
-                checkpoints.save(run.state, actors.learner.save)
-            if step == 0 and not update.metrics["learner/skipped_update"]:
-                say_sanity(run)
-            stopping.check()
-    checkpoints.finish()
 
 
 def whatever_the_learner(run: Run, actors: Actors, work: Callable[[], Result]) -> Result:
@@ -228,15 +160,3 @@ def evaluate_before(run: Run, actors: Actors) -> Evaluation | None:
     if before:
         before.write(run.folder.before)
     return before
-
-
-def say_sanity(run: Run) -> None:
-    """Print what must hold at the first step if engines, learner and reference compute the same policy."""
-    metrics = run.history[0]
-    run.say(
-        "step 0 sanity: "
-        f"|rollout - learner| log-probability {metrics['mismatch/logprob_mean']:.1e} mean, "
-        f"{metrics['mismatch/logprob_max']:.1e} max; "
-        f"KL to the reference {metrics['kl/per_sequence']:.1e}; "
-        f"ratio of the first mini-batch 1{metrics['policy/ratio_first'] - 1:+.1e}"
-    )

@@ -43,15 +43,24 @@ def refuse(problems: Sequence[str], so: str) -> None:
 
 
 def phase_demands(config: Config) -> dict[str, tuple[str, int]]:
-    """Return each phase's CPU threads, and the options that make them."""
+    """Return each phase's CPU threads, and the options that make them.
+
+    Where generation overlaps with learning, the update goes on beside each of the others.
+    """
     rollout, reward, learner = config.rollout, config.reward, config.learner
     generation = f"rollout.workers={rollout.workers} x rollout.threads={rollout.threads}"
     scoring = f"reward.workers={reward.workers} x reward.threads={reward.threads}"
     updating = f"learner.workers={learner.workers} x learner.threads={learner.threads}"
-    return {
+    demands = {
         "generation": (generation, rollout.workers * rollout.threads),
         "scoring": (scoring, reward.workers * reward.threads),
-        "the update": (updating, learner.workers * learner.threads),
+    }
+    learning = learner.workers * learner.threads
+    if not rollout.max_staleness:
+        return demands | {"the update": (updating, learning)}
+    return {
+        f"{phase} beside the update (rollout.max_staleness=1)": (f"{options} + {updating}", threads + learning)
+        for phase, (options, threads) in demands.items()
     }
 
 

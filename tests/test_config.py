@@ -139,6 +139,18 @@ def test_the_full_divergence_is_for_the_reward():
     assert line.startswith("ppo.kl_estimator: full is for kl_in=reward")
 
 
+def test_overlap_needs_importance_weights_and_two_checkpoints():
+    both = violations(*REQUIRED, "rollout.max_staleness=1", "checkpoint.keep_last=1")
+    assert [line.split(":")[0] for line in both] == ["rollout.max_staleness", "checkpoint.keep_last"]
+    assert "set ppo.importance_cap (2 is usual)" in both[0] and "checkpoint.keep_best=false" in both[1]
+    overlapped = [*REQUIRED, "rollout.max_staleness=1", "ppo.importance_cap=2"]
+    for enough in ("checkpoint.keep_last=2", "checkpoint.keep_best=false"):
+        assert load_config(None, [*overlapped, "checkpoint.keep_last=1", enough]).rollout.max_staleness == 1
+    (colocated,) = violations(*overlapped, "ray.placement=colocated")
+    assert colocated.startswith("ray.placement: colocated lets engines sleep")
+    assert violations(*overlapped, "rollout.max_staleness=2") == ["rollout.max_staleness: 2 must be at most 1"]
+
+
 def test_an_override_inside_a_list():
     found = violations(*REQUIRED, "ppo=[1]", "ppo.gamma=1")
     assert found == ["ppo.gamma: ppo is a list, not a section", "ppo: [1] is not a section of options"]

@@ -79,6 +79,16 @@ def test_demand_is_the_busiest_phase(configured):
     assert cpu_demand(configured(*overrides, "learner.threads=7")) == 7
 
 
+def test_an_update_beside_generation_adds_to_its_threads(configured):
+    overlapped = ["rollout.max_staleness=1", "ppo.importance_cap=2", "learner.threads=1"]
+    check(configured(*overlapped))  # one thread of each on two CPUs
+    assert cpu_demand(configured(*overlapped, "rollout.threads=3", "reward.threads=2")) == 4
+    assert problems(configured(*overlapped, "reward.threads=2")) == [
+        "reward.workers=1 x reward.threads=2 + learner.workers=1 x learner.threads=1: scoring beside the update "
+        "(rollout.max_staleness=1) wants 3 CPU threads, but this machine has 2 CPUs; lower it"
+    ]
+
+
 def test_more_threads_than_the_machine_has(configured, monkeypatch):
     config = configured("rollout.workers=2", "rollout.threads=2", "reward.workers=3", "learner.threads=3")
     assert problems(config) == [

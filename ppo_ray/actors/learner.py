@@ -17,6 +17,7 @@ from ppo_ray.agreement import Agreement
 from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config
 from ppo_ray.errors import CheckpointError, NonFiniteError, WorkerError
+from ppo_ray.staleness import check_staleness
 from ppo_ray.weights import WeightSnapshot
 
 if TYPE_CHECKING:
@@ -86,19 +87,35 @@ class LearnerWorker(Worker):
             ranks=ranks,
             checkpoint=None if checkpoint is None else Path(checkpoint),
         )
+        self._max_staleness = config.rollout.max_staleness
+        self._held: pa.Table | None = None
+        if self._max_staleness and checkpoint is not None:
+            self._held = pq.read_table(Path(checkpoint) / checkpoints.AHEAD)
         return {"time/learner_start_s": time.perf_counter() - start}
+
+    def hold(self, *shards: pa.Table) -> None:
+        """Keep the next update's trajectories, scored: they are part of the learner's state from now on."""
+        self._held = trajectory.concat(shards).combine_chunks()  # as it would come out of a checkpoint
 
     @ray.method(num_returns=2)
     def update(self, step: int, path: str, *shards: pa.Table) -> tuple[UpdateReport, WeightSnapshot | None]:
         """Make one PPO update on all shards together; write the trajectories and what was learnt of them to `path`.
 
+        Args:
+            step: of the run.
+            path: a Parquet file.
+            shards: of trajectories, scored; none: those that are held.
+
         Raises:
-            WorkerError: a loss or gradient is not finite; the mini-batch that made it is written beside `path`.
+            WorkerError: a loss or gradient is not finite, and the mini-batch that made it is written beside `path`; or
+                a trajectory is staler than it may be.
             PeersLost: another rank is gone.
         """
         start = time.perf_counter()
+        table, self._held = trajectory.concat(shards) if shards else self._held, None
+        figures = check_staleness(table, self._learner.policy_version, self._max_staleness)
         try:
-            update = self._learner.update(trajectory.concat(shards), step)
+            update = self._learner.update(table, step)
         except NonFiniteError as error:
             dump = Path(path).with_name(f"{Path(path).stem}-nonfinite.parquet")
             if self._leads:
@@ -106,7 +123,7 @@ class LearnerWorker(Worker):
             raise WorkerError(f"{error} The mini-batch that made it is in {dump}.") from error
         if self._leads:
             write_trajectories(Path(path), update.trajectories)
-        report, snapshot = self._published(update.metrics)
+        report, snapshot = self._published(update.metrics | figures)
         report.metrics["time/learn_s"] = time.perf_counter() - start
         return report, snapshot
 
@@ -148,13 +165,20 @@ class LearnerWorker(Worker):
             raise CheckpointError(
                 f"the learner has made {self._learner.policy_version} updates, the run {state.step} steps: not saved"
             )
-        checkpoints.write(Path(path), state, config, self._learner.save)
+        if self._max_staleness and self._held is None:
+            raise CheckpointError("the learner does not hold the next step's trajectories yet: not saved")
+        checkpoints.write(Path(path), state, config, self._save)
 
     def close(self) -> None:
         """Leave the other ranks."""
         from ppo_ray.ranks import leave
 
         leave()
+
+    def _save(self, folder: Path) -> None:
+        self._learner.save(folder)
+        if self._held is not None:
+            write_trajectories(folder / checkpoints.AHEAD, self._held)
 
     def _published(self, metrics: dict[str, float]) -> tuple[UpdateReport, WeightSnapshot | None]:
         """Return the weights; ranks but the first only say which they hold."""

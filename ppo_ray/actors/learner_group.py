@@ -43,6 +43,7 @@ class LearnerGroup:
         """Create the workers; `setup` loads their models. `trajectories` is the folder for the Parquet files."""
         self._config, self._trajectories, self._report = config, trajectories, report
         self._group = ActorGroup(LearnerWorker, learner_spec(config), config.ray, report, seats)
+        self._held_figures: dict[str, float] = {}
 
     def setup(self, checkpoint: Path | None = None) -> list[dict[str, float]]:
         """Load policy and reference, or go on from a checkpoint, and wait until all ranks are ready.
@@ -50,6 +51,7 @@ class LearnerGroup:
         Raises:
             WorkerError: a rank failed to start, or was lost too often in a row.
         """
+        self._held_figures = {}
         while True:
             try:
                 return self._set_up(checkpoint)
@@ -75,15 +77,39 @@ class LearnerGroup:
             WorkerLost: a rank died or hangs; the learner's state is gone.
             WorkerError: as `watch`, or ranks hold different weights.
         """
-        path = self._trajectories / f"step-{step:05d}.parquet"
-
-        def update(tables: list[Any]) -> Update:
-            reports, weights = self._published("updating", lambda rank: rank.update.remote(step, str(path), *tables))
-            return Update(_slowest([report.metrics for report in reports]), weights)
-
         figures = scored.wait()  # which a signal may end; from the update on, none does
-        done = scored.use(update)
+        done = scored.use(lambda tables: self._updated(step, tables))
         return Update(figures | done.metrics, done.weights)
+
+    def hold(self, scored: Shards, may_stop: bool = False) -> dict[str, float]:
+        """Hand the next update's shards to all ranks, and wait until they hold them.
+
+        From then on they are part of the learner's state: saved with it, restored with it. Until then the engines must
+        keep the weights that sample them, so that what is lost can be made again.
+
+        Args:
+            scored: the shards.
+            may_stop: whether a request to stop the run ends the wait.
+
+        Returns:
+            The seconds that were waited (`time/wait_s`).
+
+        Raises:
+            WorkerLost: a rank died or hangs; the learner's state is gone.
+            WorkerError: as `watch`.
+        """
+        began = time.monotonic()
+        self._held_figures = scored.wait(may_stop)
+        ranks, doing = self._group.members, "taking the next trajectories"
+        scored.use(
+            lambda tables: self._answers(doing, {rank.handle.hold.remote(*tables): rank for rank in ranks}), may_stop
+        )
+        return {"time/wait_s": time.monotonic() - began}
+
+    def update_held(self, step: int) -> Update:
+        """Make one PPO update on what the ranks hold; as `update`."""
+        done = self._updated(step, [])
+        return Update(self._held_figures | done.metrics, done.weights)
 
     def step(
         self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float
@@ -130,6 +156,11 @@ class LearnerGroup:
     def close(self) -> None:
         """End the workers."""
         self._group.close()
+
+    def _updated(self, step: int, tables: list[Any]) -> Update:
+        path = self._trajectories / f"step-{step:05d}.parquet"
+        reports, weights = self._published("updating", lambda rank: rank.update.remote(step, str(path), *tables))
+        return Update(_slowest([report.metrics for report in reports]), weights)
 
     def _set_up(self, checkpoint: Path | None) -> list[dict[str, float]]:
         meeting, text = self._meeting(), None if checkpoint is None else str(checkpoint)

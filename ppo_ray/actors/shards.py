@@ -53,19 +53,22 @@ class Shards:
         for index in range(len(calls)):
             self._submit(index)
 
-    def wait(self) -> dict[str, float]:
+    def wait(self, may_stop: bool = True) -> dict[str, float]:
         """Wait until all are there; returns their sources' figures and their own.
 
         A worker's seconds add up, and the slowest worker's count. Sources are waited for first, so that an error names
         the worker that failed and not the one that was waiting for it.
 
+        Args:
+            may_stop: whether a request to stop the run ends the wait.
+
         Raises:
             WorkerError: a worker failed, or was lost too often.
         """
         for attempt in range(_MAX_REMADE + 1):
-            figures = self._source.wait() if self._source else {}
+            figures = self._source.wait(may_stop) if self._source else {}
             try:
-                self._wait_for_own()
+                self._wait_for_own(may_stop)
                 return self._merged(figures)
             except DependencyLost:
                 if self._source is None or attempt == _MAX_REMADE:
@@ -80,15 +83,15 @@ class Shards:
         for index in range(len(self._calls)):
             self._submit(index)
 
-    def use(self, consume: Callable[[list[Any]], Answer]) -> Answer:
+    def use(self, consume: Callable[[list[Any]], Answer], may_stop: bool = True) -> Answer:
         """Wait for all tables and hand their references on; if they are lost before they are read, make them again."""
         for _ in range(_MAX_REMADE):
-            self.wait()
+            self.wait(may_stop)
             try:
                 return consume(self.tables)
             except DependencyLost:
                 self.remake()
-        self.wait()
+        self.wait(may_stop)
         return consume(self.tables)
 
     def fetch(self) -> pa.Table:
@@ -104,13 +107,14 @@ class Shards:
     def _member(self, index: int) -> Member:
         return self._group.members[index % len(self._group.members)]
 
-    def _wait_for_own(self) -> None:
+    def _wait_for_own(self, may_stop: bool) -> None:
         for index in range(len(self._calls)):
             if self._source and self._inputs[index] is not self._source.tables[index]:
                 self._submit(index)  # its source was made again
         while True:
             try:
-                self._group.watch({ref: self._member(index) for index, ref in enumerate(self._figures)}, self._doing)
+                calls = {ref: self._member(index) for index, ref in enumerate(self._figures)}
+                self._group.watch(calls, self._doing, may_stop)
                 return
             except WorkerLost as lost:
                 self._group.revive(lost)

@@ -145,6 +145,31 @@ def _contradictions(config: Config) -> list[Contradiction]:
         ("evaluation.num_samples", "evaluation.num_prompts"),
         f"{evaluation.num_samples} exceeds evaluation.num_prompts={evaluation.num_prompts}",
     )
+    return found + _contradictions_of_overlap(config)
+
+
+def _contradictions_of_overlap(config: Config) -> list[Contradiction]:
+    """Find what does not go with generation that overlaps with learning."""
+    found: list[Contradiction] = []
+    if config.rollout.max_staleness == 0:
+        return found
+    if config.ppo.importance_cap is None:
+        message = (
+            "1 makes samples of the policy before the last update, which importance weights must correct; set "
+            "ppo.importance_cap (2 is usual)"
+        )
+        found.append(Contradiction(("rollout.max_staleness", "ppo.importance_cap"), message))
+    if config.ray.placement == "colocated":
+        message = (
+            "colocated lets engines sleep while the learner works, with rollout.max_staleness=1 they do not: set apart"
+        )
+        found.append(Contradiction(("ray.placement", "rollout.max_staleness"), message))
+    if config.checkpoint.keep_best and config.checkpoint.keep_last == 1:
+        message = (
+            "1 removes a checkpoint before the score of its policy is known, with rollout.max_staleness=1; set 2 or "
+            "more, or checkpoint.keep_best=false"
+        )
+        found.append(Contradiction(("checkpoint.keep_last", "rollout.max_staleness"), message))
     return found
 
 

@@ -86,6 +86,10 @@ class RolloutConfig(Section):
     """Memory of each vLLM engine for keys and values, MiB."""
     dtype: DType = "float32"
     """Of the engines' weights. bfloat16 is faster on GPUs; log-probabilities are then up to 0.4 off the learner's."""
+    max_staleness: int = Field(default=0, ge=0, le=1)
+    """How many updates old the policy that samples may be. 0: the engines wait for each update. 1: they sample the next
+    batch while the learner works on this one; the batch is then of the policy before the last update, which
+    `ppo.importance_cap` (required) corrects. See docs/overlap.md."""
     self_check: bool = True
     """Whether the run begins by proving that new weights change what each engine computes as they change the learner;
     costs two weight syncs."""

@@ -1,7 +1,7 @@
 """What the actors of each kind need of a machine, and what they reserve of its CPUs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ppo_ray.config import Config
@@ -10,7 +10,8 @@ Kind = Literal["rollout", "reward", "learner"]
 KINDS: tuple[Kind, ...] = ("rollout", "reward", "learner")
 
 PHASES = 3
-"""Generation, scoring and learning take turns, so each reserves a third of a CPU for each of its threads."""
+"""Generation, scoring and learning take turns, so each reserves a third of a CPU for each of its threads. Where
+generation overlaps with learning only generation and scoring do, beside the learner."""
 PRECISION = 10_000
 """Ray counts resources in ten-thousandths."""
 
@@ -64,10 +65,12 @@ class ActorSpec:
 def actor_specs(config: Config, kinds: Sequence[Kind] = KINDS) -> dict[str, ActorSpec]:
     """Return what the actors of some kinds need; their environments are the launch's business."""
     rollout, reward, learner = config.rollout, config.reward, config.learner
-    ranks = rollout.tensor_parallel
+    ranks, turns = rollout.tensor_parallel, {"rollout": PHASES, "reward": PHASES, "learner": PHASES}
+    if rollout.max_staleness:
+        turns = {"rollout": 2, "reward": 2, "learner": 1}
     specs = {
         "rollout": ActorSpec("rollout", rollout.workers, rollout.threads, rollout.gpus * ranks, ranks=ranks),
         "reward": ActorSpec("reward", reward.workers, reward.threads, reward.gpus),
         "learner": ActorSpec("learner", learner.workers, learner.threads, learner.gpus),
     }
-    return {kind: specs[kind] for kind in kinds}
+    return {kind: replace(specs[kind], turns=turns[kind]) for kind in kinds}

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from tests.command_line import CommandLine, lines, tiny_command_line
 
-Same = Callable[[Path, str, int], None]
+Same = Callable[..., None]
 
 OPTIONS = (
     # everything that a learner must remember: running moments, an adaptive coefficient, a learning rate that moves
@@ -33,19 +33,19 @@ def same_as_undisturbed(
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # by all processes of one test session
 
-    def undisturbed(engine: str, steps: int) -> Path:
-        folder = shared / f"undisturbed-{engine}-{steps}"
+    def undisturbed(engine: str, steps: int, options: tuple[str, ...]) -> Path:
+        folder = shared / "-".join(["undisturbed", engine, str(steps), *options])
         with FileLock(f"{folder}.lock"):
             if not (folder / "run" / "checkpoints" / "final").exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 with tiny_command_line(tiny_policy, tiny_classifier, tiny_prompts, folder) as command_line:
-                    result = command_line.train(f"rollout.engine={engine}", f"steps={steps}", *OPTIONS)
+                    result = command_line.train(f"rollout.engine={engine}", f"steps={steps}", *OPTIONS, *options)
                     assert result.returncode == 0, result.stderr
         return folder / "run"
 
-    def check(run: Path, engine: str, steps: int) -> None:
-        other = undisturbed(engine, steps)
+    def check(run: Path, engine: str, steps: int, *options: str) -> None:
+        other = undisturbed(engine, steps, options)
         assert lines(run) == lines(other)
         assert [line["step"] for line in lines(run)] == list(range(steps))
         for folder, pattern in (("trajectories", "*"), ("checkpoints/final", "**/*.safetensors")):

@@ -34,6 +34,11 @@ def test_phases_share_the_cores() -> None:
     assert request.gpus == 0
 
 
+def test_a_learner_that_works_beside_the_others_shares_no_core() -> None:
+    request = requested(configured("rollout.max_staleness=1", "ppo.importance_cap=2", "learner.threads=1"))
+    assert [seat.cpus for seat in request.seats] == [0.5, 0.5, 1.0]
+
+
 def test_apart_each_engine_has_a_group_and_the_learner_one() -> None:
     request = requested(configured(*FOUR_ENGINES, "learner.workers=3", "learner.threads=3", "reward.workers=2"))
     engine = (Bundle(0.3333, 1.0),) * 2

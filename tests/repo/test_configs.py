@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from ppo_ray.config import load_config
+from ppo_ray.config import differences, load_config
+from ppo_ray.preflight import cpu_demand
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -28,3 +29,12 @@ def test_the_notebooks_lengths_are_half_open():
     config = load_config(next(path for path in CONFIGS if path.name == "imdb_gpt2.yaml"), [])
     assert (config.prompts.min_tokens, config.prompts.max_tokens) == (2, 7)
     assert (config.rollout.min_response_tokens, config.rollout.max_response_tokens) == (4, 15)
+
+
+def test_the_demo_with_overlap_is_the_same_task_on_the_same_cores():
+    demo, overlap = (load_config(CONFIGS[0].parent / f"{name}.yaml", []) for name in ("imdb", "imdb_overlap"))
+    assert cpu_demand(demo) == cpu_demand(overlap) == 2
+    assert [difference.key for difference in differences(demo, overlap)] == [
+        *("output_dir", "rollout.workers", "rollout.max_staleness", "reward.threads"),
+        *("ppo.importance_cap", "learner.threads"),
+    ]
