@@ -30,12 +30,14 @@ def train(config: Path, overrides: list[str], output_dir: Path) -> dict[str, flo
     assert change is not None, f"{output}: no held-out score; is evaluation.num_prompts 0?"
     records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "event" not in record]
-    last = steps[-10:]  # a batch alone is noisy
+
+    def lately(name: str) -> float:
+        return statistics.fmean(step[name] for step in steps[-10:])  # a batch alone is noisy
+
     return {
-        "before": float(change[1]),
+        "held-out before": float(change[1]),
         "after": float(change[2]),
-        "KL": statistics.fmean(step["kl/per_sequence"] for step in last),
-        "mismatch/kl": statistics.fmean(step["mismatch/kl"] for step in last),
+        **{name: lately(name) for name in ("score/mean", "kl/per_sequence", "mismatch/kl")},
         "seconds a step": statistics.median(step["time/step_s"] for step in steps),
     }
 

@@ -98,12 +98,14 @@ class LearnerGroup:
             WorkerLost: a rank died or hangs; the learner's state is gone.
             WorkerError: as `watch`.
         """
+
+        def hand_over(tables: list[Any]) -> None:
+            calls = {rank.handle.hold.remote(*tables): rank for rank in self._group.members}
+            self._group.watch(calls, "taking the next trajectories", may_stop=False)
+
         began = time.monotonic()
         self._held_figures = scored.wait(may_stop)
-        ranks, doing = self._group.members, "taking the next trajectories"
-        scored.use(
-            lambda tables: self._answers(doing, {rank.handle.hold.remote(*tables): rank for rank in ranks}), may_stop
-        )
+        scored.use(hand_over, may_stop)
         return {"time/wait_s": time.monotonic() - began}
 
     def update_held(self, step: int) -> Update:

@@ -30,6 +30,7 @@ def test_a_run_leaves_what_it_promises(ppo_ray: CommandLine, tmp_path: Path, tin
     for line in lines:
         assert line["policy/ratio_first"] == pytest.approx(1, abs=1e-6)
         assert line["mismatch/logprob_max"] < 1e-3  # at every step: engines serve the learner's very weights
+        assert line["rollout/staleness_max"] == 0
         assert all(line[f"time/{part}_s"] > 0 for part in ("generate", "score", "learn", "sync", "step"))
 
     for step in range(3):
