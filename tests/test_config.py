@@ -147,7 +147,7 @@ def test_overlap_needs_importance_weights_and_two_checkpoints():
     for enough in ("checkpoint.keep_last=2", "checkpoint.keep_best=false"):
         assert load_config(None, [*overlapped, "checkpoint.keep_last=1", enough]).rollout.max_staleness == 1
     (colocated,) = violations(*overlapped, "ray.placement=colocated")
-    assert colocated.startswith("ray.placement: colocated lets engines sleep")
+    assert colocated.startswith("ray.placement: colocated engines sleep")
     assert violations(*overlapped, "rollout.max_staleness=2") == ["rollout.max_staleness: 2 must be at most 1"]
 
 

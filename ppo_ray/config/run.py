@@ -161,7 +161,7 @@ def _contradictions_of_overlap(config: Config) -> list[Contradiction]:
         found.append(Contradiction(("rollout.max_staleness", "ppo.importance_cap"), message))
     if config.ray.placement == "colocated":
         message = (
-            "colocated lets engines sleep while the learner works, with rollout.max_staleness=1 they do not: set apart"
+            "colocated engines sleep while the learner works, and with rollout.max_staleness=1 they sample: set apart"
         )
         found.append(Contradiction(("ray.placement", "rollout.max_staleness"), message))
     if config.checkpoint.keep_best and config.checkpoint.keep_last == 1:
