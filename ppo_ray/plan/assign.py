@@ -39,7 +39,7 @@ class Shortage:
     where: str = "the cluster has"
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.demand:g} {self.resource} needed, {self.where} {self.supply:g}; {self.remedy}"
+        return f"{self.what}: {self.demand:.4g} {self.resource} needed, {self.where} {self.supply:.4g}; {self.remedy}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ppo_ray.config import Config
-from ppo_ray.plan.assign import Assignment, Place, Shortage, assign
+from ppo_ray.plan.assign import Assignment, Shortage, assign
 from ppo_ray.plan.cluster import GIB, ClusterShape
 from ppo_ray.plan.memory import (
     Device,
@@ -31,7 +31,7 @@ class Need:
     """Memory that is needed somewhere, beside what is there."""
 
     name: str
-    """E.g. `node-0`, `node-0 GPU 1`."""
+    """E.g. `node-0`, `node-0 GPU 1`, `node-0: object store`."""
     needed: int
     """Bytes."""
     available: int | None
@@ -123,7 +123,7 @@ def _store_needs(cluster: ClusterShape, assignment: Assignment, stored: tuple[Te
     for index, node in enumerate(cluster.nodes):
         actors = _on(index, assignment)
         uses = any(not actor.startswith("reward-") for actor in actors)
-        yield Need(node.name, total(stored, "host") if uses else 0, node.store, actors)
+        yield Need(f"{node.name}: object store", total(stored, "host") if uses else 0, node.store, actors)
 
 
 def _node_needs(
@@ -164,6 +164,3 @@ def total(terms: Iterable[Term], device: Device) -> int:
 def at_work(terms: Iterable[Term]) -> int:
     """Return the bytes on a GPU that an actor gives back when its turn is over."""
     return sum(term.num_bytes for term in terms if term.device == "gpu" and term.when == "at work")
-
-
-__all__ = ["Need", "Place", "Plan", "plan"]

@@ -21,7 +21,6 @@ class ModelSize:
     vocabulary: int
     key_values: int
     """Keys and values of one token in one layer: 2 x key-value heads x their width."""
-    tied_head: bool
 
 
 @dataclass(frozen=True)
@@ -83,5 +82,4 @@ def _read(key: str, path: str, trust: Trust, auto_class: Any) -> ModelSize:
         intermediate=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden),
         vocabulary=int(text.vocab_size),
         key_values=2 * kv_heads * width,
-        tied_head=bool(getattr(text, "tie_word_embeddings", False)),
     )

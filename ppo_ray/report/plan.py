@@ -9,7 +9,6 @@ from rich.text import Text
 from ppo_ray.plan import Plan
 from ppo_ray.plan.cluster import GIB
 from ppo_ray.plan.memory import Term, node_terms
-from ppo_ray.plan.plan import Need
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -65,18 +64,13 @@ def _print_needs(console: Console, plan: Plan) -> None:
     table = Table("where", "GiB needed", "GiB there", "by")
     for column in table.columns[1:3]:
         column.justify = "right"
-    stores = [Need(f"{need.name}, object store of it", *_rest(need)) for need in plan.stores]
-    for needs in (plan.gpus, plan.nodes, stores):
+    for needs in (plan.gpus, plan.nodes, plan.stores):
         for index, need in enumerate(needs):
             there = "not known" if need.available is None else _gib(need.available)
             style = "red" if need.available is not None and need.needed > need.available else ""
             row = (Text(need.name), _gib(need.needed), there, ", ".join(need.actors))
             table.add_row(*row, style=style, end_section=index == len(needs) - 1)
     console.print(table)
-
-
-def _rest(need: Need) -> tuple[int, int | None, tuple[str, ...]]:
-    return need.needed, need.available, need.actors
 
 
 def _gib(num_bytes: int) -> str:

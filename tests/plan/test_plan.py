@@ -43,7 +43,7 @@ def test_models_are_measured_by_their_configs_alone(configured: Configured, tmp_
     sizes = ModelSizes.read(configured())
     assert (sizes.policy.parameters, POLICY) == (361_088, 361_088)
     assert sizes.classifier is not None and sizes.classifier.parameters == CLASSIFIER == 30_274
-    assert (sizes.policy.key_values, sizes.policy.tied_head, sizes.critic) == (2 * 2 * 32, True, None)
+    assert (sizes.policy.key_values, sizes.critic) == (2 * 2 * 32, None)
     large = tmp_path / "large"  # 70 billion parameters that nobody has
     large.mkdir()
     (large / "config.json").write_text(
@@ -51,6 +51,15 @@ def test_models_are_measured_by_their_configs_alone(configured: Configured, tmp_
         '"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": false}'
     )
     assert ModelSizes.read(configured(f"model.path={large}")).policy.parameters == 70_553_706_496
+    small = tmp_path / "small"
+    small.mkdir()
+    (small / "config.json").write_text(
+        '{"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 32}'
+    )
+    gpt2 = ModelSizes.read(configured(f"model.path={small}")).policy
+    layer = 64 * 192 + 192 + 64 * 64 + 64 + 64 * 256 + 256 + 256 * 64 + 64 + 2 * 128
+    assert gpt2.parameters == 100 * 64 + 32 * 64 + 2 * layer + 128 == 108_544
+    assert (gpt2.key_values, gpt2.intermediate, gpt2.layers) == (2 * 64, 256, 2)
     with pytest.raises(InputError, match=r"reward.path=nowhere/at-all: its size is not known"):
         ModelSizes.read(configured("reward.path=nowhere/at-all"))
 
@@ -99,6 +108,9 @@ def test_on_one_gpu_the_hungriest_of_all_counts_where_they_take_turns(configured
     apart = planned(configured(*gpus), ClusterShape.uniform(1, 8, 3, 64 * GIB, 8 * GIB))
     assert [need.actors for need in apart.gpus] == [("learner-0",), ("rollout-0",), ("reward-0",)]
     assert apart.gpus[1].needed == engine + 2500 * MIB
+    halves = configured("rollout.gpus=0.5", "learner.gpus=0.5", "rollout.dtype=bfloat16")  # nobody waits for the other
+    (gpu,) = planned(halves, ClusterShape.uniform(1, 8, 1, 64 * GIB, 8 * GIB)).gpus
+    assert gpu.needed == engine + learning + 12 * TRAINED + 4 * POLICY + (2500 + 1000) * MIB
 
 
 def test_ranks_of_an_engine_share_its_weights(configured: Configured) -> None:
