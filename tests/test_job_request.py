@@ -37,7 +37,7 @@ def test_what_is_right_passes() -> None:
 
 def test_everything_is_said_at_once() -> None:
     wanted = request("output_dir=runs/x", "ray.address=10.0.0.1:6379", "model.path=./policy", address="h:8265")
-    found = problems(JobRequest(wanted.config, "h:8265", "a/b", None, ("NO_SUCH",)), {})
+    found = problems(JobRequest(wanted.config, "h:8265", "a/b", None, ("NO_SUCH",)), {"HOME": "/nowhere"})
     assert [line.partition(":")[0].partition("=")[0] for line in found] == [
         *("--address", "--name", "no token for the cluster", "--env NO_SUCH", "output_dir", "ray.address", "model.path")
     ]

@@ -63,8 +63,7 @@ def test_the_page_does_what_it_says(ppo_ray: CommandLine, tmp_path: Path, same_a
         while len(lines(run)) < 3:
             assert time.monotonic() < deadline, head.ray("job", "logs", "films-1").stdout
             time.sleep(0.05)
-        ended(shell(head, tmp_path, stop), 0)
-        assert "was stopped" in head.ray("job", "status", "films-1").stdout
+        assert "was stopped" in ended(shell(head, tmp_path, stop), 0)
         last = events(run)[-1]
         assert last["event"] == "interrupted"
         assert (run / "checkpoints" / "latest").readlink().name == f"step-{last['step']:05d}"
