@@ -4,12 +4,17 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # read with torch; engines on a CPU have it, and gain ten seconds
 
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
+
+settings.register_profile("busy machine", deadline=None)  # no test depends on how fast it is
+settings.load_profile("busy machine")
 
 SENTENCES = [
     f"The {noun} of this film was {quality}, and {more} I would {verb} it to all who like {kind} stories of people."
