@@ -5,7 +5,7 @@ the mended form and TRL's own is an option (`docs/trl.md`).
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -31,7 +31,7 @@ from ppo_ray.optimizer import make_adam, set_learning_rates
 from ppo_ray.ranks import Ranks
 from ppo_ray.seeding import derive_seed
 from ppo_ray.weight_probe import WeightProbe
-from ppo_ray.weights import WeightSnapshot, weights_checksum
+from ppo_ray.weights import Buffers, WeightSnapshot, Wire, num_buckets, weights_checksum
 
 _ROW_WIDTH = 64  # tokens; wide enough for little padding, narrow enough for cheap attention
 
@@ -191,13 +191,17 @@ class PPOLearner:
         metrics |= dict(zip(("time/old_s", "time/estimate_s", "time/update_s"), seconds, strict=True))
         return Update(metrics | {"learner/skipped_update": 0.0}, learned, tuple(reports))
 
-    def weights(self) -> WeightSnapshot:
-        """Copy the policy's weights, by their Hugging Face names; a tied head is listed once."""
-        return WeightSnapshot.take(self._policy.causal_lm.named_parameters(), self.policy_version)
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the policy's weights, one at a time, by their Hugging Face names; a tied head is listed once."""
+        yield from self._policy.causal_lm.named_parameters()
 
-    def weights_checksum(self) -> str:
-        """Return the checksum that `weights` would have."""
-        return weights_checksum(self._policy.causal_lm.named_parameters())
+    def weights(self, wire: Wire | None = None, buffers: Buffers | None = None) -> WeightSnapshot:
+        """Copy the policy's weights to the host; arguments as in `WeightSnapshot.take`."""
+        return WeightSnapshot.take(self.named_weights(), self.policy_version, wire, buffers)
+
+    def num_buckets(self, wire: Wire) -> int:
+        """Return how many buckets `weights` makes, without making one."""
+        return num_buckets(map(wire.num_bytes, self._policy.causal_lm.parameters()), wire.bucket_bytes)
 
     def value_head(self) -> dict[str, np.ndarray]:
         """Copy the value head: `weight` `[1, H]` and `bias` `[1]`."""
@@ -223,10 +227,10 @@ class PPOLearner:
         write_optimizer(path, self._optimizer, self._policy.named_parameters())
         self._state().write(path)
 
-    def probe(self) -> WeightProbe:
+    def probe(self, wire: Wire | None = None) -> WeightProbe:
         """Return what shows whether engines compute with the weights they are sent; it works without other ranks."""
         alone = replace(self._layout, ranks=Ranks())
-        return WeightProbe(self._policy, alone, derive_seed(self._seed, "probe"), self.policy_version)
+        return WeightProbe(self._policy, alone, derive_seed(self._seed, "probe"), wire or Wire())
 
     def _state(self) -> LearnerState:
         policy, reference = self._policy.causal_lm, self._reference.causal_lm

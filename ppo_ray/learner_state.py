@@ -29,7 +29,7 @@ class LearnerState:
     moments: RunningMoments
     """Of all scores so far."""
     weights_checksum: str
-    """Of the policy's weights, as in their `WeightSnapshot`."""
+    """Of the policy's weights; see `weights_checksum`."""
     reference_checksum: str
     """Of the reference's weights: another reference would be another run."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, Trust
+from ppo_ray.config import Config, Trust, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.prompts import usable_texts
 from ppo_ray.reward_function import load_function
@@ -25,7 +25,8 @@ def check(config: Config) -> None:
     Raises:
         InputError: a line for everything that cannot be used.
     """
-    problems = [*_cpu_problems(config), *_policy_problems(config), *_reward_problems(config), *_prompt_problems(config)]
+    problems = [*_cpu_problems(config), *transport_problems(config), *_policy_problems(config)]
+    problems += [*_reward_problems(config), *_prompt_problems(config)]
     if os.environ.get(_JOB_VARIABLES[1]):
         problems = [*output_problems(config), *problems]
     refuse(problems, "nothing was started")

@@ -17,7 +17,7 @@ from ppo_ray import trajectory
 from ppo_ray.agreement import Agreement
 from ppo_ray.batch import Layout, ResponseBatch
 from ppo_ray.models.response_lm import ResponseLM
-from ppo_ray.weights import WeightSnapshot
+from ppo_ray.weights import Wire
 
 _RELATIVE_MOVE = 0.1
 _SMALLEST_SIZE = 0.01  # a tensor of zeros is moved too
@@ -31,18 +31,14 @@ class WeightProbe:
     layout: Layout
     seed: int
     """Of the move."""
-    policy_version: int
-
-    def moved_weights(self) -> WeightSnapshot:
-        """Return the moved weights; the policy is as it was."""
-        with self._moved():
-            return WeightSnapshot.take(self.policy.causal_lm.named_parameters(), self.policy_version)
+    wire: Wire
+    """What the moved weights are rounded to, as those that engines are sent."""
 
     def compare(self, table: pa.Table) -> list[Agreement]:
         """Compare what engines generated, a table of `trajectory.SCHEMA` of all workers; the policy is as it was."""
         batch = ResponseBatch.from_table(trajectory.with_scores(table, [0.0] * table.num_rows))
         own = self._logprobs(batch)
-        with self._moved():
+        with self.moved():
             moved = self._logprobs(batch)
         names = np.array(table.column("worker").to_pylist())
         found = batch.rollout_logprobs.double()
@@ -64,7 +60,8 @@ class WeightProbe:
 
     @contextlib.contextmanager
     @torch.no_grad()
-    def _moved(self) -> Iterator[None]:
+    def moved(self) -> Iterator[None]:
+        """Move the policy's weights for the length of a block."""
         parameters = list(self.policy.causal_lm.parameters())
         kept = [parameter.detach().clone() for parameter in parameters]
         generator = torch.Generator().manual_seed(self.seed)
@@ -73,6 +70,7 @@ class WeightProbe:
                 size = max(float(parameter.square().mean().sqrt()), _SMALLEST_SIZE)
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_((noise * (_RELATIVE_MOVE * size)).to(parameter))
+                parameter.copy_(parameter.to(self.wire.dtype_of(parameter)))
             yield
         finally:
             for parameter, original in zip(parameters, kept, strict=True):

@@ -134,7 +134,7 @@ def tiny_command_line(policy: Path, classifier: Path, prompts: Path, folder: Pat
         "output_dir": str(folder / "run"),
         "model": {"path": str(policy)},
         "prompts": {"path": str(prompts), "min_chars": 20},
-        "rollout": {"workers": 2, "batch_size": 8, "max_context": 64, "kv_cache_mib": 32},
+        "rollout": {"workers": 2, "batch_size": 8, "max_context": 64, "kv_cache_mib": 32, "weight_bucket_mib": 1},
         "reward": {"path": str(classifier)},
         "ppo": {"learning_rate": 1e-3},
         "learner": {"threads": 1},

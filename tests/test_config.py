@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from ppo_ray.config import Config, load_config, to_yaml
+from ppo_ray.config import Config, load_config, to_yaml, weight_transport
 from ppo_ray.errors import InputError
 
 REQUIRED = ["output_dir=runs/x", "model.path=gpt2", "prompts.path=reviews.csv", "reward.path=judge"]
@@ -212,6 +212,24 @@ def test_written_out_and_read_back_is_equal(tmp_path):
     assert load_config(tmp_path / "config.yaml", []) == config
     written = yaml.safe_load(to_yaml(config))
     assert set(written) == set(Config.model_fields) and set(written["ppo"]) == set(type(config.ppo).model_fields)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "colocated", "transport"),
+    [
+        ([], False, "object_store"),
+        (["rollout.gpus=1"], False, "object_store"),
+        (["rollout.gpus=1", "learner.gpus=1"], False, "nccl"),
+        (["rollout.gpus=1", "learner.gpus=1"], True, "ipc"),
+        (["rollout.gpus=0.4", "learner.gpus=0.5"], False, "object_store"),
+        (["rollout.gpus=0.4", "learner.gpus=0.5"], True, "ipc"),
+        (["rollout.gpus=1", "learner.gpus=1", "rollout.engine=hf"], True, "object_store"),
+        (["rollout.gpus=1", "learner.gpus=1", "rollout.weight_transport=object_store"], True, "object_store"),
+        (["rollout.weight_transport=nccl"], False, "nccl"),
+    ],
+)
+def test_weights_take_the_fastest_way_that_fits(overrides, colocated, transport):
+    assert weight_transport(load_config(None, [*REQUIRED, *overrides]), colocated) == transport
 
 
 def test_frozen():

@@ -108,6 +108,31 @@ def test_a_job_writes_where_it_is_not_deleted_with_it(configured, monkeypatch):
     check(configured("output_dir=/shared/run"))
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (
+            ["engine=vllm"],
+            "ipc: goes from GPU to GPU, but rollout.gpus=0 and learner.gpus=0; take auto or object_store",
+        ),
+        (["engine=hf"], "ipc: is vLLM's, but rollout.engine=hf; take auto or object_store"),
+        (["gpus=1"], "ipc: goes from GPU to GPU, but rollout.gpus=1 and learner.gpus=0"),
+        (["gpus=1", "learner.gpus=1"], "ipc: is for engines that share the learner's GPU, but rollout.gpus=1 and"),
+        (["gpus=0.5", "learner.gpus=0.5"], None),
+        (["weight_transport=nccl"], "nccl: goes from GPU to GPU"),
+        (["weight_transport=nccl", "gpus=0.5", "learner.gpus=1"], "nccl: needs a GPU for every engine and one for the"),
+        (["weight_transport=nccl", "gpus=1", "learner.gpus=1"], None),
+    ],
+)
+def test_transports_that_cannot_work(configured, options, problem):
+    overrides = [option if option.startswith("learner.") else f"rollout.{option}" for option in options]
+    config = configured("rollout.weight_transport=ipc", *overrides)
+    if problem is None:
+        check(config)
+    else:
+        assert problems(config)[0].startswith(f"rollout.weight_transport={problem}")
+
+
 def test_missing_models_and_texts_are_reported_together(configured, tmp_path):
     found = problems(
         configured(

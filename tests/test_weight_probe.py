@@ -9,6 +9,8 @@ import torch
 from ppo_ray import trajectory
 from ppo_ray.agreement import Agreement, disagreement
 from ppo_ray.batch import ResponseBatch
+from ppo_ray.learner import PPOLearner
+from ppo_ray.weights import Wire
 from tests.learning import largest_difference, make_learner, make_table, weights
 
 
@@ -20,20 +22,33 @@ def answered(table: pa.Table, logprobs: torch.Tensor) -> pa.Table:
     return table.set_column(index, trajectory.SCHEMA.field(index), pa.array(rows, pa.list_(pa.float32())))
 
 
+def moved_weights(learner: PPOLearner, wire: Wire | None = None) -> dict[str, torch.Tensor]:
+    with learner.probe(wire).moved():
+        return weights(learner)
+
+
 def test_every_tensor_is_moved_and_put_back(tiny_policy: Path) -> None:
     learner = make_learner(tiny_policy)
     before = weights(learner)
-    moved = dict(learner.probe().moved_weights().tensors())
+    moved = moved_weights(learner)
     assert largest_difference(before, weights(learner)) == 0
     for name, tensor in moved.items():
         relative = float((tensor - before[name]).square().mean().sqrt() / before[name].square().mean().sqrt())
         assert relative == pytest.approx(0.1, rel=0.2), name
 
 
+def test_moved_weights_are_those_that_arrive(tiny_policy: Path) -> None:
+    """So that what a wire rounds away is no difference between engine and learner."""
+    learner = make_learner(tiny_policy)
+    moved = moved_weights(learner, Wire("bfloat16"))
+    assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in moved.values())
+    assert 0 < largest_difference(moved, moved_weights(learner)) < 0.01
+
+
 def test_an_engine_that_serves_what_it_was_sent_is_told_from_one_that_does_not(tiny_policy: Path) -> None:
     learner, table = make_learner(tiny_policy), make_table(6)
     probe, batch = learner.probe(), ResponseBatch.from_table(table)
-    with probe._moved():
+    with probe.moved():
         served = probe._logprobs(batch)
     stale = probe._logprobs(batch)
     workers = pa.array(["rollout-0", "rollout-1"] * 3)
@@ -71,6 +86,6 @@ def test_a_tensor_of_zeros_is_moved_too(tiny_policy: Path) -> None:
     parameter = next(iter(probe.policy.causal_lm.parameters()))
     with torch.no_grad():
         parameter.zero_()
-    name = next(iter(probe.policy.causal_lm.named_parameters()))[0]
-    moved = dict(replace(probe, seed=3).moved_weights().tensors())[name]
-    assert float(moved.abs().max()) > 0 and not np.any(parameter.detach().numpy())
+    with replace(probe, seed=3).moved():
+        assert float(parameter.abs().max()) > 0
+    assert not np.any(parameter.detach().numpy())

@@ -81,6 +81,18 @@ class ActorGroup:
         for member in calls.values():
             member.failures = 0
 
+    def gather(self, calls: dict[Any, Member], doing: str, limit_s: float) -> list[Any]:
+        """Wait for calls that go together, of this group's actors and others, and return their answers.
+
+        Raises:
+            WorkerError: as `watch`; nobody is replaced.
+        """
+        limits = Limits(limit_s, self._config.ping_timeout_s, "ray.transfer_timeout_s")
+        watch(calls, limits, doing, may_stop=False)
+        for member in calls.values():
+            member.failures = 0
+        return ray.get(list(calls), timeout=limit_s)
+
     def watch_start(self, calls: dict[Any, Member]) -> None:
         """Wait for calls that belong to the start, as `watch` does; who is lost is not replaced."""
         watch(calls, self._start_limits, "starting")

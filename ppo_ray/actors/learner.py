@@ -1,9 +1,12 @@
-"""The learner's actors: shells over `PPOLearner`, one a rank."""
+"""The learner's actors: shells over `PPOLearner`, one a rank.
+
+Weights are returned, each bucket as an object of its own, and so owned by the caller: they outlive the learner.
+"""
 
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +15,14 @@ import ray
 
 from ppo_ray import checkpoint as checkpoints
 from ppo_ray import trajectory
+from ppo_ray.actors.weight_sender import WeightSender
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.agreement import Agreement
 from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config
 from ppo_ray.errors import CheckpointError, NonFiniteError, WorkerError
 from ppo_ray.staleness import check_staleness
-from ppo_ray.weights import WeightSnapshot
+from ppo_ray.weights import WeightManifest
 
 if TYPE_CHECKING:
     from ppo_ray import learner
@@ -44,6 +48,10 @@ class LearnerStep:
     value_head: dict[str, np.ndarray]
     policy_version: int
     checksum: str
+
+
+Publication = tuple["UpdateReport | LearnerStep", WeightManifest, *tuple[np.ndarray | None, ...]]
+"""A report, what the weights consist of, and their `num_buckets` buckets; callers set `num_returns` to 2 + that."""
 
 
 @ray.remote(concurrency_groups=CONTROL)
@@ -73,6 +81,7 @@ class LearnerWorker(Worker):
         torch.set_num_threads(config.learner.threads)
         self._leads, ranks = rank == 0, Ranks()
         self._shares_gpu = config.ray.placement == "colocated"
+        self._sender = WeightSender(config, self._leads)
         if meeting is not None:
             backend = "nccl" if torch.cuda.is_available() else "gloo"  # Ray's GPUs may be but a number
             limits = config.ray.start_timeout_s, config.ray.call_timeout_s
@@ -93,12 +102,15 @@ class LearnerWorker(Worker):
             self._held = pq.read_table(Path(checkpoint) / checkpoints.AHEAD)
         return {"time/learner_start_s": time.perf_counter() - start}
 
+    def num_buckets(self) -> int:
+        """Return how many buckets the weights are published in."""
+        return self._sender.num_buckets(self._learner)
+
     def hold(self, *shards: pa.Table) -> None:
         """Keep the next update's trajectories, scored: they are part of the learner's state from now on."""
         self._held = trajectory.concat(shards).combine_chunks()  # as it would come out of a checkpoint
 
-    @ray.method(num_returns=2)
-    def update(self, step: int, path: str, *shards: pa.Table) -> tuple[UpdateReport, WeightSnapshot | None]:
+    def update(self, step: int, path: str, *shards: pa.Table) -> Publication:
         """Make one PPO update on all shards together; write the trajectories and what was learnt of them to `path`.
 
         Args:
@@ -123,35 +135,57 @@ class LearnerWorker(Worker):
             raise WorkerError(f"{error} The mini-batch that made it is in {dump}.") from error
         if self._leads:
             write_trajectories(Path(path), update.trajectories)
-        report, snapshot = self._published(update.metrics | figures)
+        report, *weights = self._published(update.metrics | figures)
         report.metrics["time/learn_s"] = time.perf_counter() - start
-        return report, snapshot
+        return report, *weights
 
-    @ray.method(num_returns=2)
-    def step(
-        self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float
-    ) -> tuple["LearnerStep", WeightSnapshot | None]:
+    def step(self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float) -> Publication:
         """Make one PPO update with the caller's order of rows and KL coefficient; returns all that is known of it."""
         self._learner.controller = replace(self._learner.controller, kl_coef=kl_coef)
         update = self._learner.update(table, step, orders.__getitem__)
-        report, snapshot = self._published({})
+        report, *weights = self._published({})
         names = report.policy_version, report.checksum
-        return LearnerStep(update, self._learner.kl_coef, self._learner.value_head(), *names), snapshot
+        return LearnerStep(update, self._learner.kl_coef, self._learner.value_head(), *names), *weights
 
-    @ray.method(num_returns=2)
-    def weights(self) -> tuple[UpdateReport, WeightSnapshot | None]:
+    def weights(self) -> Publication:
         """Return the weights as they are."""
         return self._published({})
 
-    @ray.method(num_returns=2)
-    def moved_weights(self) -> tuple[UpdateReport, WeightSnapshot]:
+    def moved_weights(self) -> Publication:
         """Return weights that differ from the policy's, for a check of the engines; the policy stays as it is."""
-        snapshot = self._learner.probe().moved_weights()
-        return UpdateReport({}, snapshot.policy_version, snapshot.checksum), snapshot
+        with self._learner.probe(self._sender.wire).moved():
+            return self._published({}, passing=True)
+
+    def join_transfers(self, group_id: str | None, world_size: int = 0) -> str:
+        """Meet engines in a NCCL group; without an id, return a new one."""
+        from ppo_ray.engines.vllm_sender import new_group_id
+
+        if group_id is None:
+            return new_group_id()
+        self._sender.join(group_id, world_size)
+        return group_id
+
+    def send_weights(self, policy_version: int) -> None:
+        """Broadcast the weights that were published last; see `WeightSender.send`."""
+        self._sender.send(policy_version)
+
+    @ray.method(num_returns=2)
+    def export_weights(self, policy_version: int) -> tuple[None, list[dict[str, Any]]]:
+        """Return what engines on the same GPU map the published weights by; see `WeightSender.export`."""
+        return None, self._sender.export(policy_version)
+
+    def release_weights(self) -> None:
+        """Let go of what engines have read; answers when all calls before are done."""
+        self._sender.release()
+
+    @ray.method(concurrency_group="control")
+    def abort_transfer(self) -> None:
+        """End a broadcast that waits for an engine in vain."""
+        self._sender.abort()
 
     def compare(self, *shards: pa.Table) -> list[Agreement]:
         """Compare what engines generated with those weights with what the learner computes."""
-        agreements = self._learner.probe().compare(trajectory.concat(shards))
+        agreements = self._learner.probe(self._sender.wire).compare(trajectory.concat(shards))
         self._rest()
         return agreements
 
@@ -180,14 +214,10 @@ class LearnerWorker(Worker):
         if self._held is not None:
             write_trajectories(folder / checkpoints.AHEAD, self._held)
 
-    def _published(self, metrics: dict[str, float]) -> tuple[UpdateReport, WeightSnapshot | None]:
-        """Return the weights; ranks but the first only say which they hold."""
+    def _published(self, metrics: dict[str, float], passing: bool = False) -> tuple[Any, ...]:
         self._rest()
-        version = self._learner.policy_version
-        if not self._leads:
-            return UpdateReport(metrics, version, self._learner.weights_checksum()), None
-        snapshot = self._learner.weights()
-        return UpdateReport(metrics, version, snapshot.checksum), snapshot
+        manifest, buckets = self._sender.publish(self._learner, passing)
+        return UpdateReport(metrics, manifest.policy_version, manifest.checksum), manifest, *buckets
 
     def _rest(self) -> None:
         """Give back what torch keeps of freed GPU memory: the engine that shares the GPU is about to wake."""

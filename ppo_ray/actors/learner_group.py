@@ -44,6 +44,7 @@ class LearnerGroup:
         self._config, self._trajectories, self._report = config, trajectories, report
         self._group = ActorGroup(LearnerWorker, learner_spec(config), config.ray, report, seats)
         self._held_figures: dict[str, float] = {}
+        self._num_buckets = 0
 
     def setup(self, checkpoint: Path | None = None) -> list[dict[str, float]]:
         """Load policy and reference, or go on from a checkpoint, and wait until all ranks are ready.
@@ -118,21 +119,21 @@ class LearnerGroup:
     ) -> tuple[LearnerStep, PublishedWeights]:
         """Make one PPO update on a table of one's own; waits for it. The loop calls `update`."""
         shared = ray.put(table)
-        (done, *_), weights = self._published("updating", lambda rank: rank.step.remote(shared, step, orders, kl_coef))
+        (done, *_), weights = self._published("updating", lambda rank: rank.step, shared, step, orders, kl_coef)
         return done, weights
 
     def fetch_weights(self, weights: PublishedWeights) -> WeightSnapshot:
-        """Bring published weights here."""
-        return ray.get(weights.snapshot, timeout=self._config.ray.call_timeout_s)
+        """Bring published weights here, from the object store."""
+        manifest, *buckets = ray.get([weights.manifest, *weights.buckets], timeout=self._config.ray.call_timeout_s)
+        return WeightSnapshot(manifest, tuple(buckets))
 
     def weights(self) -> PublishedWeights:
         """Publish the weights as they are."""
-        return self._published("publishing weights", lambda rank: rank.weights.remote())[1]
+        return self._published("publishing weights", lambda rank: rank.weights)[1]
 
     def moved_weights(self) -> PublishedWeights:
         """Publish weights that differ from the policy's, for a check of the engines."""
-        leader = self._group.members[:1]
-        return self._published("publishing weights for a check", lambda rank: rank.moved_weights.remote(), leader)[1]
+        return self._published("publishing weights for a check", lambda rank: rank.moved_weights)[1]
 
     def compare(self, generated: Shards) -> list[Agreement]:
         """Compare what every engine generated with those weights with what the learner computes."""
@@ -161,7 +162,7 @@ class LearnerGroup:
 
     def _updated(self, step: int, tables: list[Any]) -> Update:
         path = self._trajectories / f"step-{step:05d}.parquet"
-        reports, weights = self._published("updating", lambda rank: rank.update.remote(step, str(path), *tables))
+        reports, weights = self._published("updating", lambda rank: rank.update, step, str(path), *tables)
         return Update(_slowest([report.metrics for report in reports]), weights)
 
     def _set_up(self, checkpoint: Path | None) -> list[dict[str, float]]:
@@ -170,7 +171,9 @@ class LearnerGroup:
             member.handle.setup.remote(self._config, text, meeting, rank): member
             for rank, member in enumerate(self._group.members)
         }
-        return self._started(calls)
+        answers, leader = self._started(calls), self._group.members[0]
+        self._num_buckets = self._started({leader.handle.num_buckets.remote(): leader})[0]
+        return answers
 
     def _meeting(self) -> "Meeting | None":
         """Let the first rank open the place where all meet: on its loopback where all are on one node."""
@@ -182,12 +185,13 @@ class LearnerGroup:
         return self._started({leader.handle.open_meeting.remote(host, self._config.ray.start_timeout_s): leader})[0]
 
     def _published(
-        self, doing: str, call: Callable[[Any], tuple[Any, Any]], members: list[Member] | None = None
+        self, doing: str, method: Callable[[Any], Any], *arguments: Any
     ) -> tuple[list[Any], PublishedWeights]:
-        """Make a call on all ranks that returns a report and, on the first, weights."""
-        asked = members or self._group.members
-        answers = [call(member.handle) for member in asked]
-        reports = self._answers(doing, dict(zip([ref for ref, _ in answers], asked, strict=True)))
+        """Call a method of all ranks, taken of an actor's handle, that returns a report and, on the first, weights."""
+        asked = self._group.members
+        returns = 2 + self._num_buckets
+        answers = [method(member.handle).options(num_returns=returns).remote(*arguments) for member in asked]
+        reports = self._answers(doing, dict(zip([report for report, *_ in answers], asked, strict=True)))
         for member, report in zip(asked, reports, strict=True):
             if (report.policy_version, report.checksum) != (reports[0].policy_version, reports[0].checksum):
                 raise WorkerError(
@@ -195,7 +199,9 @@ class LearnerGroup:
                     f"{asked[0].name} version {reports[0].policy_version} (checksum {reports[0].checksum}): the ranks "
                     "no longer train the same policy"
                 )
-        return reports, PublishedWeights(reports[0].policy_version, reports[0].checksum, answers[0][1])
+        _, manifest, *buckets = answers[0]
+        names = reports[0].policy_version, reports[0].checksum
+        return reports, PublishedWeights(*names, manifest, tuple(buckets), tuple(asked))
 
     def _answers(self, doing: str, calls: dict[Any, Member]) -> list[Any]:
         """Wait for calls whose work is not thrown away, and return their answers."""

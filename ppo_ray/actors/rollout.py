@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pyarrow as pa
 import ray
@@ -10,15 +11,16 @@ from ppo_ray import trajectory
 from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.placement import Seats, rollout_spec
 from ppo_ray.actors.shards import ShardCall, Shards
-from ppo_ray.actors.watch import DependencyLost, Member
+from ppo_ray.actors.transports import make_transport
+from ppo_ray.actors.transports.object_store import Fetched
+from ppo_ray.actors.watch import Member
 from ppo_ray.actors.worker import CONTROL, Worker
-from ppo_ray.config import Config
-from ppo_ray.engines.base import Engine, Request, Sampling
-from ppo_ray.errors import WorkerLost
+from ppo_ray.config import Config, weight_transport
+from ppo_ray.engines.base import Engine, Receiver, Request, Sampling
 from ppo_ray.events import Report
 from ppo_ray.prompts import PromptBatch
 from ppo_ray.seeding import derive_seed
-from ppo_ray.weights import PublishedWeights, WeightAck, WeightSnapshot, check_acks
+from ppo_ray.weights import PublishedWeights, WeightAck, WeightManifest, WeightSnapshot, check_acks
 
 
 @ray.remote(concurrency_groups=CONTROL)
@@ -31,6 +33,8 @@ class RolloutWorker(Worker):
 
         start = time.perf_counter()
         self._config, self._engine = config, _start_engine(config)
+        if weight_transport(config) == "ipc":
+            self.connect({"packed": False})
         self._tokenizer = load_tokenizer(config.model.path, config.model.trust)
         stop_ids = (self._tokenizer.eos_token_id,) if config.rollout.stop_at_eos else ()
         self._sampling = Sampling(config.rollout.temperature, stop_ids)
@@ -65,11 +69,23 @@ class RolloutWorker(Worker):
         ]
         return trajectory.from_rows(rows), {"time/generate_s": time.perf_counter() - start}
 
-    def load_weights(self, snapshot: WeightSnapshot) -> WeightAck:
-        """Serve the snapshot from now on, and say so."""
+    def load_weights(self, manifest: WeightManifest, buckets: list[Any]) -> WeightAck:
+        """Serve the weights in these buckets, references to objects of the store, from now on, and say so."""
         start = time.perf_counter()
-        self._engine.load_weights(snapshot)
-        return WeightAck(self._name, self._engine.policy_version, snapshot.checksum, time.perf_counter() - start)
+        fetched = Fetched(buckets, self._config.ray.call_timeout_s)
+        self._engine.load_weights(WeightSnapshot(manifest, fetched))
+        return self._ack(manifest, start)
+
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Make ready to receive weights by NCCL or CUDA IPC; see `Receiver.connect`."""
+        cast("Receiver", self._engine).connect(init_info)
+
+    def receive_weights(self, manifest: WeightManifest, *exports: list[dict[str, Any]]) -> WeightAck:
+        """Receive weights by NCCL, or from what learner ranks export by CUDA IPC; serve them, and say so."""
+        start = time.perf_counter()
+        merged = [{gpu: of for export in tensor for gpu, of in export.items()} for tensor in zip(*exports, strict=True)]
+        cast("Receiver", self._engine).receive_weights(manifest, {"ipc_handles": merged} if exports else {})
+        return self._ack(manifest, start)
 
     def close(self) -> None:
         """Free the engine."""
@@ -80,6 +96,10 @@ class RolloutWorker(Worker):
         """Leave the GPU to those that share it, until this worker's next turn."""
         if self._config.ray.placement == "colocated":
             self._engine.sleep()
+
+    def _ack(self, manifest: WeightManifest, start: float) -> WeightAck:
+        seconds = time.perf_counter() - start
+        return WeightAck(self._name, self._engine.policy_version, manifest.checksum, seconds)
 
     def _drawn_limit(self, seed: int, step: int, sample_id: int) -> int:
         shortest, longest = self._config.rollout.min_response_tokens, self._config.rollout.max_response_tokens
@@ -103,6 +123,7 @@ class RolloutGroup:
         self._group = ActorGroup(RolloutWorker, rollout_spec(config), config.ray, report, seats)
         self._group.brought_up = self._catch_up
         self._weights: PublishedWeights | None = None
+        self._transport = make_transport(config)
 
     def setup(self) -> list[dict[str, float]]:
         """Start all engines at once and wait until they are ready."""
@@ -121,22 +142,17 @@ class RolloutGroup:
         return Shards(self._group, "generating for a check", calls, self._config.ray.call_timeout_s)
 
     def load_weights(self, weights: PublishedWeights) -> dict[str, float]:
-        """Send weights (by reference) to every engine and check that each serves them.
+        """Send weights to every engine and check that each serves them.
 
         A worker that is lost meanwhile is replaced, and its successor gets the same weights.
 
         Raises:
             WorkerError: a worker failed, or acknowledged another version or checksum.
-            WorkerLost: the learner's node is gone, and with it the weights.
+            WorkerLost: the learner is gone, and with it the weights.
         """
         self._weights = weights
-        try:
-            acks = self._group.call(
-                "loading weights", lambda handle: handle.load_weights.remote(weights.snapshot), may_stop=False
-            )
-        except DependencyLost as error:
-            raise _weights_lost(error) from error
-        check_acks(weights.policy_version, weights.checksum, acks)
+        acks = self._transport.send(weights, self._group)
+        check_acks(weights, acks)
         return {"time/sync_s": max(ack.load_s for ack in acks)}
 
     def close(self) -> None:
@@ -145,24 +161,12 @@ class RolloutGroup:
 
     def _catch_up(self, member: Member) -> None:
         """Give a replacement the weights that the others have, verified."""
-        weights = self._weights
-        if weights is None:
-            return
-        ref = member.handle.load_weights.remote(weights.snapshot)
-        try:
-            self._group.watch({ref: member}, "loading weights")
-        except DependencyLost as error:
-            raise _weights_lost(error) from error
-        ack = ray.get(ref, timeout=self._config.ray.call_timeout_s)
-        check_acks(weights.policy_version, weights.checksum, [ack])
+        if self._weights is not None:
+            check_acks(self._weights, [self._transport.send_to(self._weights, self._group, member)])
 
 
 def _generate_call(shard: PromptBatch, step: int, seed: int) -> ShardCall:
     return lambda handle, _: handle.generate.remote(shard, step, seed)
-
-
-def _weights_lost(error: DependencyLost) -> WorkerLost:
-    return WorkerLost(f"the weights that engines were to load are gone with the learner's node: {error}", "learner-0")
 
 
 def _start_engine(config: Config) -> Engine:
@@ -184,4 +188,5 @@ def _start_engine(config: Config) -> Engine:
         tensor_parallel=rollout.tensor_parallel,
         may_sleep=config.ray.placement == "colocated",
         trust=config.model.trust,
+        transport=weight_transport(config),
     )

@@ -74,6 +74,8 @@ class Limits:
     """For all answers."""
     ping_s: float
     """For the answer to a control call."""
+    option: str = "ray.call_timeout_s (ray.start_timeout_s while starting)"
+    """What says so for all answers."""
 
 
 def watch(calls: Mapping[Any, Member], limits: Limits, doing: str, may_stop: bool = True) -> None:
@@ -108,7 +110,7 @@ def watch(calls: Mapping[Any, Member], limits: Limits, doing: str, may_stop: boo
             raise WorkerLost(
                 f"{doing}: no answer within {limits.answer_s:g} s from "
                 + "; ".join(f"{name} ({member.place})" for name, member in late.items())
-                + ". Raise ray.call_timeout_s (ray.start_timeout_s while starting) if that was too short",
+                + f". Raise {limits.option} if that was too short",
                 next(iter(late)),
             )
 
@@ -143,6 +145,8 @@ def _raise_failure(ref: Any, member: Member, doing: str) -> None:
         cause = error.cause
         if isinstance(cause, PPORayError):
             cause.args = (f"{member.name}, {doing}: {cause}", *cause.args[1:])
+            if isinstance(cause, WorkerLost) and not cause.name:
+                cause.name = member.name  # who says of itself that it is lost
             raise cause from error
         if isinstance(cause, ray.exceptions.RayError):
             raise DependencyLost(f"{who}, {doing}: {type(cause).__name__}: {cause}") from error

@@ -14,6 +14,7 @@ from ppo_ray.config.sections import (
     RewardConfig,
     RolloutConfig,
 )
+from ppo_ray.config.transport import Transport, transport_problems, weight_transport
 
 __all__ = [
     "NO_TRUST",
@@ -28,8 +29,11 @@ __all__ = [
     "RayConfig",
     "RewardConfig",
     "RolloutConfig",
+    "Transport",
     "Trust",
     "differences",
     "load_config",
     "to_yaml",
+    "transport_problems",
+    "weight_transport",
 ]

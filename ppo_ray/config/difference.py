@@ -9,7 +9,7 @@ from ppo_ray.config.run import Config
 MAY_CHANGE = (
     *("steps", "output_dir", "resume", "checkpoint.*", "ray.*", "evaluation.num_samples"),
     *("rollout.workers", "rollout.threads", "rollout.gpus", "rollout.tensor_parallel", "rollout.kv_cache_mib"),
-    "rollout.self_check",
+    *("rollout.self_check", "rollout.weight_transport", "rollout.weight_bucket_mib"),
     *("reward.workers", "reward.threads", "reward.gpus", "reward.batch_size"),
     *("learner.workers", "learner.threads", "learner.gpus", "learner.microbatch_tokens"),
 )

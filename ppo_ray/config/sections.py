@@ -90,6 +90,14 @@ class RolloutConfig(Section):
     """How many updates old the policy that samples may be. 0: the engines wait for each update. 1: they sample the next
     batch while the learner works on this one; the batch is then of the policy before the last update, which
     `ppo.importance_cap` (required) corrects. See docs/overlap.md."""
+    weight_transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
+    """How new weights reach the engines: through Ray's object store, by NCCL from GPU to GPU, or by CUDA IPC where they
+    share one; auto: the fastest of them that fits (`docs/weights.md`). Verified and acknowledged in the same way."""
+    wire_dtype: Literal["bfloat16"] | None = None
+    """What weights are rounded to on their way: half the bytes. Engines then compute with rounded weights, also in
+    float32, and `mismatch/*` grows; with dtype=bfloat16 they round them anyway, and nothing is lost. null: nothing."""
+    weight_bucket_mib: int = Field(default=256, ge=1)
+    """Largest piece that weights travel in, MiB; a tensor that is larger has one of its own."""
     self_check: bool = True
     """Whether the run begins by proving that new weights change what each engine computes as they change the learner;
     costs two weight syncs."""
@@ -153,6 +161,8 @@ class RayConfig(Section):
     """Longest start of an actor, seconds: until the cluster has room for it, and until its model is loaded."""
     call_timeout_s: float = Field(default=1800.0, gt=0)
     """Longest call of an actor, seconds; one that takes longer is taken for dead."""
+    transfer_timeout_s: float = Field(default=300.0, gt=0)
+    """Longest weight sync by NCCL or CUDA IPC, and longest meeting of learner and engines before it, seconds."""
     ping_timeout_s: float = Field(default=60.0, gt=0)
     """Longest silence of an actor at work, seconds: one that does not answer a control call is taken for dead."""
     max_restarts: int = Field(default=3, ge=0)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from ppo_ray.errors import WorkerError
-from ppo_ray.weights import WeightSnapshot
+from ppo_ray.weights import WeightManifest, WeightSnapshot
 
 FinishReason = Literal["stop", "length"]
 
@@ -59,6 +59,9 @@ class Engine(Protocol):
     def load_weights(self, snapshot: WeightSnapshot) -> None:
         """Verify the snapshot, serve it from now on, and forget everything computed with earlier weights.
 
+        Its buckets are taken one after the other, each verified before anything of it is used. An update that breaks
+        off leaves weights of two policies behind; `policy_version` is -1 then.
+
         Raises:
             WorkerError: the snapshot is damaged or does not fit the model.
         """
@@ -73,6 +76,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds; it cannot be used afterwards."""
+        ...
+
+
+class Receiver(Engine, Protocol):
+    """An engine whose weights come from another GPU, or from its own, without passing the host."""
+
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Make ready to receive; meets the sender where the transport wants it."""
+        ...
+
+    def receive_weights(self, manifest: WeightManifest, handles: dict[str, Any]) -> None:
+        """Receive what the manifest lists, verify and serve it; otherwise as `load_weights`."""
         ...
 
 

@@ -75,17 +75,17 @@ class HFEngine:
 
     def load_weights(self, snapshot: WeightSnapshot) -> None:
         """Copy the snapshot into the model; see `Engine.load_weights`."""
-        snapshot.verify()
         parameters = dict(self._model.named_parameters())
-        tensors = dict(snapshot.tensors())
-        if parameters.keys() != tensors.keys():
-            differing = sorted(parameters.keys() ^ tensors.keys())
+        names = {entry.name for entry in snapshot.manifest.entries}
+        if parameters.keys() != names:
+            differing = sorted(parameters.keys() ^ names)
             raise WorkerError(f"the snapshot is of another model: {len(differing)} names differ, e.g. {differing[:3]}")
-        self.policy_version = -1
         self._model.to(self._device)
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+            for tensors in snapshot.checked():
+                self.policy_version = -1
+                for name, tensor in tensors:
+                    parameters[name].copy_(tensor)
         self.policy_version = snapshot.policy_version
 
     def sleep(self) -> None:

@@ -6,15 +6,15 @@ runtime environment.
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from ppo_ray.config import NO_TRUST, Trust
+from ppo_ray.config import NO_TRUST, Transport, Trust
 from ppo_ray.engines.base import Completion, Request, Sampling, check_requests
-from ppo_ray.errors import WorkerError
-from ppo_ray.weights import WeightSnapshot
+from ppo_ray.errors import WorkerError, WorkerLost
+from ppo_ray.weights import WeightManifest, WeightSnapshot
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in this process
@@ -56,6 +56,7 @@ class VLLMEngine:
         tensor_parallel: int = 1,
         may_sleep: bool = False,
         trust: Trust = NO_TRUST,
+        transport: Transport = "object_store",
     ) -> None:
         """Load the model.
 
@@ -69,12 +70,16 @@ class VLLMEngine:
             tensor_parallel: ranks that share the model; above 1 they are Ray actors in this one's placement group.
             may_sleep: whether `sleep` will be called, for which a GPU's memory is set up in another way.
             trust: what its folder may do.
+            transport: by which its weights come: `load_weights` is for buckets, `receive_weights` for the others.
         """
         import vllm
+
+        from ppo_ray.engines.vllm_backends import BACKENDS, WorkerExtension
 
         self.policy_version = -1
         self._asleep: set[str] = set()
         on_gpu = torch.cuda.is_available()
+        self._half_loaded = False
         self._llm: Any = vllm.LLM(
             model=path,
             dtype=dtype,
@@ -90,6 +95,8 @@ class VLLMEngine:
             trust_remote_code=trust.remote_code,
             load_format="auto" if trust.pickles else "safetensors",
             disable_log_stats=True,
+            weight_transfer_config=vllm.config.WeightTransferConfig(backend=BACKENDS[transport]),
+            worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
             # log-probabilities of the distribution that was sampled from: after the temperature
             logprobs_mode="processed_logprobs",
             **(_SHARED_GPU if on_gpu else {"block_size": _BLOCK_SIZE}),
@@ -104,9 +111,11 @@ class VLLMEngine:
 
         Raises:
             WorkerError: a request cannot be served; see `check_requests`.
+            WorkerLost: an update broke off; the weights are of two policies.
         """
         import vllm
 
+        self._check_whole()
         check_requests(requests, self._vocab_size, self._max_context)
         self._wake("weights", "kv_cache")
         self._llm.reset_prefix_cache()  # what was asked before must not change the last bits of what is asked now
@@ -129,25 +138,58 @@ class VLLMEngine:
         return [_completion(output.outputs[0]) for output in outputs]
 
     def load_weights(self, snapshot: WeightSnapshot) -> None:
-        """Reload every layer from the snapshot and drop the prefix cache; see `Engine.load_weights`."""
-        snapshot.verify()
-        tensors = dict(snapshot.tensors())
-        if self._tied_head and "lm_head.weight" not in tensors:
-            # On a CPU the head multiplies with a packed copy of its own: without its own entry it would stay stale
-            # and no error would tell.
-            tensors["lm_head.weight"] = tensors[_embedding_name(tensors)]
-        self.policy_version = -1
-        self._wake("weights")
-        # a list: ranks in processes of their own cannot be sent an iterator
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(tensors.items())})
+        """Replace layer after layer as buckets come, and drop the prefix cache; see `Engine.load_weights`.
+
+        Raises:
+            WorkerLost: an earlier update broke off; no update can mend the engine.
+        """
+        self._update(({"tensors": tensors} for tensors in snapshot.checked()), snapshot.manifest, verified=True)
+
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Make ready to receive by NCCL or CUDA IPC; `init_info` is the backend's own, as vLLM documents it."""
+        self._llm.shutdown_weight_transfer_engine()  # the group before
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def receive_weights(self, manifest: WeightManifest, handles: dict[str, Any]) -> None:
+        """Receive all tensors by NCCL or CUDA IPC, verify and serve them; see `load_weights`.
+
+        Args:
+            manifest: what is sent.
+            handles: what else vLLM's backend needs to receive it: nothing for NCCL, `ipc_handles` for CUDA IPC.
+
+        Raises:
+            WorkerError: a tensor did not arrive as it was sent; the engine cannot be used afterwards.
+        """
+        entries = manifest.entries
+        update: dict[str, Any] = {
+            "names": [entry.name for entry in entries],
+            "dtype_names": [entry.dtype for entry in entries],
+            "shapes": [list(entry.shape) for entry in entries],
+        }
+        self._update([update | handles], manifest, verified=False)
+
+    def _update(self, updates: Iterable[dict[str, Any]], manifest: WeightManifest, verified: bool) -> None:
+        """Go through an update; nothing is touched before the first part of it is there."""
+        self._check_whole()
+        for update in updates:
+            if not self._half_loaded:
+                self.policy_version, self._half_loaded = -1, True
+                self._wake("weights")
+                self._llm.collective_rpc("open_door", args=(self._tied_head, not verified))
+                self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": update})
+        self._llm.collective_rpc("check_door", args=(manifest,))
+        self._llm.finish_weight_update(weight_version=str(manifest.policy_version))
         self._wake("kv_cache")  # only now: while weights are loaded some of them are there twice
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise WorkerError(
                 "vLLM did not drop its prefix cache after new weights; its answers would mix two policies"
             )
-        if hasattr(self._llm, "update_weight_version"):
-            self._llm.update_weight_version(str(snapshot.policy_version))
-        self.policy_version = snapshot.policy_version
+        self.policy_version, self._half_loaded = manifest.policy_version, False
+
+    def _check_whole(self) -> None:
+        if self._half_loaded:
+            raise WorkerLost("its last weight update broke off: its layers are of two policies, and it cannot go back")
 
     def sleep(self) -> None:
         """Keep the weights in the host's memory and drop the KV cache; see `Engine.sleep`.
@@ -171,13 +213,6 @@ class VLLMEngine:
         self._llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
-
-
-def _embedding_name(tensors: dict[str, torch.Tensor]) -> str:
-    names = [name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))]
-    if len(names) != 1:
-        raise WorkerError(f"cannot tell which tensor is the tied embedding among {names or sorted(tensors)[:5]}")
-    return names[0]
 
 
 def _completion(output: Any) -> Completion:

@@ -17,6 +17,7 @@ from ppo_ray.actors.placement import reserved
 from ppo_ray.actors.rollout import RolloutGroup
 from ppo_ray.actors.session import ray_session
 from ppo_ray.config import Config, load_config
+from ppo_ray.errors import InputError
 from ppo_ray.events import Event
 from ppo_ray.learner import Update
 from ppo_ray.models.value_head import VALUE_HEAD_FILE, save_value_head
@@ -164,9 +165,15 @@ def _ray_config(config: PPOConfig, folder: str, options: Sequence[str]) -> Confi
             *options,
         ],
     )
+    if given.rollout.wire_dtype is not None or given.rollout.weight_transport not in ("auto", "object_store"):
+        raise InputError(
+            "rollout.wire_dtype and rollout.weight_transport cannot be set here: the model that follows the learner's "
+            "gets its weights from the object store, unrounded"
+        )
+    rollout = given.rollout.model_copy(update={"weight_transport": "object_store"})
     base = Path(given.output_dir)
     model = given.model.model_copy(update={"path": str(base / "policy"), "reference_path": str(base / "reference")})
-    return given.model_copy(update={"model": model, "ppo": config.to_ppo_ray()})
+    return given.model_copy(update={"model": model, "ppo": config.to_ppo_ray(), "rollout": rollout})
 
 
 def _write_models(

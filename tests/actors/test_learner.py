@@ -37,7 +37,7 @@ def shards(step: int, version: int) -> list[pa.Table]:
 def test_what_is_held_is_saved_restored_and_learnt_from(tiny_policy: Path, tmp_path: Path) -> None:
     worker = started(tiny_policy, tmp_path)
     worker.hold(*shards(0, 0))
-    report, _ = worker.update(0, str(tmp_path / "step-0.parquet"))
+    report, *_ = worker.update(0, str(tmp_path / "step-0.parquet"))
     assert report.metrics["rollout/staleness_max"] == 0
     with pytest.raises(CheckpointError, match="does not hold the next step's trajectories yet: not saved"):
         worker.save(str(tmp_path / "c"), RunState(1), "")

@@ -49,7 +49,7 @@ def test_an_engine_sleeps_when_its_turn_is_over(
     worker.setup(load_config(None, [*base, f"ray.placement={placement}"]))
     prompts = PromptBatch((0, 1), ((7, 8), (9,)))
     table, _ = worker.generate(prompts, 0, 0)
-    worker.load_weights(WeightSnapshot.take([], 3))
+    worker.load_weights(WeightSnapshot.take([], 3).manifest, [])
     worker.generate(prompts, 0, 0)
     assert table.num_rows == 2
     assert engine.calls == calls

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from ppo_ray.engines.base import Completion, Engine, Request, Sampling
 from ppo_ray.engines.hf import HFEngine
 from ppo_ray.errors import WorkerError
-from ppo_ray.weights import WeightSnapshot
+from ppo_ray.weights import WeightSnapshot, Wire
 
 REQUESTS = [
     Request(tuple((7 * i + 13 * k) % 500 + 5 for k in range(2 + i % 7)), max_tokens=4 + i % 13, seed=10**18 + i)
@@ -39,8 +39,11 @@ def reference(folder: Path, noise: float = 0.0) -> torch.nn.Module:
     return model
 
 
-def snapshot_of(model: torch.nn.Module, version: int) -> WeightSnapshot:
-    return WeightSnapshot.take(model.named_parameters(), version)
+def snapshot_of(model: torch.nn.Module, version: int, dtype: str | None = None) -> WeightSnapshot:
+    """Return buckets so small that the embedding has one of its own, and that a layer is cut in two by them."""
+    snapshot = WeightSnapshot.take(model.named_parameters(), version, Wire(dtype, 200_000))
+    assert len(snapshot.buckets) == (9 if dtype is None else 4)
+    return snapshot
 
 
 @torch.inference_mode()
@@ -114,11 +117,28 @@ def test_new_weights_are_served_at_once(engine: Engine, tiny_policy: Path) -> No
         assert largest_difference(reference(tiny_policy), completions) > 0.1  # the test can tell
 
 
+def test_weights_rounded_on_the_wire_are_served_as_they_arrive(engine: Engine, tiny_policy: Path) -> None:
+    model, rounded = reference(tiny_policy, noise=0.1), reference(tiny_policy, noise=0.1)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.bfloat16())
+    engine.load_weights(snapshot_of(model, 8, "bfloat16"))
+    completions = engine.generate(REQUESTS, SAMPLED)
+    assert largest_difference(rounded, completions) < 1e-4
+    assert largest_difference(model, completions) > 1e-3
+
+
 def test_damaged_weights_are_refused(engine: Engine, tiny_policy: Path) -> None:
-    snapshot = snapshot_of(reference(tiny_policy), 9)
-    with pytest.raises(WorkerError, match="damaged"):
-        engine.load_weights(replace(snapshot, checksum="0" * 16))
-    assert engine.policy_version != 9
+    """Nothing was touched yet: the engine goes on with what it has."""
+    model = reference(tiny_policy, noise=0.3)
+    engine.load_weights(snapshot_of(model, 9))
+    snapshot = snapshot_of(reference(tiny_policy), 10)
+    damaged = snapshot.buckets[0].copy()
+    damaged[1000] ^= 1
+    with pytest.raises(WorkerError, match=r"policy version 10 arrived damaged: model.embed_tokens.weight \(checksum"):
+        engine.load_weights(replace(snapshot, buckets=(damaged, *snapshot.buckets[1:])))
+    assert engine.policy_version == 9
+    assert largest_difference(model, engine.generate(REQUESTS, SAMPLED)) < 1e-4
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from tests.learning import make_learner, make_table
 ROOT = Path(__file__).parents[2]
 DIAGNOSTICS = (ROOT / "docs" / "diagnostics.md").read_text()
 TRL = (ROOT / "docs" / "trl.md").read_text()
+WEIGHTS = (ROOT / "docs" / "weights.md").read_text()
 LOOP = {f"time/{part}_s" for part in ("step", "generate", "score", "learn", "sync", "wait")}
 LOOP |= {"prompts/num_skipped", "rollout/staleness_mean", "rollout/staleness_max"}
 """What actors and the log add to a learner's metrics; tests/e2e reads them."""
@@ -47,12 +48,14 @@ def test_the_recordings_and_options_that_are_named_exist() -> None:
     assert all((ROOT / "tests/golden/trl_options" / f"{name}.json").is_file() for name in recordings - {"trl_default"})
     named = {path.stem for path in (ROOT / "tests/golden/trl_options").glob("*.json")}
     assert named - recordings == {"max_grad_norm_as_it_is"}
-    for option in set(re.findall(r"`((?:ppo|rollout|prompts|learner)\.\w+)[`=]", TRL + DIAGNOSTICS)):
+    for option in set(re.findall(r"`((?:ppo|rollout|prompts|learner)\.\w+)[`=]", TRL + DIAGNOSTICS + WEIGHTS)):
         section, _, leaf = option.partition(".")
         known = Config.model_fields[section].annotation.model_fields
         assert leaf in known, option
 
 
-@pytest.mark.parametrize("name", re.findall(r"`(tests/[\w/.]+|examples/[\w/.]+|docs/[\w/.]+)`", TRL + DIAGNOSTICS))
+@pytest.mark.parametrize(
+    "name", re.findall(r"`(tests/[\w/.]+|examples/[\w/.]+|docs/[\w/.]+)`", TRL + DIAGNOSTICS + WEIGHTS)
+)
 def test_files_that_are_named_exist(name: str) -> None:
     assert (ROOT / name).exists()

@@ -39,7 +39,7 @@ RANK = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in 
 
 HOMES = {
     "ray": ("actors/",),
-    "vllm": ("engines/vllm.py",),
+    "vllm": ("engines/vllm",),
     "matplotlib": ("report/curves.py",),
     "tensorboard": ("metrics.py",),
     "datasets": ("prompt_source.py", "assets/"),
@@ -117,6 +117,7 @@ def test_files_are_short():
         ("cli", "torch ray transformers vllm pyarrow datasets pydantic"),
         ("learner", "ray vllm"),
         ("engines.hf", "ray vllm"),
+        ("engines.vllm_sender", "ray vllm"),
     ],
 )
 def test_light_modules_load_nothing_heavy(module, heavy):

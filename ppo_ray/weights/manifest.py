@@ -1,0 +1,126 @@
+"""What a set of weights consists of: the name, shape, place and checksum of every tensor."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from ppo_ray.errors import WorkerError
+from ppo_ray.weights.checksums import Method, byte_checksum, word_sums, written_out
+
+if TYPE_CHECKING:  # see `checksums`
+    import torch
+
+_ALIGNMENT = 64  # bytes; vectorised loads of the engines never straddle a cache line
+_NAMED = 3  # damaged tensors in an error
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor."""
+
+    name: str
+    """The parameter's name in the Hugging Face causal LM; a tied head is listed once, as the embedding."""
+    dtype: str
+    """torch's name, e.g. `"float32"`."""
+    shape: tuple[int, ...]
+    checksum: str
+    """Of the tensor as it is sent, hexadecimal."""
+    bucket: int = 0
+    """Index of the buffer that it lies in, where weights travel in buffers."""
+    offset: int = 0
+    """In that buffer, bytes."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the buffer, without the padding behind it."""
+        import torch
+
+        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class WeightManifest:
+    """The contents of a set of weights; small, where the weights are not."""
+
+    policy_version: int
+    """How many steps the weights have seen."""
+    method: Method
+    """Of the checksums."""
+    entries: tuple[TensorEntry, ...]
+
+    @classmethod
+    def of(
+        cls, named_tensors: Iterable[tuple[str, "torch.Tensor"]], policy_version: int, method: Method
+    ) -> "WeightManifest":
+        """Describe tensors, on any device, one at a time; nothing is copied but what XXH3 needs on the host."""
+        names, dtypes, shapes, found, sums = [], [], [], [], []
+        for name, tensor in named_tensors:
+            names.append(name)
+            dtypes.append(str(tensor.dtype).removeprefix("torch."))
+            shapes.append(tuple(tensor.shape))
+            if method == "xxh3":
+                found.append(byte_checksum(tensor))
+            else:
+                sums.append(word_sums(tensor))
+            del tensor  # before the next is made
+        found += written_out(sums)
+        entries = map(TensorEntry, names, dtypes, shapes, found)
+        return cls(policy_version, method, tuple(entries))
+
+    @cached_property
+    def checksum(self) -> str:
+        """XXH3-64 of all names, dtypes, shapes and checksums: the same for any size of buckets."""
+        lines = (f"{entry.name} {entry.dtype} {entry.shape} {entry.checksum}\n" for entry in self.entries)
+        return str(xxhash.xxh3_64_hexdigest("".join(lines).encode()))
+
+    def buckets(self) -> Iterator[tuple[int, list[TensorEntry]]]:
+        """Yield the index of each bucket and the tensors that lie in it."""
+        for bucket, entries in groupby(self.entries, lambda entry: entry.bucket):
+            yield bucket, list(entries)
+
+    def check(self, entries: Iterable[TensorEntry], found: Iterable[str]) -> None:
+        """Compare the checksums of tensors that have arrived with those that they were sent with.
+
+        Raises:
+            WorkerError: names the tensors that differ.
+        """
+        wrong = [
+            f"{entry.name} (checksum {one}, sent as {entry.checksum})"
+            for entry, one in zip(entries, found, strict=True)
+            if one != entry.checksum
+        ]
+        if wrong:
+            more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+            raise WorkerError(
+                f"weights of policy version {self.policy_version} arrived damaged: {', '.join(wrong[:_NAMED])}{more}"
+            )
+
+
+class Placement:
+    """Where the next tensor goes: into the bucket at hand if there is room, else into a new one."""
+
+    def __init__(self, bucket_bytes: int) -> None:
+        """Begin without a bucket."""
+        self._bucket_bytes = bucket_bytes
+        self._bucket, self._used = -1, 0
+
+    def place(self, num_bytes: int) -> tuple[int, int]:
+        """Return bucket and offset of a tensor."""
+        if self._bucket < 0 or self._used + num_bytes > self._bucket_bytes:
+            self._bucket, self._used = self._bucket + 1, 0
+        offset = self._used
+        self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return self._bucket, offset
+
+
+def num_buckets(sizes: Iterable[int], bucket_bytes: int) -> int:
+    """Return how many buckets a snapshot of tensors of these sizes, in bytes, will have."""
+    placement, placed = Placement(bucket_bytes), 0
+    for size in sizes:
+        placed = placement.place(size)[0] + 1
+    return placed

@@ -1,0 +1,136 @@
+"""A copy of the policy's weights on the host, in buckets.
+
+A dictionary of tensors costs seconds to serialise and to fetch; flat numpy buffers go through Ray's object store
+without a copy, and every engine of a node reads the same pages. A bucket is an object of its own, so that an engine
+loads the first while the next is on its way, and no store must find room for a model in one piece.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ppo_ray.errors import WorkerError
+from ppo_ray.weights.checksums import byte_checksum
+from ppo_ray.weights.manifest import Placement, TensorEntry, WeightManifest
+from ppo_ray.weights.wire import Wire
+
+if TYPE_CHECKING:  # see `checksums`
+    import torch
+
+
+class Buffers:
+    """Memory for snapshots, used again and again: the first touch of a page costs more than a copy into it.
+
+    A snapshot that was taken into buffers is overwritten by the next one.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._buffers: list[torch.Tensor] = []
+
+    def get(self, index: int, num_bytes: int, pinned: bool) -> np.ndarray:
+        """Return the buffer of a bucket, of at least `num_bytes`; its contents are whatever they were.
+
+        Args:
+            index: of the bucket, at most one more than the last that was got.
+            num_bytes: wanted.
+            pinned: whether a GPU writes to it: page-locked memory takes a GPU's tensors twice as fast.
+        """
+        import torch
+
+        if index == len(self._buffers) or self._buffers[index].numel() < num_bytes:
+            self._buffers[index:] = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)]
+        return self._buffers[index].numpy()
+
+
+@dataclass(frozen=True)
+class WeightSnapshot:
+    """Weights that lie on the host; what engines load, verify and acknowledge."""
+
+    manifest: WeightManifest
+    buckets: Sequence[np.ndarray]
+    """`[bytes]` uint8 each; may be fetched when they are asked for. Those of an object store are read-only: never write
+    to one."""
+
+    @property
+    def policy_version(self) -> int:
+        """How many steps the weights have seen."""
+        return self.manifest.policy_version
+
+    @property
+    def checksum(self) -> str:
+        """Of all tensors; see `WeightManifest.checksum`."""
+        return self.manifest.checksum
+
+    @classmethod
+    def take(
+        cls,
+        named_tensors: Iterable[tuple[str, "torch.Tensor"]],
+        policy_version: int,
+        wire: Wire | None = None,
+        buffers: Buffers | None = None,
+    ) -> "WeightSnapshot":
+        """Copy tensors, on any device, one at a time, and seal each with its checksum.
+
+        Args:
+            named_tensors: may be made as they are asked for; none is kept.
+            policy_version: of them.
+            wire: how they travel; None: as they are, in buckets of the default size.
+            buffers: memory to take them into; None: new memory.
+        """
+        wire, buffers = wire or Wire(), buffers or Buffers()
+        placement, entries = Placement(wire.bucket_bytes), []
+        filled: list[np.ndarray] = []
+        for name, tensor in named_tensors:
+            num_bytes = wire.num_bytes(tensor)
+            bucket, offset = placement.place(num_bytes)
+            if bucket == len(filled):
+                filled.append(buffers.get(bucket, max(wire.bucket_bytes, num_bytes), tensor.is_cuda))
+            dtype, shape = str(wire.dtype_of(tensor)).removeprefix("torch."), tuple(tensor.shape)
+            view = _view(filled[bucket], TensorEntry(name, dtype, shape, "", bucket, offset))
+            view.copy_(tensor.detach())
+            entries.append(TensorEntry(name, dtype, shape, byte_checksum(view), bucket, offset))
+            del tensor  # before the next is made
+        manifest = WeightManifest(policy_version, "xxh3", tuple(entries))
+        ends = [_end(inside) for _, inside in manifest.buckets()]
+        return cls(manifest, tuple(buffer[:end] for buffer, end in zip(filled, ends, strict=True)))
+
+    def tensors(self) -> Iterator[tuple[str, "torch.Tensor"]]:
+        """Yield each name and tensor as a view of its bucket: nothing is copied, nothing may be written."""
+        for tensors in self.checked():
+            yield from tensors
+
+    def checked(self) -> Iterator[list[tuple[str, "torch.Tensor"]]]:
+        """Yield the tensors of one bucket after the other as views, each checked against its checksum.
+
+        Raises:
+            WorkerError: a tensor was damaged between the learner and here; names it.
+        """
+        for bucket, entries in self.manifest.buckets():
+            buffer = self.buckets[bucket]
+            if len(buffer) < _end(entries):
+                raise WorkerError(
+                    f"weights of policy version {self.policy_version} arrived damaged: bucket {bucket} has "
+                    f"{len(buffer)} bytes of {_end(entries)}"
+                )
+            views = [_view(buffer, entry) for entry in entries]
+            self.manifest.check(entries, map(byte_checksum, views))
+            yield [(entry.name, view) for entry, view in zip(entries, views, strict=True)]
+
+
+def _end(entries: Sequence[TensorEntry]) -> int:
+    """Return where the last tensor of a bucket ends."""
+    return entries[-1].offset + entries[-1].num_bytes
+
+
+def _view(buffer: np.ndarray, entry: TensorEntry) -> "torch.Tensor":
+    import torch
+
+    raw = np.ndarray(entry.num_bytes, np.uint8, buffer, entry.offset)
+    with warnings.catch_warnings():  # "not writable": an object of the store, which nobody writes to
+        warnings.simplefilter("ignore", UserWarning)
+        flat = torch.from_numpy(raw)
+    return flat.view(getattr(torch, entry.dtype)).view(entry.shape)
