@@ -228,8 +228,9 @@ def test_written_out_and_read_back_is_equal(tmp_path):
         (["rollout.weight_transport=nccl"], False, "nccl"),
     ],
 )
-def test_weights_take_the_fastest_way_that_fits(overrides, colocated, transport):
-    assert weight_transport(load_config(None, [*REQUIRED, *overrides]), colocated) == transport
+def test_weights_take_the_fastest_way_that_fits(overrides, colocated, transport, monkeypatch):
+    monkeypatch.setattr(Config, "colocated", colocated)
+    assert weight_transport(load_config(None, [*REQUIRED, *overrides])) == transport
 
 
 def test_frozen():

@@ -12,6 +12,7 @@ from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.placement import Seats, rollout_spec
 from ppo_ray.actors.shards import ShardCall, Shards
 from ppo_ray.actors.transports import make_transport
+from ppo_ray.actors.transports.ipc import merged
 from ppo_ray.actors.transports.object_store import Fetched
 from ppo_ray.actors.watch import Member
 from ppo_ray.actors.worker import CONTROL, Worker
@@ -83,8 +84,8 @@ class RolloutWorker(Worker):
     def receive_weights(self, manifest: WeightManifest, *exports: list[dict[str, Any]]) -> WeightAck:
         """Receive weights by NCCL, or from what learner ranks export by CUDA IPC; serve them, and say so."""
         start = time.perf_counter()
-        merged = [{gpu: of for export in tensor for gpu, of in export.items()} for tensor in zip(*exports, strict=True)]
-        cast("Receiver", self._engine).receive_weights(manifest, {"ipc_handles": merged} if exports else {})
+        handles = {"ipc_handles": merged(exports)} if exports else {}
+        cast("Receiver", self._engine).receive_weights(manifest, handles)
         return self._ack(manifest, start)
 
     def close(self) -> None:

@@ -47,6 +47,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
 
+    @property
+    def colocated(self) -> bool:
+        """Whether every engine shares its GPU with a learner rank; placement does not promise that yet."""
+        return False
+
     @model_validator(mode="after")
     def _check_contradictions(self) -> Self:
         found = _contradictions(self)

@@ -52,6 +52,12 @@ class Toy(Worker):
             os._exit(7)
         return self._name
 
+    def give_up_once(self, marker: str) -> str:
+        if self._name == "toy-1" and not os.path.exists(marker):
+            open(marker, "w").close()
+            raise WorkerLost("cannot go on")
+        return self._name
+
     @ray.method(num_returns=2)
     def work(self, table: str, seconds: float) -> tuple[str, dict[str, float]]:
         if seconds < 0:
@@ -144,6 +150,10 @@ def test_a_lost_worker_is_replaced_and_its_call_made_again(group: ActorGroup, ev
     assert before[0] == after[0] and before[1] != after[1]
     assert [(event.kind, event.worker) for event in events] == [("worker_replaced", "toy-1")]
     assert "was lost while dying once" in events[0].message
+    marker = str(tmp_path / "gave up")
+    assert group.call("giving up once", lambda toy: toy.give_up_once.remote(marker)) == ["toy-0", "toy-1"]
+    assert pids(group)[0] == before[0] and pids(group)[1] != after[1]
+    assert "toy-1, giving up once: cannot go on" in events[1].message
 
 
 def test_a_worker_that_is_stopped_is_found_and_replaced(

@@ -3,12 +3,24 @@
 Nothing is sent: each rank tells by which handles its memory is mapped, and every engine takes what is on its own GPU.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.watch import Member
 from ppo_ray.config import Config
 from ppo_ray.weights import PublishedWeights, WeightAck
+
+
+def merged(exports: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return, for each tensor, its handles on all GPUs, of what every learner rank exports of its own.
+
+    Args:
+        exports: a list a rank, in which each tensor has its handle under the GPU's UUID.
+    """
+    return [
+        {gpu: handle for of_rank in tensor for gpu, handle in of_rank.items()} for tensor in zip(*exports, strict=True)
+    ]
 
 
 class IPCTransport:
