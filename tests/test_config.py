@@ -214,22 +214,26 @@ def test_written_out_and_read_back_is_equal(tmp_path):
     assert set(written) == set(Config.model_fields) and set(written["ppo"]) == set(type(config.ppo).model_fields)
 
 
+FOUR_RANKS_OF_TWO_ENGINES = ["rollout.tensor_parallel=2", "rollout.workers=2", "learner.workers=4"]
+
+
 @pytest.mark.parametrize(
-    ("overrides", "colocated", "transport"),
+    ("overrides", "transport"),
     [
-        ([], False, "object_store"),
-        (["rollout.gpus=1"], False, "object_store"),
-        (["rollout.gpus=1", "learner.gpus=1"], False, "nccl"),
-        (["rollout.gpus=1", "learner.gpus=1"], True, "ipc"),
-        (["rollout.gpus=0.4", "learner.gpus=0.5"], False, "object_store"),
-        (["rollout.gpus=0.4", "learner.gpus=0.5"], True, "ipc"),
-        (["rollout.gpus=1", "learner.gpus=1", "rollout.engine=hf"], True, "object_store"),
-        (["rollout.gpus=1", "learner.gpus=1", "rollout.weight_transport=object_store"], True, "object_store"),
-        (["rollout.weight_transport=nccl"], False, "nccl"),
+        ([], "object_store"),
+        (["ray.placement=colocated"], "object_store"),
+        (["rollout.gpus=1"], "object_store"),
+        (["rollout.gpus=1", "learner.gpus=1"], "nccl"),
+        (["rollout.gpus=1", "learner.gpus=1", "ray.placement=colocated"], "ipc"),
+        (["rollout.gpus=1", "learner.gpus=1", "ray.placement=colocated", "rollout.workers=2"], "object_store"),
+        (["rollout.gpus=1", "learner.gpus=1", "ray.placement=colocated", *FOUR_RANKS_OF_TWO_ENGINES], "ipc"),
+        (["rollout.gpus=0.4", "learner.gpus=0.5"], "object_store"),
+        (["rollout.gpus=1", "learner.gpus=1", "rollout.engine=hf"], "object_store"),
+        (["rollout.gpus=1", "learner.gpus=1", "rollout.weight_transport=object_store"], "object_store"),
+        (["rollout.weight_transport=nccl"], "nccl"),
     ],
 )
-def test_weights_take_the_fastest_way_that_fits(overrides, colocated, transport, monkeypatch):
-    monkeypatch.setattr(Config, "colocated", colocated)
+def test_weights_take_the_fastest_way_that_fits(overrides, transport):
     assert weight_transport(load_config(None, [*REQUIRED, *overrides])) == transport
 
 

@@ -117,15 +117,27 @@ def test_a_job_writes_where_it_is_not_deleted_with_it(configured, monkeypatch):
         ),
         (["engine=hf"], "ipc: is vLLM's, but rollout.engine=hf; take auto or object_store"),
         (["gpus=1"], "ipc: goes from GPU to GPU, but rollout.gpus=1 and learner.gpus=0"),
-        (["gpus=1", "learner.gpus=1"], "ipc: is for engines that share the learner's GPU, but rollout.gpus=1 and"),
-        (["gpus=0.5", "learner.gpus=0.5"], None),
+        (
+            ["gpus=1", "learner.gpus=1"],
+            "ipc: needs a learner rank on every engine's GPU: set ray.placement=colocated and learner.workers to "
+            "rollout.workers x rollout.tensor_parallel = 1, or take auto or object_store",
+        ),
+        (["gpus=1", "learner.gpus=1", "ray.placement=colocated"], None),
         (["weight_transport=nccl"], "nccl: goes from GPU to GPU"),
-        (["weight_transport=nccl", "gpus=0.5", "learner.gpus=1"], "nccl: needs a GPU for every engine and one for the"),
+        (
+            ["weight_transport=nccl", "gpus=0.5", "learner.gpus=1"],
+            "nccl: needs GPUs that engines and learner do not share, but rollout.gpus=0.5 and learner.gpus=1 with "
+            "ray.placement=apart",
+        ),
+        (
+            ["weight_transport=nccl", "gpus=1", "learner.gpus=1", "ray.placement=colocated"],
+            "nccl: needs GPUs that engines and learner do not share",
+        ),
         (["weight_transport=nccl", "gpus=1", "learner.gpus=1"], None),
     ],
 )
 def test_transports_that_cannot_work(configured, options, problem):
-    overrides = [option if option.startswith("learner.") else f"rollout.{option}" for option in options]
+    overrides = [option if "." in option.partition("=")[0] else f"rollout.{option}" for option in options]
     config = configured("rollout.weight_transport=ipc", *overrides)
     if problem is None:
         check(config)

@@ -49,8 +49,9 @@ class Config(Section):
 
     @property
     def colocated(self) -> bool:
-        """Whether every engine shares its GPU with a learner rank; placement does not promise that yet."""
-        return False
+        """Whether every engine's rank shares its GPU with a learner's."""
+        ranks = self.rollout.workers * self.rollout.tensor_parallel
+        return bool(self.rollout.gpus) and self.ray.placement == "colocated" and self.learner.workers == ranks
 
     @model_validator(mode="after")
     def _check_contradictions(self) -> Self:

@@ -17,7 +17,7 @@ def weight_transport(config: Config) -> Transport:
         return "object_store"
     if config.colocated:
         return "ipc"
-    return "nccl" if _have_whole_gpus(config) else "object_store"
+    return "nccl" if _are_apart(config) else "object_store"
 
 
 def transport_problems(config: Config) -> Iterator[str]:
@@ -27,25 +27,25 @@ def transport_problems(config: Config) -> Iterator[str]:
     if asked in ("auto", "object_store"):
         return
     remedy = "take auto or object_store"
+    gpus = f"rollout.gpus={rollout.gpus:g} and learner.gpus={learner.gpus:g}"
     if rollout.engine != "vllm":
         yield f"rollout.weight_transport={asked}: is vLLM's, but rollout.engine={rollout.engine}; {remedy}"
     elif not (rollout.gpus and learner.gpus):
+        yield f"rollout.weight_transport={asked}: goes from GPU to GPU, but {gpus}; {remedy}, or give both GPUs"
+    elif asked == "nccl" and not _are_apart(config):
         yield (
-            f"rollout.weight_transport={asked}: goes from GPU to GPU, but rollout.gpus={rollout.gpus:g} and "
-            f"learner.gpus={learner.gpus:g}; {remedy}, or give both GPUs"
+            f"rollout.weight_transport=nccl: needs GPUs that engines and learner do not share, but {gpus} with "
+            f"ray.placement={config.ray.placement}; give whole ones apart, or {remedy}"
         )
-    elif asked == "nccl" and (config.colocated or not _have_whole_gpus(config)):
+    elif asked == "ipc" and not config.colocated:
+        ranks = rollout.workers * rollout.tensor_parallel
         yield (
-            f"rollout.weight_transport=nccl: needs a GPU for every engine and one for the learner, but "
-            f"rollout.gpus={rollout.gpus:g} and learner.gpus={learner.gpus:g}; give whole ones, or {remedy}"
-        )
-    elif asked == "ipc" and _have_whole_gpus(config) and not config.colocated:
-        yield (
-            f"rollout.weight_transport=ipc: is for engines that share the learner's GPU, but rollout.gpus="
-            f"{rollout.gpus:g} and learner.gpus={learner.gpus:g} are whole ones; take nccl, auto or object_store"
+            "rollout.weight_transport=ipc: needs a learner rank on every engine's GPU: set ray.placement=colocated and "
+            f"learner.workers to rollout.workers x rollout.tensor_parallel = {ranks}, or {remedy}"
         )
 
 
-def _have_whole_gpus(config: Config) -> bool:
+def _are_apart(config: Config) -> bool:
     """Say whether no GPU is shared: actors that ask for a part of one may find themselves on the same."""
-    return config.rollout.gpus >= 1 and config.learner.gpus >= 1
+    whole = config.rollout.gpus >= 1 and config.learner.gpus >= 1
+    return whole and config.ray.placement == "apart"

@@ -10,7 +10,7 @@ from ppo_ray.actors.rollout import RolloutWorker
 from ppo_ray.config import load_config
 from ppo_ray.engines.base import Completion, Request, Sampling
 from ppo_ray.prompts import PromptBatch
-from ppo_ray.weights import WeightSnapshot
+from ppo_ray.weights import WeightManifest, WeightSnapshot
 
 
 class Recorder:
@@ -49,7 +49,7 @@ def test_an_engine_sleeps_when_its_turn_is_over(
     worker.setup(load_config(None, [*base, f"ray.placement={placement}"]))
     prompts = PromptBatch((0, 1), ((7, 8), (9,)))
     table, _ = worker.generate(prompts, 0, 0)
-    worker.load_weights(WeightSnapshot.take([], 3).manifest, [])
+    worker.load_weights(WeightManifest(3, "xxh3", ()), [])
     worker.generate(prompts, 0, 0)
     assert table.num_rows == 2
     assert engine.calls == calls

@@ -31,9 +31,9 @@ def engine_init(group_id: str, first_rank: int, world_size: int, buffer_bytes: i
 class NCCLTransport:
     """A `WeightTransport`: a broadcast, in which all take part at the same time."""
 
-    def __init__(self, config: Config, gpus_per_engine: int = 1) -> None:
+    def __init__(self, config: Config) -> None:
         """Be in no group yet."""
-        self._gpus = gpus_per_engine
+        self._gpus = config.rollout.tensor_parallel
         self._limit_s, self._ping_s = config.ray.transfer_timeout_s, config.ray.ping_timeout_s
         self._buffer_bytes = config.rollout.weight_bucket_mib << 20
         self._connected: list[Member] = []

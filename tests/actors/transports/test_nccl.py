@@ -55,7 +55,9 @@ def test_every_engine_has_a_rank_of_its_own(cluster: Cluster) -> None:
 def test_engines_of_two_gpus_have_two_ranks_and_all_learner_ranks_gather(cluster: Cluster) -> None:
     second = cluster.started("learner-1")
     weights = replace(cluster.weights(5), ranks=(cluster.learner, second))
-    assert NCCLTransport(CONFIG, gpus_per_engine=2).send(weights, cluster) == ["rollout-0 has it", "rollout-1 has it"]
+    rollout = CONFIG.rollout.model_copy(update={"tensor_parallel": 2})
+    transport = NCCLTransport(CONFIG.model_copy(update={"rollout": rollout}))
+    assert transport.send(weights, cluster) == ["rollout-0 has it", "rollout-1 has it"]
     assert cluster.calls[1:4] == [
         ("rollout-0", "connect", (init(1, 5),)),
         ("rollout-1", "connect", (init(3, 5),)),
