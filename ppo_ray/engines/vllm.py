@@ -175,10 +175,10 @@ class VLLMEngine:
             if not self._half_loaded:
                 self.policy_version, self._half_loaded = -1, True
                 self._wake("weights")
-                self._llm.collective_rpc("open_door", args=(self._tied_head, not verified))
+                self._llm.collective_rpc("begin_check", args=(self._tied_head, not verified))
                 self._llm.start_weight_update()
             self._llm.update_weights({"update_info": update})
-        self._llm.collective_rpc("check_door", args=(manifest,))
+        self._llm.collective_rpc("end_check", args=(manifest,))
         self._llm.finish_weight_update(weight_version=str(manifest.policy_version))
         self._wake("kv_cache")  # only now: while weights are loaded some of them are there twice
         if not self._llm.reset_prefix_cache(reset_running_requests=True):

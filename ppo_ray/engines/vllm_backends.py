@@ -2,7 +2,7 @@
 
 An update is a session: start, tensors, finish. Between, vLLM replaces layer after layer as its tensors arrive. The
 transports differ in how they arrive alone: as views of buckets that the host has, broadcast by NCCL, or mapped by CUDA
-IPC. vLLM's own backends check nothing; here every tensor passes a door on its way into the model.
+IPC. vLLM's own backends check nothing; here every tensor passes a check on its way into the model.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from ppo_ray.weights.checksums import word_sums, written_out
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
-class Door:
+class CheckedModel:
     """What vLLM's backends take for the model: hands on to it, and keeps account of, every tensor that is loaded."""
 
     def __init__(self, model: Any, tied_head: bool, summed: bool) -> None:
@@ -75,14 +75,14 @@ class Door:
 
 
 class Receiving:
-    """Mixed into a backend of vLLM's: for the length of an update its model is a door."""
+    """Mixed into a backend of vLLM's: for the length of an update its model is a `CheckedModel`."""
 
     model: Any
-    door: Door
+    checked: CheckedModel
 
     def receive_weights(self, update_info: Any) -> None:
-        """Let the backend receive, and load through the door."""
-        model, self.model = self.model, self.door
+        """Let the backend receive, and load what arrives by way of the check."""
+        model, self.model = self.model, self.checked
         try:
             super().receive_weights(update_info)  # type: ignore[misc]
         finally:
@@ -94,13 +94,13 @@ class WorkerExtension:
 
     weight_transfer_engine: Any
 
-    def open_door(self, tied_head: bool, summed: bool) -> None:
-        """Say what the next update needs; see `Door`."""
-        self.weight_transfer_engine.door = Door(self.weight_transfer_engine.model, tied_head, summed)
+    def begin_check(self, tied_head: bool, summed: bool) -> None:
+        """Say what the next update needs; see `CheckedModel`."""
+        self.weight_transfer_engine.checked = CheckedModel(self.weight_transfer_engine.model, tied_head, summed)
 
-    def check_door(self, manifest: WeightManifest) -> None:
-        """Compare what was loaded with what was sent; see `Door.check`."""
-        self.weight_transfer_engine.door.check(manifest)
+    def end_check(self, manifest: WeightManifest) -> None:
+        """Compare what was loaded with what was sent; see `CheckedModel.check`."""
+        self.weight_transfer_engine.checked.check(manifest)
 
 
 @dataclass
@@ -144,15 +144,15 @@ class _Buckets(WeightTransferEngine[NoInit, Bucket]):
 
 
 class Buckets(Receiving, _Buckets):
-    """Buckets, with a door."""
+    """A backend for buckets, its tensors checked."""
 
 
 class NCCL(Receiving, NCCLWeightTransferEngine):
-    """vLLM's NCCL backend, with a door."""
+    """vLLM's NCCL backend, its tensors checked."""
 
 
 class IPC(Receiving, IPCWeightTransferEngine):
-    """vLLM's CUDA IPC backend, with a door."""
+    """vLLM's CUDA IPC backend, its tensors checked."""
 
 
 BACKENDS: dict[Transport, str] = {"object_store": "ppo_ray_buckets", "nccl": "ppo_ray_nccl", "ipc": "ppo_ray_ipc"}

@@ -1,4 +1,4 @@
-"""NCCL and CUDA IPC without a GPU: vLLM's own sender and receiver, our own door, and a group that is a queue.
+"""NCCL and CUDA IPC without a GPU: vLLM's own sender and receiver, our own check, and a group that is a queue.
 
 What is not run here is NCCL and CUDA themselves: `Group` broadcasts within the process, `Mapping` hands tensors over.
 """
