@@ -81,13 +81,21 @@ class ActorGroup:
         for member in calls.values():
             member.failures = 0
 
-    def gather(self, calls: dict[Any, Member], doing: str, limit_s: float) -> list[Any]:
+    def gather(
+        self, calls: dict[Any, Member], doing: str, limit_s: float, option: str = "ray.transfer_timeout_s"
+    ) -> list[Any]:
         """Wait for calls that go together, of this group's actors and others, and return their answers.
+
+        Args:
+            calls: as `watch`.
+            doing: what they do, for errors.
+            limit_s: longest wait.
+            option: the config's name of that limit.
 
         Raises:
             WorkerError: as `watch`; nobody is replaced.
         """
-        limits = Limits(limit_s, self._config.ping_timeout_s, "ray.transfer_timeout_s")
+        limits = Limits(limit_s, self._config.ping_timeout_s, option)
         watch(calls, limits, doing, may_stop=False)
         for member in calls.values():
             member.failures = 0

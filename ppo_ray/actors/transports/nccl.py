@@ -95,8 +95,8 @@ class NCCLTransport:
             WorkerLost: it does not come out: its state is out of reach.
         """
         doing = "leaving a weight sync by NCCL that broke off"
-        engines.gather({learner.handle.abort_transfer.remote(): learner}, doing, self._ping_s)
-        engines.gather({learner.handle.release_weights.remote(): learner}, doing, self._ping_s)
+        for call in (learner.handle.abort_transfer, learner.handle.release_weights):
+            engines.gather({call.remote(): learner}, doing, self._ping_s, "ray.ping_timeout_s")
 
 
 def _same(one: Member, other: Member) -> bool:

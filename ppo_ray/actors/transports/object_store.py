@@ -49,10 +49,12 @@ class ObjectStoreTransport:
 
     def send_to(self, weights: PublishedWeights, engines: ActorGroup, engine: Member) -> WeightAck:
         """Send weights to one engine; see `WeightTransport.send_to`."""
+        answer = _load(engine.handle, weights)
         try:
-            return engines.gather({_load(engine.handle, weights): engine}, "loading weights", self._timeout_s)[0]
+            engines.watch({answer: engine}, "loading weights", may_stop=False)
         except DependencyLost as error:
             raise _weights_lost(error) from error
+        return ray.get(answer, timeout=self._timeout_s)
 
 
 def _load(handle: Any, weights: PublishedWeights) -> Any:

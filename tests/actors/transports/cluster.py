@@ -57,7 +57,7 @@ class Cluster:
         self._answers[ref] = answer
         return (ref, f"handles of {handle.name}") if method == "export_weights" else ref
 
-    def gather(self, calls: dict[object, Member], doing: str, limit_s: float) -> list[Any]:
+    def gather(self, calls: dict[object, Member], doing: str, limit_s: float, option: str = "") -> list[Any]:
         self.waits.append((doing, tuple(member.name for member in calls.values()), limit_s))
         answers = [self._answers[ref] for ref in calls]
         for answer in answers:
