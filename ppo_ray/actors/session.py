@@ -98,7 +98,8 @@ def _connect(address: str | None) -> None:
     except (OSError, ValueError, ray.exceptions.RayError) as error:
         raise InputError(
             f"ray.address={address!r}: no Ray cluster answers there ({error}). Start one with `ray start --head`, "
-            "export its token as RAY_AUTH_TOKEN, or leave ray.address empty for a private Ray on this machine."
+            "export RAY_AUTH_MODE=token and its token as RAY_AUTH_TOKEN, or leave ray.address empty for a private Ray "
+            "on this machine."
         ) from error
 
 
