@@ -1,10 +1,8 @@
 """A run from its config to its last line: what stands before, around and after the loop."""
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -78,9 +76,8 @@ def check(config: Config, console: Console) -> None:
     prompts = prompt_stream(config).peek(_CHECK_PROMPTS)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     with (
-        tempfile.TemporaryDirectory() as folder,
         ray_session(config.ray),
-        launch(config, Path(folder), None, say, lambda event: say(event.message)) as actors,
+        launch(config, None, None, say, lambda event: say(event.message)) as actors,
     ):
         print_agreements(console, check_engines(actors, config, prompts))
 

@@ -48,12 +48,14 @@ def launch_scorers(config: Config, say: Say, report: Report) -> Iterator[tuple[R
 
 
 @contextlib.contextmanager
-def launch(config: Config, trajectories: Path, checkpoint: Path | None, say: Say, report: Report) -> Iterator[Actors]:
+def launch(
+    config: Config, trajectories: Path | None, checkpoint: Path | None, say: Say, report: Report
+) -> Iterator[Actors]:
     """Start all actors of a training run; see `launch_scorers`.
 
     Args:
         config: of the run.
-        trajectories: folder of the Parquet files.
+        trajectories: folder of the Parquet files; None: nothing is to be updated.
         checkpoint: what the learner goes on from; None: the models that the config names.
         say: is told when a group is ready.
         report: is told when a worker is replaced.

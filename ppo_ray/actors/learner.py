@@ -68,6 +68,10 @@ class LearnerWorker(Worker):
         meeting, self._store = open_meeting(host, timeout_s)
         return meeting
 
+    def read(self, file: str) -> str | None:
+        """Return what is in a small text file; None if this node does not see it."""
+        return Path(file).read_text(encoding="utf-8") if Path(file).is_file() else None
+
     def setup(
         self, config: Config, checkpoint: str | None = None, meeting: "Meeting | None" = None, rank: int = 0
     ) -> dict[str, float]:

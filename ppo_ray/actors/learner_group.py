@@ -1,6 +1,7 @@
 """The learner as the driver sees it: one rank or several, which stand and fall together."""
 
 import contextlib
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ppo_ray.actors.watch import DependencyLost, Member
 from ppo_ray.agreement import Agreement
 from ppo_ray.checkpoint import Pending, RunState
 from ppo_ray.config import Config
-from ppo_ray.errors import PeersLost, WorkerError, WorkerLost
+from ppo_ray.errors import InputError, PeersLost, WorkerError, WorkerLost
 from ppo_ray.events import Event, Report
 from ppo_ray.weights import PublishedWeights, WeightSnapshot
 
@@ -39,10 +40,25 @@ class Update:
 class LearnerGroup:
     """The learner, of one rank or several; what the loop calls `learner`."""
 
-    def __init__(self, config: Config, trajectories: Path, report: Report, seats: Seats | None = None) -> None:
-        """Create the workers; `setup` loads their models. `trajectories` is the folder for the Parquet files."""
+    def __init__(
+        self,
+        config: Config,
+        trajectories: Path | None,
+        report: Report,
+        seats: Seats | None = None,
+        worker: Any = LearnerWorker,
+    ) -> None:
+        """Create the workers; `setup` loads their models.
+
+        Args:
+            config: of the run.
+            trajectories: folder of the Parquet files, in the run's own; None: nothing is to be updated.
+            report: is told of every replacement.
+            seats: where they go; None: where Ray likes.
+            worker: the actors' class.
+        """
         self._config, self._trajectories, self._report = config, trajectories, report
-        self._group = ActorGroup(LearnerWorker, learner_spec(config), config.ray, report, seats)
+        self._group = ActorGroup(worker, learner_spec(config), config.ray, report, seats)
         self._held_figures: dict[str, float] = {}
         self._num_buckets = 0
 
@@ -50,6 +66,7 @@ class LearnerGroup:
         """Load policy and reference, or go on from a checkpoint, and wait until all ranks are ready.
 
         Raises:
+            InputError: a rank's node does not see the run's folder.
             WorkerError: a rank failed to start, or was lost too often in a row.
         """
         self._held_figures = {}
@@ -161,11 +178,14 @@ class LearnerGroup:
         self._group.close()
 
     def _updated(self, step: int, tables: list[Any]) -> Update:
+        assert self._trajectories is not None
         path = self._trajectories / f"step-{step:05d}.parquet"
         reports, weights = self._published("updating", lambda rank: rank.update, step, str(path), *tables)
         return Update(_slowest([report.metrics for report in reports]), weights)
 
     def _set_up(self, checkpoint: Path | None) -> list[dict[str, float]]:
+        if self._trajectories is not None:
+            self._check_shared(self._trajectories.parent)
         meeting, text = self._meeting(), None if checkpoint is None else str(checkpoint)
         calls = {
             member.handle.setup.remote(self._config, text, meeting, rank): member
@@ -174,6 +194,21 @@ class LearnerGroup:
         answers, leader = self._started(calls), self._group.members[0]
         self._num_buckets = self._started({leader.handle.num_buckets.remote(): leader})[0]
         return answers
+
+    def _check_shared(self, folder: Path) -> None:
+        """Refuse a folder that a rank's node does not see: what the rank wrote there would be lost to the run."""
+        marker, text = folder / ".shared", secrets.token_hex(8)
+        marker.write_text(text, encoding="utf-8")
+        try:
+            found = self._started({rank.handle.read.remote(str(marker)): rank for rank in self._group.members})
+        finally:
+            marker.unlink(missing_ok=True)
+        blind = [rank for rank, content in zip(self._group.members, found, strict=True) if content != text]
+        if blind:
+            raise InputError(
+                f"output_dir={folder}: {blind[0].name} ({blind[0].place}) does not see this folder, and it is the "
+                "learner that writes trajectories and checkpoints; give a folder that all nodes share"
+            )
 
     def _meeting(self) -> "Meeting | None":
         """Let the first rank open the place where all meet: on its loopback where all are on one node."""

@@ -79,7 +79,7 @@ class OnRay:
             self._rollout = RolloutGroup(self._config, _log_event, seats)
             stack.callback(self._rollout.close)
             self._rollout.setup()
-            self._learner = LearnerGroup(self._config, Path(folder), _log_event, seats)
+            self._learner = LearnerGroup(self._config, None, _log_event, seats)
             stack.callback(self._learner.close)
             self._learner.setup()
             self._rollout.load_weights(self._learner.weights())
