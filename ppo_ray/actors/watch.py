@@ -17,6 +17,7 @@ from ppo_ray.actors.worker import Whereabouts
 from ppo_ray.errors import PPORayError, WorkerError, WorkerLost
 
 _POLL_S = 1.0  # signal handlers run between polls
+_PULSE_S = 0.5  # between looks at who owes the answer to a control call
 _PINGS_A_LIMIT = 4
 _SMALL_ANSWER_S = 60.0
 
@@ -96,15 +97,16 @@ def watch(calls: Mapping[Any, Member], limits: Limits, doing: str, may_stop: boo
     """
     began = time.monotonic()
     pulses = {member.name: _Pulse(member, began) for member in calls.values()}
-    waiting = list(calls)
+    waiting, felt = list(calls), began
     while waiting:
         if may_stop:
             stopping.check()
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_S, fetch_local=False)
-        for ref in done:
-            _raise_failure(ref, calls[ref], doing)
-        for name in {calls[ref].name for ref in waiting}:
-            pulses[name].check(limits.ping_s, doing)
+        done, waiting = _answered(waiting)
+        _raise_failures(done, calls, doing)
+        if waiting and time.monotonic() - felt > _PULSE_S:
+            felt = time.monotonic()
+            for name in {calls[ref].name for ref in waiting}:
+                pulses[name].check(limits.ping_s, doing)
         if waiting and time.monotonic() - began > limits.answer_s:
             late = {calls[ref].name: calls[ref] for ref in waiting}
             raise WorkerLost(
@@ -134,6 +136,24 @@ class _Pulse:
                 "(ray.ping_timeout_s): it hangs, or its process is stopped",
                 self._member.name,
             )
+
+
+def _answered(waiting: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Wait for an answer and take all that are there, lest n answers cost n looks at n references."""
+    done, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_S, fetch_local=False)
+    if done and waiting:
+        more, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
+        done += more
+    return done, waiting
+
+
+def _raise_failures(done: list[Any], calls: Mapping[Any, Member], doing: str) -> None:
+    """Raise what went wrong with the first answer that is none."""
+    try:
+        ray.get(done, timeout=_SMALL_ANSWER_S)
+    except ray.exceptions.RayError:  # which of them it was is not told
+        for ref in done:
+            _raise_failure(ref, calls[ref], doing)
 
 
 def _raise_failure(ref: Any, member: Member, doing: str) -> None:
