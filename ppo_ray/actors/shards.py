@@ -50,6 +50,8 @@ class Shards:
         """References, which the driver never fetches."""
         self._figures: list[Any] = [None] * len(calls)
         self._inputs: list[Any] = [None] * len(calls)
+        self._there: set[Any] = set()
+        """Of the figures, those that are known to be there."""
         for index in range(len(calls)):
             self._submit(index)
 
@@ -113,8 +115,9 @@ class Shards:
                 self._submit(index)  # its source was made again
         while True:
             try:
-                calls = {ref: self._member(index) for index, ref in enumerate(self._figures)}
+                calls = {ref: self._member(index) for index, ref in enumerate(self._figures) if ref not in self._there}
                 self._group.watch(calls, self._doing, may_stop)
+                self._there = set(self._figures)
                 return
             except WorkerLost as lost:
                 self._group.revive(lost)
