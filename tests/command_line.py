@@ -3,18 +3,21 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
+from filelock import FileLock
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,11 @@ class CommandLine:
 
     environment: dict[str, str]
     config: Path
+    prefix: tuple[str, ...] = ()
+    """What stands before each command, e.g. to run it on another host."""
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "ppo_ray", *arguments]
+        command = [*self.prefix, sys.executable, "-m", "ppo_ray", *arguments]
         return subprocess.Popen(
             command,
             env=self.environment,
@@ -107,6 +112,19 @@ def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int, second
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"{len(lines(run))} of {steps} steps within {seconds} s"
         time.sleep(0.02)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that is made once in a test session, by whichever of its processes needs it first."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / ".made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / ".made").touch()
+    return folder
 
 
 def orphaned_shared_memory() -> set[str]:

@@ -1,14 +1,11 @@
 """Runs that nothing happens to, and what disturbed ones are held against."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
-from tests.command_line import CommandLine, lines, tiny_command_line
+from tests.command_line import CommandLine, lines, made_once, tiny_command_line
 
 Same = Callable[..., None]
 
@@ -30,19 +27,14 @@ def same_as_undisturbed(
     tiny_policy: Path, tiny_classifier: Path, tiny_prompts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Same:
     """Return a check that a run is, bit for bit, what a run of that engine and length is that nothing happens to."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # by all processes of one test session
 
     def undisturbed(engine: str, steps: int, options: tuple[str, ...]) -> Path:
-        folder = shared / "-".join(["undisturbed", engine, str(steps), *options])
-        with FileLock(f"{folder}.lock"):
-            if not (folder / "run" / "checkpoints" / "final").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                with tiny_command_line(tiny_policy, tiny_classifier, tiny_prompts, folder) as command_line:
-                    result = command_line.train(f"rollout.engine={engine}", f"steps={steps}", *OPTIONS, *options)
-                    assert result.returncode == 0, result.stderr
-        return folder / "run"
+        def make(folder: Path) -> None:
+            with tiny_command_line(tiny_policy, tiny_classifier, tiny_prompts, folder) as command_line:
+                result = command_line.train(f"rollout.engine={engine}", f"steps={steps}", *OPTIONS, *options)
+                assert result.returncode == 0, result.stderr
+
+        return made_once(tmp_path_factory, "-".join(["undisturbed", engine, str(steps), *options]), make) / "run"
 
     def check(run: Path, engine: str, steps: int, *options: str) -> None:
         other = undisturbed(engine, steps, options)

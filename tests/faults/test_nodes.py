@@ -12,34 +12,21 @@ from ray.cluster_utils import Cluster
 
 from tests.command_line import CommandLine, events, lines, wait_for_steps
 from tests.faults.conftest import OPTIONS, Same
+from tests.ray_cluster import SMALL_STORE, ray_cluster
 
 pytestmark = pytest.mark.slow
 STEPS = 30
 
 
 @pytest.fixture
-def cluster(ppo_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """Start a head that takes no actors; a dead node is found within two seconds instead of fifteen."""
-    environment = {
-        "RAY_TMPDIR": ppo_ray.environment["RAY_TMPDIR"],
-        "RAY_AUTH_MODE": "disabled",  # a cluster of one machine, gone with the test
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_health_check_initial_delay_ms": "0",
-        "RAY_health_check_period_ms": "500",
-        "RAY_health_check_timeout_ms": "500",
-        "RAY_health_check_failure_threshold": "3",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    ppo_ray.environment.update(environment)
-    Path(environment["RAY_TMPDIR"], "ray").mkdir()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20})
-    yield cluster
-    cluster.shutdown()
+def cluster(ppo_ray: CommandLine) -> Iterator[Cluster]:
+    """Start a head that takes no actors."""
+    with ray_cluster(ppo_ray.environment, head_cpus=0) as cluster:
+        yield cluster
 
 
 def add_node(cluster: Cluster):
-    return cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+    return cluster.add_node(num_cpus=2, object_store_memory=SMALL_STORE)
 
 
 def on_node(ppo_ray: CommandLine, node) -> set[str]:
