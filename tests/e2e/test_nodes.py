@@ -1,21 +1,59 @@
-"""Runs with several learner ranks: the same samples, the same weights, and nothing lost when a rank dies."""
+"""One run in several layouts: however many workers, ranks, nodes and hosts, it samples and learns the same."""
 
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
+from ray.cluster_utils import Cluster
 from safetensors.numpy import load_file
 
-from tests.command_line import CommandLine, events, lines, wait_for_steps
+from ppo_ray import trajectory
+from tests.command_line import CommandLine, events, lines, made_once, tiny_command_line, wait_for_steps
+from tests.hosts import Host, two_hosts, why_no_hosts
+from tests.ray_cluster import FAST_DETECTION, SMALL_STORE, ray_cluster
 
 pytestmark = pytest.mark.slow
 STEPS = 6
+OPTIONS = ("rollout.engine=hf", f"steps={STEPS}", "checkpoint.every_steps=2", "ppo.learning_rate=1e-4")
+WITHOUT_SPLIT = ("worker", "rollout_logprobs", "score", *trajectory.LEARNED_FIELDS)
+"""Columns that name a worker, or hold floats, whose last bits depend on what is computed together."""
+
+
+@pytest.fixture(scope="session")
+def alone(
+    tiny_policy: Path, tiny_classifier: Path, tiny_prompts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the run of one rollout worker and one learner rank on one node."""
+
+    def make(folder: Path) -> None:
+        with tiny_command_line(tiny_policy, tiny_classifier, tiny_prompts, folder) as command_line:
+            result = command_line.train(*OPTIONS, "rollout.workers=1")
+            assert result.returncode == 0, result.stderr
+
+    return made_once(tmp_path_factory, "alone", make) / "run"
+
+
+@pytest.fixture
+def cluster(ppo_ray: CommandLine) -> Iterator[Cluster]:
+    """Start three nodes."""
+    with ray_cluster(ppo_ray.environment, head_cpus=2) as cluster:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2, object_store_memory=SMALL_STORE)
+        yield cluster
 
 
 def sampled(run: Path) -> list[object]:
     files = sorted((run / "trajectories").glob("*.parquet"))
-    return [pq.read_table(file, columns=["response_ids"]).to_pylist() for file in files]
+    assert len(files) == STEPS
+    return [pq.read_table(file).drop_columns([*WITHOUT_SPLIT]).to_pylist() for file in files]
 
 
 def largest_difference(run: Path, other: Path) -> float:
@@ -26,27 +64,72 @@ def largest_difference(run: Path, other: Path) -> float:
     return max(float(np.abs(a[key] - b[key]).max()) for a, b in pairs for key in a)
 
 
-@pytest.mark.timeout(900)
-def test_ranks_train_what_one_trains_and_are_rebuilt_together(ppo_ray: CommandLine, tmp_path: Path) -> None:
-    options = ("rollout.engine=hf", f"steps={STEPS}", "checkpoint.every_steps=2", "ppo.learning_rate=1e-4")
-    alone = ppo_ray.train(*options, f"output_dir={tmp_path / 'alone'}")
-    assert alone.returncode == 0, alone.stderr
+def nodes_of(ppo_ray: CommandLine) -> dict[str, int]:
+    """Return the process id of each actor's raylet, which is its parent."""
+    return {name: psutil.Process(process.pid).ppid() for name, process in ppo_ray.workers().items()}
 
-    two = (*options, "learner.workers=2")
-    run = tmp_path / "two"
-    together = ppo_ray.train(*two, f"output_dir={run}")
-    assert together.returncode == 0, together.stderr
-    assert sampled(run) == sampled(tmp_path / "alone")
-    assert largest_difference(run, tmp_path / "alone") < 1e-5
+
+@pytest.mark.timeout(900)
+def test_three_nodes(ppo_ray: CommandLine, cluster: Cluster, tmp_path: Path, alone: Path) -> None:
+    # a node has two CPUs, a rank reserves four thirds, the others a third each: no two nodes hold all, none two ranks
+    several = ("rollout.workers=4", "learner.workers=2", "learner.threads=4")
+    options = (*OPTIONS, *several, f"ray.address={cluster.address}")
+    spread = tmp_path / "spread"
+    process = ppo_ray.start("train", str(ppo_ray.config), *options, f"output_dir={spread}")
+    wait_for_steps(process, spread, 1)
+    nodes = nodes_of(ppo_ray)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert len(nodes) == 7 and len(set(nodes.values())) == 3
+    assert nodes["learner-0"] != nodes["learner-1"]
+    workers = pq.read_table(spread / "trajectories" / "step-00000.parquet").column("worker").to_pylist()
+    assert workers == [f"rollout-{index}" for index in range(4) for _ in range(2)]
+    assert sampled(spread) == sampled(alone)
+    assert largest_difference(spread, alone) < 1e-5
 
     disturbed = tmp_path / "disturbed"
-    process = ppo_ray.start("train", str(ppo_ray.config), *two, f"output_dir={disturbed}")
+    process = ppo_ray.start("train", str(ppo_ray.config), *options, f"output_dir={disturbed}")
     wait_for_steps(process, disturbed, 3)
     ppo_ray.workers()["learner-1"].kill()
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert [line["step"] for line in lines(disturbed)] == list(range(STEPS))
-    assert largest_difference(disturbed, run) == 0
+    assert largest_difference(disturbed, spread) == 0
     kinds = {event["event"]: event["worker"] for event in events(disturbed)}
     assert kinds == {"worker_replaced": "learner-1", "learner_rebuilt": "learner-1"}, output
-    assert ppo_ray.wait_until_gone() == []
+
+
+def start_ray(host: Host, environment: dict[str, str], *options: str) -> None:
+    """Start a node on a host; it ends with it."""
+    command = [*host.enter, str(Path(sys.executable).with_name("ray")), "start", f"--node-ip-address={host.address}"]
+    sizes = ("--num-cpus=3", f"--object-store-memory={SMALL_STORE}")
+    started = subprocess.run([*command, *sizes, *options], env=environment, text=True, capture_output=True, timeout=120)
+    assert started.returncode == 0, started.stderr
+
+
+@pytest.mark.skipif(bool(why_no_hosts()), reason=str(why_no_hosts()))
+@pytest.mark.timeout(900)
+def test_two_hosts_until_their_cable_is_cut(ppo_ray: CommandLine, tmp_path: Path, alone: Path) -> None:
+    """Hosts that share nothing but files: what works by a loopback address or shared memory alone shows here."""
+    environment, run = ppo_ray.environment, tmp_path / "run"
+    environment |= FAST_DETECTION
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_scheduler_spread_threshold"] = "0"  # the emptier host first; by default the head until half full
+    with two_hosts(Path(environment["RAY_TMPDIR"])) as (left, right):
+        start_ray(left, environment, "--head", "--port=6379", "--include-dashboard=false")
+        start_ray(right, environment, f"--address={left.address}:6379")
+        there = replace(ppo_ray, prefix=left.enter)
+        several = ("rollout.workers=2", "reward.workers=2", "learner.workers=2")
+        options = (*OPTIONS, *several, f"ray.address={left.address}:6379")
+        process = there.start("train", str(ppo_ray.config), *options)
+        wait_for_steps(process, run, 1)
+        homes = {name: "right" if right.runs(worker) else "left" for name, worker in ppo_ray.workers().items()}
+        right.cut_off()
+        output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert homes["learner-0"] != homes["learner-1"]
+    assert sampled(run) == sampled(alone)
+    assert largest_difference(run, alone) < 1e-5
+    replaced = {event["worker"] for event in events(run) if event["event"] == "worker_replaced"}
+    assert replaced == {name for name, home in homes.items() if home == "right"}, output
+    assert os.path.isdir(run / "checkpoints" / "final")

@@ -58,30 +58,6 @@ def test_a_run_leaves_what_it_promises(ppo_ray: CommandLine, tmp_path: Path, tin
     assert ppo_ray.leftovers() == []
 
 
-def test_the_same_seed_is_the_same_run_whatever_the_number_of_workers(ppo_ray: CommandLine, tmp_path: Path) -> None:
-    def tables(name: str, *overrides: str) -> list[list[object]]:
-        run = tmp_path / name
-        result = ppo_ray.train(
-            "rollout.engine=hf",
-            "steps=2",
-            "evaluation.num_prompts=0",
-            "evaluation.num_samples=0",
-            f"output_dir={run}",
-            *overrides,
-        )
-        assert result.returncode == 0, result.stderr
-        return [
-            pq.read_table(path)
-            .drop_columns(["worker", "rollout_logprobs", *trajectory.LEARNED_FIELDS, "score"])
-            .to_pylist()
-            for path in sorted((run / "trajectories").glob("*.parquet"))
-        ]
-
-    two, one, other = tables("two"), tables("one", "rollout.workers=1"), tables("other", "seed=1")
-    assert two == one
-    assert two != other
-
-
 @pytest.mark.parametrize("engine", ["vllm", "hf"])
 def test_evaluate_repeats_the_final_score(ppo_ray: CommandLine, tmp_path: Path, engine: str) -> None:
     trained = ppo_ray.train(f"rollout.engine={engine}", "steps=1")
