@@ -12,8 +12,8 @@ import pyarrow as pa
 import torch
 
 from ppo_ray import trajectory
-from ppo_ray.algo.batching import balanced, microbatches
-from ppo_ray.models.packing import PackedRows, pack
+from ppo_ray.algo.batching import Row, balanced, microbatches
+from ppo_ray.models.packing import PackedRows, empty_rows, pack
 from ppo_ray.ranks import Ranks
 
 
@@ -102,15 +102,30 @@ class Layout:
     """Tokens that rows are filled up to; 0: one sequence a row."""
     device: torch.device
     ranks: Ranks
+    in_lockstep: bool = False
+    """Whether all ranks make the same number of passes: those with fewer add empty ones."""
 
     def passes(self, batch: ResponseBatch, sequences: np.ndarray) -> Iterator[PackedRows]:
         """Yield this rank's passes over the named sequences, the same in whatever order they are named."""
         sequences = np.sort(sequences)
-        if self.ranks.size > 1:
-            sequences = sequences[balanced(batch.num_tokens[sequences].tolist(), self.ranks.size)[self.ranks.rank]]
-        for rows in microbatches(batch.num_tokens[sequences].tolist(), self.microbatch_tokens, self.row_width):
+        shares = self._shares(batch.num_tokens[sequences])
+        for rows in (mine := shares[self.ranks.rank]):
             named = [[int(sequences[index]) for index in row] for row in rows]
             yield pack(named, batch.prompt_ids, batch.response_ids, self.device)
+        if self.in_lockstep:
+            for _ in range(len(mine), max(map(len, shares))):
+                yield empty_rows(self.device)
+
+    def _shares(self, lengths: np.ndarray) -> list[list[list[Row]]]:
+        """Deal sequences of these lengths to the ranks; returns each one's micro-batches of rows of indices.
+
+        Every rank sees all lengths, so each knows how many passes the others make.
+        """
+        shares = []
+        for share in balanced(lengths.tolist(), self.ranks.size):
+            micro = microbatches(lengths[share].tolist(), self.microbatch_tokens, self.row_width)
+            shares.append([[[share[index] for index in row] for row in rows] for rows in micro])
+        return shares
 
 
 def split_evenly(order: Sequence[int] | np.ndarray, size: int) -> list[np.ndarray]:

@@ -56,7 +56,7 @@ def evaluate(
     mask = batch.response_mask.to(layout.device)
     figures = torch.zeros(4, *mask.shape, dtype=policy.value_head.weight.dtype, device=layout.device)
     old_logprobs, ref_logprobs, values, kl = figures
-    with torch.inference_mode():
+    with torch.no_grad():  # what fsdp2 gathers in inference mode could not be trained on
         for rows in layout.passes(batch, np.arange(batch.num_sequences)):
             index = torch.from_numpy(rows.sequences).to(layout.device)
             columns = slice(rows.response_mask.shape[1])

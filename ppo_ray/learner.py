@@ -22,14 +22,16 @@ from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
 from ppo_ray.diagnostics import experience_metrics, table_metrics, update_metrics
 from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
 from ppo_ray.experience import Experience, estimate, evaluate
-from ppo_ray.learner_state import LearnerState, read_optimizer, write_optimizer
+from ppo_ray.learner_models import load_models
+from ppo_ray.learner_state import GatheredLearner, LearnerState, optimizer_state, read_optimizer
 from ppo_ray.minibatch import MinibatchReport, MinibatchUpdater
-from ppo_ray.models.actor_critic import ActorCritic, load_actor_critic, load_reference
+from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.loading import default_device, load_tokenizer
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.optimizer import make_adam, set_learning_rates
-from ppo_ray.ranks import Ranks
+from ppo_ray.ranks import Ranks, peers_needed
 from ppo_ray.seeding import derive_seed
+from ppo_ray.sharding import Copies, Sharding, whole
 from ppo_ray.weight_probe import WeightProbe
 from ppo_ray.weights import Buffers, WeightSnapshot, Wire, num_buckets, weights_checksum
 
@@ -63,7 +65,7 @@ class PPOLearner:
         optimizer: torch.optim.Optimizer | None = None,
         seed: int = 0,
         num_steps: int = 1,
-        ranks: Ranks | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         """Take models that are loaded, in eval mode, on one device; `load` loads them.
 
@@ -75,17 +77,18 @@ class PPOLearner:
             optimizer: of the policy's parameters, its learning rate the caller's; None: Adam as `ppo` says.
             seed: of the run; addresses the order of mini-batches.
             num_steps: of the run; the learning rate's schedule ends with them.
-            ranks: the processes that share the update; None: this one alone.
+            sharding: how the policy lies on the ranks that share the update; None: whole, on this process alone.
         """
         self.policy_version = 0
         """How many updates the weights have seen."""
         self._policy, self._reference, self._ppo = policy, reference, ppo
         self._seed, self._num_steps = seed, num_steps
         row_width = _ROW_WIDTH if policy.packs and reference.packs else 0
-        self._layout = Layout(microbatch_tokens, row_width, policy.device, ranks or Ranks())
+        self._sharding = sharding = sharding or Copies(policy, Ranks())
+        self._layout = Layout(microbatch_tokens, row_width, policy.device, sharding.ranks, sharding.in_lockstep)
         self._owns_optimizer = optimizer is None
-        self._optimizer = optimizer or make_adam(policy, ppo)
-        self._updater = MinibatchUpdater(policy, self._optimizer, ppo, self._layout)
+        self._optimizer = optimizer or make_adam(policy, sharding, ppo)
+        self._updater = MinibatchUpdater(policy, sharding, self._optimizer, ppo, self._layout)
         self._moments = RunningMoments()
         self.controller: KLController = FixedKLController(ppo.kl_coef)
         """Of the KL penalty's weight; may be replaced between updates."""
@@ -113,12 +116,12 @@ class PPOLearner:
         Args:
             model: a value head or critic that lies beside the policy is loaded, else it starts from the seed.
             ppo: the algorithm.
-            learner: its micro-batches.
+            learner: its micro-batches, and how the models lie on the ranks.
             temperature: that responses are sampled at.
             seed: of the run.
             num_steps: of the run.
             device: None takes the GPU if there is one.
-            ranks: as in the constructor.
+            ranks: the processes that share the update; None: this one alone.
             checkpoint: what `save` wrote, to go on from; None: begin with the models of `model`.
 
         Raises:
@@ -126,15 +129,16 @@ class PPOLearner:
             CheckpointError: the checkpoint does not give back the weights that went into it.
         """
         place = torch.device(device) if device is not None else default_device()
-        trained = model.model_copy(update={"path": str(checkpoint), "critic_path": None}) if checkpoint else model
+        head_seed, beginning = derive_seed(seed, "value_head"), None if checkpoint is None else str(checkpoint)
+        models = load_models(model, learner, temperature, head_seed, place, ranks or Ranks(), beginning)
         loaded = cls(
-            load_actor_critic(trained, temperature, derive_seed(seed, "value_head"), place),
-            load_reference(model, temperature, place),
+            models.policy,
+            models.reference,
             ppo,
             microbatch_tokens=learner.microbatch_tokens,
             seed=seed,
             num_steps=num_steps,
-            ranks=ranks,
+            sharding=models.sharding,
         )
         loaded._tokenizer = load_tokenizer(model.path, model.trust)
         if checkpoint is not None:
@@ -160,6 +164,7 @@ class PPOLearner:
         Raises:
             ValueError: the table is not what the exchange promises.
             NonFiniteError: a loss or its gradient is not finite; the weights are as before that mini-batch.
+            PeersLost: another rank is gone.
         """
         batch = ResponseBatch.from_table(trajectories)
         if self._owns_optimizer:
@@ -174,7 +179,9 @@ class PPOLearner:
             self._updating = False
             return Update(metrics, trajectory.with_learned(trajectories, nothing))
         times = [time.perf_counter()]
-        evaluated = evaluate(self._policy, self._reference, batch, self._layout, self._ppo)
+        with peers_needed(self._layout.ranks.rank):
+            evaluated = evaluate(self._policy, self._reference, batch, self._layout, self._ppo)
+        self._sharding.evaluated()
         times.append(time.perf_counter())
         self._moments = self._moments.updated(batch.scores)
         experience = estimate(evaluated, batch, self._ppo, self.kl_coef, self._moments)
@@ -182,7 +189,8 @@ class PPOLearner:
         learned = trajectory.with_learned(trajectories, figures)
         metrics |= experience_metrics(experience, batch, self._ppo, self.kl_coef)
         times.append(time.perf_counter())
-        reports, early = self._optimize(batch, experience, step, order or self._own_order(batch, step), learned)
+        with peers_needed(self._layout.ranks.rank):
+            reports, early = self._optimize(batch, experience, step, order or self._own_order(batch, step), learned)
         metrics |= update_metrics(reports, metrics["returns/std"]) | {"policy/early_stopped": float(early)}
         self.controller = self.controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
         times.append(time.perf_counter())
@@ -192,49 +200,48 @@ class PPOLearner:
         return Update(metrics | {"learner/skipped_update": 0.0}, learned, tuple(reports))
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the policy's weights, one at a time, by their Hugging Face names; a tied head is listed once."""
-        yield from self._policy.causal_lm.named_parameters()
+        """Yield the policy's weights, whole, one at a time, by their Hugging Face names; a tied head is listed once.
+
+        All ranks go through them together.
+        """
+        yield from self._sharding.weights()
 
     def weights(self, wire: Wire | None = None, buffers: Buffers | None = None) -> WeightSnapshot:
-        """Copy the policy's weights to the host; arguments as in `WeightSnapshot.take`."""
+        """Copy the policy's weights to the host; arguments as in `WeightSnapshot.take`. All ranks call it."""
         return WeightSnapshot.take(self.named_weights(), self.policy_version, wire, buffers)
 
     def num_buckets(self, wire: Wire) -> int:
         """Return how many buckets `weights` makes, without making one."""
-        return num_buckets(map(wire.num_bytes, self._policy.causal_lm.parameters()), wire.bucket_bytes)
+        return num_buckets(map(wire.num_bytes, self._sharding.outlines()), wire.bucket_bytes)
 
     def value_head(self) -> dict[str, np.ndarray]:
-        """Copy the value head: `weight` `[1, H]` and `bias` `[1]`."""
+        """Copy the value head: `weight` `[1, H]` and `bias` `[1]`; all ranks call it."""
         state = self._policy.value_head.state_dict()
-        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
+        return {name: whole(tensor).cpu().numpy().copy() for name, tensor in state.items()}
 
     def save(self, path: Path) -> None:
-        """Write all of the learner, between two updates, into a folder: `load` goes on from there as if nothing were.
+        """Write all of the learner into a folder; `load` goes on from there as if nothing were. For one rank alone."""
+        self.gathered().write(path)
 
-        The policy and its tokenizer lie there for `from_pretrained`, the value head or critic and `learner/` beside
-        them.
+    def gathered(self) -> GatheredLearner:
+        """Gather all of the learner, between two updates, from all ranks, each of which calls this; the first has it.
 
         Raises:
             CheckpointError: the last update was not finished; the weights are neither the old nor the new ones.
         """
         if self._updating:
             raise CheckpointError("the learner's last update was not finished, so its state is not saved")
-        path.mkdir(parents=True, exist_ok=True)
-        self._policy.causal_lm.save_pretrained(path)
-        if self._tokenizer is not None:
-            self._tokenizer.save_pretrained(path)
-        self._policy.save_values(path)
-        write_optimizer(path, self._optimizer, self._policy.named_parameters())
-        self._state().write(path)
+        optimizer = optimizer_state(self._optimizer, self._policy, self._sharding)
+        return GatheredLearner(self._policy, self._sharding.state(), optimizer, self._state(), self._tokenizer)
 
     def probe(self, wire: Wire | None = None) -> WeightProbe:
-        """Return what shows whether engines compute with the weights they are sent; it works without other ranks."""
-        alone = replace(self._layout, ranks=Ranks())
-        return WeightProbe(self._policy, alone, derive_seed(self._seed, "probe"), wire or Wire())
+        """Return what shows whether engines compute with the weights they are sent; all ranks make its calls."""
+        seed = derive_seed(self._seed, "probe")
+        return WeightProbe(self._policy, self._sharding, self._layout, seed, wire or Wire())
 
     def _state(self) -> LearnerState:
-        policy, reference = self._policy.causal_lm, self._reference.causal_lm
-        checksums = [weights_checksum(model.named_parameters()) for model in (policy, reference)]
+        reference = ((name, whole(tensor)) for name, tensor in self._reference.causal_lm.named_parameters())
+        checksums = weights_checksum(self._sharding.weights()), weights_checksum(reference)
         return LearnerState(self.policy_version, self.kl_coef, self._moments, *checksums)
 
     def _restore(self, checkpoint: Path, model: ModelConfig) -> None:
@@ -242,7 +249,7 @@ class PPOLearner:
         state = LearnerState.read(checkpoint)
         self.policy_version, self._moments = state.policy_version, state.moments
         self.controller = replace(self.controller, kl_coef=state.kl_coef)
-        read_optimizer(checkpoint, self._optimizer, self._policy.named_parameters())
+        read_optimizer(checkpoint, self._optimizer, self._policy, self._sharding)
         found = self._state()
         if found.weights_checksum != state.weights_checksum:
             raise CheckpointError(f"{checkpoint}: its weights, loaded, are not those that were saved")

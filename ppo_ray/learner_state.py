@@ -1,10 +1,9 @@
 """What a learner must keep beside its models to go on as if it had never stopped: safetensors and JSON, no pickle."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import safetensors
 import safetensors.torch
@@ -12,8 +11,9 @@ import torch
 
 from ppo_ray.algo.scores import RunningMoments
 from ppo_ray.errors import CheckpointError
-
-NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
+from ppo_ray.models.actor_critic import ActorCritic
+from ppo_ray.models.value_head import State
+from ppo_ray.sharding import Sharding, like, whole
 
 _FOLDER = "learner"  # of its own: vLLM takes every safetensors file beside a model for a part of it
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
@@ -53,25 +53,49 @@ class LearnerState:
             raise CheckpointError(f"{folder / _FOLDER / _STATE} cannot be read: {error}") from error
 
 
-def write_optimizer(folder: Path, optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> None:
-    """Write an optimizer's state (tensors) by the parameters' names; a parameter that was never stepped has none."""
-    tensors = {
-        f"{key}:{name}": tensor.detach().cpu().contiguous()
-        for name, parameter in parameters
-        for key, tensor in optimizer.state.get(parameter, {}).items()
-    }
-    path = folder / _FOLDER / _OPTIMIZER
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(tensors, path)
+@dataclass(frozen=True)
+class GatheredLearner:
+    """All of a learner, gathered from its ranks; whole on the first one, which can write it without the others."""
+
+    policy: ActorCritic
+    models: State
+    """Of the policy and its values, by the policy's names."""
+    optimizer: State
+    state: LearnerState
+    tokenizer: Any
+
+    def write(self, folder: Path) -> None:
+        """Write a checkpoint: policy and tokenizer lie in it for `from_pretrained`, the rest in folders beside them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.policy.save(folder, self.models)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        self.state.write(folder)
+        safetensors.torch.save_file(self.optimizer, folder / _FOLDER / _OPTIMIZER)
 
 
-def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> None:
-    """Replace an optimizer's state by what `write_optimizer` wrote.
+def optimizer_state(optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding) -> State:
+    """Return an optimizer's state by the policy's names, whole, in host memory; all ranks call it, the first gets it.
+
+    A parameter that was never stepped has none.
+    """
+    found: State = {}
+    for name, parameter in policy.named_parameters():
+        for stepped in sharding.trained([parameter]):
+            for key, tensor in optimizer.state.get(stepped, {}).items():
+                gathered = whole(tensor)
+                if sharding.ranks.leads:
+                    found[f"{key}:{name}"] = gathered.cpu().contiguous()
+    return found
+
+
+def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding) -> None:
+    """Replace an optimizer's state by what `GatheredLearner` wrote; each rank takes what it holds of it.
 
     Raises:
         CheckpointError: it is not there, or of other parameters.
     """
-    named, path = dict(parameters), folder / _FOLDER / _OPTIMIZER
+    named, path = dict(policy.named_parameters()), folder / _FOLDER / _OPTIMIZER
     optimizer.state.clear()
     try:
         with safetensors.safe_open(path, framework="pt") as tensors:
@@ -80,6 +104,8 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer, parameters: N
                 parameter, tensor = named[name], tensors.get_tensor(label)
                 if tensor.ndim and tensor.shape != parameter.shape:
                     raise ValueError(f"{label} is {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}")
-                optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+                for stepped in sharding.trained([parameter]):
+                    placed = like(tensor, stepped) if tensor.ndim else tensor.to(stepped.device, copy=True)
+                    optimizer.state[stepped][key] = placed
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read for this model: {error}") from error

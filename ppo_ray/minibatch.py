@@ -17,6 +17,7 @@ from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.response_lm import ResponseOutput
 from ppo_ray.objective import FIGURES, Objective, objective
+from ppo_ray.sharding import Sharding, whole
 
 _EARLY_STOPPING_FACTOR = 1.5  # TRL 0.11: "stop early if we exceed this value by over 50%"
 
@@ -57,9 +58,17 @@ class MinibatchReport:
 class MinibatchUpdater:
     """Updates a policy, a mini-batch at a time."""
 
-    def __init__(self, policy: ActorCritic, optimizer: torch.optim.Optimizer, ppo: PPOConfig, layout: Layout) -> None:
-        """Update `policy` by `optimizer`, which holds parameters of both policy and values."""
-        self._policy, self._optimizer, self._ppo, self._layout = policy, optimizer, ppo, layout
+    def __init__(
+        self,
+        policy: ActorCritic,
+        sharding: Sharding,
+        optimizer: torch.optim.Optimizer,
+        ppo: PPOConfig,
+        layout: Layout,
+    ) -> None:
+        """Update `policy` by `optimizer`, which holds what `sharding` says of the parameters of policy and values."""
+        self._policy, self._sharding, self._optimizer = policy, sharding, optimizer
+        self._ppo, self._layout = ppo, layout
 
     def update(
         self,
@@ -86,9 +95,9 @@ class MinibatchUpdater:
         report = self._judged(report, values_only)
         if report.outcome == "stepped":
             if self._ppo.max_grad_norm is not None:
-                norm = torch.tensor(report.grad_norm)
-                torch.nn.utils.clip_grads_with_norm_(self._trained(values_only), self._ppo.max_grad_norm, norm)
+                self._clip(report.grad_norm, self._ppo.max_grad_norm, values_only)
             self._optimizer.step()
+            self._sharding.stepped()
         self._optimizer.zero_grad()
         return report
 
@@ -104,9 +113,16 @@ class MinibatchUpdater:
         if ppo.ratio_exceeded == "skip" and report.ratio_mean > ppo.ratio_threshold:
             return replace(report, outcome="ratio_exceeded")
         gradients = [parameter.grad for parameter in self._trained(values_only) if parameter.grad is not None]
-        report = replace(report, grad_norm=float(torch.nn.utils.get_total_norm(gradients)))
+        report = replace(report, grad_norm=float(whole(torch.nn.utils.get_total_norm(gradients))))
         finite = np.isfinite([report.total_loss, report.grad_norm]).all()
         return report if finite else replace(report, outcome="nonfinite")
+
+    def _clip(self, norm: float, max_norm: float, values_only: bool) -> None:
+        """Scale the gradients down to a norm; torch's own function wants the norm where the gradients are."""
+        factor = min(1.0, max_norm / (norm + 1e-6))
+        for parameter in self._trained(values_only):
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
     def _accumulate(
         self,
@@ -139,7 +155,7 @@ class MinibatchUpdater:
             if ppo.ratio_exceeded == "zero_loss" and sums.part_mean("ratio_mean") > ppo.ratio_threshold:
                 sums.zero_losses()
                 self._zero_part(before, values_only)
-        self._sum_gradients(values_only)
+        self._sharding.sum_gradients(self._trained(values_only))
         return sums.report()
 
     def _gradients(self, values_only: bool) -> list[torch.Tensor | None]:
@@ -161,15 +177,7 @@ class MinibatchUpdater:
 
     def _trained(self, values_only: bool) -> list[torch.nn.Parameter]:
         parameters = self._policy.value_parameters() if values_only else self._policy.parameters()
-        return [parameter for parameter in parameters if parameter.requires_grad]
-
-    def _sum_gradients(self, values_only: bool) -> None:
-        if self._layout.ranks.size == 1:
-            return
-        for parameter in (parameters := self._trained(values_only)):
-            if parameter.grad is None:  # this rank had no part of the mini-batch
-                parameter.grad = torch.zeros_like(parameter)
-        self._layout.ranks.sum(parameter.grad for parameter in parameters if parameter.grad is not None)
+        return self._sharding.trained(parameters)
 
 
 class _Sums:

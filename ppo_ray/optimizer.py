@@ -5,13 +5,15 @@ import torch
 from ppo_ray.algo.schedule import learning_rate_factor
 from ppo_ray.config import PPOConfig
 from ppo_ray.models.actor_critic import ActorCritic
+from ppo_ray.sharding import Sharding
 
 
-def make_adam(policy: ActorCritic, ppo: PPOConfig) -> torch.optim.Adam:
+def make_adam(policy: ActorCritic, sharding: Sharding, ppo: PPOConfig) -> torch.optim.Adam:
     """Make the optimizer: torch's Adam with its defaults, a group for the policy and one for the values."""
+    of_policy, of_values = map(sharding.trained, (policy.policy_parameters(), policy.value_parameters()))
     groups = [
-        {"params": list(policy.policy_parameters()), "initial_lr": ppo.learning_rate},
-        {"params": list(policy.value_parameters()), "initial_lr": ppo.value_learning_rate or ppo.learning_rate},
+        {"params": of_policy, "initial_lr": ppo.learning_rate},
+        {"params": of_values, "initial_lr": ppo.value_learning_rate or ppo.learning_rate},
     ]
     return torch.optim.Adam(
         [group | {"lr": group["initial_lr"]} for group in groups], betas=(0.9, 0.999), eps=1e-8, fused=True

@@ -27,6 +27,11 @@ class Ranks:
     rank: int = 0
     size: int = 1
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first rank, which does what is done once for all."""
+        return self.rank == 0
+
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all ranks, in place.
 
@@ -56,8 +61,10 @@ def peers_needed(rank: int) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # gloo raises no kind of its own
-        raise PeersLost(f"rank {rank} lost touch with another rank: {error}") from error
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo has no kind of its own; it names its file
+            raise PeersLost(f"rank {rank} lost touch with another rank: {error}") from error
+        raise
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from ppo_ray import trajectory
 from ppo_ray.agreement import Agreement
 from ppo_ray.batch import Layout, ResponseBatch
 from ppo_ray.models.response_lm import ResponseLM
+from ppo_ray.ranks import peers_needed
+from ppo_ray.sharding import Sharding, like, whole
 from ppo_ray.weights import Wire
 
 _RELATIVE_MOVE = 0.1
@@ -25,9 +27,10 @@ _SMALLEST_SIZE = 0.01  # a tensor of zeros is moved too
 
 @dataclass(frozen=True)
 class WeightProbe:
-    """The policy, and the policy moved."""
+    """The policy, and the policy moved; all ranks make the same calls."""
 
     policy: ResponseLM
+    sharding: Sharding
     layout: Layout
     seed: int
     """Of the move."""
@@ -52,11 +55,14 @@ class WeightProbe:
     @torch.no_grad()
     def _logprobs(self, batch: ResponseBatch) -> torch.Tensor:
         """Compute `[B, R]` float64 on the CPU."""
-        logprobs = torch.zeros(batch.response_mask.shape, dtype=torch.float64)
-        for rows in self.layout.passes(batch, np.arange(batch.num_sequences)):
-            output = self.policy(rows).logprobs
-            logprobs[torch.from_numpy(rows.sequences), : output.shape[1]] = output.double().cpu()
-        return logprobs
+        logprobs = torch.zeros(batch.response_mask.shape, dtype=torch.float64, device=self.layout.device)
+        with peers_needed(self.layout.ranks.rank):
+            for rows in self.layout.passes(batch, np.arange(batch.num_sequences)):
+                output = self.policy(rows).logprobs
+                logprobs[torch.from_numpy(rows.sequences).to(logprobs.device), : output.shape[1]] = output.double()
+        self.layout.ranks.sum([logprobs])
+        self.sharding.evaluated()
+        return logprobs.cpu()
 
     @contextlib.contextmanager
     @torch.no_grad()
@@ -67,10 +73,11 @@ class WeightProbe:
         generator = torch.Generator().manual_seed(self.seed)
         try:
             for parameter in parameters:
-                size = max(float(parameter.square().mean().sqrt()), _SMALLEST_SIZE)
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_((noise * (_RELATIVE_MOVE * size)).to(parameter))
-                parameter.copy_(parameter.to(self.wire.dtype_of(parameter)))
+                before = whole(parameter)
+                size = max(float(before.square().mean().sqrt()), _SMALLEST_SIZE)
+                noise = torch.randn(before.shape, generator=generator)
+                moved = before + (noise * (_RELATIVE_MOVE * size)).to(before)
+                parameter.copy_(like(moved.to(self.wire.dtype_of(moved)), parameter))
             yield
         finally:
             for parameter, original in zip(parameters, kept, strict=True):

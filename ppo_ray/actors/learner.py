@@ -36,6 +36,7 @@ class UpdateReport:
     metrics: dict[str, float]
     policy_version: int
     checksum: str
+    """None: a rank that holds a share of the weights and no copy."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class LearnerWorker(Worker):
         import torch
 
         from ppo_ray.learner import PPOLearner
+        from ppo_ray.models.loading import default_device
         from ppo_ray.ranks import Ranks, join
 
         start = time.perf_counter()
@@ -87,7 +89,7 @@ class LearnerWorker(Worker):
         self._shares_gpu = config.ray.placement == "colocated"
         self._sender = WeightSender(config, self._leads)
         if meeting is not None:
-            backend = "nccl" if torch.cuda.is_available() else "gloo"  # Ray's GPUs may be but a number
+            backend = "nccl" if default_device().type == "cuda" else "gloo"  # Ray's GPUs may be but a number
             limits = config.ray.start_timeout_s, config.ray.call_timeout_s
             ranks = join(meeting, rank, config.learner.workers, backend, *limits)
         self._learner = PPOLearner.load(
@@ -194,7 +196,7 @@ class LearnerWorker(Worker):
         return agreements
 
     def save(self, path: str, state: RunState, config: str) -> None:
-        """Write a checkpoint of the run.
+        """Write a checkpoint of the run; the first rank writes what all give.
 
         Raises:
             CheckpointError: it cannot be written, or the learner is not where the run is.
@@ -205,18 +207,21 @@ class LearnerWorker(Worker):
             )
         if self._max_staleness and self._held is None:
             raise CheckpointError("the learner does not hold the next step's trajectories yet: not saved")
-        checkpoints.write(Path(path), state, config, self._save)
+        learner = self._learner.gathered()
+
+        def write(folder: Path) -> None:
+            learner.write(folder)
+            if self._held is not None:
+                write_trajectories(folder / checkpoints.AHEAD, self._held)
+
+        if self._leads:
+            checkpoints.write(Path(path), state, config, write)
 
     def close(self) -> None:
         """Leave the other ranks."""
         from ppo_ray.ranks import leave
 
         leave()
-
-    def _save(self, folder: Path) -> None:
-        self._learner.save(folder)
-        if self._held is not None:
-            write_trajectories(folder / checkpoints.AHEAD, self._held)
 
     def _published(self, metrics: dict[str, float], passing: bool = False) -> tuple[Any, ...]:
         self._rest()

@@ -154,9 +154,11 @@ class LearnerGroup:
 
     def compare(self, generated: Shards) -> list[Agreement]:
         """Compare what every engine generated with those weights with what the learner computes."""
-        leader = self._group.members[0]
+        ranks = self._group.members
         return generated.use(
-            lambda tables: self._answers("comparing", {leader.handle.compare.remote(*tables): leader})[0]
+            lambda tables: self._answers(
+                "comparing", {member.handle.compare.remote(*tables): member for member in ranks}
+            )[0]
         )
 
     def save(self, path: Path, state: RunState, config: str) -> Pending:
@@ -165,11 +167,10 @@ class LearnerGroup:
         Returns:
             What waits for it.
         """
-        leader = self._group.members[0]
-        ref = leader.handle.save.remote(str(path), state, config)
+        calls = {member.handle.save.remote(str(path), state, config): member for member in self._group.members}
 
         def wait() -> None:
-            self._answers(f"writing {path.name}", {ref: leader})
+            self._answers(f"writing {path.name}", calls)
 
         return wait
 

@@ -12,6 +12,7 @@ MAY_CHANGE = (
     *("rollout.self_check", "rollout.weight_transport", "rollout.weight_bucket_mib"),
     *("reward.workers", "reward.threads", "reward.gpus", "reward.batch_size"),
     *("learner.workers", "learner.threads", "learner.gpus", "learner.microbatch_tokens"),
+    *("learner.sharding", "learner.gradient_checkpointing"),
 )
 """Options that say how long, how often and on what a run works, not what it computes. Where they move work to other
 hardware or other numbers of threads, floating-point sums may round otherwise."""

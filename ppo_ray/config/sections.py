@@ -15,7 +15,8 @@ class ModelConfig(ModelSource):
     reference_path: Source | None = None
     """The same of the reference; null: the policy as it starts. It must share the policy's vocabulary."""
     dtype: DType = "float32"
-    """Of the learner's weights."""
+    """That policy, critic and reference compute in, and of the weights that engines are sent. Under bfloat16 the
+    optimizer steps float32 master weights, which are what a checkpoint holds."""
     critic: Literal["shared", "separate"] = "shared"
     """Whether values come from a linear head on the policy's last hidden state, or from a decoder of their own."""
     critic_path: Source | None = None
@@ -136,6 +137,11 @@ class LearnerConfig(Section):
     """GPUs per rank; a fraction lets a single rank share one."""
     microbatch_tokens: int = Field(default=1024, ge=1)
     """Prompt and response tokens, padding included, a forward; trades memory for speed, never changes the gradient."""
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
+    """What a rank holds of policy, critic, reference, gradients and optimizer: all of it (ddp), or a share of each, a
+    layer being gathered when it is at work (fsdp2; with one rank there is nothing to share). docs/ranks.md: bytes."""
+    gradient_checkpointing: bool = False
+    """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work."""
 
 
 class EvaluationConfig(Section):

@@ -12,9 +12,11 @@ from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.response_lm import ResponseLM, ResponseOutput
 from ppo_ray.models.value_head import (
     VALUE_HEAD_FILE,
+    State,
     apply_value_head,
     load_value_head,
     new_value_head,
+    part_of,
     save_value_head,
 )
 
@@ -30,7 +32,6 @@ class CausalLMWithCritic(ResponseLM):
         causal_lm: Any,
         critic: Any,
         temperature: float = 1.0,
-        compute_dtype: str = "float32",
         value_head_seed: int = 0,
     ) -> None:
         """Put the two beside one another.
@@ -39,15 +40,14 @@ class CausalLMWithCritic(ResponseLM):
             causal_lm: the policy, on its device, in eval mode.
             critic: a transformers model without a head that reads the policy's tokens, on the same device.
             temperature: divides the logits, never the values.
-            compute_dtype: of the forward passes; the value head is in float32 or better.
             value_head_seed: of its initial weights.
 
         Raises:
             InputError: the policy is not supported (see `ResponseLM`), or the critic looks ahead.
         """
-        super().__init__(causal_lm, temperature, compute_dtype)
+        super().__init__(causal_lm, temperature)
         self.critic = critic
-        self._critic_decoder = Decoder(critic, compute_dtype)
+        self._critic_decoder = Decoder(critic)
         dtype = critic.get_input_embeddings().weight.dtype
         self.value_head = new_value_head(self._critic_decoder.hidden_size, dtype, value_head_seed).to(self.device)
 
@@ -58,11 +58,11 @@ class CausalLMWithCritic(ResponseLM):
 
     def forward(self, rows: PackedRows) -> ResponseOutput:
         """Compute the log-probability and entropy of each response token and the value of the prefix before it."""
-        return replace(super().forward(rows), values=self.forward_values(rows))
+        return replace(super().forward(rows), values=self._values(rows))
 
     def forward_values(self, rows: PackedRows) -> torch.Tensor:
         """Compute the values `[B, R]` alone, with a gradient for the critic."""
-        return apply_value_head(self.value_head, self._critic_decoder.states(rows), rows)
+        return self._values(rows)
 
     def policy_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Yield the causal LM's parameters."""
@@ -82,7 +82,11 @@ class CausalLMWithCritic(ResponseLM):
         if (folder / CRITIC_FOLDER / VALUE_HEAD_FILE).is_file():
             load_value_head(self.value_head, folder / CRITIC_FOLDER / VALUE_HEAD_FILE)
 
-    def save_values(self, folder: Path) -> None:
-        """Write the critic and its value head into a checkpoint."""
-        self.critic.save_pretrained(folder / CRITIC_FOLDER)
-        save_value_head(self.value_head, folder / CRITIC_FOLDER / VALUE_HEAD_FILE)
+    def save(self, folder: Path, state: State) -> None:
+        """Write policy, critic and value head into a checkpoint, from a whole state of this module."""
+        self.causal_lm.save_pretrained(folder, state_dict=part_of(state, "causal_lm"))
+        self.critic.save_pretrained(folder / CRITIC_FOLDER, state_dict=part_of(state, "critic"))
+        save_value_head(folder / CRITIC_FOLDER / VALUE_HEAD_FILE, part_of(state, "value_head"))
+
+    def _values(self, rows: PackedRows) -> torch.Tensor:
+        return apply_value_head(self.value_head, self._critic_decoder.states(rows), rows)

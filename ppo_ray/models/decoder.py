@@ -4,7 +4,6 @@ Dimensions: S rows, W tokens a row, N response tokens, H hidden.
 """
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,18 +18,16 @@ _AGREEMENT = 1e-3  # relative; a model that computes something else is off by th
 class Decoder:
     """Runs a model's layers; holds no parameters of its own."""
 
-    def __init__(self, base_model: Any, compute_dtype: str = "float32") -> None:
+    def __init__(self, base_model: Any) -> None:
         """Look at what the model can do.
 
         Args:
             base_model: a transformers model without its head, on its device, in eval mode.
-            compute_dtype: `"bfloat16"` runs the forward pass under autocast; parameters stay as they are.
 
         Raises:
             InputError: the model looks ahead, as encoders do.
         """
         self._base_model = base_model
-        self._compute_dtype = getattr(torch, compute_dtype)
         self._takes_positions = "position_ids" in inspect.signature(base_model.forward).parameters
         self.packs = False
         self._check_causal()
@@ -52,21 +49,13 @@ class Decoder:
         if packed and not self.packs:
             raise ValueError("this model cannot have several sequences in a row; lay them out with row_width=0")
         positions = {"position_ids": rows.position_ids} if self._takes_positions else {}
-        with self.autocast():
-            states = self._base_model(
-                input_ids=rows.input_ids,
-                attention_mask=rows.attention_mask(packed=self.packs),
-                use_cache=False,
-                **positions,
-            ).last_hidden_state
+        states = self._base_model(
+            input_ids=rows.input_ids,
+            attention_mask=rows.attention_mask(packed=self.packs),
+            use_cache=False,
+            **positions,
+        ).last_hidden_state
         return states.flatten(0, 1)[rows.predict_at]
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Return the context in which the model computes."""
-        stored = self._base_model.get_input_embeddings().weight.dtype
-        if self._compute_dtype not in (torch.bfloat16, torch.float16) or self._compute_dtype == stored:
-            return nullcontext()
-        return torch.autocast(self.device.type, self._compute_dtype)
 
     @torch.no_grad()
     def _check_causal(self) -> None:

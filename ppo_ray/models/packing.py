@@ -40,6 +40,13 @@ class PackedRows:
         return same.tril()[:, None]
 
 
+def empty_rows(device: torch.device | str = "cpu") -> PackedRows:
+    """Return a pass over no sequence: one token, from which nothing is predicted. Its loss and gradients are zero."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    nothing = token.new_empty(0)
+    return PackedRows(np.empty(0, np.int64), token, token, token, nothing, nothing, nothing.bool().reshape(0, 1))
+
+
 def pack(
     rows: Sequence[Row],
     prompt_ids: Sequence[np.ndarray],

@@ -36,13 +36,12 @@ class ResponseLM(torch.nn.Module):
     Works for decoders whose logits are the output embedding applied to the last hidden state.
     """
 
-    def __init__(self, causal_lm: Any, temperature: float = 1.0, compute_dtype: str = "float32") -> None:
+    def __init__(self, causal_lm: Any, temperature: float = 1.0) -> None:
         """Wrap a loaded model.
 
         Args:
             causal_lm: on its device, in eval mode.
             temperature: divides the logits; the one that responses were sampled at.
-            compute_dtype: `"bfloat16"` runs the forward pass under autocast; parameters stay as they are.
 
         Raises:
             InputError: the model's logits are computed in a way that is not supported.
@@ -51,7 +50,7 @@ class ResponseLM(torch.nn.Module):
         self.causal_lm = causal_lm
         self.temperature = temperature
         check_logits(causal_lm)
-        self.decoder = Decoder(causal_lm.base_model, compute_dtype)
+        self.decoder = Decoder(causal_lm.base_model)
 
     @property
     def device(self) -> torch.device:
@@ -67,8 +66,7 @@ class ResponseLM(torch.nn.Module):
         """Compute the log-probability and entropy of each response token, both with gradient."""
         states = self.decoder.states(rows)
         head = self.causal_lm.get_output_embeddings()
-        with self.decoder.autocast():
-            logprobs, entropies = token_logprobs(states, head.weight, head.bias, rows.target_ids, self.temperature)
+        logprobs, entropies = token_logprobs(states, head.weight, head.bias, rows.target_ids, self.temperature)
         return ResponseOutput(unflatten(logprobs, rows), unflatten(entropies, rows), states)
 
     def full_kl(self, states: torch.Tensor, reference: "ResponseLM", ref_states: torch.Tensor) -> torch.Tensor:

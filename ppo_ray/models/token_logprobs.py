@@ -18,7 +18,7 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute log softmax(logits / temperature)[token] and the entropy, with logits = hidden @ weight.T + bias.
 
-    Under autocast the product is in autocast's type; the softmax is in float32 or better.
+    The product is in the weight's type; the softmax is in float32 or better.
 
     Args:
         hidden: `[N, H]` floating point.
@@ -41,9 +41,7 @@ def token_logprobs(
         )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}; it must be above 0")
-    hidden, weight, bias = _cast(hidden, weight, bias)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenLogprobs.apply(hidden, weight, bias, token_ids, temperature, torch.is_grad_enabled())
+    return _TokenLogprobs.apply(hidden, weight, bias, token_ids, temperature, torch.is_grad_enabled())
 
 
 Logits = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -67,26 +65,16 @@ def full_kl(policy: Logits, reference: Logits, temperature: float) -> torch.Tens
     sizes = [(len(hidden), len(weight)) for hidden, weight, _ in (policy, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"(tokens, vocabulary) of policy and reference are {sizes[0]} and {sizes[1]}; they must agree")
-    policy, reference = _cast(*policy), _cast(*reference)
     num_tokens = len(policy[0])
     kl = policy[0].new_empty(num_tokens, dtype=torch.promote_types(policy[0].dtype, torch.float32))
-    with torch.autocast(kl.device.type, enabled=False):
-        for start in range(0, num_tokens, _CHUNK_TOKENS):
-            chunk = slice(start, start + _CHUNK_TOKENS)
-            logp, logq = (
-                (torch.nn.functional.linear(hidden[chunk], weight, bias).to(kl.dtype) / temperature).log_softmax(1)
-                for hidden, weight, bias in (policy, reference)
-            )
-            kl[chunk] = torch.linalg.vecdot(logp.exp(), logp - logq)
+    for start in range(0, num_tokens, _CHUNK_TOKENS):
+        chunk = slice(start, start + _CHUNK_TOKENS)
+        logp, logq = (
+            (torch.nn.functional.linear(hidden[chunk], weight, bias).to(kl.dtype) / temperature).log_softmax(1)
+            for hidden, weight, bias in (policy, reference)
+        )
+        kl[chunk] = torch.linalg.vecdot(logp.exp(), logp - logq)
     return kl
-
-
-def _cast(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Logits:
-    """Do what autocast would do for their product."""
-    if not torch.is_autocast_enabled(hidden.device.type):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -12,6 +12,8 @@ from ppo_ray.errors import InputError
 from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.response_lm import ResponseLM, ResponseOutput, unflatten
 
+State = dict[str, torch.Tensor]
+"""A module's parameters and buffers by name, as `state_dict` has them."""
 VALUE_HEAD_FILE = Path("value_head") / "value_head.safetensors"
 """Lies in a checkpoint below the model: `weight` `[1, H]` and `bias` `[1]`. In a folder of its own, because vLLM loads
 every safetensors file of a model's folder as a part of the model."""
@@ -24,7 +26,6 @@ class CausalLMWithValueHead(ResponseLM):
         self,
         causal_lm: Any,
         temperature: float = 1.0,
-        compute_dtype: str = "float32",
         value_head: torch.nn.Linear | None = None,
         value_head_seed: int = 0,
     ) -> None:
@@ -33,14 +34,13 @@ class CausalLMWithValueHead(ResponseLM):
         Args:
             causal_lm: on its device, in eval mode.
             temperature: divides the logits, never the values.
-            compute_dtype: of the forward pass; the value head is in float32 or better.
             value_head: from H to 1; None: a new one, see `new_value_head`.
             value_head_seed: of its initial weights.
 
         Raises:
             InputError: the model is not supported; see `ResponseLM`.
         """
-        super().__init__(causal_lm, temperature, compute_dtype)
+        super().__init__(causal_lm, temperature)
         weight = causal_lm.get_output_embeddings().weight
         self.value_head = value_head or new_value_head(weight.shape[1], weight.dtype, value_head_seed)
         self.value_head.to(self.device)
@@ -73,9 +73,10 @@ class CausalLMWithValueHead(ResponseLM):
         if (folder / VALUE_HEAD_FILE).is_file():
             load_value_head(self.value_head, folder / VALUE_HEAD_FILE)
 
-    def save_values(self, folder: Path) -> None:
-        """Write the value head into a checkpoint; `load_values` reads it."""
-        save_value_head(self.value_head, folder / VALUE_HEAD_FILE)
+    def save(self, folder: Path, state: State) -> None:
+        """Write policy and value head into a checkpoint, from a whole state of this module."""
+        self.causal_lm.save_pretrained(folder, state_dict=part_of(state, "causal_lm"))
+        save_value_head(folder / VALUE_HEAD_FILE, part_of(state, "value_head"))
 
 
 def new_value_head(hidden_size: int, dtype: torch.dtype, seed: int) -> torch.nn.Linear:
@@ -104,8 +105,12 @@ def load_value_head(value_head: torch.nn.Linear, path: Path) -> None:
     value_head.load_state_dict(tensors)
 
 
-def save_value_head(value_head: torch.nn.Linear, path: Path) -> None:
-    """Write a value head as a safetensors file."""
+def save_value_head(path: Path, state: State) -> None:
+    """Write a value head's state as a safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in value_head.state_dict().items()}
-    safetensors.torch.save_file(tensors, path)
+    safetensors.torch.save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, path)
+
+
+def part_of(state: State, module: str) -> State:
+    """Return the state of a submodule, by its own names."""
+    return {name.removeprefix(f"{module}."): tensor for name, tensor in state.items() if name.startswith(f"{module}.")}

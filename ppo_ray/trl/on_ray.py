@@ -186,4 +186,4 @@ def _write_models(
     for one, path in ((model, config.model.path), (ref_model, str(config.model.reference_path))):
         one.pretrained_model.save_pretrained(path)
         tokenizer.save_pretrained(path)
-    save_value_head(model.v_head.summary, Path(config.model.path) / VALUE_HEAD_FILE)
+    save_value_head(Path(config.model.path) / VALUE_HEAD_FILE, model.v_head.summary.state_dict())
