@@ -18,7 +18,7 @@ LAYERS = [
     ("actors",),
     ("learner", "engines"),
     ("diagnostics", "learner_state", "weight_probe", "job_request"),
-    ("minibatch", "optimizer"),
+    ("minibatch", "optimizer", "learner_models"),
     ("objective",),
     ("experience",),
     ("batch", "sharding"),
