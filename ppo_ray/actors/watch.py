@@ -20,6 +20,7 @@ _POLL_S = 1.0  # signal handlers run between polls
 _PULSE_S = 0.5  # between looks at who owes the answer to a control call
 _PINGS_A_LIMIT = 4
 _SMALL_ANSWER_S = 60.0
+_WHEREABOUTS_S = 5.0
 
 
 class DependencyLost(WorkerError):
@@ -58,8 +59,13 @@ class Member:
         self._listen()
         return self._found is not None
 
-    def _listen(self) -> bool:
-        if self._asked is None or not ray.wait([self._asked], timeout=0)[0]:
+    def place_of_failure(self) -> str:
+        """Say where it runs once it has raised: its word of that may be on its way still."""
+        self._listen(_WHEREABOUTS_S)
+        return self.place
+
+    def _listen(self, patience_s: float = 0) -> bool:
+        if self._asked is None or not ray.wait([self._asked], timeout=patience_s)[0]:
             return False
         with contextlib.suppress(ray.exceptions.RayError):  # its own call fails too, with the reason
             self._found = ray.get(self._asked, timeout=_SMALL_ANSWER_S)
@@ -158,23 +164,28 @@ def _raise_failures(done: list[Any], calls: Mapping[Any, Member], doing: str) ->
 
 def _raise_failure(ref: Any, member: Member, doing: str) -> None:
     """Raise what went wrong with an answer that is there."""
-    who = f"{member.name} ({member.place})"
     try:
         ray.get(ref, timeout=_SMALL_ANSWER_S)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, PPORayError):
-            cause.args = (f"{member.name}, {doing}: {cause}", *cause.args[1:])
-            if isinstance(cause, WorkerLost) and not cause.name:
-                cause.name = member.name  # who says of itself that it is lost
-            raise cause from error
-        if isinstance(cause, ray.exceptions.RayError):
-            raise DependencyLost(f"{who}, {doing}: {type(cause).__name__}: {cause}") from error
-        raise WorkerError(f"{who} failed while {doing}: {type(cause).__name__}: {cause}\n{error}") from error
-    except ray.exceptions.ObjectLostError as error:
-        raise DependencyLost(f"{who}, {doing}: its answer was lost: {error}") from error
     except ray.exceptions.RayError as error:
-        raise WorkerLost(f"{who} was lost while {doing}: {_said_shortly(error)}", member.name) from error
+        raise _failure(error, member, doing) from error
+
+
+def _failure(error: Exception, member: Member, doing: str) -> PPORayError:
+    """Return what to raise for an error of Ray's."""
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
+    if isinstance(cause, PPORayError):
+        cause.args = (f"{member.name}, {doing}: {cause}", *cause.args[1:])
+        if isinstance(cause, WorkerLost) and not cause.name:
+            cause.name = member.name  # who says of itself that it is lost
+        return cause
+    who = f"{member.name} ({member.place_of_failure()})"
+    if isinstance(cause, ray.exceptions.RayError):
+        return DependencyLost(f"{who}, {doing}: {type(cause).__name__}: {cause}")
+    if cause is not None:
+        return WorkerError(f"{who} failed while {doing}: {type(cause).__name__}: {cause}\n{error}")
+    if isinstance(error, ray.exceptions.ObjectLostError):
+        return DependencyLost(f"{who}, {doing}: its answer was lost: {error}")
+    return WorkerLost(f"{who} was lost while {doing}: {_said_shortly(error)}", member.name)
 
 
 def _said_shortly(error: Exception) -> str:
