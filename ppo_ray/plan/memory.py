@@ -39,8 +39,8 @@ LEARNER_STATE: tuple[tuple[str, int, When], ...] = (
 )
 """Bytes for each parameter that is trained, on each rank: ranks hold copies of one another."""
 
-_PROCESS_MIB = {"rollout": 1200, "hf": 500, "reward": 500, "learner": 550}
-"""Python with its libraries, without a model: measured, see `docs/placement.md`."""
+_PROCESS_MIB = {"rollout": 750, "hf": 500, "reward": 500, "learner": 550}
+"""Python with its libraries, without a model worth mention: measured, see `docs/placement.md`."""
 _NODE_MIB = 1200
 _CUDA_MIB = {"rollout": 2500, "reward": 800, "learner": 1000}
 """CUDA's context and kernels, an engine's graphs and workspace: assumed, not measured."""
@@ -91,6 +91,7 @@ def rollout_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
             head = policy.vocabulary * policy.hidden
             yield _each("packed copy of the head", head, size, "host")
             yield _each("weights that are being replaced", policy.parameters, size, "host")
+            yield _each("their file, mapped", policy.parameters, size, "host")
     else:
         tokens = -(-rollout.batch_size // rollout.workers) * (config.prompts.max_tokens + rollout.max_response_tokens)
         kv = tokens * policy.layers * policy.key_values * size

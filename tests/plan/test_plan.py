@@ -77,11 +77,12 @@ def test_the_arithmetic_of_a_cpu_run(configured: Configured) -> None:
         "weights to publish": 4 * POLICY,
     }
     assert amounts(found.terms["rollout-0"]) == {
-        "process": 1200 * MIB,
+        "process": 750 * MIB,
         "weights": 4 * POLICY,
         "KV cache": 32 * MIB,
         "packed copy of the head": 4 * 512 * 128,
         "weights that are being replaced": 4 * POLICY,
+        "their file, mapped": 4 * POLICY,
     }
     assert amounts(found.terms["reward-0"])["classifier"] == 4 * CLASSIFIER
     assert amounts(found.store_terms)["weights on their way"] == 2 * 4 * POLICY
