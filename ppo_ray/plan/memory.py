@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ppo_ray.config import Config
-from ppo_ray.plan.sizes import ModelSize, ModelSizes
+from ppo_ray.config.transport import weight_transport
+from ppo_ray.plan.sizes import ModelSizes
 
-_BYTES = {"float32": 4, "bfloat16": 2}
-_STORED = 4
-"""Bytes of a parameter of the learner: float32, whatever `model.dtype` computes in."""
+BYTES = {"float32": 4, "bfloat16": 2}
+EXACT = 4
+"""Bytes of a parameter that the optimizer steps: float32, whatever `model.dtype` computes in."""
 _MIB = 1 << 20
 
 Device = Literal["gpu", "host"]
@@ -32,13 +33,6 @@ class Term:
     """`at work`: not while the actor's turn is over, where it shares its GPU and gives the memory back."""
 
 
-LEARNER_STATE: tuple[tuple[str, int, When], ...] = (
-    ("weights", _STORED, "always"),
-    ("gradients", _STORED, "at work"),
-    ("Adam's two moments", 2 * _STORED, "always"),
-)
-"""Bytes for each parameter that is trained, on each rank: ranks hold copies of one another."""
-
 _PROCESS_MIB = {"rollout": 750, "hf": 500, "reward": 500, "learner": 550}
 """Python with its libraries, without a model worth mention: measured, see `docs/placement.md`."""
 _NODE_MIB = 1200
@@ -46,52 +40,26 @@ _CUDA_MIB = {"rollout": 2500, "reward": 800, "learner": 1000}
 """CUDA's context and kernels, an engine's graphs and workspace: assumed, not measured."""
 
 
-def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term]:
-    """Yield what a learner rank holds; the first one also copies the weights that it publishes."""
-    device: Device = "gpu" if config.learner.gpus else "host"
-    values = sizes.critic.parameters + sizes.critic.hidden + 1 if sizes.critic else sizes.policy.hidden + 1
-    trained = sizes.policy.parameters + values
-    yield _process("learner", "learner")
-    if device == "gpu":
-        yield _cuda("learner")
-    for what, size, when in LEARNER_STATE:
-        yield _each(what, trained, size, device, when)
-    yield _each("reference", sizes.reference.parameters, _STORED, device)
-    size = _BYTES[config.model.dtype]
-    if config.model.dtype != "float32":
-        yield _each(f"{config.model.dtype} copies of the weights", trained, size, device, "at work")
-    tokens = min(config.learner.microbatch_tokens, _batch_tokens(config))
-    yield _activations("activations", sizes.policy, tokens, size, device)
-    if sizes.critic:
-        yield _activations("the critic's activations", sizes.critic, tokens, size, device)
-    how = f"{tokens} tokens x {sizes.policy.vocabulary} entries x 4 bytes, at most"
-    yield Term("probabilities", how, tokens * sizes.policy.vocabulary * 4, device, "at work")
-    if rank == 0:
-        yield _each("weights to publish", sizes.policy.parameters, _STORED, "host")
-
-
 def rollout_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what an engine holds; with tensor parallelism, what each of its ranks holds."""
     rollout, policy = config.rollout, sizes.policy
     device: Device = "gpu" if rollout.gpus else "host"
-    size = _BYTES[rollout.dtype]
-    yield _process("rollout" if rollout.engine == "vllm" else "hf", "rollout")
+    size = BYTES[rollout.dtype]
+    yield process("rollout" if rollout.engine == "vllm" else "hf", "rollout")
     if device == "gpu":
-        yield _cuda("rollout")
-    share = f" / {rollout.tensor_parallel} ranks" if rollout.tensor_parallel > 1 else ""
-    weights = policy.parameters * size // rollout.tensor_parallel
-    how = f"{count(policy.parameters)} x {size} bytes{share}"
-    yield Term("weights", how, weights, device, "at work")
+        yield cuda("rollout")
+    yield each("weights", policy.parameters, size, device, "at work", rollout.tensor_parallel)
     if device == "gpu" and config.ray.placement == "colocated":
-        yield Term("weights of the sleeping engine", how, weights, "host")
+        kept = "weights of the sleeping engine"
+        yield each(kept, policy.parameters, size, "host", ranks=rollout.tensor_parallel)
     if rollout.engine == "vllm":
         kv = rollout.kv_cache_mib * _MIB
         yield Term("KV cache", f"rollout.kv_cache_mib={rollout.kv_cache_mib}", kv, device, "at work")
         if device == "host":
             head = policy.vocabulary * policy.hidden
-            yield _each("packed copy of the head", head, size, "host")
-            yield _each("weights that are being replaced", policy.parameters, size, "host")
-            yield _each("their file, mapped", policy.parameters, size, "host")
+            yield each("packed copy of the head", head, size, "host")
+            yield each("weights that are being replaced", policy.parameters, size, "host")
+            yield each("their file, mapped", policy.parameters, size, "host")
     else:
         tokens = -(-rollout.batch_size // rollout.workers) * (config.prompts.max_tokens + rollout.max_response_tokens)
         kv = tokens * policy.layers * policy.key_values * size
@@ -102,12 +70,12 @@ def rollout_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
 def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what a reward worker holds; what a function of the user's holds is not known."""
     device: Device = "gpu" if config.reward.gpus else "host"
-    yield _process("reward", "reward")
+    yield process("reward", "reward")
     if sizes.classifier is None:
         return
     if device == "gpu":
-        yield _cuda("reward")
-    yield _each("classifier", sizes.classifier.parameters, 4, device)
+        yield cuda("reward")
+    yield each("classifier", sizes.classifier.parameters, 4, device)
     texts = min(config.reward.batch_size, config.rollout.batch_size)
     tokens = texts * (config.prompts.max_tokens + config.rollout.max_response_tokens)
     width = 4 * sizes.classifier.hidden + 2 * sizes.classifier.intermediate
@@ -117,10 +85,11 @@ def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
 
 def store_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what lies in the object store of a node with a learner or a rollout worker."""
-    snapshot = sizes.policy.parameters * _STORED
-    how = f"2 x {count(sizes.policy.parameters)} x {_STORED} bytes: the engines' and the next"
-    yield Term("weights on their way", how, 2 * snapshot, "host")
-    tokens = _batch_tokens(config)
+    if weight_transport(config) == "object_store":
+        size = wire_bytes(config)
+        how = f"2 x {count(sizes.policy.parameters)} x {size} bytes: the engines' and the next"
+        yield Term("weights on their way", how, 2 * sizes.policy.parameters * size, "host")
+    tokens = batch_tokens(config)
     how = f"{tokens} tokens x 32 bytes, before and after they are scored"
     yield Term("trajectories of a step", how, 2 * tokens * 32, "host")
 
@@ -135,7 +104,7 @@ def disk_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     values = sizes.critic.parameters if sizes.critic else sizes.policy.hidden + 1
     trained = sizes.policy.parameters + values
     copies = config.checkpoint.keep_last + 1 + config.checkpoint.keep_best
-    size = 3 * _STORED
+    size = 3 * EXACT
     how = f"{copies} x {count(trained)} x {size} bytes: weights and Adam's moments, checkpoint.keep_last and one more"
     how += ", and the best" if config.checkpoint.keep_best else ""
     yield Term("checkpoints", how, copies * trained * size, "host")
@@ -149,24 +118,27 @@ def count(number: int) -> str:
     return str(number)
 
 
-def _batch_tokens(config: Config) -> int:
+def wire_bytes(config: Config) -> int:
+    """Return the bytes of a parameter on its way to the engines."""
+    return BYTES[config.rollout.wire_dtype or config.model.dtype]
+
+
+def batch_tokens(config: Config) -> int:
+    """Return the tokens of a step's prompts and responses, at most."""
     return config.rollout.batch_size * (config.prompts.max_tokens + config.rollout.max_response_tokens)
 
 
-def _each(what: str, number: int, size: int, device: Device, when: When = "always") -> Term:
-    return Term(what, f"{count(number)} x {size} bytes", number * size, device, when)
+def each(what: str, number: int, size: int, device: Device, when: When = "always", ranks: int = 1) -> Term:
+    """Return the term of so many parameters of so many bytes, shared by ranks."""
+    share = f" / {ranks} ranks" if ranks > 1 else ""
+    return Term(what, f"{count(number)} x {size} bytes{share}", -(-number * size // ranks), device, when)
 
 
-def _activations(what: str, model: ModelSize, tokens: int, size: int, device: Device) -> Term:
-    """Estimate what a backward pass needs of a forward pass: 12 hidden and 4 feed-forward widths a token and layer."""
-    width = 12 * model.hidden + 4 * model.intermediate
-    how = f"{tokens} tokens x {model.layers} layers x (12 x {model.hidden} + 4 x {model.intermediate}) x {size} bytes"
-    return Term(what, how, tokens * model.layers * width * size, device, "at work")
-
-
-def _process(kind: str, name: str) -> Term:
+def process(kind: str, name: str) -> Term:
+    """Return what a process holds without a model."""
     return Term("process", f"Python and the libraries of a {name} worker", _PROCESS_MIB[kind] * _MIB, "host")
 
 
-def _cuda(kind: str) -> Term:
+def cuda(kind: str) -> Term:
+    """Return what a process holds on its GPU without a model."""
     return Term("CUDA", "context, kernels and workspace, assumed", _CUDA_MIB[kind] * _MIB, "gpu")

@@ -14,6 +14,8 @@ class ModelSize:
 
     parameters: int
     """A tied head is counted once."""
+    embeddings: int
+    """Those of them that are in the embedding and the head."""
     layers: int
     hidden: int
     intermediate: int
@@ -77,9 +79,15 @@ def _read(key: str, path: str, trust: Trust, auto_class: Any) -> ModelSize:
     width = int(getattr(text, "head_dim", None) or hidden // heads)
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        embeddings=sum(weight.numel() for weight in _embeddings(model)),
         layers=int(text.num_hidden_layers),
         hidden=hidden,
         intermediate=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden),
         vocabulary=int(text.vocab_size),
         key_values=2 * kv_heads * width,
     )
+
+
+def _embeddings(model: Any) -> set[Any]:
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {module.weight for module in modules if module is not None}

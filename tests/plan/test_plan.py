@@ -68,7 +68,7 @@ def test_the_arithmetic_of_a_cpu_run(configured: Configured) -> None:
     found = planned(configured(), ClusterShape.uniform(1, cpus=2, memory=8 * GIB))
     process = {"process": 550 * MIB}
     assert amounts(found.terms["learner-0"]) == process | {
-        "weights": 4 * TRAINED,
+        "float32 weights": 4 * TRAINED,
         "gradients": 4 * TRAINED,
         "Adam's two moments": 8 * TRAINED,
         "reference": 4 * POLICY,
@@ -122,6 +122,29 @@ def test_ranks_of_an_engine_share_its_weights(configured: Configured) -> None:
     assert found.gpus[0].available is None and found.fits  # what is not known is not refused
 
 
+def test_ranks_of_a_learner_share_its_state_and_gather_layers(configured: Configured) -> None:
+    sharing = ("learner.workers=4", "learner.sharding=fsdp2", "learner.gradient_checkpointing=true")
+    options = ("model.dtype=bfloat16", "learner.gpus=1", "rollout.gpus=1")
+    found = planned(configured(*sharing, *options), ClusterShape.uniform(1, 8, 5, 64 * GIB))
+    assert amounts(found.terms["learner-0"]) == {
+        "process": 550 * MIB,
+        "CUDA": 1000 * MIB,
+        "float32 weights": TRAINED,
+        "gradients": TRAINED,
+        "Adam's two moments": 2 * TRAINED,
+        "reference": POLICY // 2,
+        "gathered: embeddings, two layers": 2 * (2 * 512 * 128 + 2 * ((2 * LAYER + 128) // 2)),
+        "whole models, before they are shared": 4 * (TRAINED + POLICY),
+        "activations": 100 * (2 * 128 + 12 * 128 + 4 * 256) * 2,
+        "probabilities": 100 * 512 * 4,
+        "a checkpoint on its way to the disk": 12 * TRAINED,
+    }
+    assert "weights on their way" not in amounts(found.store_terms)  # they go by NCCL
+    copies = amounts(planned(configured(*options), ClusterShape.uniform(1, 8, 5, 64 * GIB)).terms["learner-0"])
+    found_types = (copies["float32 weights"], copies["bfloat16 weights"], copies["reference"])
+    assert found_types == (4 * TRAINED, 2 * TRAINED, 2 * POLICY)
+
+
 def test_what_is_too_small_is_told_with_its_options(configured: Configured) -> None:
     config = configured("rollout.gpus=1", "learner.gpus=1", "rollout.kv_cache_mib=8000")
     found = planned(config, ClusterShape.uniform(1, 8, 2, 2 * GIB, 8 * GIB))
@@ -137,7 +160,7 @@ def test_the_learner_really_holds_that(tiny_policy: Path, configured: Configured
     learner.update(make_table(), 0)
     terms = amounts(planned(configured(), ClusterShape.uniform(1, 2)).terms["learner-0"])
     held = sum(parameter.nbytes for parameter in learner._policy.parameters())
-    assert held == terms["weights"]
+    assert held == terms["float32 weights"]
     moments = [tensor.nbytes for state in learner._optimizer.state.values() for tensor in state.values() if tensor.ndim]
     assert sum(moments) == terms["Adam's two moments"]
 
