@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppo_ray.config import Config, weight_transport
-from ppo_ray.errors import WorkerError
+from ppo_ray.errors import WorkerLost
 from ppo_ray.weights import Buffers, WeightManifest, Wire
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class WeightSender:
         """Broadcast the weights that were published last to the engines of the group; other ranks gather along.
 
         Raises:
-            WorkerError: they are not of the version that is asked for.
+            WorkerLost: they are not of the version that is asked for; names the learner.
         """
         manifest = self._published(policy_version)
         if self._nccl is not None:
@@ -110,9 +110,10 @@ class WeightSender:
 
     def _published(self, policy_version: int) -> WeightManifest:
         if self._manifest is None or self._manifest.policy_version != policy_version:
-            raise WorkerError(
+            raise WorkerLost(  # only a learner that goes back to its checkpoint has them again
                 f"weights of policy version {policy_version} are asked for, but the learner has those of version "
                 f"{self._manifest.policy_version if self._manifest else 'none'} on its GPU and no others; "
-                "rollout.weight_transport=object_store keeps them for engines that come late"
+                "rollout.weight_transport=object_store keeps them for engines that come late",
+                "learner-0",
             )
         return self._manifest

@@ -141,7 +141,7 @@ def test_a_broadcast_is_served(engine: VLLMEngine, learner: PPOLearner, tiny_pol
     old = Group.met[0]
     sender.abort()
     assert old.aborted
-    with pytest.raises(WorkerError, match="policy version 1 are asked for, but the learner has those of version 2"):
+    with pytest.raises(WorkerLost, match="policy version 1 are asked for, but the learner has those of version 2"):
         sender.send(1)
 
 
