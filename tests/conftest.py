@@ -6,7 +6,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # read with torch; engines on a CPU have it, and gain ten seconds
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,3 +110,12 @@ def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny-prompts") / "prompts.parquet"
     pq.write_table(pa.table({"text": SENTENCES}), path)
     return path
+
+
+@pytest.fixture(scope="session", params=[2, 3])
+def crew(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Yield two ranks, then three: real processes, started once a session (`tests.rank_processes.RankProcesses`)."""
+    from tests.rank_processes import rank_processes
+
+    with rank_processes(request.param) as processes:
+        yield processes

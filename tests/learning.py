@@ -21,23 +21,40 @@ def make_learner(folder: Path, budget: int = 1024, **ppo: Any) -> PPOLearner:
     )
 
 
-def make_float64_learner(folder: Path, budget: int = 1024, ranks: Ranks | None = None, **ppo: Any) -> PPOLearner:
+def make_float64_learner(folder: Path, budget: int = 1024, **ppo: Any) -> PPOLearner:
     """Load a learner of a precision finer than what is offered, in which rounding hides nothing."""
+    return load_learner(folder, {"dtype": "float64"}, {"microbatch_tokens": budget}, ppo)
+
+
+def load_learner(
+    folder: Path,
+    model: dict[str, Any],
+    learner: dict[str, Any],
+    ppo: dict[str, Any],
+    ranks: Ranks | None = None,
+    checkpoint: Path | None = None,
+) -> PPOLearner:
+    """Load a learner of any options, checked or not, on the CPU."""
     return PPOLearner.load(
-        ModelConfig.model_construct(path=str(folder), dtype="float64"),
+        ModelConfig.model_construct(path=str(folder), **model),
         PPOConfig(learning_rate=1e-3).model_copy(update=ppo),
-        LearnerConfig(microbatch_tokens=budget),
+        LearnerConfig(**learner),
         temperature=0.7,
         device="cpu",
         ranks=ranks,
+        checkpoint=checkpoint,
     )
 
 
-def make_table(num_rows: int = 8, scores: list[float | None] | None = None) -> pa.Table:
+def make_table(
+    num_rows: int = 8, scores: list[float | None] | None = None, lengths: list[tuple[int, int]] | None = None
+) -> pa.Table:
+    """Make trajectories; `lengths` are of prompt and response, drawn if they are not given."""
     rng = np.random.default_rng(num_rows)
     rows = []
     for index in range(num_rows):
-        response = rng.integers(0, 500, rng.integers(1, 12)).tolist()  # 0 is the end of sequence and the pad token too
+        num_prompt, num_response = lengths[index] if lengths else (None, None)
+        response = rng.integers(0, 500, num_response or rng.integers(1, 12)).tolist()  # 0 is end and pad too
         rows.append(
             {
                 "sample_id": index,
@@ -47,7 +64,7 @@ def make_table(num_rows: int = 8, scores: list[float | None] | None = None) -> p
                 "seed": index,
                 "prompt": "p",
                 "response": "r",
-                "prompt_ids": rng.integers(1, 500, rng.integers(1, 9)).tolist(),
+                "prompt_ids": rng.integers(1, 500, num_prompt or rng.integers(1, 9)).tolist(),
                 "response_ids": response,
                 "rollout_logprobs": [-1.0] * len(response),
                 "finish_reason": "length",

@@ -1,18 +1,17 @@
 """What must not change an update: its split over passes, parts or ranks, and the order of its rows. In float64."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ppo_ray.learner import PPOLearner
 from ppo_ray.ranks import Ranks
-from tests.learning import largest_difference, make_float64_learner, make_table, weights
+from tests.learning import largest_difference, load_learner, make_float64_learner, make_table, weights
 
 FULL = {  # everything that adds to the loss, all at once
     "whiten_rewards": "tokens",
@@ -82,23 +81,52 @@ def test_as_trl_the_split_does_change_the_update(tiny_policy: Path, whole: Any) 
     assert largest_difference(updated(learner)[0], whole["default"][0]) > 1e-5
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("options", ["default", "full"])
-def test_the_number_of_ranks_changes_nothing(
-    tiny_policy: Path, tmp_path: Path, whole: Any, size: int, options: str
-) -> None:
-    """Real processes and gloo; a mini-batch of one pass leaves ranks without work."""
-    arguments = (size, str(tmp_path), str(tiny_policy), FULL if options == "full" else {})
-    torch.multiprocessing.spawn(run_rank, arguments, nprocs=size)
-    for rank in range(size):
-        same(torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True), whole[options])
+Case = tuple[list[tuple[int, int]], int, dict[str, Any], dict[str, Any], dict[str, Any]]
+"""Lengths of prompts and responses, tokens of a micro-batch, and options of model, learner and ppo."""
+
+SEPARATE, RECOMPUTE = {"critic": "separate"}, {"gradient_checkpointing": True}
+SMALL_STEPS = {"minibatch_size": 3, "max_grad_norm": 0.01}
+HEAD_ONLY = {"value_warmup_steps": 1}
+PARTS = {"gradient_accumulation": 2, "ratio_exceeded": "zero_loss", "ratio_threshold": 1.0001, "epochs": 3}
+cases = st.tuples(
+    st.lists(st.tuples(st.integers(1, 8), st.integers(1, 12)), min_size=2, max_size=9),
+    st.integers(8, 80),
+    st.sampled_from([{}, SEPARATE]),
+    st.sampled_from([{}, RECOMPUTE]),
+    st.sampled_from([{}, SMALL_STEPS, HEAD_ONLY, PARTS, FULL, {"kl_estimator": "full"}]),
+)
 
 
-def run_rank(rank: int, size: int, folder: str, policy: str, options: dict[str, Any]) -> None:
-    """Make the same update as one of several ranks."""
-    torch.set_num_threads(1)
-    os.environ["USE_LIBUV"] = "0"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-    learner = make_float64_learner(Path(policy), 60, ranks=Ranks(rank, size), **options)
-    torch.save(updated(learner), Path(folder) / f"rank-{rank}.pt")
-    torch.distributed.destroy_process_group()
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases)
+@example(case=([(3, 4), (2, 1)], 80, {}, {}, SMALL_STEPS))  # fewer sequences than three ranks
+@example(case=([(8, 40), *[(1, 2)] * 6], 10, {}, RECOMPUTE, PARTS))  # one long, many short: other numbers of passes
+@example(case=([(2, 5), (8, 9), (1, 1), (4, 12)], 20, SEPARATE, {}, HEAD_ONLY | SMALL_STEPS))
+def test_the_number_of_ranks_and_their_sharding_change_nothing(tiny_policy: Path, crew: Any, case: Case) -> None:
+    """Real processes and gloo."""
+    alone = work_on(None, tiny_policy, case, "float64", "ddp")
+    for sharding in ("ddp", "fsdp2"):
+        for found in crew.run(work_on, tiny_policy, case, "float64", sharding):
+            assert not isinstance(found, str), found
+            same(found, alone)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_in_float32_ranks_differ_by_rounding_alone(tiny_policy: Path, crew: Any, sharding: str) -> None:
+    case = ([(1 + row % 8, 1 + row % 11) for row in range(NUM_ROWS)], 40, {}, {}, SMALL_STEPS)
+    alone = work_on(None, tiny_policy, case, "float32", "ddp")[0]
+    for found in crew.run(work_on, tiny_policy, case, "float32", sharding):
+        assert 0 < largest_difference(found[0], alone) < 1e-5
+
+
+def work_on(
+    ranks: Ranks | None, folder: Path, case: Case, dtype: str, sharding: str
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Make two updates as one of several ranks; returns weights and figures."""
+    lengths, budget, model, learner, ppo = case
+    learner = learner | {"sharding": sharding, "microbatch_tokens": budget}
+    learner_rank = load_learner(folder, model | {"dtype": dtype}, learner, {"learning_rate": 1e-4} | ppo, ranks)
+    table = make_table(len(lengths), lengths=lengths)
+    learner_rank.update(table, 0)
+    metrics = learner_rank.update(table, 1).metrics
+    return weights(learner_rank), {name: value for name, value in metrics.items() if not name.startswith("time/")}

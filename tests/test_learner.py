@@ -117,17 +117,6 @@ def test_the_controller_is_moved_by_the_kl_of_the_batch(tiny_policy: Path) -> No
     assert fixed.kl_coef == 0.2
 
 
-def test_bfloat16_trains_float32_weights_and_starts_at_ratio_1(tiny_policy: Path) -> None:
-    model = ModelConfig(path=str(tiny_policy), dtype="bfloat16")
-    learner = PPOLearner.load(model, PPOConfig(), LearnerConfig(), device="cpu")
-    before = weights(learner)
-    metrics = learner.update(make_table(), 0).metrics
-    assert metrics["kl/per_sequence"] == 0
-    assert metrics["policy/ratio_first"] == pytest.approx(1, abs=1e-6)
-    assert {tensor.dtype for tensor in before.values()} == {torch.float32}
-    assert 1e-6 < largest_difference(before, weights(learner)) < 1e-4  # four steps of 1.41e-5
-
-
 def test_a_table_of_another_schema_is_refused(tiny_policy: Path) -> None:
     with pytest.raises(ValueError, match="schema version"):
         make_learner(tiny_policy).update(make_table().drop_columns(["seed"]), 0)

@@ -17,6 +17,7 @@ from ppo_ray.models.value_head import (
     load_value_head,
     new_value_head,
     part_of,
+    save_model,
     save_value_head,
 )
 
@@ -84,8 +85,8 @@ class CausalLMWithCritic(ResponseLM):
 
     def save(self, folder: Path, state: State) -> None:
         """Write policy, critic and value head into a checkpoint, from a whole state of this module."""
-        self.causal_lm.save_pretrained(folder, state_dict=part_of(state, "causal_lm"))
-        self.critic.save_pretrained(folder / CRITIC_FOLDER, state_dict=part_of(state, "critic"))
+        save_model(self.causal_lm, folder, part_of(state, "causal_lm"))
+        save_model(self.critic, folder / CRITIC_FOLDER, part_of(state, "critic"))
         save_value_head(folder / CRITIC_FOLDER / VALUE_HEAD_FILE, part_of(state, "value_head"))
 
     def _values(self, rows: PackedRows) -> torch.Tensor:

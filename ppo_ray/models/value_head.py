@@ -75,7 +75,7 @@ class CausalLMWithValueHead(ResponseLM):
 
     def save(self, folder: Path, state: State) -> None:
         """Write policy and value head into a checkpoint, from a whole state of this module."""
-        self.causal_lm.save_pretrained(folder, state_dict=part_of(state, "causal_lm"))
+        save_model(self.causal_lm, folder, part_of(state, "causal_lm"))
         save_value_head(folder / VALUE_HEAD_FILE, part_of(state, "value_head"))
 
 
@@ -109,6 +109,13 @@ def save_value_head(path: Path, state: State) -> None:
     """Write a value head's state as a safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, path)
+
+
+def save_model(model: Any, folder: Path, state: State) -> None:
+    """Write a transformers model's state for `from_pretrained`; the config says the type of what is written."""
+    model.save_pretrained(folder, state_dict=dict(state))
+    model.config.dtype = next(iter(state.values())).dtype
+    model.config.save_pretrained(folder)
 
 
 def part_of(state: State, module: str) -> State:
