@@ -1,6 +1,7 @@
 """Reward workers: a shell over a classifier or a reward function that fills in the scores."""
 
 import time
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -61,10 +62,10 @@ class RewardWorker(Worker):
 class RewardGroup:
     """All reward workers; what the loop calls `reward`."""
 
-    def __init__(self, config: Config, report: Report, seats: Seats | None = None) -> None:
-        """Create the workers; `setup` loads their classifiers."""
+    def __init__(self, config: Config, report: Report, seats: Seats | None = None, worker: Any = RewardWorker) -> None:
+        """Create the workers, actors of a class; `setup` loads their classifiers."""
         self._config = config
-        self._group = ActorGroup(RewardWorker, reward_spec(config), config.ray, report, seats)
+        self._group = ActorGroup(worker, reward_spec(config), config.ray, report, seats)
 
     def setup(self) -> list[dict[str, float]]:
         """Load all classifiers at once and wait until they are ready."""

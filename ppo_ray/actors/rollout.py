@@ -118,10 +118,10 @@ class RolloutWorker(Worker):
 class RolloutGroup:
     """All rollout workers; what the loop calls `rollout`."""
 
-    def __init__(self, config: Config, report: Report, seats: Seats | None = None) -> None:
-        """Create the workers; `setup` starts their engines."""
+    def __init__(self, config: Config, report: Report, seats: Seats | None = None, worker: Any = RolloutWorker) -> None:
+        """Create the workers, actors of a class; `setup` starts their engines."""
         self._config = config
-        self._group = ActorGroup(RolloutWorker, rollout_spec(config), config.ray, report, seats)
+        self._group = ActorGroup(worker, rollout_spec(config), config.ray, report, seats)
         self._group.brought_up = self._catch_up
         self._weights: PublishedWeights | None = None
         self._transport = make_transport(config)

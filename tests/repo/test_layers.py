@@ -116,6 +116,7 @@ def test_files_are_short():
         ("report", "torch ray transformers vllm pyarrow datasets matplotlib"),
         ("plan", "torch ray transformers vllm pyarrow datasets numpy"),
         ("cli", "torch ray transformers vllm pyarrow datasets pydantic"),
+        ("actors.rollout", "torch transformers vllm datasets"),
         ("learner", "ray vllm"),
         ("engines.hf", "ray vllm"),
         ("engines.vllm_sender", "ray vllm"),
