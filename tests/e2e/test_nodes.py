@@ -1,6 +1,5 @@
 """One run in several layouts: however many workers, ranks, nodes and hosts, it samples and learns the same."""
 
-import os
 import secrets
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file
 from ppo_ray import trajectory
 from tests.command_line import CommandLine, events, lines, made_once, tiny_command_line, wait_for_steps
 from tests.hosts import Host, two_hosts, why_no_hosts
-from tests.ray_cluster import FAST_DETECTION, SMALL_STORE, ray_cluster
+from tests.ray_cluster import SMALL_STORE, ray_cluster
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -109,27 +108,22 @@ def start_ray(host: Host, environment: dict[str, str], *options: str) -> None:
 
 @pytest.mark.skipif(bool(why_no_hosts()), reason=str(why_no_hosts()))
 @pytest.mark.timeout(900)
-def test_two_hosts_until_their_cable_is_cut(ppo_ray: CommandLine, tmp_path: Path, alone: Path) -> None:
+def test_two_hosts(ppo_ray: CommandLine, tmp_path: Path, alone: Path) -> None:
     """Hosts that share nothing but files: what works by a loopback address or shared memory alone shows here."""
     environment, run = ppo_ray.environment, tmp_path / "run"
-    environment |= FAST_DETECTION
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    environment["RAY_scheduler_spread_threshold"] = "0"  # the emptier host first; by default the head until half full
     with two_hosts(Path(environment["RAY_TMPDIR"])) as (left, right):
         start_ray(left, environment, "--head", "--port=6379", "--include-dashboard=false")
         start_ray(right, environment, f"--address={left.address}:6379")
-        there = replace(ppo_ray, prefix=left.enter)
-        several = ("rollout.workers=2", "reward.workers=2", "learner.workers=2")
+        # a host has three CPUs, a rank reserves five thirds: one rank on each, and room for all others beside it
+        several = ("rollout.workers=2", "reward.workers=2", "learner.workers=2", "learner.threads=5")
         options = (*OPTIONS, *several, f"ray.address={left.address}:6379")
-        process = there.start("train", str(ppo_ray.config), *options)
+        process = replace(ppo_ray, prefix=left.enter).start("train", str(ppo_ray.config), *options)
         wait_for_steps(process, run, 1)
-        homes = {name: "right" if right.runs(worker) else "left" for name, worker in ppo_ray.workers().items()}
-        right.cut_off()
+        homes = {name: left if left.runs(worker) else right for name, worker in ppo_ray.workers().items()}
         output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert homes["learner-0"] != homes["learner-1"]
     assert sampled(run) == sampled(alone)
     assert largest_difference(run, alone) < 1e-5
-    replaced = {event["worker"] for event in events(run) if event["event"] == "worker_replaced"}
-    assert replaced == {name for name, home in homes.items() if home == "right"}, output
-    assert os.path.isdir(run / "checkpoints" / "final")
+    assert events(run) == [], output
