@@ -204,12 +204,13 @@ class LearnerGroup:
             found = self._started({rank.handle.read.remote(str(marker)): rank for rank in self._group.members})
         finally:
             marker.unlink(missing_ok=True)
-        blind = [rank for rank, content in zip(self._group.members, found, strict=True) if content != text]
-        if blind:
-            raise InputError(
-                f"output_dir={folder}: {blind[0].name} ({blind[0].place}) does not see this folder, and it is the "
-                "learner that writes trajectories and checkpoints; give a folder that all nodes share"
-            )
+        for rank, content in zip(self._group.members, found, strict=True):
+            if content != text:
+                (place,) = self._started({rank.handle.whereabouts.remote(): rank})
+                raise InputError(
+                    f"output_dir={folder}: {rank.name} ({place}) does not see this folder, and it is the learner that "
+                    "writes trajectories and checkpoints; give a folder that all nodes share"
+                )
 
     def _meeting(self) -> "Meeting | None":
         """Let the first rank open the place where all meet: on its loopback where all are on one node."""
