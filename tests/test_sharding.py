@@ -70,7 +70,8 @@ def shares_and_probe(ranks: Ranks | None, folder: Path, model: dict[str, Any]) -
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in parameters]
     states = [state["exp_avg"] for state in learner._optimizer.state.values()]
     before = weights(learner)
-    moved = {name: tensor.clone() for name, tensor in learner.probe().moved_weights().tensors()}
+    with learner.probe().moved():
+        moved = weights(learner)
     compared = learner.probe().compare(make_table(6))[0]
     return {
         "held": sum(tensor.numel() for tensor in local) / sum(tensor.numel() for tensor in parameters),

@@ -149,7 +149,7 @@ def test_what_is_short_is_a_warning(head: FakeHead) -> None:
     head.cpus = 2.0
     code, _, said = submit(head, "rollout.workers=8", "rollout.gpus=1", "rollout.threads=2")
     assert code == 0
-    assert "6.3327 CPUs needed, the cluster has 2" in said and "8 GPUs needed, the cluster has 0" in said
+    assert "6.333 CPUs needed, the cluster has 2" in said and "8 GPUs needed, the cluster has 0" in said
 
 
 def refused(head: FakeHead, *overrides: str, **fields) -> list[str]:
