@@ -1,0 +1,25 @@
+"""A run whose ranks hold shares of the model: engines get it whole, and one rank goes on with its checkpoint."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.command_line import CommandLine, lines
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.timeout(600)
+def test_shares_are_sent_whole_and_saved_whole(ppo_ray: CommandLine, tmp_path: Path) -> None:
+    options = ("rollout.engine=hf", "checkpoint.every_steps=1", "ppo.learning_rate=1e-4", f"output_dir={tmp_path}")
+    shares = ppo_ray.train(*options, "steps=1", "learner.workers=2", "learner.sharding=fsdp2")
+    assert shares.returncode == 0, shares.stderr
+    assert "new weights change what every engine computes, as they should" in shares.stdout
+    first = tmp_path / "checkpoints" / "step-00001"
+    assert load_file(first / "model.safetensors") and (first / "learner" / "optimizer.safetensors").is_file()
+    alone = ppo_ray.train(*options, "steps=2", "resume=required")
+    assert alone.returncode == 0, alone.stderr
+    assert "learner.sharding: fsdp2 -> ddp" in alone.stdout
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1]
+    assert all(line["mismatch/logprob_mean"] < 1e-4 for line in lines(tmp_path))
