@@ -39,7 +39,7 @@ demo: assets ## train the 135M demo policy (ARGS="steps=5 output_dir=runs/short"
 test: lint types assets test-fast test-slow ## everything
 
 test-fast: setup ## tests that start neither vLLM nor Ray
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 test-slow: assets ## tests with real vLLM, real Ray, real models
 	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal
