@@ -105,7 +105,7 @@ def events(run: Path) -> list[dict[str, Any]]:
     return [record for record in _records(run) if "event" in record]
 
 
-def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int, seconds: float = 180) -> None:
+def wait_for_steps(process: subprocess.Popen[str], run: Path, steps: int, seconds: float = 400) -> None:
     """Wait until a run has made so many steps."""
     deadline = time.monotonic() + seconds
     while len(lines(run)) < steps:

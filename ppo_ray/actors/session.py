@@ -11,7 +11,7 @@ import psutil
 import ray
 
 from ppo_ray.config import RayConfig
-from ppo_ray.errors import InputError
+from ppo_ray.errors import InputError, WorkerError
 from ppo_ray.stopping import stoppable
 
 _EXIT_S = 10.0
@@ -29,6 +29,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
 
     Raises:
         InputError: there is no Ray at `ray.address`.
+        WorkerError: a private Ray does not start; nothing of it is left.
     """
     if ray.is_initialized():
         yield
@@ -39,8 +40,10 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     started: list[psutil.Process] = []
     try:
         if private:
-            _start_private(config)
-            started = [process for process in psutil.Process().children() if process not in before]
+            try:
+                _start_private(config)
+            finally:
+                started = [process for process in psutil.Process().children() if process not in before]
         else:
             _connect(config.address)
         with stoppable(config.stop_timeout_s, lambda code: _end_at_once(started, code)):  # Ray has its own handlers
@@ -78,15 +81,21 @@ def _start_private(config: RayConfig) -> None:
     # Ray turns token authentication on for a cluster it starts; with a token of its own the run leaves none in a file.
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(
-        address="local",
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        object_store_memory=config.object_store_mib << 20,
-        log_to_driver=False,
-        logging_level="ERROR",
-        configure_logging=True,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            object_store_memory=config.object_store_mib << 20,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=True,
+        )
+    except Exception as error:  # Ray has no kind of its own for this
+        raise WorkerError(
+            f"a Ray of its own did not start on this machine: {error} Ray gives it 30 s, which a machine that is busy, "
+            "or short of memory or disk, may not hold; look at what else runs here, and start again"
+        ) from error
 
 
 def _connect(address: str | None) -> None:

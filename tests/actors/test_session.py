@@ -1,6 +1,7 @@
 """Whose Ray is used, and what is left of it."""
 
 import socket
+import subprocess
 
 import psutil
 import pytest
@@ -8,7 +9,7 @@ import ray
 
 from ppo_ray.actors.session import ray_session
 from ppo_ray.config import RayConfig
-from ppo_ray.errors import InputError
+from ppo_ray.errors import InputError, WorkerError
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +33,18 @@ def test_a_ray_of_the_callers_own_is_used_and_left(short_ray_folder: None) -> No
         with ray_session(RayConfig(object_store_mib=100, address="1.2.3.4:5")):
             assert ray.get(answer.remote(), timeout=60) == 42
         assert ray.get(answer.remote(), timeout=60) == 42
+
+
+def test_a_ray_that_does_not_start_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        subprocess.Popen(["sleep", "1000"])
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    before = psutil.Process().children()
+    with pytest.raises(WorkerError, match="did not start on this machine: The current node"), ray_session(RayConfig()):
+        raise AssertionError
+    assert [process for process in psutil.Process().children() if process not in before] == []
 
 
 @pytest.mark.timeout(60)  # Ray itself would try for minutes
