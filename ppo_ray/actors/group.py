@@ -60,6 +60,8 @@ class ActorGroup:
                 member = self._replaced(lost)
                 refs = {ref: other for ref, other in refs.items() if other is not member}
                 refs[member.handle.setup.remote(*args)] = member
+        for member in self.members:
+            member.told_place()  # who dies or stops at its first call is known by it
         order = {member.name: ref for ref, member in refs.items()}
         return ray.get([order[member.name] for member in self.members], timeout=self._config.start_timeout_s)
 
@@ -116,6 +118,7 @@ class ActorGroup:
             member = self._replaced(lost)
             try:
                 watch({member.handle.setup.remote(*self.setup_args): member}, self._start_limits, "starting again")
+                member.told_place()
                 seconds = time.monotonic() - began
                 message = f"{member.name} was replaced in {seconds:.1f} s: {lost}"
                 self._report(Event("worker_replaced", message, member.name))

@@ -59,8 +59,8 @@ class Member:
         self._listen()
         return self._found is not None
 
-    def place_of_failure(self) -> str:
-        """Say where it runs once it has raised: its word of that may be on its way still."""
+    def told_place(self) -> str:
+        """Say where it runs once it has answered another call: its word of that may be on its way still."""
         self._listen(_WHEREABOUTS_S)
         return self.place
 
@@ -178,7 +178,7 @@ def _failure(error: Exception, member: Member, doing: str) -> PPORayError:
         if isinstance(cause, WorkerLost) and not cause.name:
             cause.name = member.name  # who says of itself that it is lost
         return cause
-    who = f"{member.name} ({member.place_of_failure()})"
+    who = f"{member.name} ({member.told_place()})"
     if isinstance(cause, ray.exceptions.RayError):
         return DependencyLost(f"{who}, {doing}: {type(cause).__name__}: {cause}")
     if cause is not None:
