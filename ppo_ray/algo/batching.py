@@ -1,5 +1,6 @@
 """Which process takes which sequences, which of them go through the model together, and in which rows."""
 
+import bisect
 import heapq
 from collections.abc import Sequence
 
@@ -38,8 +39,8 @@ def microbatches(lengths: Sequence[int], budget: int, row_width: int = 0) -> lis
         lengths: tokens of each sequence, at least 1.
         budget: tokens, padding included, of a micro-batch: rows times the longest row. A row that exceeds it alone is
             a micro-batch of its own.
-        row_width: rows are filled up to this many tokens, or to the longest sequence if that is more; 0 means one
-            sequence a row.
+        row_width: rows are filled up to this many tokens (or to the longest sequence if that is more), or up to a
+            quarter more if that makes fewer micro-batches or less padding; 0 means one sequence a row.
 
     Returns:
         Micro-batches of rows of indices into `lengths`; each index occurs once.
@@ -49,31 +50,44 @@ def microbatches(lengths: Sequence[int], budget: int, row_width: int = 0) -> lis
     """
     if budget < 1 or any(length < 1 for length in lengths):
         raise ValueError(f"budget {budget} and shortest length {min(lengths, default=1)}; both must be at least 1")
-
-    def width(row: Row) -> int:
-        return sum(lengths[index] for index in row)
-
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    rows = packed_rows(order, lengths, row_width) if row_width else [[index] for index in order]
-    rows.sort(key=width, reverse=True)  # stable
+    if not row_width:
+        return _filled([[index] for index in order], lengths, budget)
+    narrowest = max([row_width, *lengths])
+    widest = max(narrowest, min(budget, narrowest + narrowest // 4))
+    widths = range(narrowest, widest + 1, max(1, narrowest // 64))
+    layouts = (_filled(packed_rows(order, lengths, width), lengths, budget) for width in widths)
+    return min(layouts, key=lambda batches: (len(batches), _num_tokens(batches, lengths)))  # the narrowest of equals
+
+
+def packed_rows(order: Sequence[int], lengths: Sequence[int], width: int) -> list[Row]:
+    """Put each sequence, in the given order, into the fullest row with room for it (best fit); a row holds `width`."""
+    rows: list[Row] = []
+    room: list[tuple[int, int]] = []  # free tokens and number of each row, ascending
+    for index in order:
+        place = bisect.bisect_left(room, (lengths[index], 0))
+        free, row = room.pop(place) if place < len(room) else (width, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(index)
+        bisect.insort(room, (free - lengths[index], row))
+    return rows
+
+
+def _filled(rows: list[Row], lengths: Sequence[int], budget: int) -> list[list[Row]]:
+    """Fill micro-batches with rows, the longest first."""
     batches: list[list[Row]] = []
-    for row in rows:
-        if not batches or (len(batches[-1]) + 1) * width(batches[-1][0]) > budget:
+    for row in sorted(rows, key=lambda row: _width(row, lengths), reverse=True):  # stable
+        if not batches or (len(batches[-1]) + 1) * _width(batches[-1][0], lengths) > budget:
             batches.append([])
         batches[-1].append(row)
     return batches
 
 
-def packed_rows(order: Sequence[int], lengths: Sequence[int], row_width: int) -> list[Row]:
-    """Put each sequence, in the given order, into the first row with room for it (first fit)."""
-    width = max([row_width, *(lengths[index] for index in order)])
-    rows: list[Row] = []
-    room: list[int] = []
-    for index in order:
-        row = next((row for row, free in enumerate(room) if free >= lengths[index]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(width)
-        rows[row].append(index)
-        room[row] -= lengths[index]
-    return rows
+def _num_tokens(batches: list[list[Row]], lengths: Sequence[int]) -> int:
+    """Return how many tokens are computed, padding included."""
+    return sum(len(batch) * _width(batch[0], lengths) for batch in batches)
+
+
+def _width(row: Row, lengths: Sequence[int]) -> int:
+    return sum(lengths[index] for index in row)

@@ -15,6 +15,11 @@ def test_packed_rows_by_hand() -> None:
     assert microbatches([5, 2, 7, 5], budget=20, row_width=10) == [[[0, 3], [2, 1]]]
 
 
+def test_rows_are_as_wide_as_leaves_the_least_padding() -> None:
+    # rows of 8 would hold 7 | 5 | 5, 21 tokens for 17; of 10, 7 | 5 + 5, 20 for 17
+    assert microbatches([7, 5, 5], budget=100, row_width=8) == [[[1, 2], [0]]]
+
+
 def test_a_sequence_longer_than_everything_goes_alone() -> None:
     assert microbatches([3, 50, 3], budget=8) == [[[1]], [[0], [2]]]
     # ... and, packed, makes the rows as wide as itself
@@ -28,7 +33,7 @@ def test_every_sequence_once_within_the_budget(lengths: list[int], budget: int, 
     for batch in batches:
         widths = [sum(lengths[index] for index in row) for row in batch]
         assert len(batch) == 1 or len(batch) * max(widths) <= budget
-        assert max(widths) <= max(row_width, *lengths)
+        assert max(widths) <= 1.25 * max(row_width, *lengths) if row_width else max(lengths)
         assert row_width or all(len(row) == 1 for row in batch)
 
 
@@ -39,7 +44,7 @@ def test_packing_wastes_little_where_length_sorting_wastes_much() -> None:
         for batches in (microbatches(lengths, 10**6), microbatches(lengths, 10**6, 64))
     )
     assert padded > 1.6 * sum(lengths)
-    assert packed < 1.05 * sum(lengths)
+    assert packed < 1.02 * sum(lengths)
 
 
 @pytest.mark.parametrize(("lengths", "budget"), [([1, 0], 10), ([1], 0)])
