@@ -79,6 +79,11 @@ class ResponseBatch:
         return np.array([len(ids) for ids in self.response_ids], np.int64)
 
     @property
+    def num_inputs(self) -> np.ndarray:
+        """`[B]` int64, tokens that a forward pass computes: prompt and response but for its last token."""
+        return self.num_tokens - 1
+
+    @property
     def num_tokens(self) -> np.ndarray:
         """`[B]` int64, prompt and response."""
         return self.num_response_tokens + np.array([len(ids) for ids in self.prompt_ids], np.int64)
@@ -108,7 +113,7 @@ class Layout:
     def passes(self, batch: ResponseBatch, sequences: np.ndarray) -> Iterator[PackedRows]:
         """Yield this rank's passes over the named sequences, the same in whatever order they are named."""
         sequences = np.sort(sequences)
-        shares = self._shares(batch.num_tokens[sequences])
+        shares = self._shares(batch.num_inputs[sequences])
         for rows in (mine := shares[self.ranks.rank]):
             named = [[int(sequences[index]) for index in row] for row in rows]
             yield pack(named, batch.prompt_ids, batch.response_ids, self.device)

@@ -61,8 +61,9 @@ class Decoder:
     def _check_causal(self) -> None:
         """Check that a later token changes no earlier state: a figure of a prefix must not know what follows it."""
         tokens = np.arange(1, 7) % self._base_model.config.get_text_config().vocab_size
-        first, second = (
-            self.states(pack([[0]], [tokens[:2]], [np.append(tokens[2:4], last)], self.device)) for last in tokens[4:]
+        first, second = (  # that of the later token itself, the last one, left out
+            self.states(pack([[0]], [tokens[:2]], [np.append(tokens[2:4], [later, 0])], self.device))[:-1]
+            for later in tokens[4:]
         )
         if not agree(first, second):
             name = self._base_model.config.name_or_path or type(self._base_model).__name__

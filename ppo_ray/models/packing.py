@@ -1,7 +1,8 @@
 """Sequences laid out in rows for a forward pass, and where in the rows the responses are predicted.
 
 Dimensions: S rows, W tokens a row, B sequences, R response tokens (the longest here), N response tokens in all.
-Positions and masks come from lengths, never from token ids.
+Positions and masks come from lengths, never from token ids. A response's last token is not among the inputs: nothing is
+predicted from it.
 """
 
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def pack(
     response_ids: Sequence[np.ndarray],
     device: torch.device | str = "cpu",
 ) -> PackedRows:
-    """Lay out the named sequences, prompt and response, row by row.
+    """Lay out the named sequences, prompt and response but for its last token, row by row.
 
     Args:
         rows: indices into `prompt_ids` and `response_ids`; each at most once.
@@ -68,20 +69,20 @@ def pack(
     for index in sequences:
         if not len(prompt_ids[index]) or not len(response_ids[index]):
             raise ValueError(f"sequence {index} has no prompt or no response token")
-    width = max(sum(len(prompt_ids[index]) + len(response_ids[index]) for index in row) for row in rows)
+    width = max(sum(len(prompt_ids[index]) + len(response_ids[index]) - 1 for index in row) for row in rows)
     input_ids, position_ids = (np.zeros((len(rows), width), np.int64) for _ in range(2))
     segment_ids = np.full((len(rows), width), -1, np.int64)
     predict_at: dict[int, np.ndarray] = {}
     for number, row in enumerate(rows):
         start = 0
         for segment, index in enumerate(row):
-            num_prompt, num_response = len(prompt_ids[index]), len(response_ids[index])
-            stop = start + num_prompt + num_response
-            input_ids[number, start : start + num_prompt] = prompt_ids[index]
-            input_ids[number, start + num_prompt : stop] = response_ids[index]
+            first_response = start + len(prompt_ids[index])
+            stop = first_response + len(response_ids[index]) - 1
+            input_ids[number, start:first_response] = prompt_ids[index]
+            input_ids[number, first_response:stop] = response_ids[index][:-1]
             position_ids[number, start:stop] = np.arange(stop - start)
             segment_ids[number, start:stop] = segment
-            predict_at[index] = number * width + np.arange(start + num_prompt - 1, stop - 1)
+            predict_at[index] = number * width + np.arange(first_response - 1, stop)
             start = stop
     response_lengths = np.array([len(response_ids[index]) for index in sequences])
     arrays = {
