@@ -3,7 +3,7 @@
 Dimensions: N trajectories of the table, B of them with a score, R response tokens (the longest of the batch).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from ppo_ray import trajectory
 from ppo_ray.algo.batching import Row, balanced, microbatches
 from ppo_ray.models.packing import PackedRows, empty_rows, pack
 from ppo_ray.ranks import Ranks
+from ppo_ray.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,10 @@ class Layout:
             for _ in range(len(mine), max(map(len, shares))):
                 yield empty_rows(self.device)
 
+    def num_passes(self, batch: ResponseBatch) -> int:
+        """Return how many passes over all sequences a rank makes at most."""
+        return max(map(len, self._shares(batch.num_inputs)))
+
     def _shares(self, lengths: np.ndarray) -> list[list[list[Row]]]:
         """Deal sequences of these lengths to the ranks; returns each one's micro-batches of rows of indices.
 
@@ -131,6 +136,15 @@ class Layout:
             micro = microbatches(lengths[share].tolist(), self.microbatch_tokens, self.row_width)
             shares.append([[[share[index] for index in row] for row in rows] for rows in micro])
         return shares
+
+
+Order = Callable[[int], np.ndarray]
+"""The order of the scored trajectories in an epoch: a permutation of `[0, B)`."""
+
+
+def drawn_order(num_sequences: int, seed: int, step: int) -> Order:
+    """Return the order that the run's seed, the step and the epoch draw."""
+    return lambda epoch: np.random.default_rng(derive_seed(seed, "epoch", step, epoch)).permutation(num_sequences)
 
 
 def split_evenly(order: Sequence[int] | np.ndarray, size: int) -> list[np.ndarray]:

@@ -17,7 +17,8 @@ from ppo_ray.algo.scores import RunningMoments, clip_scores, penalise_missing_eo
 from ppo_ray.batch import Layout, ResponseBatch
 from ppo_ray.config import PPOConfig
 from ppo_ray.models.actor_critic import ActorCritic
-from ppo_ray.models.response_lm import ResponseLM, unflatten
+from ppo_ray.models.packing import PackedRows
+from ppo_ray.models.response_lm import ResponseLM, ResponseOutput, unflatten
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,44 @@ class Experience(Evaluated):
     """Weights of the policy loss's tokens; None: not weighed."""
 
 
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass of the policy, of which a backward pass can still be made, once."""
+
+    rows: PackedRows
+    output: ResponseOutput
+
+
 def evaluate(
-    policy: ActorCritic, reference: ResponseLM, batch: ResponseBatch, layout: Layout, ppo: PPOConfig
-) -> Evaluated:
-    """Run policy and reference over all sequences, each rank over its share; every rank gets the whole."""
+    policy: ActorCritic,
+    reference: ResponseLM,
+    batch: ResponseBatch,
+    layout: Layout,
+    ppo: PPOConfig,
+    keep: bool = False,
+) -> tuple[Evaluated, Forward | None]:
+    """Run policy and reference over all sequences, each rank over its share; every rank gets the whole.
+
+    Args:
+        policy: as it is before the update.
+        reference: frozen.
+        batch: what they are run over.
+        layout: how.
+        ppo: the algorithm.
+        keep: whether to return the policy's forward pass too, for a backward pass; it must be the only one.
+    """
     mask = batch.response_mask.to(layout.device)
     figures = torch.zeros(4, *mask.shape, dtype=policy.value_head.weight.dtype, device=layout.device)
     old_logprobs, ref_logprobs, values, kl = figures
+    kept = None
     with torch.no_grad():  # what fsdp2 gathers in inference mode could not be trained on
         for rows in layout.passes(batch, np.arange(batch.num_sequences)):
             index = torch.from_numpy(rows.sequences).to(layout.device)
             columns = slice(rows.response_mask.shape[1])
-            output, ref_output = policy(rows), reference(rows)
+            with torch.set_grad_enabled(keep):
+                output = policy(rows)
+            kept = Forward(rows, output) if keep else None
+            ref_output = reference(rows)
             old_logprobs[index, columns] = output.logprobs
             ref_logprobs[index, columns] = ref_output.logprobs
             values[index, columns] = output.values
@@ -69,7 +96,7 @@ def evaluate(
     layout.ranks.sum([figures])
     if ppo.kl_estimator != "full":
         kl = kl_estimate(old_logprobs, ref_logprobs, mask, ppo.kl_estimator)
-    return Evaluated(old_logprobs, ref_logprobs, values, kl)
+    return Evaluated(old_logprobs, ref_logprobs, values, kl), kept
 
 
 def estimate(

@@ -5,7 +5,7 @@ the mended form and TRL's own is an option (`docs/trl.md`).
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +17,11 @@ import torch
 from ppo_ray import trajectory
 from ppo_ray.algo.kl import AdaptiveKLController, FixedKLController, KLController
 from ppo_ray.algo.scores import RunningMoments
-from ppo_ray.batch import Layout, ResponseBatch, split_evenly
+from ppo_ray.batch import Layout, Order, ResponseBatch, drawn_order, split_evenly
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
 from ppo_ray.diagnostics import experience_metrics, table_metrics, update_metrics
 from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
-from ppo_ray.experience import Experience, estimate, evaluate
+from ppo_ray.experience import Experience, Forward, estimate, evaluate
 from ppo_ray.learner_models import load_models
 from ppo_ray.learner_state import GatheredLearner, LearnerState, optimizer_state, read_optimizer
 from ppo_ray.minibatch import MinibatchReport, MinibatchUpdater
@@ -36,9 +36,6 @@ from ppo_ray.weight_probe import WeightProbe
 from ppo_ray.weights import Buffers, WeightSnapshot, Wire, num_buckets, weights_checksum
 
 _ROW_WIDTH = 64  # tokens; wide enough for little padding, narrow enough for cheap attention
-
-Order = Callable[[int], np.ndarray]
-"""The order of the scored trajectories in an epoch: a permutation of `[0, B)`."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +176,10 @@ class PPOLearner:
             self._updating = False
             return Update(metrics, trajectory.with_learned(trajectories, nothing))
         times = [time.perf_counter()]
+        keep = step >= self._ppo.value_warmup_steps and self._updater.first_pass_is_whole(batch)
         with peers_needed(self._layout.ranks.rank):
-            evaluated = evaluate(self._policy, self._reference, batch, self._layout, self._ppo)
-        self._sharding.evaluated()
+            evaluated, forward = evaluate(self._policy, self._reference, batch, self._layout, self._ppo, keep)
+        self._sharding.evaluated(keep)
         times.append(time.perf_counter())
         self._moments = self._moments.updated(batch.scores)
         experience = estimate(evaluated, batch, self._ppo, self.kl_coef, self._moments)
@@ -190,7 +188,7 @@ class PPOLearner:
         metrics |= experience_metrics(experience, batch, self._ppo, self.kl_coef)
         times.append(time.perf_counter())
         with peers_needed(self._layout.ranks.rank):
-            reports, early = self._optimize(batch, experience, step, order or self._own_order(batch, step), learned)
+            reports, early = self._optimize(batch, experience, step, order, learned, forward)
         metrics |= update_metrics(reports, metrics["returns/std"]) | {"policy/early_stopped": float(early)}
         self.controller = self.controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
         times.append(time.perf_counter())
@@ -261,14 +259,22 @@ class PPOLearner:
             )
 
     def _optimize(
-        self, batch: ResponseBatch, experience: Experience, step: int, order: Order, learned: pa.Table
+        self,
+        batch: ResponseBatch,
+        experience: Experience,
+        step: int,
+        order: Order | None,
+        learned: pa.Table,
+        forward: Forward | None,
     ) -> tuple[list[MinibatchReport], bool]:
         """Go through the batch `epochs` times, each time in another order of rows; True if it ended before."""
         reports: list[MinibatchReport] = []
         values_only = step < self._ppo.value_warmup_steps
+        order = order or drawn_order(batch.num_sequences, self._seed, step)
         for epoch in range(self._ppo.epochs):
             for sequences in split_evenly(order(epoch), self._ppo.minibatch_size or batch.num_sequences):
-                report = self._updater.update(batch, experience, sequences, self.kl_coef, values_only)
+                report = self._updater.update(batch, experience, sequences, self.kl_coef, values_only, forward)
+                forward = None  # the policy is another one now
                 if report.outcome == "nonfinite" and self._ppo.on_nonfinite == "stop":
                     raise self._nonfinite(report, f"step {step}, epoch {epoch}", learned.take(batch.kept[sequences]))
                 reports.append(report)
@@ -277,13 +283,6 @@ class PPOLearner:
             if self._updater.early_stop_after(reports[-1]):
                 return reports, True
         return reports, False
-
-    def _own_order(self, batch: ResponseBatch, step: int) -> Order:
-        def order(epoch: int) -> np.ndarray:
-            generator = np.random.default_rng(derive_seed(self._seed, "epoch", step, epoch))
-            return generator.permutation(batch.num_sequences)
-
-        return order
 
     def _nonfinite(self, report: MinibatchReport, where: str, trajectories: pa.Table) -> NonFiniteError:
         return NonFiniteError(

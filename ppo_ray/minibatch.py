@@ -12,7 +12,7 @@ import torch
 from ppo_ray.algo.aggregation import token_weights
 from ppo_ray.batch import Layout, ResponseBatch
 from ppo_ray.config import PPOConfig
-from ppo_ray.experience import Experience
+from ppo_ray.experience import Experience, Forward
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.response_lm import ResponseOutput
@@ -70,6 +70,14 @@ class MinibatchUpdater:
         self._policy, self._sharding, self._optimizer = policy, sharding, optimizer
         self._ppo, self._layout = ppo, layout
 
+    def first_pass_is_whole(self, batch: ResponseBatch) -> bool:
+        """Tell whether the first mini-batch is the whole batch in one pass: who evaluates the policy has made it.
+
+        Of several passes none is kept: `microbatch_tokens` is what there is memory for.
+        """
+        whole_batch = (self._ppo.minibatch_size or batch.num_sequences) >= batch.num_sequences
+        return whole_batch and self._ppo.gradient_accumulation == 1 and self._layout.num_passes(batch) == 1
+
     def update(
         self,
         batch: ResponseBatch,
@@ -77,6 +85,7 @@ class MinibatchUpdater:
         sequences: np.ndarray,
         kl_coef: float,
         values_only: bool = False,
+        forward: Forward | None = None,
     ) -> MinibatchReport:
         """Add up the gradients of all micro-batches and make one optimizer step, unless something forbids it.
 
@@ -90,8 +99,9 @@ class MinibatchUpdater:
             sequences: `[b]` int64, which of them are the mini-batch, in its order.
             kl_coef: weight of the KL in the loss, if it is there.
             values_only: whether the value head (or critic) alone learns.
+            forward: the mini-batch's forward pass by the policy as it is, if it was made before.
         """
-        report = self._accumulate(batch, experience, sequences, kl_coef, values_only)
+        report = self._accumulate(batch, experience, sequences, kl_coef, values_only, forward)
         report = self._judged(report, values_only)
         if report.outcome == "stepped":
             if self._ppo.max_grad_norm is not None:
@@ -131,6 +141,7 @@ class MinibatchUpdater:
         sequences: np.ndarray,
         kl_coef: float,
         values_only: bool,
+        forward: Forward | None,
     ) -> MinibatchReport:
         """Run all micro-batches forwards and backwards; their gradients add up in the parameters."""
         ppo, num_tokens = self._ppo, batch.num_response_tokens
@@ -141,13 +152,14 @@ class MinibatchUpdater:
         for part in np.array_split(sequences, num_parts):
             sums.start_part(float(weights[part] @ torch.from_numpy(num_tokens[part]).double()))
             before = self._gradients(values_only) if ppo.ratio_exceeded == "zero_loss" else []
-            for rows in self._layout.passes(batch, part):
+            for rows in [forward.rows] if forward else self._layout.passes(batch, part):
                 index = torch.from_numpy(rows.sequences)
                 row_weights = weights[index].to(rows.response_mask.device, experience.values.dtype)
                 place = index.to(rows.response_mask.device), slice(rows.response_mask.shape[1])
-                output = (
-                    self._frozen_policy(rows, experience.old_logprobs[place]) if values_only else self._policy(rows)
-                )
+                if values_only:
+                    output = self._frozen_policy(rows, experience.old_logprobs[place])
+                else:
+                    output = forward.output if forward else self._policy(rows)
                 micro = objective(output, experience, place, rows.response_mask, row_weights, ppo, kl_coef)
                 micro.loss.backward()
                 sums.add(micro)

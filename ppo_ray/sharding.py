@@ -44,8 +44,8 @@ class Sharding(Protocol):
         """Let the model have what the optimizer has stepped."""
         ...
 
-    def evaluated(self) -> None:
-        """Let go of what forward passes alone have gathered."""
+    def evaluated(self, backward_follows: bool) -> None:
+        """Let go of what forward passes have gathered, of the reference alone if the policy's are gone back through."""
         ...
 
     def weights(self) -> NamedTensors:
@@ -96,7 +96,7 @@ class Copies:
         """Round the masters, if there are any, into the model."""
         self._masters.write_back()
 
-    def evaluated(self) -> None:
+    def evaluated(self, backward_follows: bool) -> None:
         """Nothing was gathered."""
 
     def weights(self) -> NamedTensors:
@@ -162,9 +162,9 @@ class Shares:
     def stepped(self) -> None:
         """The next pass gathers what was stepped."""
 
-    def evaluated(self) -> None:
+    def evaluated(self, backward_follows: bool) -> None:
         """Free what stays gathered for a backward pass that does not come."""
-        for model in (self._policy, self._reference):
+        for model in (self._reference,) if backward_follows else (self._policy, self._reference):
             assert isinstance(model, FSDPModule)
             model.reshard()
 

@@ -61,7 +61,7 @@ class WeightProbe:
                 output = self.policy(rows).logprobs
                 logprobs[torch.from_numpy(rows.sequences).to(logprobs.device), : output.shape[1]] = output.double()
         self.layout.ranks.sum([logprobs])
-        self.sharding.evaluated()
+        self.sharding.evaluated(backward_follows=False)
         return logprobs.cpu()
 
     @contextlib.contextmanager

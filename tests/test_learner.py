@@ -1,6 +1,8 @@
 """PPOLearner on a tiny real model; its exactness against TRL is in tests/golden."""
 
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ from ppo_ray import trajectory
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
 from ppo_ray.errors import InputError, NonFiniteError, WorkerError
 from ppo_ray.learner import PPOLearner
+from ppo_ray.minibatch import MinibatchUpdater
 from tests.learning import largest_difference, make_learner, make_table, weights
 
 
@@ -37,6 +40,31 @@ def test_the_first_update_starts_from_the_policy_itself(tiny_policy: Path) -> No
     assert (learner.policy_version, learner.weights().policy_version) == (1, 1)
     assert 1e-4 < largest_difference(before, weights(learner)) < 1e-2
     assert learner.update(make_table(), 1).metrics["kl/per_sequence"] != 0  # the reference stayed where it was
+
+
+@pytest.mark.parametrize(
+    ("budget", "ppo", "num_passes"),
+    [
+        (1024, {}, 3),  # three epochs, of which the first has its forward pass already
+        (1024, {"minibatch_size": 4}, 1 + 3 * 2),
+        (1024, {"gradient_accumulation": 2}, 1 + 3 * 2),
+        (1024, {"value_warmup_steps": 1}, 1),  # then the decoder alone runs
+        (64, {}, 2 + 3 * 2),
+    ],
+)
+def test_no_forward_pass_is_made_twice(
+    tiny_policy: Path, budget: int, ppo: dict[str, Any], num_passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = []
+    for reuses in (True, False):
+        learner, calls = make_learner(tiny_policy, budget, epochs=3, **ppo), Mock(return_value=None)
+        if not reuses:
+            monkeypatch.setattr(MinibatchUpdater, "first_pass_is_whole", lambda *_: False)
+        learner._policy.register_forward_hook(calls)
+        learner.update(make_table(), 0)
+        assert not reuses or calls.call_count == num_passes
+        after.append(weights(learner))
+    assert largest_difference(*after) == 0
 
 
 def test_trajectories_without_a_score_are_as_good_as_absent(tiny_policy: Path) -> None:
