@@ -1,8 +1,9 @@
 """Log-probabilities of given tokens from hidden states, without needless copies of `[N, V]`.
 
 Dimensions: N tokens, H hidden, V vocabulary. The logits of N tokens are the largest tensor of an update. They are made
-in chunks that stay in cache, turned into probabilities in place, kept once for the backward pass, and there turned into
-their own gradient in place. The entropy falls out of the same pass.
+in blocks, large enough for a fast product; turned into probabilities in place, a chunk that stays in cache after the
+other; kept once for the backward pass, and there turned into their own gradient in place. The entropy falls out of the
+same pass.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+_BLOCK_TOKENS = 512
 _CHUNK_TOKENS = 64
 
 
@@ -77,6 +79,18 @@ def full_kl(policy: Logits, reference: Logits, temperature: float) -> torch.Tens
     return kl
 
 
+def _write_logits(
+    out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float
+) -> None:
+    """Compute logits over temperature into `out`, `[n, V]`, whose memory is there already."""
+    if bias is None and hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.T, out=out)
+    else:
+        out.copy_(torch.nn.functional.linear(hidden, weight, bias))
+    if temperature != 1:
+        out /= temperature
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -90,18 +104,22 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_tokens, dtype = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropies = hidden.new_empty(num_tokens, dtype=dtype), hidden.new_empty(num_tokens, dtype=dtype)
-        probs = hidden.new_empty(num_tokens if keep else min(num_tokens, _CHUNK_TOKENS), len(weight), dtype=dtype)
-        for start in range(0, num_tokens, _CHUNK_TOKENS):
-            chunk = slice(start, min(start + _CHUNK_TOKENS, num_tokens))
-            logits = torch.nn.functional.linear(hidden[chunk], weight, bias).to(dtype).div_(temperature)
-            logits -= logits.amax(1, keepdim=True)
-            p = torch.exp(logits, out=probs[chunk] if keep else probs[: len(logits)])
-            total = p.sum(1)
-            log_total = total.log()
-            logprobs[chunk] = logits.gather(1, token_ids[chunk, None])[:, 0] - log_total
-            entropies[chunk] = log_total - torch.linalg.vecdot(p, logits) / total  # H = log Z - E[logit]
-            if keep:
-                p /= total[:, None]
+        probs = hidden.new_empty(num_tokens if keep else min(num_tokens, _BLOCK_TOKENS), len(weight), dtype=dtype)
+        scratch = hidden.new_empty(min(num_tokens, _CHUNK_TOKENS), len(weight), dtype=dtype)
+        for start in range(0, num_tokens, _BLOCK_TOKENS):
+            block = slice(start, min(start + _BLOCK_TOKENS, num_tokens))
+            logits = probs[block] if keep else probs[: block.stop - start]
+            _write_logits(logits, hidden[block], weight, bias, temperature)
+            for begin, rows in zip(range(start, block.stop, _CHUNK_TOKENS), logits.split(_CHUNK_TOKENS), strict=True):
+                chunk = slice(begin, begin + len(rows))
+                rows -= rows.amax(1, keepdim=True)
+                p = torch.exp(rows, out=scratch[: len(rows)])
+                total = p.sum(1)
+                log_total = total.log()
+                logprobs[chunk] = rows.gather(1, token_ids[chunk, None])[:, 0] - log_total
+                entropies[chunk] = log_total - torch.linalg.vecdot(p, rows) / total  # H = log Z - E[logit]
+                if keep:
+                    torch.div(p, total[:, None], out=rows)
         if keep:
             ctx.save_for_backward(hidden, weight, bias, token_ids, entropies)
             ctx.probs, ctx.temperature = probs, temperature

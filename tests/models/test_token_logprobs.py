@@ -5,7 +5,7 @@ from ppo_ray.models import token_logprobs as module
 from ppo_ray.models.token_logprobs import full_kl, token_logprobs
 
 
-@pytest.mark.parametrize("num_tokens", [1, 63, 64, 130])
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 130, 600])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_figures_and_gradients_are_those_of_the_plain_formula(num_tokens: int, temperature: float) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
