@@ -97,6 +97,7 @@ class StubLearner(Worker):
         self._version += 1
         metrics = {f"stub/{index}": 0.0 for index in range(NUM_METRICS)}
         metrics |= {"score/mean": 0.5, "learner/skipped_update": 1.0, "stub/num_trajectories": len(sample_ids)}
+        metrics |= {"time/publish_s": 0.0, "time/learn_s": 0.0}
         return self._published(metrics)
 
     def weights(self) -> Publication:

@@ -225,7 +225,9 @@ class LearnerWorker(Worker):
 
     def _published(self, metrics: dict[str, float], passing: bool = False) -> tuple[Any, ...]:
         self._rest()
+        start = time.perf_counter()
         manifest, buckets = self._sender.publish(self._learner, passing)
+        metrics = metrics | {"time/publish_s": time.perf_counter() - start}
         return UpdateReport(metrics, manifest.policy_version, manifest.checksum), manifest, *buckets
 
     def _rest(self) -> None:

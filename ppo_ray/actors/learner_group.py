@@ -181,8 +181,12 @@ class LearnerGroup:
     def _updated(self, step: int, tables: list[Any]) -> Update:
         assert self._trajectories is not None
         path = self._trajectories / f"step-{step:05d}.parquet"
+        began = time.monotonic()
         reports, weights = self._published("updating", lambda rank: rank.update, step, str(path), *tables)
-        return Update(_slowest([report.metrics for report in reports]), weights)
+        metrics = _slowest([report.metrics for report in reports])
+        # and what the call took beyond the learner's own work: as it returns, weights go into the object store
+        metrics["time/publish_s"] += time.monotonic() - began - metrics["time/learn_s"]
+        return Update(metrics, weights)
 
     def _set_up(self, checkpoint: Path | None) -> list[dict[str, float]]:
         if self._trajectories is not None:

@@ -16,7 +16,7 @@ from ppo_ray.actors.transports.ipc import merged
 from ppo_ray.actors.transports.object_store import Fetched
 from ppo_ray.actors.watch import Member
 from ppo_ray.actors.worker import CONTROL, Worker
-from ppo_ray.config import Config, weight_transport
+from ppo_ray.config import Config, RolloutConfig, weight_transport
 from ppo_ray.engines.base import Engine, Receiver, Request, Sampling
 from ppo_ray.events import Report
 from ppo_ray.prompts import PromptBatch
@@ -46,7 +46,7 @@ class RolloutWorker(Worker):
     def generate(self, prompts: PromptBatch, step: int, seed: int) -> tuple[pa.Table, dict[str, float]]:
         """Sample one response a prompt; returns a table of `trajectory.SCHEMA`, without scores, and metrics."""
         start = time.perf_counter()
-        limits = prompts.max_response_tokens or [self._drawn_limit(seed, step, index) for index in prompts.sample_ids]
+        limits = prompts.max_response_tokens or drawn_limits(self._config.rollout, seed, step, prompts.sample_ids)
         requests = [
             Request(tuple(prompt_ids), limit, derive_seed(seed, "sample", step, sample_id))
             for sample_id, prompt_ids, limit in zip(prompts.sample_ids, prompts.prompt_ids, limits, strict=True)
@@ -102,10 +102,6 @@ class RolloutWorker(Worker):
         seconds = time.perf_counter() - start
         return WeightAck(self._name, self._engine.policy_version, manifest.checksum, seconds)
 
-    def _drawn_limit(self, seed: int, step: int, sample_id: int) -> int:
-        shortest, longest = self._config.rollout.min_response_tokens, self._config.rollout.max_response_tokens
-        return shortest + derive_seed(seed, "response_length", step, sample_id) % (longest - shortest + 1)
-
     def _texts(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> dict[str, str]:
         """Decode the whole once, so that a character whose bytes span prompt and response stays whole."""
         prompt = self._tokenizer.decode(prompt_ids, skip_special_tokens=True)
@@ -113,6 +109,13 @@ class RolloutWorker(Worker):
         if text.startswith(prompt):
             return {"prompt": prompt, "response": text[len(prompt) :]}
         return {"prompt": "", "response": text}
+
+
+def drawn_limits(rollout: RolloutConfig, seed: int, step: int, sample_ids: Sequence[int]) -> list[int]:
+    """Draw the limit of each response, tokens, from its address."""
+    shortest, longest = rollout.min_response_tokens, rollout.max_response_tokens
+    draws = [derive_seed(seed, "response_length", step, sample_id) for sample_id in sample_ids]
+    return [shortest + draw % (longest - shortest + 1) for draw in draws]
 
 
 class RolloutGroup:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 DIAGNOSTICS = (ROOT / "docs" / "diagnostics.md").read_text()
 TRL = (ROOT / "docs" / "trl.md").read_text()
 WEIGHTS = (ROOT / "docs" / "weights.md").read_text()
-LOOP = {f"time/{part}_s" for part in ("step", "generate", "score", "learn", "sync", "wait")}
+LOOP = {f"time/{part}_s" for part in ("step", "generate", "score", "learn", "publish", "sync", "wait")}
 LOOP |= {"prompts/num_skipped", "rollout/staleness_mean", "rollout/staleness_max"}
 """What actors and the log add to a learner's metrics; tests/e2e reads them."""
 
