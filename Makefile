@@ -10,10 +10,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/$(EXTRA).txt
 STAMP := $(VENV)/.installed-$(EXTRA)
+TRL_VENV := .venv-trl
+TRL_STAMP := $(TRL_VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup assets demo test test-fast test-slow lint types lock clean
+.PHONY: help setup assets demo benchmark test test-fast test-slow lint types lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -36,6 +38,17 @@ assets: setup ## the demo's models and data, built once into the user's cache
 demo: assets ## train the 135M demo policy (ARGS="steps=5 output_dir=runs/short" to change options)
 	@$(BIN)/ppo-ray train configs/imdb.yaml $(ARGS)
 
+# TRL 0.11.3 wants libraries of its time, so it lives in an environment of its own; the stamp comes last, as above.
+$(TRL_STAMP): requirements/trl.txt
+	@$(TRL_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(TRL_VENV)
+	@rm -f $@
+	@echo "installing requirements/trl.txt into $(TRL_VENV): a minute the first time"
+	@$(TRL_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements/trl.txt
+	@touch $@
+
+benchmark: assets $(TRL_STAMP) ## ppo_ray beside TRL 0.11.3: an hour, see docs/performance.md (ARGS="--batch-size 128")
+	@$(BIN)/python -m benchmarks.compare $(ARGS)
+
 test: lint types assets test-fast test-slow ## everything
 
 test-fast: setup ## tests that start neither vLLM nor Ray
@@ -51,18 +64,25 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-lock: setup requirements/cpu.lock requirements/gpu.lock ## remake requirements/cpu.txt and requirements/gpu.txt
+lock: setup requirements/cpu.lock requirements/gpu.lock requirements/trl.lock ## remake requirements/*.txt
 
 # The CPU lock takes torch's CPU build from where pip finds it, the GPU lock does not. torch's local version (+cpu) is left
 # out, so that the lock can be installed wherever a build of that version is to be had.
-requirements/cpu.lock: export UV_FIND_LINKS := $(PIP_FIND_LINKS)
-requirements/cpu.lock: export UV_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL)
+requirements/cpu.lock requirements/trl.lock: export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+requirements/cpu.lock requirements/trl.lock: export UV_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL)
+PLATFORM := --python-version 3.11 --python-platform x86_64-manylinux_2_28
 requirements/%.lock: setup
 	@{ echo "# Made by \`make lock\` from pyproject.toml and requirements/overrides-$*.txt; install with: pip install --no-deps -r"; \
 	  $(BIN)/uv pip compile --quiet pyproject.toml --extra $* --extra demo --extra dev \
-	    --override requirements/overrides-$*.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-	    --no-header --no-annotate | sed 's/+cpu$$//'; } > $@
+	    --override requirements/overrides-$*.txt $(PLATFORM) --no-header --no-annotate | sed 's/+cpu$$//'; } > $@
 	@mv $@ requirements/$*.txt
 
-clean: ## remove the virtual environment and caches (not runs/, not the assets)
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+# Its packages may come from any of the indexes, as with pip: not all have old versions.
+requirements/trl.lock: setup
+	@{ echo "# Made by \`make lock\` from requirements/trl.in; install with: pip install --no-deps -r"; \
+	  $(BIN)/uv pip compile --quiet requirements/trl.in --index-strategy unsafe-best-match \
+	    $(PLATFORM) --no-header --no-annotate | sed 's/+cpu$$//'; } > $@
+	@mv $@ requirements/trl.txt
+
+clean: ## remove the virtual environments and caches (not runs/, not the assets)
+	rm -rf $(VENV) $(TRL_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -37,3 +37,14 @@ def test_the_gpu_lock_has_the_cuda_libraries() -> None:
 def test_extras() -> None:
     assert {"cpu", "gpu", "demo", "dev"} <= set(PROJECT["optional-dependencies"])
     assert PROJECT["name"] == "ppo-ray"
+
+
+def test_the_lock_of_trl_is_what_the_comparison_says() -> None:
+    pins = lock("trl")
+    wanted = {"trl": "0.11.3", "transformers": "4.45.2", "torch": lock("cpu")["torch"]}  # the same arithmetic for both
+    assert {name: pins[name] for name in wanted} == wanted
+    assert not {name for name in pins if re.match("nvidia-|cuda-|triton", name)}
+    for line in (ROOT / "requirements/trl.in").read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), line
