@@ -6,6 +6,7 @@ docs/performance.md says what is measured and how. A benchmark that was cut off 
 import argparse
 import platform
 import shutil
+import signal
 import sys
 from datetime import datetime
 from functools import partial
@@ -130,12 +131,16 @@ def compare(given: argparse.Namespace, console: Console) -> None:
 
 
 def main() -> None:
-    """Compare; our own errors are a message."""
+    """Compare; our own errors are a message, and whatever ends the benchmark ends the arm that is under way."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         compare(parse(), Console())
     except PPORayError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

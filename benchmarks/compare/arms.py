@@ -8,8 +8,8 @@ from typing import Any, Self
 from ppo_ray import atomic
 
 ARMS = {
-    "trl": "TRL, one generate a prompt",
-    "trl-batched": "TRL, batched generate",
+    "trl": "TRL, a prompt a call",
+    "trl-batched": "TRL, batched",
     "ppo-ray": "ppo_ray",
 }
 """By name: how each is called in tables."""
@@ -26,7 +26,7 @@ PHASES = {
 
 FIGURES = {
     "score": "mean score",
-    "kl": "KL to the reference, nats a sequence",
+    "kl": "KL a sequence, nats",
     "policy_loss": "policy loss",
     "value_loss": "value loss",
 }

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.compare.flops import DecoderShape
 
-_REPEATS = 9
+_REPEATS = 15
 _COPY_BYTES = 512 << 20
 _LARGE = 2048
 

@@ -55,7 +55,7 @@ def _draw_samples(axes: Any, found: Findings, rounds: Rounds) -> None:
         axes.plot([place, place], [spread.low, spread.high], color="black", lw=1.5)
         label = f"{spread.median:.2f}"
         if arm in found.speedups:
-            label += f"\n(ppo_ray: {found.speedups[arm].median:.1f} times)"
+            label += f"\nppo_ray: x {found.speedups[arm].median:.1f}"
         axes.annotate(label, (place, spread.high), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xticks(range(len(rounds)), [ARMS[arm].replace(", ", ",\n") for arm in rounds], fontsize=8)
     axes.set_title("samples a second, medians and rounds", fontsize=10)

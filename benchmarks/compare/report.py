@@ -34,9 +34,11 @@ def show(found: Findings, machines: Sequence[Machine], console: Console, markdow
         paper = Console(file=file, width=200, color_system=None)
         for table in tables(found, machines):
             console.print(table)
-            table.box = box.MARKDOWN
-            paper.print(table)
-            paper.print()
+            title, caption = table.title, table.caption
+            table.box, table.title, table.caption = box.MARKDOWN, None, None
+            paper.print(
+                f"## {title}", table, "" if caption is None else f"\n{caption[0].upper()}{caption[1:]}.\n", sep="\n"
+            )
 
 
 def write(found: Findings, rounds: Rounds, machines: Sequence[Machine], about: Mapping[str, Any], path: Path) -> None:
@@ -72,7 +74,7 @@ def _time_table(found: Findings) -> Table:
             f"{seconds[phase]:.2f} ({seconds[phase] / seconds['total']:.0%})" for seconds in found.seconds.values()
         ]
         table.add_row(name, *cells)
-    table.add_row("whole step", *(f"{seconds['total']:.2f}" for seconds in found.seconds.values()), end_section=True)
+    table.add_row("whole step", *(f"{seconds['total']:.2f}" for seconds in found.seconds.values()))
     table.add_row("samples a second", *(_spread(found.samples_a_second[arm]) for arm in found.seconds))
     if found.speedups:
         cells = [_spread(found.speedups[arm]) if arm in found.speedups else "1" for arm in found.seconds]
@@ -114,7 +116,9 @@ def _agreement_table(found: Findings) -> Table:
         for name, agreement in figures.items():
             numbers = [f"{value:+.4f}" for value in (*agreement.means, agreement.difference)]
             table.add_row(FIGURES[name], ARMS[arm], *numbers, f"{agreement.spread:.4f}", _MARK[agreement.agrees])
-    table.caption = "means over all steps and seeds; spread: standard deviation of the difference of two single runs"
+    table.caption = (
+        "means over all steps and seeds; spread: by which single runs differ by their seeds alone, in 19 of 20 cases"
+    )
     return table
 
 
