@@ -134,7 +134,7 @@ def main() -> None:
     """Compare; our own errors are a message, and whatever ends the benchmark ends the arm that is under way."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        compare(parse(), Console())
+        compare(parse(), Console(width=None if sys.stdout.isatty() else 120))
     except PPORayError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -36,9 +36,7 @@ def show(found: Findings, machines: Sequence[Machine], console: Console, markdow
             console.print(table)
             title, caption = table.title, table.caption
             table.box, table.title, table.caption = box.MARKDOWN, None, None
-            paper.print(
-                f"## {title}", table, "" if caption is None else f"\n{caption[0].upper()}{caption[1:]}.\n", sep="\n"
-            )
+            paper.print(f"## {title}", table, f"\n{caption or ''}\n", sep="\n")
 
 
 def write(found: Findings, rounds: Rounds, machines: Sequence[Machine], about: Mapping[str, Any], path: Path) -> None:
@@ -115,7 +113,8 @@ def _agreement_table(found: Findings) -> Table:
     for arm, figures in found.agreements.items():
         for name, agreement in figures.items():
             numbers = [f"{value:+.4f}" for value in (*agreement.means, agreement.difference)]
-            table.add_row(FIGURES[name], ARMS[arm], *numbers, f"{agreement.spread:.4f}", _MARK[agreement.agrees])
+            spread = "-" if math.isnan(agreement.spread) else f"{agreement.spread:.4f}"
+            table.add_row(FIGURES[name], ARMS[arm], *numbers, spread, _MARK[agreement.agrees])
     table.caption = (
         "means over all steps and seeds; spread: by which single runs differ by their seeds alone, in 19 of 20 cases"
     )
@@ -126,10 +125,7 @@ def _requirement_table(found: Findings) -> Table:
     table = Table("ppo_ray", "asked for", "found", "met", title="What is asked for")
     for what, limit, value, met in found.requirements():
         table.add_row(what, limit, value, _MARK[met])
-    if found.overhead_at_most is not None:
-        table.caption = (
-            f"overhead is at most {found.overhead_at_most:.1%}: if all scoring had gone on while others still generated"
-        )
+    table.caption = "overhead: from scoring that took all its seconds to scoring that went on while others generated"
     return table
 
 
