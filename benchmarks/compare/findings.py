@@ -58,8 +58,10 @@ class Findings:
             rows.append(
                 (f"samples a second, over {ARMS[arm]}", limit, f"{speedup.median:.2f}", speedup.median >= least)
             )
-        update, least, most = self.shares[OURS]["update"], self.overhead[OURS], self.overhead_at_most or 0.0
-        rows.append(("update, of the matrix rate", "at least 70%", f"{update:.0%}", update >= 0.7))
+        learning, least, most = self.shares[OURS]["learning"], self.overhead[OURS], self.overhead_at_most or 0.0
+        rows.append(
+            ("forward passes and update, of the matrix rate", "at least 70%", f"{learning:.0%}", learning >= 0.7)
+        )
         rows.append(("overhead, of a step", "below 5%", f"{least:.1%} to {most:.1%}", most < 0.05))
         sync = self.sync_of_step or 0.0
         rows.append(("weight sync, of a step", "below 5%", f"{sync:.1%}", sync < 0.05))

@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, pipeline
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
@@ -36,10 +37,10 @@ class Loop:
             ppo_epochs=work["epochs"],
             seed=work["seed"],
         )
-        torch.manual_seed(work["seed"])  # the value head's first weights are drawn before the trainer sets its seed
         self.tokenizer = AutoTokenizer.from_pretrained(config.model_name)
         self.tokenizer.pad_token = self.tokenizer.eos_token
         model = AutoModelForCausalLMWithValueHead.from_pretrained(config.model_name)
+        model.v_head.summary.load_state_dict(load_file(work["value_head"]))
         ref_model = AutoModelForCausalLMWithValueHead.from_pretrained(config.model_name)
         self.trainer = PPOTrainer(config, model, ref_model, self.tokenizer)
         self.pipe = pipeline("sentiment-analysis", model=work["classifier"], device="cpu")

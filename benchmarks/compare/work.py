@@ -5,10 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.compare.flops import DecoderShape
 from ppo_ray.actors.rollout import drawn_limits
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
 from ppo_ray.held_out import prompt_stream
+from ppo_ray.models.value_head import VALUE_HEAD_FILE, new_value_head, save_value_head
+from ppo_ray.seeding import derive_seed
 
 _LINKED = ("model.safetensors", "tokenizer.json", "generation_config.json")
 
@@ -50,8 +55,12 @@ def trl_work(config: Config, mode: str, threads: int, folder: Path) -> dict[str,
         folder: of the arm.
     """
     assert config.reward.path is not None
+    policy, value_head = Path(config.model.path), folder / VALUE_HEAD_FILE
+    first_head = new_value_head(DecoderShape.read(policy).hidden, torch.float32, derive_seed(config.seed, "value_head"))
+    save_value_head(value_head, first_head.state_dict())
     return {
-        "policy": str(older_copy(Path(config.model.path), folder / "policy")),
+        "policy": str(older_copy(policy, folder / "policy")),
+        "value_head": str(value_head),
         "classifier": str(older_copy(Path(config.reward.path), folder / "classifier")),
         "label": config.reward.label,
         "mode": mode,

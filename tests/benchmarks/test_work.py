@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.numpy import load_file
 
 from benchmarks.compare import rounds, work
 from benchmarks.compare.arms import Step
@@ -15,6 +16,7 @@ from ppo_ray.actors.rollout import RolloutWorker
 from ppo_ray.engines.base import Completion
 from ppo_ray.errors import InputError
 from ppo_ray.held_out import prompt_stream
+from ppo_ray.learner import PPOLearner
 
 SCRIPT = ROOT / "benchmarks/compare/trl_loop.py"
 
@@ -52,6 +54,9 @@ def test_trls_work_has_models_that_the_older_library_reads(config, tmp_path):
     tokenizer = json.loads((Path(found["policy"]) / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert (Path(found["policy"]) / "model.safetensors").is_file()
+    ours = PPOLearner.load(config.model, config.ppo, config.learner, seed=config.seed).value_head()
+    given = load_file(found["value_head"])
+    assert given.keys() == ours.keys() and all((given[name] == ours[name]).all() for name in ours)
     assert json.loads(json.dumps(found)) == found and found["seed"] == 5 and len(found["steps"]) == 3
 
 
@@ -60,7 +65,7 @@ def test_trls_script_knows_nothing_of_ppo_ray():
     names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     assert {name.split(".")[0] for name in names} == {"json", "os", "sys", "time", "pathlib", "typing", "torch"} | {
-        *("transformers", "trl")
+        *("safetensors", "transformers", "trl")
     }
 
 
