@@ -81,6 +81,8 @@ def _start_private(config: RayConfig) -> None:
     # Ray turns token authentication on for a cluster it starts; with a token of its own the run leaves none in a file.
     if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray's default of 15 lets anything else on this machine go before the run's own work.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(
             address="local",

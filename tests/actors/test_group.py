@@ -33,8 +33,8 @@ class Toy(Worker):
             raise ValueError(fault)
         return os.environ["PPO_RAY_WORKER"]
 
-    def threads(self) -> tuple[str, str]:
-        return os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]
+    def threads(self) -> tuple[str, str, int]:
+        return os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"], os.nice(0)
 
     def load(self, what: str) -> None:
         self.loaded = what
@@ -98,9 +98,9 @@ def works(group: ActorGroup, seconds: list[float], source: Shards | None = None)
     return Shards(group, "making" if source is None else "mending", calls, 60, source)
 
 
-def test_actors_are_set_up_with_their_threads_and_without_gpus(group: ActorGroup) -> None:
+def test_actors_are_set_up_with_their_threads_at_the_drivers_priority_and_without_gpus(group: ActorGroup) -> None:
     assert group.setup() == ["toy-0", "toy-1"]
-    assert group.call("asking", lambda toy: toy.threads.remote()) == [("1", ""), ("1", "")]
+    assert group.call("asking", lambda toy: toy.threads.remote()) == [("1", "", os.nice(0))] * 2
     assert group.call_first("asking", lambda toy: toy.sleep.remote(0)) == "toy-0"
 
 
