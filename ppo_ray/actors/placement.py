@@ -76,6 +76,7 @@ def learner_spec(config: Config) -> ActorSpec:
         else {
             "MALLOC_MMAP_THRESHOLD_": "4000000000",
             "MALLOC_TRIM_THRESHOLD_": "8000000000",
+            "MALLOC_ARENA_MAX": "1",
         }
     )
     return replace(actor_specs(config)["learner"], environment=environment)
