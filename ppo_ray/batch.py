@@ -5,7 +5,7 @@ Dimensions: N trajectories of the table, B of them with a score, R response toke
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import pyarrow as pa
@@ -74,17 +74,17 @@ class ResponseBatch:
         """B."""
         return len(self.kept)
 
-    @property
+    @cached_property
     def num_response_tokens(self) -> np.ndarray:
         """`[B]` int64."""
         return np.array([len(ids) for ids in self.response_ids], np.int64)
 
-    @property
+    @cached_property
     def num_inputs(self) -> np.ndarray:
         """`[B]` int64, tokens that a forward pass computes: prompt and response but for its last token."""
         return self.num_tokens - 1
 
-    @property
+    @cached_property
     def num_tokens(self) -> np.ndarray:
         """`[B]` int64, prompt and response."""
         return self.num_response_tokens + np.array([len(ids) for ids in self.prompt_ids], np.int64)
