@@ -41,12 +41,10 @@ def run_config(batch_size: int, steps: int, seed: int, threads: int, folder: Pat
         "ppo.learning_rate": 1.41e-5,
         "evaluation.num_prompts": 0,
         "checkpoint.every_steps": 0,
+        "rollout.threads": threads,
         "reward.threads": threads,
         "learner.threads": threads,
     }
-    demo = load_config(CONFIG, [])
-    if demo.rollout.workers * demo.rollout.threads != threads:
-        options |= {"rollout.workers": threads, "rollout.threads": 1}
     return load_config(CONFIG, [f"{key}={value}" for key, value in options.items()] + more)
 
 
