@@ -1,0 +1,213 @@
+"""Measures of one process, without Ray: learner, engine and weights, as batch, response length and model grow.
+
+`benchmarks/growth.py` runs this file in a process of its own, whose environment is that of the package's actors.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.growth_series import Point, Series
+from benchmarks.model_flops import forward_flops, update_flops
+from benchmarks.random_batches import Range, random_completions, random_requests, scored_table
+from benchmarks.random_models import write_model
+from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.engines.base import Engine, Request, Sampling
+from ppo_ray.learner import PPOLearner
+from ppo_ray.weights import Buffers
+
+EPOCHS = 1
+"""More would do the same again."""
+ROUNDS = 3
+"""In which each call is timed."""
+
+Batches = Sequence[tuple[float, Sequence[Request]]]
+"""What was varied, and the batch that it makes."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    engine: str
+    """`vllm`, or `hf` where it is to start at once."""
+    shapes: tuple[str, ...]
+    """Of `random_models.SHAPES`, the smallest first; that one is for batch, length and workers too."""
+    batches: tuple[int, ...]
+    lengths: tuple[int, ...]
+    """Of responses, tokens."""
+    workers: tuple[int, ...]
+    length_batch: int = 16
+    size_batch: int = 32
+    workers_batch: int = 32
+    """Trajectories a worker and step."""
+    steps: int = 20
+    """With so many workers, after those that warm up."""
+    round_s: float = 0.5
+    """A call is repeated for so long a round, and made once at least."""
+
+
+FULL = Scale(
+    "vllm",
+    ("16m", "58m", "135m"),
+    (16, 32, 64, 128, 256, 512),
+    (8, 16, 32, 64, 128, 256, 512),
+    (1, 2, 4),
+)
+QUICK = Scale("hf", ("tiny", "16m"), (16, 32, 64), (8, 16, 32), (1, 2), steps=3, round_s=0.05)
+
+
+class Subject:
+    """A learner and an engine of the same model, and what is done to both."""
+
+    def __init__(self, shape: str, folder: Path, scale: Scale, max_context: int) -> None:
+        """Write the model and load it into both."""
+        self.config = write_model(shape, folder)
+        self.learner = PPOLearner.load(ModelConfig(path=str(folder)), PPOConfig(epochs=EPOCHS), LearnerConfig())
+        self.engine = _start(scale.engine, str(folder), max_context)
+        self.parameters = sum(tensor.numel() for _, tensor in self.learner.named_weights())
+        self._scale, self._buffers = scale, Buffers()
+
+    def requests(self, number: int, responses: Range, prompts: Range = (2, 8)) -> list[Request]:
+        return random_requests(number, prompts, responses, self.config.vocab_size)
+
+    def learn(self, batches: Batches) -> list[Point]:
+        """Measure an update on each batch."""
+        tables = [scored_table(batch, random_completions(batch, self.config.vocab_size)) for _, batch in batches]
+        seconds = self._seconds([partial(self.learner.update, table, 0) for table in tables])
+        work = [update_flops(self.config, *_lengths(batch), EPOCHS) / 1e9 for _, batch in batches]
+        return [Point(x, *rest) for (x, _), *rest in zip(batches, work, seconds, strict=True)]
+
+    def generate(self, batches: Batches) -> list[Point]:
+        """Measure the generation of each batch."""
+        seconds = self._seconds([partial(self.engine.generate, batch, Sampling()) for _, batch in batches])
+        work = [forward_flops(self.config, *_lengths(batch)) / 1e9 for _, batch in batches]
+        return [Point(x, *rest) for (x, _), *rest in zip(batches, work, seconds, strict=True)]
+
+    def publish(self, x: float) -> Point:
+        """Measure the copy of the weights to the host, sealed with checksums."""
+        return Point(x, self._gigabytes, *self._seconds([partial(self.learner.weights, buffers=self._buffers)]))
+
+    def load(self, x: float) -> Point:
+        """Measure the weights' way into the engine, verified."""
+        snapshot = self.learner.weights(buffers=self._buffers)
+        return Point(x, self._gigabytes, *self._seconds([partial(self.engine.load_weights, snapshot)]))
+
+    @property
+    def _gigabytes(self) -> float:
+        return 4 * self.parameters / 1e9
+
+    def _seconds(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
+        """Return the median of the seconds that each call takes, once all have been made.
+
+        They take turns: a machine that is slower for a while is slower for all of them.
+        """
+        for call in calls:
+            call()
+        seconds: list[list[float]] = [[] for _ in calls]
+        for _ in range(ROUNDS):
+            for call, found in zip(calls, seconds, strict=True):
+                begun = time.perf_counter()
+                while True:
+                    start = time.perf_counter()
+                    call()
+                    now = time.perf_counter()
+                    found.append(now - start)
+                    if now - begun >= self._scale.round_s:
+                        break
+        return [statistics.median(found) for found in seconds]
+
+
+def over_batch(subject: Subject, scale: Scale) -> Iterator[Series]:
+    """Measure update and generation as there are more trajectories."""
+    batches = [(size, subject.requests(size, (4, 16))) for size in scale.batches]
+    yield Series("learner's update", "batch", "GFLOP", subject.learn(batches))
+    yield Series("generation", "batch", "GFLOP", subject.generate(batches))
+
+
+def over_length(subject: Subject, scale: Scale) -> Iterator[Series]:
+    """Measure update and generation as responses are longer; prompts are short, for their tokens are cheaper."""
+    batches = [(length, subject.requests(scale.length_batch, (length, length), (2, 2))) for length in scale.lengths]
+    yield Series("learner's update", "response tokens", "GFLOP", subject.learn(batches))
+    yield Series("generation", "response tokens", "GFLOP", subject.generate(batches))
+
+
+def over_size(scale: Scale) -> list[Series]:
+    """Measure update, generation and weights as the model is larger."""
+    name = "parameters, millions"
+    series = [
+        Series("learner's update", name, "GFLOP"),
+        Series("generation", name, "GFLOP"),
+        Series("weights published", name, "GB"),
+        Series("weights loaded", name, "GB"),
+    ]
+    for shape in scale.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            subject = Subject(shape, Path(folder), scale, max_context=64)
+            x = round(subject.parameters / 1e6, 1)
+            batch = [(x, subject.requests(scale.size_batch, (4, 16)))]
+            points = *subject.learn(batch), *subject.generate(batch), subject.publish(x), subject.load(x)
+            subject.engine.close()
+        for one, point in zip(series, points, strict=True):
+            one.points.append(point)
+    return series
+
+
+def measure(panels: Sequence[str], scale: Scale) -> list[Series]:
+    """Measure some of `batch` and `length`, with one start of the engine, or `size`."""
+    if "size" in panels:
+        return over_size(scale)
+    with tempfile.TemporaryDirectory() as folder:
+        longest = max(8 + scale.lengths[-1], 8 + 16)
+        subject = Subject(scale.shapes[0], Path(folder), scale, max_context=longest)
+        series: list[Series] = []
+        for panel in panels:
+            series += {"batch": over_batch, "length": over_length}[panel](subject, scale)
+        subject.engine.close()
+    return series
+
+
+def _start(engine: str, path: str, max_context: int) -> Engine:
+    if engine == "hf":
+        from ppo_ray.engines.hf import HFEngine
+
+        return HFEngine(path, max_context=max_context)
+    from ppo_ray.engines.vllm import VLLMEngine
+
+    return VLLMEngine(path, max_context=max_context)
+
+
+def _lengths(requests: Sequence[Request]) -> tuple[list[int], list[int]]:
+    """Return the tokens of the prompts and of the responses, which all have their full length."""
+    return [len(request.prompt_ids) for request in requests], [request.max_tokens for request in requests]
+
+
+def main() -> None:
+    """Measure the panels that are named, and leave them in a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("panels", nargs="+", choices=["batch", "length", "size", "workers"])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    scale = QUICK if options.quick else FULL
+    if "workers" in options.panels:
+        from benchmarks.growth_workers import over_workers
+
+        series = over_workers(scale)
+    else:
+        series = measure(options.panels, scale)
+    options.output.write_text(json.dumps([asdict(one) for one in series]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""CPU seconds of the loop over Ray actors as there are more rollout workers, each with as many trajectories a step.
+
+All is real: engines, learner, reward function, object store, weight syncs. What starts is not counted. Where workers
+outnumber the cores they share them, so seconds are of CPU, of all processes together and of the driver alone.
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from benchmarks.control_plane import stub_cluster
+from benchmarks.growth_panels import EPOCHS, Scale
+from benchmarks.growth_series import Point, Series
+from benchmarks.random_batches import score_by_length
+from benchmarks.random_models import write_model
+from ppo_ray import loop
+from ppo_ray.actors.gauges import Gauges
+from ppo_ray.actors.launch import launch
+from ppo_ray.checkpoint import Checkpoints, RunState
+from ppo_ray.config import Config
+from ppo_ray.events import Event
+from ppo_ray.metrics import MetricsLog
+from ppo_ray.prompts import PromptStream
+from ppo_ray.run_folder import RunFolder
+
+WARM_UP_STEPS = 2
+"""The first steps, in which processes import, connect and touch their memory, are in no figure."""
+
+
+def over_workers(scale: Scale) -> list[Series]:
+    """Measure the loop with each number of workers, a Ray for each."""
+    everyone = Series("CPU of all processes", "rollout workers", "trajectory")
+    driver = Series("CPU of the driver", "rollout workers", "trajectory")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        write_model(scale.shapes[0], path)
+        texts = [f"w{number} w{number + 1} w{number + 2}" for number in range(500)]
+        pq.write_table(pa.table({"text": texts}), Path(folder) / "texts.parquet")
+        for workers in scale.workers:
+            total, alone = _measure(workers, scale, Path(folder))
+            work = workers * scale.workers_batch * scale.steps
+            everyone.points.append(Point(workers, work, total))
+            driver.points.append(Point(workers, work, alone))
+    return [everyone, driver]
+
+
+def _measure(workers: int, scale: Scale, folder: Path) -> tuple[float, float]:
+    """Run the loop; returns the CPU seconds of all processes, and of the driver."""
+    config = _config(workers, scale, folder)
+    run_folder = RunFolder.create(Path(config.output_dir))
+    with (
+        stub_cluster(workers + 2 + config.learner.threads),
+        CPULog(run_folder.path) as log,
+        launch(config, run_folder.trajectories, None, lambda line: None, _raise) as actors,
+        (folder / "console.txt").open("w") as console,
+    ):
+        prompts = PromptStream(config.prompts, AutoTokenizer.from_pretrained(config.model.path), config.seed)
+        checkpoints = Checkpoints(run_folder.checkpoints, config.checkpoint, "", _raise)
+        run = loop.Run(
+            config, prompts, run_folder, checkpoints, log, Gauges("growth"), Console(file=console), RunState()
+        )
+        run.synced = actors.rollout.load_weights(actors.learner.weights())
+        loop.run_steps(run, actors)
+    return log.everyone_s[-1] - log.everyone_s[WARM_UP_STEPS - 1], log.driver_s[-1] - log.driver_s[WARM_UP_STEPS - 1]
+
+
+class CPULog(MetricsLog):
+    """The run's log, which looks at the CPU seconds of the driver and of all it has started at every step."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.driver_s: list[float] = []
+        self.everyone_s: list[float] = []
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        record = super().write(step, metrics)
+        others = psutil.Process().children(recursive=True)  # Ray's own processes, and by way of them all actors
+        self.driver_s.append(time.process_time())
+        self.everyone_s.append(time.process_time() + sum(sum(process.cpu_times()[:2]) for process in others))
+        return record
+
+
+def _config(workers: int, scale: Scale, folder: Path) -> Config:
+    return Config.model_validate(
+        {
+            "steps": WARM_UP_STEPS + scale.steps,
+            "output_dir": str(folder / f"run-{workers}"),
+            "model": {"path": str(folder / "model")},
+            "prompts": {"path": str(folder / "texts.parquet"), "min_chars": 0},
+            "rollout": {
+                "engine": scale.engine,
+                "workers": workers,
+                "batch_size": workers * scale.workers_batch,
+                "kv_cache_mib": 64,
+                "stop_at_eos": False,
+            },
+            "reward": {"function": f"{score_by_length.__module__}:{score_by_length.__name__}"},
+            "learner": {"threads": 2},
+            "ppo": {"epochs": EPOCHS},
+            "checkpoint": {"every_steps": 0},
+        }
+    )
+
+
+def _raise(event: Event) -> None:
+    """End a run in which something happens: its figures would be of that."""
+    raise AssertionError(event.message)
