@@ -30,9 +30,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.card import Peak, find_peak, forget_peak_memory, free_bytes, name_of, peak_memory, synchronize
-from benchmarks.model_flops import forward_flops, update_flops
-from benchmarks.random_batches import Range, random_requests, scored_table
-from benchmarks.random_models import SHAPES, write_config, write_model
+from benchmarks.compare.flops import forward_flops, update_flops
+from benchmarks.random_batches import Range, lengths_of, random_requests, scored_table
+from benchmarks.random_models import SHAPES, decoder_shape, write_config, write_model
 from ppo_ray.config import Config
 from ppo_ray.engines.base import Request, Sampling
 from ppo_ray.engines.hf import HFEngine
@@ -83,7 +83,7 @@ def measure(shape: str, options: argparse.Namespace, peak: Peak, folder: Path) -
     """
     device = default_device()
     config = _config(shape, options, folder)
-    model_config = write_config(shape, folder)
+    sizes = decoder_shape(write_config(shape, folder))
     parameters = _check_memory(config, device, shape)
     try:
         write_model(shape, folder, torch.bfloat16, str(device))
@@ -95,15 +95,16 @@ def measure(shape: str, options: argparse.Namespace, peak: Peak, folder: Path) -
                 forget_peak_memory(device)
             responses = (config.rollout.min_response_tokens, config.rollout.max_response_tokens)
             size = config.rollout.batch_size
-            requests = random_requests(size, PROMPT_TOKENS, responses, model_config.vocab_size, step)
+            requests = random_requests(size, PROMPT_TOKENS, responses, sizes.vocab, step)
             taken.append(_step(engine, learner, requests, buffers, device, step))
-            lengths.append(([len(one.prompt_ids) for one in requests], [one.max_tokens for one in requests]))
+            lengths.append(lengths_of(requests))
     except torch.OutOfMemoryError as error:
         line = str(error).partition("\n")[0]
         raise InputError(f"{shape}: out of memory on {name_of(device)}: {line} {_REMEDY}") from error
     seconds = {phase: statistics.median(step[phase] for step in taken[1:]) for phase in PHASES}
-    forward = statistics.fmean(forward_flops(model_config, *step) for step in lengths[1:])
-    update = statistics.fmean(update_flops(model_config, *step, config.ppo.epochs) for step in lengths[1:])
+    forward = statistics.fmean(forward_flops(sizes, step) for step in lengths[1:])
+    epochs = statistics.fmean(update_flops(sizes, step, config.ppo.epochs) for step in lengths[1:])
+    update = 2 * forward + epochs  # policy and reference look at the batch before it is learnt
     return Result(
         shape,
         parameters,

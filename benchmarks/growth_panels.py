@@ -17,10 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.compare.flops import forward_flops, update_flops
 from benchmarks.growth_series import Point, Series
-from benchmarks.model_flops import forward_flops, update_flops
-from benchmarks.random_batches import Range, random_completions, random_requests, scored_table
-from benchmarks.random_models import write_model
+from benchmarks.random_batches import Range, lengths_of, random_completions, random_requests, scored_table
+from benchmarks.random_models import decoder_shape, write_model
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
 from ppo_ray.engines.base import Engine, Request, Sampling
 from ppo_ray.learner import PPOLearner
@@ -51,7 +51,7 @@ class Scale:
     size_batch: int = 32
     workers_batch: int = 32
     """Trajectories a worker and step."""
-    steps: int = 20
+    steps: int = 10
     """With so many workers, after those that warm up."""
     round_s: float = 0.5
     """A call is repeated for so long a round, and made once at least."""
@@ -72,26 +72,29 @@ class Subject:
 
     def __init__(self, shape: str, folder: Path, scale: Scale, max_context: int) -> None:
         """Write the model and load it into both."""
-        self.config = write_model(shape, folder)
+        config = write_model(shape, folder)
+        self.shape = decoder_shape(config)
         self.learner = PPOLearner.load(ModelConfig(path=str(folder)), PPOConfig(epochs=EPOCHS), LearnerConfig())
         self.engine = _start(scale.engine, str(folder), max_context)
         self.parameters = sum(tensor.numel() for _, tensor in self.learner.named_weights())
         self._scale, self._buffers = scale, Buffers()
 
     def requests(self, number: int, responses: Range, prompts: Range = (2, 8)) -> list[Request]:
-        return random_requests(number, prompts, responses, self.config.vocab_size)
+        return random_requests(number, prompts, responses, self.shape.vocab)
 
     def learn(self, batches: Batches) -> list[Point]:
         """Measure an update on each batch."""
-        tables = [scored_table(batch, random_completions(batch, self.config.vocab_size)) for _, batch in batches]
+        tables = [scored_table(batch, random_completions(batch, self.shape.vocab)) for _, batch in batches]
         seconds = self._seconds([partial(self.learner.update, table, 0) for table in tables])
-        work = [update_flops(self.config, *_lengths(batch), EPOCHS) / 1e9 for _, batch in batches]
+        forward = [forward_flops(self.shape, lengths_of(batch)) for _, batch in batches]
+        epochs = [update_flops(self.shape, lengths_of(batch), EPOCHS) for _, batch in batches]
+        work = [(2 * one + more) / 1e9 for one, more in zip(forward, epochs, strict=True)]  # 2: policy and reference
         return [Point(x, *rest) for (x, _), *rest in zip(batches, work, seconds, strict=True)]
 
     def generate(self, batches: Batches) -> list[Point]:
         """Measure the generation of each batch."""
         seconds = self._seconds([partial(self.engine.generate, batch, Sampling()) for _, batch in batches])
-        work = [forward_flops(self.config, *_lengths(batch)) / 1e9 for _, batch in batches]
+        work = [forward_flops(self.shape, lengths_of(batch)) / 1e9 for _, batch in batches]
         return [Point(x, *rest) for (x, _), *rest in zip(batches, work, seconds, strict=True)]
 
     def publish(self, x: float) -> Point:
@@ -185,11 +188,6 @@ def _start(engine: str, path: str, max_context: int) -> Engine:
     from ppo_ray.engines.vllm import VLLMEngine
 
     return VLLMEngine(path, max_context=max_context)
-
-
-def _lengths(requests: Sequence[Request]) -> tuple[list[int], list[int]]:
-    """Return the tokens of the prompts and of the responses, which all have their full length."""
-    return [len(request.prompt_ids) for request in requests], [request.max_tokens for request in requests]
 
 
 def main() -> None:

@@ -83,10 +83,13 @@ def draw(series: Sequence[Series], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
 
-    columns = min(3, len(series))
+    columns = min(4, len(series))
     rows = -(-len(series) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3 * rows), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(3.6 * columns, 3 * rows), layout="constrained", squeeze=False
+    )
     for one, axis in zip(series, axes.flat, strict=False):
         x = [point.x for point in one.points]
         cheapest = min(one.points, key=lambda point: point.seconds / point.work)
@@ -95,6 +98,8 @@ def draw(series: Sequence[Series], path: Path) -> None:
         axis.plot(x, work, "--", color="grey", label="as the work")
         axis.set(xscale="log", yscale="log", xlabel=one.panel, ylabel="s", title=one.quantity)
         axis.set_xticks(x, [f"{value:g}" for value in x], minor=False)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.minorticks_off()
         axis.legend(fontsize="small")
     for axis in axes.flat[len(series) :]:

@@ -25,6 +25,11 @@ def random_requests(number: int, prompts: Range, responses: Range, vocab_size: i
     ]
 
 
+def lengths_of(requests: Sequence[Request]) -> list[tuple[int, int]]:
+    """Return the tokens of each prompt and of its response, which nothing ends before its limit."""
+    return [(len(request.prompt_ids), request.max_tokens) for request in requests]
+
+
 def random_completions(requests: Sequence[Request], vocab_size: int, seed: int = 0) -> list[Completion]:
     """Draw a response of full length to each request."""
     rng = np.random.default_rng(seed)

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from benchmarks.compare.flops import DecoderShape
+
 
 def _llama(vocab: int, hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int) -> LlamaConfig:
     """Return a Llama with a tied head."""
@@ -38,6 +40,18 @@ SHAPES: dict[str, Callable[[], Any]] = {
     "1b": lambda: _llama(vocab=128256, hidden=2048, layers=16, intermediate=8192, heads=32, kv_heads=8),
 }
 """By name: a tiny one, three sizes of the same proportions (135m is SmolLM2's), GPT-2's 124M, and Llama 3.2's 1B."""
+
+
+def decoder_shape(config: Any) -> DecoderShape:
+    """Return the sizes by which operations are counted.
+
+    GPT-2's layers have two maps from and to a width where a Llama's have three: as many weights at 2/3 of that width.
+    """
+    if config.model_type != "gpt2":
+        return DecoderShape.of(config.to_dict())
+    hidden = config.n_embd
+    intermediate = (config.n_inner or 4 * hidden) * 2 // 3
+    return DecoderShape(config.n_layer, hidden, intermediate, hidden, hidden, config.vocab_size)
 
 
 def write_config(shape: str, folder: Path) -> Any:
