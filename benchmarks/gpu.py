@@ -83,7 +83,8 @@ def measure(shape: str, options: argparse.Namespace, peak: Peak, folder: Path) -
     """
     device = default_device()
     config = _config(shape, options, folder)
-    sizes = decoder_shape(write_config(shape, folder))
+    responses = (config.rollout.min_response_tokens, config.rollout.max_response_tokens)
+    batch_size, sizes = config.rollout.batch_size, decoder_shape(write_config(shape, folder))
     parameters = _check_memory(config, device, shape)
     try:
         write_model(shape, folder, torch.bfloat16, str(device))
@@ -93,9 +94,7 @@ def measure(shape: str, options: argparse.Namespace, peak: Peak, folder: Path) -
         for step in range(1 + options.steps):
             if step == 1:
                 forget_peak_memory(device)
-            responses = (config.rollout.min_response_tokens, config.rollout.max_response_tokens)
-            size = config.rollout.batch_size
-            requests = random_requests(size, PROMPT_TOKENS, responses, sizes.vocab, step)
+            requests = random_requests(batch_size, PROMPT_TOKENS, responses, sizes.vocab, step)
             taken.append(_step(engine, learner, requests, buffers, device, step))
             lengths.append(lengths_of(requests))
     except torch.OutOfMemoryError as error:
@@ -108,11 +107,11 @@ def measure(shape: str, options: argparse.Namespace, peak: Peak, folder: Path) -
     return Result(
         shape,
         parameters,
-        config.rollout.batch_size,
+        batch_size,
         responses,
         config.learner.microbatch_tokens,
         seconds,
-        samples_per_s=config.rollout.batch_size / seconds["step_s"],
+        samples_per_s=batch_size / seconds["step_s"],
         learner_mfu=update / seconds["learner_s"] / peak.tflops / 1e12,
         step_mfu=(forward + update) / seconds["step_s"] / peak.tflops / 1e12,
         generate_mfu=forward / seconds["generate_s"] / peak.tflops / 1e12,
