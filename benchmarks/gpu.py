@@ -103,7 +103,7 @@ def measure(shape: str, options: argparse.Namespace, peak: Peak, folder: Path) -
     seconds = {phase: statistics.median(step[phase] for step in taken[1:]) for phase in PHASES}
     forward = statistics.fmean(forward_flops(sizes, step) for step in lengths[1:])
     epochs = statistics.fmean(update_flops(sizes, step, config.ppo.epochs) for step in lengths[1:])
-    update = 2 * forward + epochs  # policy and reference look at the batch before it is learnt
+    update = forward + epochs  # at least: the first epoch's forward pass knows the old log-probabilities
     return Result(
         shape,
         parameters,

@@ -88,7 +88,8 @@ class Subject:
         seconds = self._seconds([partial(self.learner.update, table, 0) for table in tables])
         forward = [forward_flops(self.shape, lengths_of(batch)) for _, batch in batches]
         epochs = [update_flops(self.shape, lengths_of(batch), EPOCHS) for _, batch in batches]
-        work = [(2 * one + more) / 1e9 for one, more in zip(forward, epochs, strict=True)]  # 2: policy and reference
+        looks = [_looks(batch) for _, batch in batches]
+        work = [(look * one + more) / 1e9 for look, one, more in zip(looks, forward, epochs, strict=True)]
         return [Point(x, *rest) for (x, _), *rest in zip(batches, work, seconds, strict=True)]
 
     def generate(self, batches: Batches) -> list[Point]:
@@ -129,6 +130,12 @@ class Subject:
                     if now - begun >= self._scale.round_s:
                         break
         return [statistics.median(found) for found in seconds]
+
+
+def _looks(batch: Sequence[Request]) -> int:
+    """Return how many models look at a batch before it is learnt: the reference, and the policy too if one forward pass
+    does not hold it; of one pass the policy's is the first epoch's own."""
+    return 1 if sum(sum(lengths) - 1 for lengths in lengths_of(batch)) <= LearnerConfig().microbatch_tokens else 2
 
 
 def over_batch(subject: Subject, scale: Scale) -> Iterator[Series]:
