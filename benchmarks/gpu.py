@@ -30,7 +30,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.card import Peak, find_peak, forget_peak_memory, free_bytes, name_of, peak_memory, synchronize
-from benchmarks.compare.flops import forward_flops, update_flops
+from benchmarks.flops import forward_flops, update_flops
 from benchmarks.random_batches import Range, lengths_of, random_requests, scored_table
 from benchmarks.random_models import SHAPES, decoder_shape, write_config, write_model
 from ppo_ray.config import Config

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from benchmarks.compare.flops import DecoderShape
+from benchmarks.flops import DecoderShape
 
 
 def _llama(vocab: int, hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int) -> LlamaConfig:

@@ -26,10 +26,10 @@ from rich.progress import (
 
 from benchmarks.compare import findings, picture, report
 from benchmarks.compare.arms import ARMS, ArmRun
-from benchmarks.compare.flops import DecoderShape
 from benchmarks.compare.machine import Machine
 from benchmarks.compare.rounds import Round
 from benchmarks.compare.settings import Settings, code_digest
+from benchmarks.flops import DecoderShape
 from ppo_ray.errors import PPORayError
 
 

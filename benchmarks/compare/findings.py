@@ -6,9 +6,9 @@ from typing import Any
 
 from benchmarks.compare import summary
 from benchmarks.compare.arms import ARMS, FIGURES
-from benchmarks.compare.flops import DecoderShape
 from benchmarks.compare.machine import Machine
 from benchmarks.compare.summary import Agreement, Rounds, Spread
+from benchmarks.flops import DecoderShape
 
 OURS = "ppo-ray"
 LEAST_SPEEDUP = {"trl": (3.0, 5.0), "trl-batched": (1.5, 2.5)}

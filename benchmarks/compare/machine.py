@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.compare.flops import DecoderShape
+from benchmarks.flops import DecoderShape
 
 _REPEATS = 15
 _COPY_BYTES = 512 << 20

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.compare.arms import FIGURES, PHASES, ArmRun, Step
-from benchmarks.compare.flops import DecoderShape, forward_flops, update_flops
 from benchmarks.compare.machine import Machine
+from benchmarks.flops import DecoderShape, forward_flops, update_flops
 
 WARM_UP_STEPS = 1
 """First steps of each run, in no time: what is allocated, compiled and read for the first time."""

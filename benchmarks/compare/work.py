@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.compare.flops import DecoderShape
+from benchmarks.flops import DecoderShape
 from ppo_ray.actors.rollout import drawn_limits
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.compare.flops import DecoderShape, forward_flops, update_flops
+from benchmarks.flops import DecoderShape, forward_flops, update_flops
 from ppo_ray.errors import InputError
 
 CONFIG = {

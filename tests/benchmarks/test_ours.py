@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from benchmarks.compare import machine
-from benchmarks.compare.flops import DecoderShape
 from benchmarks.compare.ours import read_steps, run_config
+from benchmarks.flops import DecoderShape
 from ppo_ray import trajectory
 from ppo_ray.actors.learner import write_trajectories
 

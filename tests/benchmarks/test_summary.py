@@ -2,8 +2,8 @@ import pytest
 
 from benchmarks.compare import summary
 from benchmarks.compare.findings import Findings, Task, find
-from benchmarks.compare.flops import DecoderShape
 from benchmarks.compare.machine import Machine
+from benchmarks.flops import DecoderShape
 from tests.benchmarks.runs import make_run
 
 SHAPE = DecoderShape(layers=1, hidden=1, intermediate=0, query_width=1, key_width=0, vocab=5)

@@ -1,4 +1,4 @@
-"""How cost grows: `python benchmarks/growth.py [--quick] [--only batch,length,size,workers] [--output DIR]`.
+"""How cost grows: `python -m benchmarks.growth [--quick] [--only batch,length,size,workers] [--output DIR]`.
 
 Measures the learner's update, vLLM's generation, the way of the weights, and the loop over Ray actors, as the batch,
 the responses, the model and the number of rollout workers grow; the models' weights are random. Each is held against
@@ -19,12 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.growth_series import TOLERANCE, Point, Series, draw, say_verdicts, show
+from benchmarks.growth.series import TOLERANCE, Point, Series, draw, say_verdicts, show
 from ppo_ray.engines.vllm import CPU_ENVIRONMENT, ENVIRONMENT
 
-MEASURES = Path(__file__).with_name("growth_panels.py")
+MEASURES = "benchmarks.growth.panels"
 PROCESSES = (("batch", "length"), ("size",), ("workers",))
 """The panels, and which of them share a process, and with it the start of an engine."""
 
@@ -33,7 +31,7 @@ def run(panels: Sequence[str], quick: bool) -> list[Series]:
     """Measure panels in a process of their own, in the environment that engines and learners have in a run."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "series.json"
-        command = [sys.executable, str(MEASURES), *panels, "--output", str(found)]
+        command = [sys.executable, "-m", MEASURES, *panels, "--output", str(found)]
         environment = os.environ | ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         environment |= {} if _has_gpu() else CPU_ENVIRONMENT
         if subprocess.run([*command, *(["--quick"] if quick else [])], env=environment).returncode:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import growth
-from benchmarks.growth_panels import QUICK, measure
-from benchmarks.growth_series import Point, Series, draw, say_verdicts, show
+from benchmarks.growth import __main__ as growth
+from benchmarks.growth.panels import QUICK, measure
+from benchmarks.growth.series import Point, Series, draw, say_verdicts, show
 
 
 def series(*seconds: float, work: tuple[float, ...] = (1, 2, 4, 8)) -> Series:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from benchmarks.compare.flops import forward_flops, update_flops
+from benchmarks.flops import forward_flops, update_flops
 from benchmarks.random_models import SHAPES, decoder_shape, write_model
 
 

@@ -1,12 +1,11 @@
 """Measures of one process, without Ray: learner, engine and weights, as batch, response length and model grow.
 
-`benchmarks/growth.py` runs this file in a process of its own, whose environment is that of the package's actors.
+`benchmarks.growth` runs this module in a process of its own, whose environment is that of the package's actors.
 """
 
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.compare.flops import forward_flops, update_flops
-from benchmarks.growth_series import Point, Series
+from benchmarks.flops import forward_flops, update_flops
+from benchmarks.growth.series import Point, Series
 from benchmarks.random_batches import Range, lengths_of, random_completions, random_requests, scored_table
 from benchmarks.random_models import decoder_shape, write_model
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
@@ -206,7 +203,7 @@ def main() -> None:
     options = parser.parse_args()
     scale = QUICK if options.quick else FULL
     if "workers" in options.panels:
-        from benchmarks.growth_workers import over_workers
+        from benchmarks.growth.workers import over_workers
 
         series = over_workers(scale)
     else:
