@@ -136,7 +136,8 @@ class LearnerConfig(Section):
     gpus: float = Field(default=0.0, ge=0)
     """GPUs per rank; a fraction lets a single rank share one."""
     microbatch_tokens: int = Field(default=1024, ge=1)
-    """Prompt and response tokens, padding included, a forward; trades memory for speed, never changes the gradient."""
+    """Prompt and response tokens, padding included, a forward; trades memory for speed, never changes the gradient. An
+    update whose only mini-batch fits into one saves a forward pass."""
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     """What a rank holds of policy, critic, reference, gradients and optimizer: all of it (ddp), or a share of each, a
     layer being gathered when it is at work (fsdp2; with one rank there is nothing to share). docs/ranks.md: bytes."""
