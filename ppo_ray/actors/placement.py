@@ -12,6 +12,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ppo_ray import stopping
+from ppo_ray.allocation import CPU_ALLOCATION
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
 from ppo_ray.plan import ActorSpec, ClusterShape, Node, Request, requested
@@ -69,16 +70,8 @@ def reward_spec(config: Config) -> ActorSpec:
 
 
 def learner_spec(config: Config) -> ActorSpec:
-    """Return what the learner needs; on a CPU it keeps freed pages, whose first touch costs as much as their use."""
-    environment = (
-        {}
-        if config.learner.gpus
-        else {
-            "MALLOC_MMAP_THRESHOLD_": "4000000000",
-            "MALLOC_TRIM_THRESHOLD_": "8000000000",
-            "MALLOC_ARENA_MAX": "1",
-        }
-    )
+    """Return what the learner needs; on a CPU it allocates as `CPU_ALLOCATION` says."""
+    environment = {} if config.learner.gpus else CPU_ALLOCATION
     return replace(actor_specs(config)["learner"], environment=environment)
 
 

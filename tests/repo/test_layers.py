@@ -31,7 +31,7 @@ LAYERS = [
     ("config",),
     ("assets",),
     ("metrics", "seeding", "ranks"),
-    ("agreement", "atomic", "events", "stopping"),
+    ("agreement", "allocation", "atomic", "events", "stopping"),
     ("errors",),
 ]
 """Top modules; one imports only those of lower rows (and its own package)."""
