@@ -25,10 +25,10 @@ def folder(tmp_path: Path) -> Path:
         "deep/__pycache__/judge.pyc": 13,
     }
     for name, size in files.items():
-        path = tmp_path / "work" / name
+        path = tmp_path / "job" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x" * size)
-    return tmp_path / "work"
+    return tmp_path / "job"
 
 
 def test_ray_s_own_exclusions_are_left_out(folder: Path) -> None:
@@ -50,7 +50,7 @@ def test_ignore_files_are_followed_wherever_they_lie(folder: Path, monkeypatch: 
     found = Package.of(folder)
     assert set(found.files) == {"judge.py", "data/films.csv", "data/.gitignore", "data/.rayignore", ".gitignore"}
     assert found.holds("data") and found.holds("./data/films.csv") and not found.holds("data/big.bin")
-    assert not found.holds("dat") and not found.holds("runs") and not found.holds("../work/judge.py")
+    assert not found.holds("dat") and not found.holds("runs") and not found.holds("../job/judge.py")
     monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
     assert Package.of(folder).holds("runs")
 
