@@ -43,6 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="samples a step; 128 is the notebook's")
     parser.add_argument("--steps", type=int, default=10, help="of each run, the first of which is in no time")
     parser.add_argument("--rounds", type=int, default=3, help="each runs all arms, with a seed of its own")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the first round; each later round has the next")
     parser.add_argument("--threads", type=int, default=2, help="that every phase of every arm may use")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--output", type=Path, default=None, help="folder; default: runs/benchmark/ and the time")
@@ -107,6 +108,7 @@ def compare(given: argparse.Namespace, console: Console) -> None:
         batch_size=given.batch_size,
         steps=given.steps,
         rounds=given.rounds,
+        first_seed=given.first_seed,
         threads=given.threads,
         arms=given.arms,
         overrides=given.overrides,

@@ -38,8 +38,13 @@ class Round:
 
     settings: Settings
     number: int
-    """From 0; the seed of all arms."""
+    """From 0."""
     folder: Path
+
+    @property
+    def seed(self) -> int:
+        """Of all arms."""
+        return self.settings.first_seed + self.number
 
     @property
     def arms(self) -> list[str]:
@@ -51,7 +56,7 @@ class Round:
     def config(self) -> Config:
         """Of ppo_ray's run, by which the others' work is made too."""
         settings, run = self.settings, self.folder / "ppo-ray" / "run"
-        return run_config(settings.batch_size, settings.steps, self.number, settings.threads, run, settings.overrides)
+        return run_config(settings.batch_size, settings.steps, self.seed, settings.threads, run, settings.overrides)
 
     def machine(self) -> Machine:
         """Return what the machine can do, measured in this round."""
@@ -96,7 +101,7 @@ class Round:
         )
         steps = read_steps(folder / "run")
         shutil.rmtree(folder / "run" / "checkpoints")  # some GB
-        return self._checked(ArmRun("ppo-ray", self.number, steps, memory.peak_mib, memory.peak_processes))
+        return self._checked(ArmRun("ppo-ray", self.seed, steps, memory.peak_mib, memory.peak_processes))
 
     def _trl(self, arm: str, folder: Path, tell: Tell) -> ArmRun:
         if not TRL_PYTHON.is_file():
@@ -113,7 +118,7 @@ class Round:
             _QUIET | _threads(threads),
         )
         steps = [step_from(json.loads(line)) for line in lines.read_text(encoding="utf-8").splitlines()]
-        return self._checked(ArmRun(arm, self.number, steps, memory.peak_mib, memory.peak_processes))
+        return self._checked(ArmRun(arm, self.seed, steps, memory.peak_mib, memory.peak_processes))
 
     def _checked(self, run: ArmRun) -> ArmRun:
         """Check that an arm did the work: all steps, and each sample's prompt and limit."""

@@ -20,6 +20,9 @@ class Settings:
     batch_size: int
     steps: int
     rounds: int
+    """May become more: those that are done stay."""
+    first_seed: int
+    """Of round 0; each later round has the next."""
     threads: int
     arms: list[str]
     overrides: list[str]
@@ -37,7 +40,9 @@ class Settings:
         if path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
             changed = [
-                f"{name}: {found.get(name)} -> {value}" for name, value in fields.items() if found.get(name) != value
+                f"{name}: {found.get(name)} -> {value}"
+                for name, value in fields.items()
+                if name != "rounds" and found.get(name) != value
             ]
             if changed:
                 raise InputError(

@@ -69,8 +69,8 @@ def test_trls_script_knows_nothing_of_ppo_ray():
     }
 
 
-def make_settings(code: str = "a") -> Settings:
-    return Settings(4, 2, 3, 2, ["trl", "trl-batched", "ppo-ray"], [], code)
+def make_settings(code: str = "a", rounds: int = 3) -> Settings:
+    return Settings(4, 2, rounds, 7, 2, ["trl", "trl-batched", "ppo-ray"], [], code)
 
 
 def test_the_order_of_the_arms_turns(tmp_path):
@@ -79,9 +79,14 @@ def test_the_order_of_the_arms_turns(tmp_path):
     assert [order[0] for order in orders[:3]] == ["trl", "trl-batched", "ppo-ray"]
 
 
+def test_each_round_has_a_seed_of_its_own(tmp_path):
+    rounds = [Round(make_settings(), number, tmp_path) for number in range(3)]
+    assert [(round_.seed, round_.config.seed) for round_ in rounds] == [(7, 7), (8, 8), (9, 9)]
+
+
 def test_results_go_on_only_under_the_same_settings_and_code(tmp_path):
     make_settings().claim(tmp_path / "out")
-    make_settings().claim(tmp_path / "out")
+    make_settings(rounds=5).claim(tmp_path / "out")
     with pytest.raises(InputError, match="code: a -> b"):
         make_settings("b").claim(tmp_path / "out")
 
