@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing by more, and pytest has a process a core
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # read with torch; engines on a CPU have it, and gain ten seconds
 
 from collections.abc import Iterator
