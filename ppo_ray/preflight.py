@@ -4,12 +4,13 @@ All at once.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ppo_ray.config import Config, Trust, transport_problems
 from ppo_ray.errors import InputError
+from ppo_ray.labels import find_label
 from ppo_ray.prompts import usable_texts
 from ppo_ray.reward_function import load_function
 
@@ -132,10 +133,10 @@ def _reward_problems(config: Config) -> Iterator[str]:
         yield problem
         return
     yield from _tokenizer_problems("reward.path", str(reward.path), reward.trust)
-    labels: Mapping[int, str] = classifier.id2label or {}
-    if reward.label not in labels.values():
-        known = ", ".join(map(str, labels.values())) or "none"
-        yield f"reward.label={reward.label}: {reward.path} has no such label; it has {known}"
+    try:
+        find_label(classifier.id2label or {}, reward.label, str(reward.path))
+    except InputError as error:
+        yield str(error)
 
 
 def _prompt_problems(config: Config) -> Iterator[str]:

@@ -3,13 +3,14 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from ppo_ray.config import NO_TRUST, Trust
 from ppo_ray.errors import InputError
+from ppo_ray.labels import find_label
 from ppo_ray.models.loading import default_device, load_pretrained, load_tokenizer
 
 Transform = Literal["logit", "softmax", "sigmoid"]
@@ -110,17 +111,3 @@ class Classifier:
         elif self._transform == "sigmoid":
             logits = logits.sigmoid()
         return logits[:, self._label].tolist()
-
-
-def find_label(id2label: dict[int, Any], label: str, path: str) -> int:
-    """Return the index of the label of that name; a model's only label, if it has no name of its own, takes any.
-
-    Raises:
-        InputError: the model has no such label; the message lists those it has.
-    """
-    by_name = {str(name): int(index) for index, name in id2label.items()}
-    if label in by_name:
-        return by_name[label]
-    if list(by_name) == ["LABEL_0"]:  # a reward model with one nameless output
-        return 0
-    raise InputError(f"reward.label={label!r} is not a label of {path!r}; it has {sorted(by_name)}")

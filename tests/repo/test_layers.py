@@ -25,7 +25,7 @@ LAYERS = [
     ("master_weights",),
     ("models",),
     ("weights", "trajectory", "staleness", "report", "preflight", "resume"),
-    ("evaluation", "run_folder", "prompts", "reward_function", "plan"),
+    ("evaluation", "run_folder", "prompts", "reward_function", "labels", "plan"),
     ("prompt_source", "checkpoint"),
     ("algo",),
     ("config",),
