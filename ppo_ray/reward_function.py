@@ -3,7 +3,9 @@
 import importlib
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 from ppo_ray.errors import InputError
@@ -21,7 +23,8 @@ def load_function(name: str) -> Callable[[list[str], list[str]], Scores]:
     """Import a function by name.
 
     Args:
-        name: `package.module:function`; the module must be importable where the reward workers run.
+        name: `package.module:function`; the module must be importable where the reward workers run, or lie in the
+            folder that the run was started in.
 
     Raises:
         InputError: there is no such module or function, it is not callable, or the module is a script that exits.
@@ -29,10 +32,14 @@ def load_function(name: str) -> Callable[[list[str], list[str]], Scores]:
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise InputError(f"reward.function={name!r}: not of the form package.module:function")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # the last, so that it hides nothing; `python -m ppo_ray` has it as the first
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"reward.function={name!r}: {error}; is its folder on PYTHONPATH?") from error
+        raise InputError(
+            f"reward.function={name!r}: {error}; its folder must be the current one, or on PYTHONPATH"
+        ) from error
     except SystemExit as error:
         raise InputError(
             f"reward.function={name!r}: importing {module_name} ended in sys.exit({error.code!r}); put what only a "

@@ -1,4 +1,5 @@
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,15 @@ def test_what_is_not_a_number_a_text() -> None:
 def test_bad_names(bad: str) -> None:
     with pytest.raises(InputError, match="reward.function"):
         load_function(bad)
+
+
+def test_the_current_folder_has_what_no_other_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])  # as a console script has it
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward_of_this_folder.py").write_text("def score(prompts, responses): return [7.0]")
+    (tmp_path / "colorsys.py").write_text("raise AssertionError('not the one that was meant')")
+    assert load_function("reward_of_this_folder:score")([], []) == [7.0]
+    assert load_function("colorsys:rgb_to_hls")(1.0, 1.0, 1.0) == (0.0, 1.0, 0.0)
 
 
 def test_a_module_that_is_a_script_is_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

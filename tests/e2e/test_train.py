@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -76,8 +77,8 @@ def test_a_reward_function_that_fails_on_some_texts(ppo_ray: CommandLine, tmp_pa
         "def score(prompts, responses):\n"
         "    return [None if i == 0 else float(len(r)) for i, r in enumerate(responses)]\n"
     )
-    ppo_ray.environment["PYTHONPATH"] = str(tmp_path)
-    result = ppo_ray.train("rollout.engine=hf", "steps=1", "reward.path=null", "reward.function=own_reward:score")
+    in_its_folder = replace(ppo_ray, prefix=("env", f"--chdir={tmp_path}"))
+    result = in_its_folder.train("rollout.engine=hf", "steps=1", "reward.path=null", "reward.function=own_reward:score")
     assert result.returncode == 0, result.stderr
     table = pq.read_table(tmp_path / "run" / "trajectories" / "step-00000.parquet")
     assert table.column("score").null_count == 2  # the first of each worker's shard
