@@ -26,6 +26,7 @@ from ppo_ray.trl.config import PPOConfig
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead
 
 _LOG = logging.getLogger(__name__)
+_SECTIONS = ("output_dir", "rollout", "learner", "ray")
 _ARGUMENTS = {
     "max_new_tokens",
     "do_sample",
@@ -57,8 +58,8 @@ class OnRay:
             model: copied to the actors, and brought up to date after each update.
             ref_model: copied to the learner.
             tokenizer: the models'.
-            options: ppo_ray's, as on the command line, e.g. `["rollout.workers=2"]`. On several nodes `output_dir`,
-                which the models are written to, must be a folder that all of them see.
+            options: ppo_ray's of rollout, learner and ray, as on the command line, e.g. `["rollout.workers=2"]`. On
+                several nodes `output_dir`, which the models are written to, must be a folder that all of them see.
 
         Raises:
             ValueError: a parameter of the model is frozen, which the learner would not know.
@@ -153,6 +154,12 @@ def _log_event(event: Event) -> None:
 
 def _ray_config(config: PPOConfig, folder: str, options: Sequence[str]) -> Config:
     """Make a config of ppo_ray's; it has prompts and rewards of its own, which a trainer does without."""
+    others = [option for option in options if option.partition("=")[0].partition(".")[0] not in _SECTIONS]
+    if others:
+        raise InputError(
+            f"on_ray: {', '.join(others)} cannot be set here, only output_dir and what is in rollout, learner and ray: "
+            "the algorithm is the PPOConfig's, models and scores are the script's"
+        )
     given = load_config(
         None,
         [
