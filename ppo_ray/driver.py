@@ -13,7 +13,7 @@ from ppo_ray.actors.launch import Actors, check_engines, launch
 from ppo_ray.actors.session import ray_session
 from ppo_ray.checkpoint import Checkpoints, RunState
 from ppo_ray.config import Config
-from ppo_ray.errors import PPORayError, WorkerLost
+from ppo_ray.errors import PPORayError, WorkerError, WorkerLost
 from ppo_ray.evaluation import Evaluation
 from ppo_ray.events import Event
 from ppo_ray.held_out import evaluate, prompt_stream
@@ -83,8 +83,14 @@ def check(config: Config, console: Console) -> None:
 
 
 def whatever_the_learner(run: Run, actors: Actors, work: Callable[[], Result]) -> Result:
-    """Do the work; a lost learner is rebuilt from the newest checkpoint, and the work is taken up from there."""
+    """Do the work; a lost learner is rebuilt from the newest checkpoint, and the work is taken up from there.
+
+    Raises:
+        WorkerError: it was lost too often (`ray.max_restarts`) without a step more than before.
+    """
+    limit = run.config.ray.max_restarts
     lost: WorkerLost | None = None
+    losses, furthest = 0, run.state.step
     while True:
         try:
             if lost is not None:
@@ -92,6 +98,13 @@ def whatever_the_learner(run: Run, actors: Actors, work: Callable[[], Result]) -
             return work()
         except WorkerLost as error:
             lost = error
+            losses = losses + 1 if run.state.step <= furthest else 1
+            furthest = max(furthest, run.state.step)
+            if losses > limit:
+                raise WorkerError(
+                    f"{lost.name} was lost {losses} times in a row (ray.max_restarts={limit}), and the run came no "
+                    f"further than step {furthest}; the last time: {lost}"
+                ) from lost
 
 
 def rebuild_learner(run: Run, actors: Actors, lost: WorkerLost) -> None:
@@ -116,10 +129,11 @@ def saved_if_it_ends(run: Run, actors: Actors) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, PPORayError):
             run.report(Event("interrupted", f"step {run.state.step} was not finished: {str(error).splitlines()[0]}"))
+        if not run.state.step:
+            raise
         try:
-            if run.state.step:
-                run.checkpoints.save(run.state, actors.learner.save)
-                run.checkpoints.finish()
+            run.checkpoints.save(run.state, actors.learner.save)
+            run.checkpoints.finish()
         except PPORayError as unsaved:
             run.say(f"the steps since the newest checkpoint could not be saved and will be made again: {unsaved}")
         else:

@@ -18,8 +18,8 @@ from ppo_ray import checkpoint
 from ppo_ray.actors.gauges import Gauges
 from ppo_ray.checkpoint import AHEAD, Checkpoints, RunState
 from ppo_ray.config import load_config
-from ppo_ray.driver import whatever_the_learner
-from ppo_ray.errors import WorkerLost
+from ppo_ray.driver import saved_if_it_ends, whatever_the_learner
+from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.loop import Run, run_overlapped, run_steps
 from ppo_ray.metrics import MetricsLog
 from ppo_ray.run_folder import RunFolder, config_text
@@ -118,10 +118,12 @@ def figures(version: int) -> dict[str, float]:
     return dict.fromkeys(names, 0.0) | {"learner/skipped_update": 0.0, "score/mean": float(version)}
 
 
-def train(world: World, loop: Callable[..., None], steps: int = STEPS, start: Path | None = None) -> Run:
+def train(
+    world: World, loop: Callable[..., None], steps: int = STEPS, start: Path | None = None, max_restarts: int = 99
+) -> Run:
     """Run a loop as the driver does, with a checkpoint after every other step."""
     options = ["model.path=m", "prompts.path=p", "reward.path=r", f"output_dir={world.folder}", f"steps={steps}"]
-    options += [f"rollout.batch_size={BATCH}", "checkpoint.every_steps=2"]
+    options += [f"rollout.batch_size={BATCH}", "checkpoint.every_steps=2", f"ray.max_restarts={max_restarts}"]
     config, folder = load_config(None, options), RunFolder(world.folder)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, config_text(config), lambda event: None)
     prompts: Any = Prompts()
@@ -193,3 +195,43 @@ def test_whatever_is_lost_the_policy_learns_the_same(
         assert [line["step"] for line in run.history] == list(range(STEPS))
         assert [line["score/mean"] for line in run.history] == [version for _, _, version in learnt(late)]
         assert world.engines == STEPS and run.state == RunState(STEPS, BATCH * STEPS, "f00")
+
+
+@dataclass
+class Doomed(World):
+    """The learner dies whenever it is to learn from one of these steps."""
+
+    fatal: tuple[int, ...] = ()
+
+    def update_held(self, step: int) -> SimpleNamespace:
+        if step in self.fatal:
+            raise WorkerLost("learner-0 (pid 7) was lost while updating", "learner-0")
+        return super().update_held(step)
+
+
+@pytest.mark.parametrize("loop", [run_steps, run_overlapped])
+def test_a_learner_that_dies_at_the_same_step_again_and_again_ends_the_run(
+    tmp_path: Path, loop: Callable[..., None]
+) -> None:
+    """Though it is rebuilt each time, publishes weights and makes the steps since the checkpoint again."""
+    world = Doomed(tmp_path, fatal=(3,))
+    message = r"learner-0 was lost 3 times in a row \(ray.max_restarts=2\), and the run came no further than step 3"
+    with pytest.raises(WorkerError, match=message) as caught:
+        train(world, loop, max_restarts=2)
+    assert not isinstance(caught.value, WorkerLost)
+    assert (world.calls.count("rebuild from step-00002"), world.calls.count("update 2")) == (2, 3)
+
+
+def test_a_learner_that_dies_now_and_then_does_not(tmp_path: Path) -> None:
+    world = World(tmp_path, iter([False, True, False, True, False, False, True, *[False] * 9, True, False]))
+    train(world, run_steps, max_restarts=2)
+    assert sum(call.startswith("rebuild") for call in world.calls) >= 3
+    assert world.learnt == learnt(late=0)
+
+
+def test_a_run_that_ends_before_its_first_step_says_of_no_checkpoint_that_it_is_there() -> None:
+    said: list[str] = []
+    run: Any = SimpleNamespace(state=RunState(), report=lambda event: said.append(event.message), say=said.append)
+    with pytest.raises(WorkerError, match="gone"), saved_if_it_ends(run, actors=Any):
+        raise WorkerError("gone")
+    assert said == ["step 0 was not finished: gone"]

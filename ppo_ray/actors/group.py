@@ -122,7 +122,9 @@ class ActorGroup:
                 seconds = time.monotonic() - began
                 message = f"{member.name} was replaced in {seconds:.1f} s: {lost}"
                 self._report(Event("worker_replaced", message, member.name))
+                failures = member.failures
                 self.brought_up(member)
+                member.failures = failures  # to catch up with the others is not yet to have done what it died at
                 return member
             except WorkerLost as again:
                 if again.name != member.name:

@@ -177,6 +177,9 @@ def test_who_dies_again_and_again_is_not_replaced_for_ever(make_group: Callable[
     with pytest.raises(WorkerError, match=r"toy-[01] was lost 2 times in a row \(ray.max_restarts=1\)") as caught:
         group.call("dying", lambda toy: toy.die.remote())
     assert not isinstance(caught.value, WorkerLost)
+    group.brought_up = lambda member: group.watch({member.handle.load.remote("W"): member}, "catching up")
+    with pytest.raises(WorkerError, match=r"toy-[01] was lost 2 times in a row"):  # though it catches up each time
+        group.call("dying", lambda toy: toy.die.remote())
     starting = make_group(max_restarts=2)
     with pytest.raises(WorkerError, match="toy-1 was lost 3 times in a row"):
         starting.setup("die")
