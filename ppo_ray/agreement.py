@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""Largest mean difference of log-probabilities, nats a token, by the engine's dtype; measured: 1e-5 and 0.03."""
+"""Largest mean difference of log-probabilities, nats a token, by the coarser dtype of both; measured: 1e-5, 0.03."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Agreement:
 
 
 def disagreement(agreement: Agreement, dtype: str) -> str | None:
-    """Say what is wrong with an engine of a dtype; None if it computes with what it was sent."""
+    """Say what is wrong with an engine; None if it computes with what it was sent. `dtype`: the coarser of the two."""
     tolerance = TOLERANCE[dtype]
     seen = f"{agreement.to_moved:.1e} nats a token off the learner with the weights it was sent"
     if math.isnan(agreement.to_moved) or agreement.to_moved > tolerance:

@@ -101,7 +101,8 @@ def check_engines(actors: Actors, config: Config, prompts: PromptBatch) -> list[
     """
     actors.rollout.load_weights(actors.learner.moved_weights())
     agreements = actors.learner.compare(actors.rollout.generate_everywhere(prompts, config.seed))
-    wrong = [problem for item in agreements if (problem := disagreement(item, config.rollout.dtype))]
+    coarser = "bfloat16" if "bfloat16" in (config.model.dtype, config.rollout.dtype) else "float32"
+    wrong = [problem for item in agreements if (problem := disagreement(item, coarser))]
     if wrong:
         raise WorkerError("after new weights " + "; ".join(wrong) + ". Its samples would be of another policy")
     return agreements
