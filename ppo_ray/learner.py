@@ -190,7 +190,8 @@ class PPOLearner:
         with peers_needed(self._layout.ranks.rank):
             reports, early = self._optimize(batch, experience, step, order, learned, forward)
         metrics |= update_metrics(reports, metrics["returns/std"]) | {"policy/early_stopped": float(early)}
-        self.controller = self.controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
+        if step >= self._ppo.value_warmup_steps:  # before, the KL is that of a policy that is not to move
+            self.controller = self.controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
         times.append(time.perf_counter())
         seconds = np.diff(times).tolist()
         self._updating = False

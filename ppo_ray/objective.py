@@ -78,7 +78,9 @@ def objective(
     entropy = weighted_sum(output.entropies, mask, weights)
     loss = policy.loss + ppo.value_coef * value.loss
     kl = torch.zeros_like(loss)
-    if ppo.kl_in == "loss" and ppo.kl_estimator != "full":
+    if ppo.kl_in == "loss":
+        if ppo.kl_estimator == "full":
+            raise ValueError("kl_estimator=full is for kl_in=reward; in the loss take k2 or k3")
         estimates = kl_estimate(output.logprobs, experience.ref_logprobs[place], mask, ppo.kl_estimator)
         kl = weighted_sum(estimates, mask, weights)
         loss = loss + kl_coef * kl

@@ -88,6 +88,7 @@ def test_assets_and_home_become_paths(tmp_path, monkeypatch):
             "ppo.gradient_accumulation: 3 equal parts cannot be made of a mini-batch of 128 trajectories",
         ),
         ("ppo.warmup_steps=101", "ppo.warmup_steps: 101 exceeds steps=100: the warm-up would never end"),
+        ("ppo.value_warmup_steps=100", "ppo.value_warmup_steps: 100 of steps=100: the policy would never learn"),
         (
             "model.critic_path=gpt2",
             "model.critic_path: is for model.critic=separate; set that, or leave critic_path out",
@@ -132,6 +133,13 @@ def test_sampling_that_the_learner_cannot_account_for_is_refused(name):
     (line,) = violations(*REQUIRED, f"rollout.{name}")
     assert line.startswith(f"rollout.{name.partition('=')[0]}: not offered: the learner's log-probabilities are those")
     assert "rollout.temperature" in line
+
+
+def test_the_plain_log_ratio_is_for_the_reward():
+    (line,) = violations(*REQUIRED, "ppo.kl_in=loss")
+    assert line.startswith("ppo.kl_in: loss is not for kl_estimator=k1") and "take k2" in line
+    for estimator in ("k2", "k3", "abs"):
+        assert load_config(None, [*REQUIRED, "ppo.kl_in=loss", f"ppo.kl_estimator={estimator}"]).ppo.kl_in == "loss"
 
 
 def test_the_full_divergence_is_for_the_reward():

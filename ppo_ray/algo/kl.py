@@ -1,5 +1,6 @@
 """How far the policy has moved from the reference, and the controllers of the penalty for it."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,8 +19,8 @@ def kl_estimate(
 ) -> torch.Tensor:
     """Estimate KL(policy || reference) from each sampled token, with d = log p(token) - log p_ref(token).
 
-    - k1 = d: unbiased, noisy, negative where the reference likes the token better (TRL 0.11: "kl"). Its gradient is
-      zero on average: in a loss it teaches nothing.
+    - k1 = d: unbiased, noisy, negative where the reference likes the token better (TRL 0.11: "kl"). Its gradient
+      does not depend on the reference: in a loss it teaches nothing on the policy's own samples, and does harm after.
     - k2 = d^2 / 2: biased, never negative; its gradient is that of the KL divergence (TRL 0.11: "mse").
     - k3 = exp(-d) - 1 + d: unbiased, never negative.
     - abs = |d| (TRL 0.11: "abs"); no estimate of the KL divergence, but of the distance in log-probability.
@@ -55,14 +56,19 @@ class AdaptiveKLController:
     """Steer the KL per sequence towards a target (Ziegler et al. 2019, sec. 2.2; TRL 0.11's AdaptiveKLController)."""
 
     kl_coef: float
-    """Weight of the KL penalty in the reward."""
+    """Weight of the KL penalty."""
     target: float
     """Wanted KL, summed over a sequence's tokens (not averaged: verl and OpenRLHF use another scale)."""
     horizon: float
     """Sequences over which a full error of 20% moves the coefficient by 20%."""
 
     def updated(self, kl_per_sequence: float, num_sequences: int) -> "AdaptiveKLController":
-        """Return the controller after a batch: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon."""
+        """Return the controller after a batch: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
+
+        A KL that is no number says nothing: the controller stays.
+        """
+        if math.isnan(kl_per_sequence):
+            return self
         error = min(max(kl_per_sequence / self.target - 1, -_MAX_RELATIVE_ERROR), _MAX_RELATIVE_ERROR)
         return replace(self, kl_coef=self.kl_coef * (1 + error * num_sequences / self.horizon))
 
@@ -72,7 +78,7 @@ class FixedKLController:
     """Keep the coefficient as it is."""
 
     kl_coef: float
-    """Weight of the KL penalty in the reward."""
+    """Weight of the KL penalty."""
 
     def updated(self, kl_per_sequence: float, num_sequences: int) -> "FixedKLController":
         """Return the controller itself."""

@@ -128,12 +128,22 @@ def _contradictions(config: Config) -> list[Contradiction]:
         ("ppo.kl_estimator", "ppo.kl_in"),
         "full is for kl_in=reward; with kl_in=loss take k2, whose gradient is the divergence's",
     )
-    for key, value in (("warmup_steps", ppo.warmup_steps), ("value_warmup_steps", ppo.value_warmup_steps)):
-        refuse_unless(
-            value <= config.steps,
-            (f"ppo.{key}", "steps"),
-            f"{value} exceeds steps={config.steps}: the warm-up would never end",
-        )
+    refuse_unless(
+        ppo.kl_estimator != "k1" or ppo.kl_in == "reward",
+        ("ppo.kl_in", "ppo.kl_estimator"),
+        "loss is not for kl_estimator=k1, whose gradient knows nothing of the reference: take k2, whose gradient is "
+        "the divergence's, or k3",
+    )
+    refuse_unless(
+        ppo.warmup_steps <= config.steps,
+        ("ppo.warmup_steps", "steps"),
+        f"{ppo.warmup_steps} exceeds steps={config.steps}: the warm-up would never end",
+    )
+    refuse_unless(
+        ppo.value_warmup_steps < config.steps,
+        ("ppo.value_warmup_steps", "steps"),
+        f"{ppo.value_warmup_steps} of steps={config.steps}: the policy would never learn",
+    )
     refuse_unless(
         config.model.critic == "separate" or config.model.critic_path is None,
         ("model.critic_path", "model.critic"),

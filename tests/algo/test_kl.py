@@ -76,6 +76,7 @@ def test_gradients_agree_with_finite_differences(estimator: str, seed: int) -> N
         (6.6, 100, 0.2 * (1 + 0.1 * 0.01)),  # 10% above
         (60.0, 100, 0.2 * (1 + 0.2 * 0.01)),  # far above: held at 20%
         (-3.0, 1000, 0.2 * (1 - 0.2 * 0.1)),  # negative estimate: held at -20%
+        (math.nan, 1000, 0.2),  # says nothing
     ],
 )
 def test_adaptive_controller_by_hand(kl: float, num_sequences: int, expected: float) -> None:
