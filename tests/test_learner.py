@@ -172,15 +172,17 @@ def test_the_learning_rate_follows_its_schedule_and_the_values_have_their_own(ti
 
 
 def test_in_the_value_warm_up_the_value_head_alone_learns(tiny_policy: Path) -> None:
-    learner = make_learner(tiny_policy, value_warmup_steps=1, value_coef=1.0, entropy_coef=0.1)
+    learner = make_learner(tiny_policy, value_warmup_steps=1, value_coef=1.0, entropy_coef=0.1, kl_horizon=50.0)
     before, head = weights(learner), learner._policy.value_head.weight.clone()
     metrics = learner.update(make_table(8), 0).metrics
     assert largest_difference(before, weights(learner)) == 0
     assert float((learner._policy.value_head.weight - head).abs().max().detach()) > 1e-4
     assert metrics["policy/ratio_max"] == metrics["policy/ratio_min"] == 1
     assert metrics["policy/grad_norm"] > 0
+    assert learner.kl_coef == 0.2  # the KL is 0 because the policy may not move, not because the penalty is too large
     learner.update(make_table(8), 1)
     assert largest_difference(before, weights(learner)) > 1e-4
+    assert learner.kl_coef == pytest.approx(0.2 * (1 - 0.2 * 8 / 50))
 
 
 def test_a_separate_critic_takes_the_value_gradient_off_the_policy(tiny_policy: Path, tmp_path: Path) -> None:
@@ -217,6 +219,23 @@ def test_a_critic_may_be_another_decoder(tiny_policy: Path, tiny_classifier: Pat
     with pytest.raises(InputError, match="looks ahead at later tokens"):
         PPOLearner.load(encoder, PPOConfig(), LearnerConfig(), device="cpu")
     assert np.isfinite(learner.update(make_table(8), 0).metrics["value/mean"])
+
+
+def test_a_value_head_belongs_to_the_decoder_that_it_lies_with(tiny_policy: Path, tmp_path: Path) -> None:
+    def load(path: Path, critic_path: Path | None) -> PPOLearner:
+        model = ModelConfig(path=str(path), critic="separate", critic_path=critic_path and str(critic_path))
+        return PPOLearner.load(model, PPOConfig(), LearnerConfig(), device="cpu")
+
+    def head(learner: PPOLearner) -> list[float]:
+        return learner._policy.value_head.weight.detach().flatten().tolist()
+
+    run = load(tiny_policy, None)
+    run.update(make_table(8), 0)
+    run.save(tmp_path)
+    untrained = head(load(tiny_policy, None))
+    assert head(run) != untrained
+    assert head(load(tmp_path, tiny_policy)) == untrained  # another critic than the run's
+    assert head(load(tiny_policy, tmp_path / "critic")) == head(load(tmp_path, None)) == head(run)
 
 
 def test_the_order_of_rows_may_be_the_callers(tiny_policy: Path) -> None:

@@ -17,7 +17,7 @@ ActorCritic = CausalLMWithValueHead | CausalLMWithCritic
 def load_actor_critic(
     model: ModelConfig, temperature: float, value_head_seed: int, device: torch.device
 ) -> ActorCritic:
-    """Load the policy and its value head or critic; what a checkpoint holds of the latter is taken from it.
+    """Load the policy and its value head or critic; a value head that lies with the decoder it is for is taken.
 
     Where the policy computes in bfloat16, this is what its float32 master weights are made of.
 
@@ -32,8 +32,9 @@ def load_actor_critic(
         critic = load_pretrained(AutoModel, path, dtype=master_dtype(model), device=device, trust=model.trust)
         actor_critic = CausalLMWithCritic(causal_lm, critic, temperature, value_head_seed)
     else:
+        path = model.path
         actor_critic = CausalLMWithValueHead(causal_lm, temperature, value_head_seed=value_head_seed)
-    actor_critic.load_values(Path(model.path))
+    actor_critic.load_values(Path(path))
     return actor_critic
 
 

@@ -75,13 +75,13 @@ class CausalLMWithCritic(ResponseLM):
         yield from self.value_head.parameters()
 
     def load_values(self, folder: Path) -> None:
-        """Load the value head from a checkpoint, if there is one in it; the decoder was loaded with the critic.
+        """Load the value head that lies with the critic's decoder, if there is one.
 
         Raises:
             InputError: the file is not a value head of this critic's hidden size.
         """
-        if (folder / CRITIC_FOLDER / VALUE_HEAD_FILE).is_file():
-            load_value_head(self.value_head, folder / CRITIC_FOLDER / VALUE_HEAD_FILE)
+        if (folder / VALUE_HEAD_FILE).is_file():
+            load_value_head(self.value_head, folder / VALUE_HEAD_FILE)
 
     def save(self, folder: Path, state: State) -> None:
         """Write policy, critic and value head into a checkpoint, from a whole state of this module."""
