@@ -51,7 +51,7 @@ class MinibatchReport:
     last_part_kl: float
     """`kl` of the last of the mini-batch's parts alone."""
     grad_norm: float = float("nan")
-    """Before clipping; NaN if no step was to be made."""
+    """Before clipping; NaN if the step was ruled out before it was known."""
     outcome: Outcome = "stepped"
 
 
@@ -197,19 +197,18 @@ class _Sums:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._names = FIGURES
         self._parts: list[torch.Tensor] = []
         self._shares: list[float] = []
         self._ratios: list[torch.Tensor] = []
 
     def start_part(self, share: float) -> None:
         """Begin the next part; `share` is what its tokens weigh together."""
-        self._parts.append(torch.zeros(len(self._names), dtype=torch.float64, device=self._layout.device))
+        self._parts.append(torch.zeros(len(FIGURES), dtype=torch.float64, device=self._layout.device))
         self._shares.append(share)
 
     def add(self, micro: Objective) -> None:
         """Add a micro-batch."""
-        self._parts[-1] += torch.stack([micro.figures[name] for name in self._names])
+        self._parts[-1] += torch.stack([micro.figures[name] for name in FIGURES])
         self._ratios.append(micro.ratios)
 
     def end_part(self) -> None:
@@ -218,12 +217,12 @@ class _Sums:
 
     def part_mean(self, name: str) -> float:
         """Return a figure of the last part alone."""
-        return float(self._parts[-1][self._names.index(name)]) / self._shares[-1]
+        return float(self._parts[-1][FIGURES.index(name)]) / self._shares[-1]
 
     def zero_losses(self) -> None:
         """Multiply the last part's losses by zero."""
         for name in ("policy_loss", "value_loss", "total_loss"):
-            self._parts[-1][self._names.index(name)] *= 0
+            self._parts[-1][FIGURES.index(name)] *= 0
 
     def report(self) -> MinibatchReport:
         """Put the parts together; the gradient's norm and the outcome are filled in later."""
@@ -234,7 +233,7 @@ class _Sums:
             extremes = torch.stack([ratios.max(), -ratios.min()]).double()
         self._layout.ranks.max([extremes])
         return MinibatchReport(
-            **dict(zip(self._names, parts.sum(0).tolist(), strict=True)),
+            **dict(zip(FIGURES, parts.sum(0).tolist(), strict=True)),
             ratio_max=float(extremes[0]),
             ratio_min=-float(extremes[1]),
             ratios=ratios.float().cpu().numpy(),

@@ -36,7 +36,7 @@ class UpdateReport:
     metrics: dict[str, float]
     policy_version: int
     checksum: str
-    """None: a rank that holds a share of the weights and no copy."""
+    """Of all weights, also where this rank holds a share of them."""
 
 
 @dataclass(frozen=True)
