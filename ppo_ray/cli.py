@@ -130,6 +130,36 @@ def plan(
 
 
 @app.command()
+def options(
+    section: Annotated[
+        str | None, typer.Argument(metavar="SECTION", help="One section's, e.g. rollout; all if it is left out.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All of them as docs/options.md.")] = False,
+) -> None:
+    """Show every option of a CONFIG: what it may be, its default, what it means."""
+    with _reported():
+        from ppo_ray.config import reference
+
+        if markdown:
+            typer.echo(reference.to_markdown(), nl=False)
+            return
+
+        from rich import box
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        for group in [reference.find_group(section)] if section else reference.groups():
+            table = Table("option", "", title=group.meaning, box=box.SIMPLE_HEAD, title_justify="left")
+            table.columns[0].no_wrap = True
+            for option in group.options:
+                default = f"default {option.default}" if option.default else "required"
+                about = f"{option.meaning}\n{option.values.replace('`', '')}; {default}"
+                table.add_row(option.name, escape(about))
+            Console().print(table)
+
+
+@app.command()
 def submit(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; output_dir must be absolute.")],
     address: Annotated[

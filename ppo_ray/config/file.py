@@ -280,7 +280,7 @@ def _suggest(model: type[BaseModel], key: str) -> str:
     near = [name for name in known if leaves[name] == leaf]
     near = near or difflib.get_close_matches(key, known, n=1)
     near = near or [name for name in known if difflib.get_close_matches(leaf, [leaves[name]], cutoff=0.8)]
-    return f"; did you mean {' or '.join(near)}?" if near else "; all options are documented in ppo_ray/config/"
+    return f"; did you mean {' or '.join(near)}?" if near else "; `ppo-ray options` shows all there are"
 
 
 def _trl_names(field: FieldInfo) -> list[str]:

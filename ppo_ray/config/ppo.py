@@ -1,4 +1,4 @@
-"""The options of the update; TRL 0.11's name of an option follows "TRL:". `docs/options.md` compares them."""
+"""The options of the update; TRL 0.11's name of an option follows "TRL:". `docs/trl.md` compares them."""
 
 from typing import Literal
 
@@ -59,7 +59,7 @@ class PPOConfig(Section):
     """Of the KL to the reference: log-ratio d of the sampled token, d^2 / 2, exp(-d) - 1 + d, |d|, or the divergence
     itself over the whole vocabulary. TRL: `kl_penalty`, where k1 is "kl" and k2 "mse"."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Whether kl_coef times the KL is taken off each token's reward, or added to the loss."""
+    """Whether kl_coef times the KL is taken off each token's reward, or added to the loss (k2, k3 or abs)."""
     kl_controller: Literal["adaptive", "fixed"] = "adaptive"
     """Whether kl_coef follows the measured KL towards kl_target, or stays. TRL: `adap_kl_ctrl`."""
     kl_coef: float = Field(default=0.2, ge=0)

@@ -20,7 +20,8 @@ class ModelConfig(ModelSource):
     critic: Literal["shared", "separate"] = "shared"
     """Whether values come from a linear head on the policy's last hidden state, or from a decoder of their own."""
     critic_path: Source | None = None
-    """Folder or hub name of a separate critic's decoder, e.g. a reward model's; null: a copy of the policy."""
+    """Folder or hub name of a separate critic's decoder, e.g. a reward model's; a value head in it is taken too.
+    null: the critic that lies with the policy (`critic/` of a checkpoint), or else a copy of the policy."""
 
 
 class PromptsConfig(Section):
@@ -173,6 +174,7 @@ class RayConfig(Section):
     ping_timeout_s: float = Field(default=60.0, gt=0)
     """Longest silence of an actor at work, seconds: one that does not answer a control call is taken for dead."""
     max_restarts: int = Field(default=3, ge=0)
-    """How often in a row an actor that died is replaced, without having finished a call between; then the run ends."""
+    """How often in a row an actor that died is replaced without having done what it died at (a learner: without the run
+    having made a step more than before); then the run ends."""
     stop_timeout_s: float = Field(default=120.0, gt=0)
     """Longest end of a run after SIGTERM or Ctrl-C, seconds, the checkpoint included; then it is ended at once."""

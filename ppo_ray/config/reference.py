@@ -1,0 +1,106 @@
+"""Every option as a row of a table: name, values, default and meaning, read off the very models that validate it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ppo_ray.config.run import Config
+from ppo_ray.config.section import ModelSource
+from ppo_ray.errors import InputError
+
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+_TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true, false", "null": "null"}
+_PAGE = """# Every option
+
+Of a YAML file and of `key=value` on the command line. `ppo-ray options` shows them, `ppo-ray options rollout` a part.
+"""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option."""
+
+    name: str
+    """Dotted, as it is given on the command line."""
+    values: str
+    """What it may be."""
+    default: str
+    """As it is written in YAML; empty for one that must be given."""
+    meaning: str
+    """Its docstring, in one line."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The options of a section, or those of no section."""
+
+    name: str
+    """Of the section; empty for those of no section."""
+    meaning: str
+    """The section's docstring, in one line."""
+    options: tuple[Option, ...]
+
+
+def groups() -> list[Group]:
+    """Return all options of a run, in the order of `Config`; those of no section first, what is trusted last."""
+    schema = Config.model_json_schema()
+    sections = {name: schema["$defs"][target] for name, target in _sections(schema).items()}
+    found = [Group("", "The run.", tuple(_options("", schema)))]
+    return found + [
+        Group(name, _line(section), tuple(_options(f"{name}.", section))) for name, section in sections.items()
+    ]
+
+
+def find_group(section: str) -> Group:
+    """Return a section's options.
+
+    Raises:
+        InputError: there is no such section.
+    """
+    found = {group.name: group for group in groups() if group.name}
+    if section not in found:
+        raise InputError(f"{section} is no section of a config; there are {', '.join(found)}")
+    return found[section]
+
+
+def to_markdown() -> str:
+    """Return docs/options.md."""
+    parts = [_PAGE]
+    for group in groups():
+        rows = [
+            f"| `{option.name}` | {option.values} | {f'`{option.default}`' if option.default else 'required'} "
+            f"| {option.meaning.replace('|', chr(92) + '|')} |"
+            for option in group.options
+        ]
+        heading = f"## {group.name or 'The run'}\n\n" + (f"{group.meaning}\n\n" if group.name else "")
+        parts.append(heading + "\n".join(["| option | values | default | |", "|---|---|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def _sections(schema: Mapping[str, Any]) -> dict[str, str]:
+    """Return the name of each section's definition."""
+    references = {name: field.get("$ref") for name, field in schema["properties"].items()}
+    return {name: reference.rpartition("/")[2] for name, reference in references.items() if reference}
+
+
+def _options(prefix: str, schema: Mapping[str, Any]) -> Iterator[Option]:
+    fields = schema["properties"]
+    for name in sorted(fields, key=ModelSource.model_fields.__contains__):
+        field = fields[name]
+        if "$ref" not in field:
+            default = json.dumps(field["default"], ensure_ascii=False).strip('"') if "default" in field else ""
+            yield Option(prefix + name, _values(field), default, _line(field))
+
+
+def _values(field: Mapping[str, Any]) -> str:
+    if "anyOf" in field:
+        return ", ".join(_values(one) for one in field["anyOf"])
+    if "enum" in field or "const" in field:
+        return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    bounds = [f"{sign} {field[bound]:g}" for bound, sign in _BOUNDS.items() if bound in field and field[bound] < 2**53]
+    return " ".join([_TYPES[field["type"]], ", ".join(bounds)]).strip()
+
+
+def _line(schema: Mapping[str, Any]) -> str:
+    return " ".join(schema["description"].split())
