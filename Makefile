@@ -29,6 +29,9 @@ $(STAMP): $(LOCK) pyproject.toml
 	@rm -f $(VENV)/.installed-*
 	@echo "installing $(LOCK) into $(VENV): a few minutes the first time"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r $(LOCK)
+	@[ $(EXTRA) != cpu ] || grep -q '^cuda.*= None' $(VENV)/lib/python*/site-packages/torch/version.py || \
+	  { echo "torch is a CUDA build, and $(LOCK) has none of the libraries that it needs. Tell pip where torch's CPU builds are:" \
+	         "export PIP_EXTRA_INDEX_URL= and the index that torch's installation page names for CPU; then rm -r $(VENV) and again" >&2; exit 1; }
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 

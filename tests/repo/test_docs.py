@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from ppo_ray.config import Config
+from ppo_ray.config import Config, load_config
 from ppo_ray.trl import PPOConfig
 from tests.learning import make_learner, make_table
 
 ROOT = Path(__file__).parents[2]
 DIAGNOSTICS = (ROOT / "docs" / "diagnostics.md").read_text()
 TRL = (ROOT / "docs" / "trl.md").read_text()
+OWN_TASK = (ROOT / "docs" / "own_task.md").read_text()
 WEIGHTS = (ROOT / "docs" / "weights.md").read_text()
 LOOP = {f"time/{part}_s" for part in ("step", "generate", "score", "learn", "publish", "sync", "wait")}
 LOOP |= {"prompts/num_skipped", "rollout/staleness_mean", "rollout/staleness_max"}
@@ -59,3 +60,9 @@ def test_the_recordings_and_options_that_are_named_exist() -> None:
 )
 def test_files_that_are_named_exist(name: str) -> None:
     assert (ROOT / name).exists()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", OWN_TASK, re.DOTALL))
+def test_the_configs_of_ones_own_task_are_right(block: str, tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text(block)
+    assert load_config(tmp_path / "task.yaml", []).reward.function == "short_answers:score"
