@@ -95,20 +95,22 @@ class ActorGroup:
             option: the config's name of that limit.
 
         Raises:
-            WorkerError: as `watch`; nobody is replaced.
+            WorkerError: as `watch`; nobody is replaced, and nobody's health is proved: it may be half of a call.
         """
         limits = Limits(limit_s, self._config.ping_timeout_s, option)
         watch(calls, limits, doing, may_stop=False)
-        for member in calls.values():
-            member.failures = 0
         return ray.get(list(calls), timeout=limit_s)
 
     def watch_start(self, calls: dict[Any, Member]) -> None:
         """Wait for calls that belong to the start, as `watch` does; who is lost is not replaced."""
         watch(calls, self._start_limits, "starting")
 
-    def revive(self, lost: WorkerLost) -> Member:
+    def revive(self, lost: WorkerLost, may_stop: bool = True) -> Member:
         """Replace a lost worker and bring its successor to where the group is.
+
+        Args:
+            lost: says who it was.
+            may_stop: whether a request to stop the run ends the wait.
 
         Raises:
             WorkerError: it was lost too often in a row (`ray.max_restarts`), or its successor fails to start.
@@ -117,14 +119,13 @@ class ActorGroup:
         while True:
             member = self._replaced(lost)
             try:
-                watch({member.handle.setup.remote(*self.setup_args): member}, self._start_limits, "starting again")
+                ready = member.handle.setup.remote(*self.setup_args)
+                watch({ready: member}, self._start_limits, "starting again", may_stop)
                 member.told_place()
                 seconds = time.monotonic() - began
                 message = f"{member.name} was replaced in {seconds:.1f} s: {lost}"
                 self._report(Event("worker_replaced", message, member.name))
-                failures = member.failures
-                self.brought_up(member)
-                member.failures = failures  # to catch up with the others is not yet to have done what it died at
+                self._bring_up(member)
                 return member
             except WorkerLost as again:
                 if again.name != member.name:
@@ -153,6 +154,14 @@ class ActorGroup:
             _kill(member)
         self.members = []
 
+    def _bring_up(self, member: Member) -> None:
+        """Bring a replacement to where the group is, which is not yet to have done what its predecessor died at."""
+        failures = member.failures
+        try:
+            self.brought_up(member)
+        finally:
+            member.failures = failures
+
     @property
     def _start_limits(self) -> Limits:
         return Limits(self._config.start_timeout_s, self._config.start_timeout_s)
@@ -164,7 +173,7 @@ class ActorGroup:
                 self.watch(dict(zip(refs, self.members, strict=False)), doing, may_stop)
                 return ray.get(refs, timeout=self._config.call_timeout_s)
             except WorkerLost as lost:
-                member = self.revive(lost)
+                member = self.revive(lost, may_stop)
                 refs[self.members.index(member)] = call(member.handle)
 
     def _launched(self, name: str) -> Member:

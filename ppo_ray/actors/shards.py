@@ -120,7 +120,7 @@ class Shards:
                 self._there = set(self._figures)
                 return
             except WorkerLost as lost:
-                self._group.revive(lost)
+                self._group.revive(lost, may_stop)
                 for index, ref in enumerate(self._figures):
                     if self._member(index).name == lost.name and not _is_there(ref):
                         self._submit(index)
