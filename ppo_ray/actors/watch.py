@@ -179,6 +179,9 @@ def _failure(error: Exception, member: Member, doing: str) -> PPORayError:
             cause.name = member.name  # who says of itself that it is lost
         return cause
     who = f"{member.name} ({member.told_place()})"
+    unreadable = isinstance(error, ray.exceptions.UnserializableException) or type(cause) is ray.exceptions.RayError
+    if unreadable:  # what the work raised cannot be pickled, or not be made again from it; Ray has its text
+        return WorkerError(f"{who} failed while {doing}: {error if cause is None else cause}")
     if isinstance(cause, ray.exceptions.RayError):
         return DependencyLost(f"{who}, {doing}: {type(cause).__name__}: {cause}")
     if cause is not None:

@@ -11,7 +11,7 @@ import ray
 from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.placement import ActorSpec
 from ppo_ray.actors.shards import Shards
-from ppo_ray.actors.watch import DependencyLost
+from ppo_ray.actors.watch import DependencyLost, Member
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError, WorkerError, WorkerLost
@@ -19,6 +19,12 @@ from ppo_ray.events import Event
 
 pytestmark = pytest.mark.slow
 SPEC = ActorSpec("toy", workers=2, threads=1, gpus=0)
+
+
+class OddError(Exception):
+    def __init__(self, message: str, more: object) -> None:
+        super().__init__(message)
+        self.more = more
 
 
 @ray.remote(concurrency_groups=CONTROL)
@@ -45,6 +51,11 @@ class Toy(Worker):
 
     def die(self) -> None:
         os._exit(7)
+
+    def fail_oddly(self, how: str) -> None:
+        if how == "in pickling":
+            raise OddError("the answer is 42", lambda: 0)
+        raise OddError("the answer is 42", None)
 
     def die_once(self, marker: str) -> str:
         if self._name == "toy-1" and not os.path.exists(marker):
@@ -180,6 +191,16 @@ def test_who_dies_again_and_again_is_not_replaced_for_ever(make_group: Callable[
     group.brought_up = lambda member: group.watch({member.handle.load.remote("W"): member}, "catching up")
     with pytest.raises(WorkerError, match=r"toy-[01] was lost 2 times in a row"):  # though it catches up each time
         group.call("dying", lambda toy: toy.die.remote())
+    group = make_group(max_restarts=1)
+    group.setup()
+
+    def catches_up_and_dies(member: Member) -> None:
+        group.watch({member.handle.load.remote("W"): member}, "catching up")
+        group.gather({member.handle.die.remote(): member}, "catching up on more", 60)
+
+    group.brought_up = catches_up_and_dies
+    with pytest.raises(WorkerError, match=r"toy-[01] was lost 2 times in a row"):
+        group.call("dying", lambda toy: toy.die.remote())
     starting = make_group(max_restarts=2)
     with pytest.raises(WorkerError, match="toy-1 was lost 3 times in a row"):
         starting.setup("die")
@@ -235,3 +256,14 @@ def test_tables_that_are_lost_before_they_are_read_are_made_again(group: ActorGr
 
     assert shards.use(consume) == ["a0", "a1"]
     assert len({ref for tables in tries for ref in tables}) == 6
+
+
+@pytest.mark.parametrize("how", ["in pickling", "in unpickling"])
+def test_an_error_that_cannot_be_sent_is_the_works_own(group: ActorGroup, events: list[Event], how: str) -> None:
+    """Another worker would meet it too: nobody is replaced, nothing is made again."""
+    group.setup()
+    before = pids(group)
+    with pytest.raises(WorkerError, match="the answer is 42") as caught:
+        group.call("failing", lambda toy: toy.fail_oddly.remote(how))
+    assert not isinstance(caught.value, WorkerLost | DependencyLost)
+    assert pids(group) == before and events == []
