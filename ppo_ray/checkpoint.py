@@ -5,6 +5,7 @@ critic, `learner/` (optimizer, KL controller, running moments), `run.json`, `con
 of it. There is no state of random generators: every seed is derived from where it is used.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ import xxhash
 
 from ppo_ray import atomic
 from ppo_ray.config import CheckpointConfig
-from ppo_ray.errors import CheckpointError
+from ppo_ray.errors import CheckpointError, UnreadableError
 from ppo_ray.events import Event, Report
 
 LATEST, BEST, FINAL = "latest", "best", "final"
@@ -82,6 +83,7 @@ def verify(path: Path) -> None:
 
     Raises:
         CheckpointError: one is missing, cut or changed; names it.
+        UnreadableError: one may not or cannot be read, which says nothing of what is in it.
     """
     try:
         sums: dict[str, tuple[int, str]] = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
@@ -89,8 +91,13 @@ def verify(path: Path) -> None:
             file = path / name
             if file.stat().st_size != size or _checksum(file) != checksum:
                 raise CheckpointError(f"{path}: {name} is not as it was written ({file.stat().st_size} bytes)")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is not whole: {error}") from error
+    except OSError as error:
+        raise UnreadableError(
+            f"checkpoint {path} cannot be read: {error}. It may be whole all the same, so no earlier one is taken: "
+            "make it readable, or move it away, and go on with --resume"
+        ) from error
 
 
 def _checksum(file: Path) -> str:
@@ -130,11 +137,16 @@ class Checkpoints:
         """Return the newest checkpoint that is whole, verified; None if there is none.
 
         Newer ones that are not whole are renamed to `torn-...`.
+
+        Raises:
+            UnreadableError: one cannot be read.
         """
         for path in reversed(self._all()):
             try:
                 verify(path)
-                return path, RunState.read(path)
+                state = RunState.read(path)
+                self._link(LATEST, path.name)  # who wrote it may have been killed before
+                return path, state
             except CheckpointError as error:
                 torn = path.with_name(f"torn-{path.name}")
                 atomic.remove(torn)
@@ -151,7 +163,9 @@ class Checkpoints:
         """
         self.finish()
         path = self.path(state.step)
-        if not path.is_dir():
+        if path.is_dir():
+            self._link(LATEST, path.name)
+        else:
             self._pending = path, begin(path, state, self._config_yaml)
 
     def finish(self) -> None:
@@ -165,7 +179,7 @@ class Checkpoints:
             return
         (path, wait), self._pending = self._pending, None
         wait()
-        atomic.link(self._folder / LATEST, path.name)
+        self._link(LATEST, path.name)
         self._prune()
 
     def abandon(self) -> None:
@@ -178,11 +192,17 @@ class Checkpoints:
         if self._config.keep_best and score is not None and (self._folder / name).is_dir():
             scores = self._scores() | {name: score}
             atomic.write_text(self._folder / _SCORES, json.dumps(scores, indent=1))
-            atomic.link(self._folder / BEST, max(scores, key=lambda name: scores[name]))
+            self._link(BEST, max(scores, key=lambda name: scores[name]))
 
     def finish_run(self, step: int) -> None:
         """Name the state after the last step `final`: the run is done."""
-        atomic.link(self._folder / FINAL, self.path(step).name)
+        self._link(FINAL, self.path(step).name)
+
+    def _link(self, name: str, target: str) -> None:
+        try:
+            atomic.link(self._folder / name, target)
+        except OSError as error:
+            raise CheckpointError(f"{self._folder / name} could not be made to point at {target}: {error}") from error
 
     def _all(self) -> list[Path]:
         """Return all checkpoints, whole or not, the oldest first."""
@@ -201,8 +221,11 @@ class Checkpoints:
         everything = self._all()
         kept = {path.name for path in everything[-self._config.keep_last :]}
         kept |= {link.readlink().name for name in (BEST, FINAL) if (link := self._folder / name).is_symlink()}
-        for path in everything:
-            if path.name not in kept:
-                atomic.discard(path)
-        for remnant in self._folder.glob(".step-*"):
-            atomic.remove(remnant)
+        with contextlib.suppress(
+            OSError
+        ):  # a file that somebody reads may stay on network storage; until the next time
+            for path in everything:
+                if path.name not in kept:
+                    atomic.discard(path)
+            for remnant in self._folder.glob(".step-*"):
+                atomic.remove(remnant)

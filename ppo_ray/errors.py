@@ -41,6 +41,10 @@ class CheckpointError(PPORayError):
     """Say that a checkpoint could not be written or is not whole."""
 
 
+class UnreadableError(PPORayError):
+    """Say that a checkpoint is there and cannot be read, so that nobody knows whether it is whole."""
+
+
 class JobError(PPORayError):
     """Say that a job was not taken by its cluster, or can no longer be followed."""
 

@@ -6,7 +6,7 @@ import pytest
 from ppo_ray import checkpoint
 from ppo_ray.checkpoint import Checkpoints, RunState
 from ppo_ray.config import CheckpointConfig
-from ppo_ray.errors import CheckpointError
+from ppo_ray.errors import CheckpointError, UnreadableError
 from ppo_ray.events import Event
 
 
@@ -139,3 +139,39 @@ def test_what_was_begun_is_waited_for_once(folder: Folder) -> None:
     folder.checkpoints.save(RunState(3), lambda *_: lambda: pytest.fail("its writer is gone"))
     folder.checkpoints.abandon()
     folder.checkpoints.finish()
+
+
+def test_one_that_cannot_be_read_is_not_taken_for_torn(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.save(2, 4)
+
+    def stale(file: Path) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle", str(file))
+
+    with monkeypatch.context() as patch, pytest.raises(UnreadableError, match=r"step-00004 cannot be read: .*Stale"):
+        patch.setattr(checkpoint, "_checksum", stale)
+        folder.checkpoints.newest()
+    assert folder.names() == ["step-00002", "step-00004"] and folder.events == []
+    assert (folder.checkpoints.newest() or (None,))[0] == folder.path / "step-00004"
+
+
+@pytest.mark.parametrize("how", ["save", "newest"])
+def test_the_latest_is_linked_though_its_writer_died_before(folder: Folder, how: str) -> None:
+    folder.save(2)
+    checkpoint.write(folder.path / "step-00004", RunState(4, 32, "f00"), "", save_learner)
+    assert folder.link("latest") == "step-00002"
+    folder.save(4) if how == "save" else folder.checkpoints.newest()
+    assert folder.link("latest") == "step-00004"
+
+
+def test_what_cannot_be_removed_yet_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(tmp_path, keep_last=1, keep_best=False)
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.atomic, "discard", busy)
+        folder.save(2, 4)
+    assert folder.names() == ["step-00002", "step-00004"]
+    folder.save(6)
+    assert folder.names() == ["step-00006"]
