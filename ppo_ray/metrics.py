@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,6 +15,15 @@ from ppo_ray.events import Event
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+
+def has_steps(folder: Path) -> bool:
+    """Say whether a step was logged in a folder; events alone are none."""
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        return any('"event":' not in line for line in lines)
 
 
 class MetricsLog:
@@ -53,6 +63,7 @@ class MetricsLog:
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         lines.write(json.dumps(finite, allow_nan=False) + "\n")
         lines.flush()
+        os.fsync(lines.fileno())  # a checkpoint that is on the disk has no lines before it that are not
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         events.add_event(TensorBoardEvent(wall_time=time.time(), step=step, summary=Summary(value=values)))
         events.flush()

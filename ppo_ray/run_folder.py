@@ -11,7 +11,7 @@ from ppo_ray import __version__, atomic
 from ppo_ray.checkpoint import FINAL
 from ppo_ray.config import Config, to_yaml
 from ppo_ray.errors import InputError
-from ppo_ray.metrics import METRICS_FILE, TENSORBOARD_FOLDER
+from ppo_ray.metrics import METRICS_FILE, TENSORBOARD_FOLDER, has_steps
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,14 @@ class RunFolder:
         """Write the resolved config."""
         atomic.write_text(self.config, config_text(config))
 
+    def clear(self) -> None:
+        """Remove what a run left that ended before its first step: it may have been another's."""
+        self.before.unlink(missing_ok=True)
+        self.metrics.unlink(missing_ok=True)
+
     def _remnant(self) -> Path | None:
         """Return a file that only a run with at least one step leaves behind."""
-        if self.metrics.is_file() and self.metrics.stat().st_size:
+        if has_steps(self.path):
             return self.metrics
         left = [self.samples, self.curves, *self.trajectories.glob("*"), *self.path.glob("checkpoints/*")]
         return next((path for path in left if path.exists()), None)

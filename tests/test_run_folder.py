@@ -43,10 +43,14 @@ def test_another_run_is_refused_and_untouched(left, tmp_path):
 
 def test_a_run_that_took_no_step_may_be_started_again(tmp_path, config):
     RunFolder.create(tmp_path).write_config(config)
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"event": "interrupted", "step": 0}\n')
+    (tmp_path / "evaluation_before.json").write_text("of another policy, perhaps")
     (tmp_path / "notes.txt").write_text("mine")
-    RunFolder.create(tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    RunFolder.create(tmp_path).clear()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt", "trajectories"]
+    (tmp_path / "metrics.jsonl").write_text('{"event": "interrupted", "step": 0}\n{"step": 0}\n')
+    with pytest.raises(InputError, match="holds another run"):
+        RunFolder.create(tmp_path)
 
 
 def test_a_file_is_refused(tmp_path):

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from ppo_ray import atomic, trajectory
 from ppo_ray import checkpoint as checkpoints
-from ppo_ray import trajectory
 from ppo_ray.actors.weight_sender import WeightSender
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.agreement import Agreement
@@ -239,8 +239,5 @@ class LearnerWorker(Worker):
 
 
 def write_trajectories(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    pq.write_table(table, aside, compression="zstd")
-    aside.replace(path)
+    """Write a Parquet file whole or not at all, onto the disk."""
+    atomic.build(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
