@@ -43,6 +43,8 @@ def train(config: Config, console: Console) -> None:
         if finished(folder, config):
             console.print(f"the run in {folder.path} has made its {config.steps} steps: nothing to do", soft_wrap=True)
             return
+        if config.resume == "never":
+            folder.clear()
         prompts = prompt_stream(config)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, config_text(config), lambda e: run.report(e))
         run = Run(config, prompts, folder, checkpoints, log, Gauges(folder.path.name), console, RunState())
@@ -58,10 +60,10 @@ def train(config: Config, console: Console) -> None:
             with saved_if_it_ends(run, actors):
                 whatever_the_learner(run, actors, lambda: steps(run, actors))
             after = evaluate(actors.rollout, actors.reward, prompts.held_out(), config)
+            checkpoints.finish_run(run.state.step)
     if before and after:
         write_samples(folder.samples, before, after)
     draw_curves(folder.curves, run.history, before, after)
-    checkpoints.finish_run(run.state.step)
     print_summary(console, folder, run.history, before, after)
 
 
@@ -97,14 +99,14 @@ def whatever_the_learner(run: Run, actors: Actors, work: Callable[[], Result]) -
                 rebuild_learner(run, actors, lost)
             return work()
         except WorkerLost as error:
-            lost = error
+            lost = WorkerLost(str(error), error.name)  # its traceback would keep a batch and a copy of the weights
             losses = losses + 1 if run.state.step <= furthest else 1
             furthest = max(furthest, run.state.step)
             if losses > limit:
                 raise WorkerError(
                     f"{lost.name} was lost {losses} times in a row (ray.max_restarts={limit}), and the run came no "
                     f"further than step {furthest}; the last time: {lost}"
-                ) from lost
+                ) from error
 
 
 def rebuild_learner(run: Run, actors: Actors, lost: WorkerLost) -> None:
@@ -128,7 +130,12 @@ def saved_if_it_ends(run: Run, actors: Actors) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, PPORayError):
-            run.report(Event("interrupted", f"step {run.state.step} was not finished: {str(error).splitlines()[0]}"))
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk: what ended the run is said all the same, and saved if it can be
+                run.report(
+                    Event("interrupted", f"step {run.state.step} was not finished: {str(error).splitlines()[0]}")
+                )
         if not run.state.step:
             raise
         try:

@@ -1,8 +1,10 @@
 """Both loops over actors that are plain objects: who is asked for what, and by which weights it is done."""
 
+import gc
 import io
 import json
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,3 +237,31 @@ def test_a_run_that_ends_before_its_first_step_says_of_no_checkpoint_that_it_is_
     with pytest.raises(WorkerError, match="gone"), saved_if_it_ends(run, actors=Any):
         raise WorkerError("gone")
     assert said == ["step 0 was not finished: gone"]
+
+
+def test_a_lost_learners_batch_is_not_kept() -> None:
+    """What the work held when the learner was lost, trajectories and weights, would fill the object store."""
+
+    class Batch:
+        pass
+
+    held: list[weakref.ref[Batch]] = []
+
+    def work() -> bool:
+        if held:
+            gc.collect()
+            return held[0]() is None
+        batch = Batch()
+        held.append(weakref.ref(batch))
+        raise WorkerLost("gone", "learner-0")
+
+    def nothing(*_: Any) -> None: ...
+
+    checkpoints = SimpleNamespace(abandon=nothing, newest=nothing)
+    run: Any = SimpleNamespace(
+        state=RunState(), checkpoints=checkpoints, prompts=Prompts(), go_on_from=nothing, report=nothing
+    )
+    run.config = SimpleNamespace(ray=SimpleNamespace(max_restarts=1))
+    learner, rollout = SimpleNamespace(rebuild=nothing, weights=nothing), SimpleNamespace(load_weights=nothing)
+    actors: Any = SimpleNamespace(learner=learner, rollout=rollout)
+    assert whatever_the_learner(run, actors, work)

@@ -16,6 +16,8 @@ _STRUCTURE = re.compile(r"[\\`*_{}\[\]<>&|#~$!@^=]|:(?=//)|(?<=www)\.", re.IGNOR
 def write_samples(path: Path, before: Evaluation, after: Evaluation) -> None:
     """Write the table of samples before and after; generated text can neither break nor format it.
 
+    Where a run that went on shows another number of them (`evaluation.num_samples`), the table has the fewer.
+
     Raises:
         ValueError: the two evaluations are not of the same prompts.
     """
@@ -33,7 +35,7 @@ def _lines(before: Evaluation, after: Evaluation) -> Iterator[str]:
     yield ""
     yield "| | Prompt | Response before | Score before | Response after | Score after |"
     yield "|--:|---|---|--:|---|--:|"
-    for number, (old, new) in enumerate(zip(before.samples, after.samples, strict=True), 1):
+    for number, (old, new) in enumerate(zip(before.samples, after.samples, strict=False), 1):
         if old.prompt != new.prompt:
             raise ValueError(f"sample {number} is of the prompt {old.prompt!r} before and {new.prompt!r} after")
         was, now = (f"{escape(sample.response)} | {signed(sample.score)}" for sample in (old, new))

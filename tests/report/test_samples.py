@@ -68,6 +68,13 @@ def test_any_text_is_one_line_that_reads_back(text):
         assert html.unescape(escaped) == text
 
 
+def test_a_run_that_went_on_may_show_fewer(tmp_path):
+    two = evaluation(("a", "b", 1.0), ("c", "d", 2.0))
+    for before, after in ((two, evaluation(("a", "e", 3.0))), (evaluation(("a", "e", 3.0)), two)):
+        write_samples(tmp_path / "samples.md", before, after)
+        assert [row[1] for row in cells(tmp_path / "samples.md")] == ["a"]
+
+
 def test_other_prompts_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="sample 1"):
         write_samples(tmp_path / "samples.md", evaluation(("a", "b", 1.0)), evaluation(("c", "b", 1.0)))
