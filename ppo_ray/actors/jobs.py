@@ -115,20 +115,20 @@ class JobServer:
         return asyncio.run(self._follow(name, write))
 
     async def _follow(self, name: str, write: Callable[[str], object]) -> End:
-        log, answered, pause = _Log(write), time.monotonic(), 1.0
+        log, pause = _Log(write), 1.0
         while True:
             before = log.written
             with contextlib.suppress(*_UNREACHABLE):
                 await self._tail(name, log)
             try:
                 details = self._client.get_job_info(name)
-                answered = time.monotonic()
+                log.heard = time.monotonic()
                 if details.status.is_terminal():
                     with contextlib.suppress(*_UNREACHABLE):
                         log.add(self._client.get_job_logs(name), 0)
                     return _end(name, details)
             except _UNREACHABLE as error:
-                if time.monotonic() - answered > _PATIENCE_S:
+                if time.monotonic() - log.heard > _PATIENCE_S:
                     raise JobError(
                         f"the head has not answered for {_PATIENCE_S:g} s ({error}); the job may go on or be lost with "
                         "it: see `ray job list`, and submit it again to go on from its newest checkpoint"
@@ -140,11 +140,12 @@ class JobServer:
         """Write the log until its stream ends, or is silent and the head does not answer."""
         async with contextlib.aclosing(self._client.tail_job_logs(name)) as chunks:
             position = 0  # each stream begins at the log's first character
-            while (chunk := await self._next(chunks, name)) is not None:
+            while (chunk := await self._next(chunks, name, log)) is not None:
+                log.heard = time.monotonic()
                 log.add(chunk, position)
                 position += len(chunk)
 
-    async def _next(self, chunks: AsyncIterator[str], name: str) -> str | None:
+    async def _next(self, chunks: AsyncIterator[str], name: str, log: "_Log") -> str | None:
         """Wait for the next piece of a log as long as the head answers; None: the stream has ended."""
 
         async def arrive() -> str | None:
@@ -154,6 +155,7 @@ class JobServer:
         try:
             while not (await asyncio.wait({arriving}, timeout=_SILENCE_S))[0]:
                 self._client.get_job_info(name)
+                log.heard = time.monotonic()
             return arriving.result()
         finally:
             arriving.cancel()
@@ -173,6 +175,8 @@ class _Log:
     def __init__(self, write: Callable[[str], object]) -> None:
         self._write = write
         self.written = 0  # characters
+        self.heard = time.monotonic()
+        """When the head last gave a sign of life."""
 
     def add(self, text: str, position: int) -> None:
         """Write what is new of a text that begins at that character of the log."""
