@@ -1,5 +1,6 @@
 """The `ppo-ray` command: parses first, imports heavy modules after."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -211,6 +212,11 @@ def _reported() -> Iterator[None]:
     except PPORayError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(error.exit_code) from None
+    except SystemExit as leaving:  # Ray's own answer to SIGTERM, while it starts and ends
+        if leaving.code != signal.SIGTERM:
+            raise
+        typer.echo("interrupted by SIGTERM", err=True)
+        raise typer.Exit(128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(_INTERRUPTED) from None

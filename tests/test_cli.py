@@ -66,8 +66,9 @@ def test_check_hands_over_the_config(config, driver):
     assert driver.calls[0][0].rollout.workers == 2
 
 
-def test_a_signal_ends_with_its_code_and_is_no_error(config, driver):
-    driver.error = Interrupted(15)
+@pytest.mark.parametrize("error", [Interrupted(15), SystemExit(15)])  # the second is how Ray answers SIGTERM
+def test_a_signal_ends_with_its_code_and_is_no_error(config, driver, error):
+    driver.error = error
     result = run("train", config)
     assert (result.exit_code, result.stderr) == (143, "interrupted by SIGTERM\n")
 
