@@ -6,7 +6,7 @@ classifier's POSITIVE logit. Only the imports differ from the notebook's, and th
 
     python examples/sentiment_trl.py --steps 3 --output runs/sentiment-trl
 
-For the notebook's own models: --policy lvwerra/gpt2-imdb --classifier lvwerra/distilbert-imdb --prompts stanfordnlp/imdb
+For the notebook's own: --policy lvwerra/gpt2-imdb --classifier lvwerra/distilbert-imdb --prompts stanfordnlp/imdb
 """
 
 import argparse
