@@ -2,7 +2,9 @@
 
 import contextlib
 import fcntl
+import glob
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +27,8 @@ def write_text(path: Path, text: str) -> None:
 def build(target: Path, make: Callable[[Path], None]) -> None:
     """Make a file or folder aside, bring it onto the disk and rename it into its place, over what is there.
 
-    What a failed `make` left is removed at once, what a killed one left by the next.
+    What a failed `make` left is removed at once, what a killed one left by the next. One that still goes on elsewhere,
+    cut off and given up, has a name of its own: it can fail, and never mix its files into the next one's.
 
     Args:
         target: the file or folder wanted; its parent is made if need be.
@@ -34,7 +37,8 @@ def build(target: Path, make: Callable[[Path], None]) -> None:
     Raises:
         OSError: the disk is full, or may not be written to; what was at `target` is still there.
     """
-    aside, replaced = _remnants(target)
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    replaced = _replaced(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_remnants(target)
     try:
@@ -52,7 +56,7 @@ def build(target: Path, make: Callable[[Path], None]) -> None:
 
 def remove_remnants(target: Path) -> None:
     """Remove what a killed `build` of a file or folder left beside it."""
-    for remnant in _remnants(target):
+    for remnant in [*target.parent.glob(f".{glob.escape(target.name)}.*partial"), _replaced(target)]:
         remove(remnant)
 
 
@@ -89,14 +93,14 @@ def remove(path: Path) -> None:
 
 def discard(path: Path) -> None:
     """Remove a folder so that nobody ever sees it without some of its files."""
-    gone = path.with_name(f".{path.name}.replaced")
+    gone = _replaced(path)
     remove(gone)
     path.rename(gone)
     remove(gone)
 
 
-def _remnants(target: Path) -> tuple[Path, Path]:
-    return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.replaced")
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
 
 
 def _sync(path: Path) -> None:

@@ -46,6 +46,20 @@ def hold(path: Path, held: multiprocessing.Event) -> None:
         time.sleep(60)
 
 
+def test_two_that_build_the_same_mix_nothing(tmp_path: Path) -> None:
+    """One was given up, and goes on writing all the same: on a node that was cut off, say."""
+
+    def first(path: Path) -> None:
+        make(path, "first")
+        atomic.build(tmp_path / "folder", lambda path: make(path, "second"))
+        (path / "b.txt").write_text("first")
+
+    with pytest.raises(FileNotFoundError):
+        atomic.build(tmp_path / "folder", first)
+    assert os.listdir(tmp_path) == ["folder"]
+    assert {file.read_text() for file in (tmp_path / "folder").rglob("*") if file.is_file()} == {"second"}
+
+
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     held = context.Event()
