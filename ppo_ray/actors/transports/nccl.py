@@ -47,7 +47,7 @@ class NCCLTransport:
                 engine = self._broken.pop()
                 if _among(engine, engines.members):
                     lost = f"{engine.name} ({engine.place}) was in a weight sync by NCCL that broke off"
-                    engines.revive(WorkerLost(lost, engine.name))
+                    engines.revive(WorkerLost(lost, engine.name), may_stop=False)
             try:
                 return self._broadcast(weights, engines, list(engines.members))
             except WorkerLost as error:

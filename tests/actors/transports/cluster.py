@@ -68,7 +68,8 @@ class Cluster:
     def call(self, doing: str, call: Callable[[Any], object], may_stop: bool) -> list[Any]:
         return self.gather({call(member.handle): member for member in self.members}, doing, 0)
 
-    def revive(self, lost: WorkerLost) -> Member:
+    def revive(self, lost: WorkerLost, may_stop: bool) -> Member:
+        assert not may_stop  # a weight sync is waited for, whatever signal comes
         index = next(index for index, member in enumerate(self.members) if member.name == lost.name)
         self.revived.append(lost.name)
         self.members[index] = self.started(lost.name)
