@@ -141,7 +141,6 @@ class JobServer:
         async with contextlib.aclosing(self._client.tail_job_logs(name)) as chunks:
             position = 0  # each stream begins at the log's first character
             while (chunk := await self._next(chunks, name, log)) is not None:
-                log.heard = time.monotonic()
                 log.add(chunk, position)
                 position += len(chunk)
 
@@ -176,12 +175,13 @@ class _Log:
         self._write = write
         self.written = 0  # characters
         self.heard = time.monotonic()
-        """When the head last gave a sign of life."""
+        """When the head last had something new to say, or said how the job is."""
 
     def add(self, text: str, position: int) -> None:
         """Write what is new of a text that begins at that character of the log."""
         if fresh := text[max(0, self.written - position) :]:
             self._write(fresh)
+            self.heard = time.monotonic()
             self.written = position + len(text)
 
 
