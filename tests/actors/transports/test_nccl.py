@@ -134,7 +134,7 @@ def test_an_engine_that_dies_again_and_again_ends_it(cluster: Cluster) -> None:
     transport = NCCLTransport(CONFIG)
     lost = WorkerLost("rollout-1: its process died", "rollout-1")
 
-    def revive(error: WorkerLost) -> Member:
+    def revive(error: WorkerLost, may_stop: bool) -> Member:
         raise WorkerError(f"{error.name} was lost 4 times in a row")
 
     cluster.revive = revive  # type: ignore[method-assign]
