@@ -21,7 +21,7 @@ SMALL = [
 
 
 def test_the_task_of_the_page(ppo_ray: CommandLine, tmp_path: Path, tiny_policy: Path) -> None:
-    names = re.findall(r"^`([\w.]+)`[,:]", PAGE, re.MULTILINE)
+    names = re.findall(r"^`(\w+\.(?:jsonl|py|yaml))`[,:]", PAGE, re.MULTILINE)
     blocks = re.findall(r"```(?:json|python|yaml)\n(.*?)```", PAGE, re.DOTALL)
     files = dict(zip(names, blocks, strict=False))
     assert list(files) == ["questions.jsonl", "short_answers.py", "task.yaml"]
