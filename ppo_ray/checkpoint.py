@@ -144,14 +144,14 @@ class Checkpoints:
         for path in reversed(self._all()):
             try:
                 verify(path)
-                state = RunState.read(path)
-                self._link(LATEST, path.name)  # who wrote it may have been killed before
-                return path, state
             except CheckpointError as error:
                 torn = path.with_name(f"torn-{path.name}")
                 atomic.remove(torn)
                 path.rename(torn)
                 self._report(Event("torn_checkpoint", f"{error}; renamed to {torn.name}, the one before it is taken"))
+            else:
+                self._link(LATEST, path.name)  # who wrote it may have been killed before
+                return path, RunState.read(path)
         return None
 
     def save(self, state: RunState, begin: Callable[[Path, RunState, str], Pending]) -> None:
@@ -221,9 +221,8 @@ class Checkpoints:
         everything = self._all()
         kept = {path.name for path in everything[-self._config.keep_last :]}
         kept |= {link.readlink().name for name in (BEST, FINAL) if (link := self._folder / name).is_symlink()}
-        with contextlib.suppress(
-            OSError
-        ):  # a file that somebody reads may stay on network storage; until the next time
+        # what somebody reads may have to stay on network storage, until the next time
+        with contextlib.suppress(OSError):
             for path in everything:
                 if path.name not in kept:
                     atomic.discard(path)

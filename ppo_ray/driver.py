@@ -130,12 +130,10 @@ def saved_if_it_ends(run: Run, actors: Actors) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, PPORayError):
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk: what ended the run is said all the same, and saved if it can be
-                run.report(
-                    Event("interrupted", f"step {run.state.step} was not finished: {str(error).splitlines()[0]}")
-                )
+            why = f"step {run.state.step} was not finished: {str(error).splitlines()[0]}"
+            # on a full disk what ended the run is said all the same, and saved if it can be
+            with contextlib.suppress(OSError):
+                run.report(Event("interrupted", why))
         if not run.state.step:
             raise
         try:

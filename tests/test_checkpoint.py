@@ -175,3 +175,15 @@ def test_what_cannot_be_removed_yet_costs_nothing(tmp_path: Path, monkeypatch: p
     assert folder.names() == ["step-00002", "step-00004"]
     folder.save(6)
     assert folder.names() == ["step-00006"]
+
+
+def test_a_link_that_cannot_be_made_costs_no_checkpoint(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.save(2)
+
+    def full(path: Path, target: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="latest could not be made to point at"):
+        patch.setattr(checkpoint.atomic, "link", full)
+        folder.checkpoints.newest()
+    assert folder.names() == ["step-00002"] and folder.events == []
