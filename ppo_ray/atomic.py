@@ -10,18 +10,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that nobody ever sees half of it, whatever happens meanwhile; make its folder if need be."""
+def write(path: Path, make: Callable[[Path], object]) -> None:
+    """Write a file so that nobody ever sees half of it, whatever happens meanwhile; make its folder if need be.
+
+    What a killed writer left is replaced by the next one, without a look at the rest of the folder, which may be large.
+
+    Args:
+        path: of the file.
+        make: writes it at the path it is given.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        make(aside)
+        _sync_one(aside)
+        aside.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; see `write`."""
+    write(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def build(target: Path, make: Callable[[Path], None]) -> None:

@@ -240,4 +240,4 @@ class LearnerWorker(Worker):
 
 def write_trajectories(path: Path, table: pa.Table) -> None:
     """Write a Parquet file whole or not at all, onto the disk."""
-    atomic.build(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
+    atomic.write(path, lambda aside: pq.write_table(table, aside, compression="zstd"))

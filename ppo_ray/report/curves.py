@@ -1,11 +1,11 @@
 """curves.png: score and KL over the steps."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ppo_ray import atomic
 from ppo_ray.evaluation import Evaluation
 
 _BATCH, _HELD_OUT, _KL, _GREY = "#2a6f97", "#d1495b", "#3a7d44", "#666666"
@@ -45,12 +45,7 @@ def draw_curves(
         axes.grid(alpha=0.25, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.axhline(0, color=_GREY, lw=0.6, zorder=0)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(partial, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic.write(path, lambda aside: figure.savefig(aside, format="png"))
 
 
 def _mark_held_out(axes: Any, num_steps: int, before: Evaluation | None, after: Evaluation | None) -> None:
