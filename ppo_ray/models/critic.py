@@ -80,8 +80,7 @@ class CausalLMWithCritic(ResponseLM):
         Raises:
             InputError: the file is not a value head of this critic's hidden size.
         """
-        if (folder / VALUE_HEAD_FILE).is_file():
-            load_value_head(self.value_head, folder / VALUE_HEAD_FILE)
+        load_value_head(self.value_head, folder)
 
     def save(self, folder: Path, state: State) -> None:
         """Write policy, critic and value head into a checkpoint, from a whole state of this module."""

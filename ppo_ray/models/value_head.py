@@ -70,8 +70,7 @@ class CausalLMWithValueHead(ResponseLM):
         Raises:
             InputError: the file is not a value head of this model's hidden size.
         """
-        if (folder / VALUE_HEAD_FILE).is_file():
-            load_value_head(self.value_head, folder / VALUE_HEAD_FILE)
+        load_value_head(self.value_head, folder)
 
     def save(self, folder: Path, state: State) -> None:
         """Write policy and value head into a checkpoint, from a whole state of this module."""
@@ -91,12 +90,15 @@ def apply_value_head(value_head: torch.nn.Linear, states: torch.Tensor, rows: Pa
     return unflatten(value_head(states.to(value_head.weight.dtype))[:, 0], rows)
 
 
-def load_value_head(value_head: torch.nn.Linear, path: Path) -> None:
-    """Load a value head from a safetensors file.
+def load_value_head(value_head: torch.nn.Linear, folder: Path) -> None:
+    """Load the value head that lies in a folder, if there is one.
 
     Raises:
         InputError: the file is not a value head of this size.
     """
+    path = folder / VALUE_HEAD_FILE
+    if not path.is_file():
+        return
     wanted = {name: tuple(tensor.shape) for name, tensor in value_head.state_dict().items()}
     tensors = safetensors.torch.load_file(path)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
