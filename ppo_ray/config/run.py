@@ -83,7 +83,7 @@ def to_yaml(config: Config) -> str:
 def _contradictions(config: Config) -> list[Contradiction]:
     """Find the options that are right alone and wrong together."""
     prompts, rollout, reward = config.prompts, config.rollout, config.reward
-    ppo, evaluation = config.ppo, config.evaluation
+    evaluation = config.evaluation
     found: list[Contradiction] = []
 
     def refuse_unless(consistent: bool, keys: tuple[str, ...], message: str) -> None:
@@ -112,6 +112,30 @@ def _contradictions(config: Config) -> list[Contradiction]:
         ("rollout.workers", "rollout.batch_size"),
         f"{rollout.workers} workers, but rollout.batch_size={rollout.batch_size}: some would have nothing to generate",
     )
+    _check_update(config, refuse_unless)
+    refuse_unless(
+        config.model.critic == "separate" or config.model.critic_path is None,
+        ("model.critic_path", "model.critic"),
+        "is for model.critic=separate; set that, or leave critic_path out",
+    )
+    refuse_unless(
+        (reward.path is None) != (reward.function is None),
+        ("reward.path", "reward.function"),
+        "give reward.path (a classifier) or reward.function (a Python function), "
+        + ("one of them" if reward.path is None else "not both"),
+    )
+    _check_placement(config, refuse_unless)
+    refuse_unless(
+        evaluation.num_samples <= evaluation.num_prompts or evaluation.num_prompts == 0,
+        ("evaluation.num_samples", "evaluation.num_prompts"),
+        f"{evaluation.num_samples} exceeds evaluation.num_prompts={evaluation.num_prompts}",
+    )
+    return found + _contradictions_of_overlap(config)
+
+
+def _check_update(config: Config, refuse_unless: Callable[[bool, tuple[str, ...], str], None]) -> None:
+    """Find what does not go together in the update: mini-batches, the KL, warm-ups."""
+    rollout, ppo = config.rollout, config.ppo
     refuse_unless(
         ppo.minibatch_size is None or rollout.batch_size % ppo.minibatch_size == 0,
         ("ppo.minibatch_size", "rollout.batch_size"),
@@ -144,24 +168,6 @@ def _contradictions(config: Config) -> list[Contradiction]:
         ("ppo.value_warmup_steps", "steps"),
         f"{ppo.value_warmup_steps} of steps={config.steps}: the policy would never learn",
     )
-    refuse_unless(
-        config.model.critic == "separate" or config.model.critic_path is None,
-        ("model.critic_path", "model.critic"),
-        "is for model.critic=separate; set that, or leave critic_path out",
-    )
-    refuse_unless(
-        (reward.path is None) != (reward.function is None),
-        ("reward.path", "reward.function"),
-        "give reward.path (a classifier) or reward.function (a Python function), "
-        + ("one of them" if reward.path is None else "not both"),
-    )
-    _check_placement(config, refuse_unless)
-    refuse_unless(
-        evaluation.num_samples <= evaluation.num_prompts or evaluation.num_prompts == 0,
-        ("evaluation.num_samples", "evaluation.num_prompts"),
-        f"{evaluation.num_samples} exceeds evaluation.num_prompts={evaluation.num_prompts}",
-    )
-    return found + _contradictions_of_overlap(config)
 
 
 def _contradictions_of_overlap(config: Config) -> list[Contradiction]:
