@@ -14,10 +14,6 @@ pytestmark = pytest.mark.slow
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
 
 
-def start(ppo_ray: CommandLine, engine: str, steps: int, *more: str):
-    return ppo_ray.start("train", str(ppo_ray.config), f"rollout.engine={engine}", f"steps={steps}", *OPTIONS, *more)
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("engine", "steps", "signals"),
@@ -32,7 +28,8 @@ def test_ended_and_resumed_again_and_again(
     signals: list[signal.Signals],
 ) -> None:
     run, orphans = tmp_path / "run", orphaned_shared_memory()
-    process = start(ppo_ray, engine, steps)
+    command = ("train", str(ppo_ray.config), f"rollout.engine={engine}", f"steps={steps}", *OPTIONS)
+    process = ppo_ray.start(*command)
     for number in signals:
         wait_for_steps(process, run, len(lines(run)) + 2)  # of its own: a run that only starts has no handlers yet
         time.sleep(random.uniform(0, 0.3))
@@ -44,7 +41,7 @@ def test_ended_and_resumed_again_and_again(
         if number != signal.SIGKILL:
             (interrupted,) = [event for event in events(run)[-1:] if event["event"] == "interrupted"]
             assert (run / "checkpoints" / "latest").readlink().name == f"step-{interrupted['step']:05d}"
-        process = start(ppo_ray, engine, steps, "--resume")
+        process = ppo_ray.start(*command, "--resume")
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert "going on after step" in output
@@ -52,10 +49,9 @@ def test_ended_and_resumed_again_and_again(
     assert [event["event"] for event in events(run)].count("resumed") == len(signals)
     assert ppo_ray.leftovers() == []
 
-    done = start(ppo_ray, engine, steps, "--resume")
-    output, errors = done.communicate(timeout=240)
-    assert (done.returncode, errors) == (0, "")
-    assert "nothing to do" in output
+    done = ppo_ray.run(*command, "--resume")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "nothing to do" in done.stdout
     same_as_undisturbed(run, engine, steps)
 
 
