@@ -121,8 +121,7 @@ class JobServer:
             with contextlib.suppress(*_UNREACHABLE):
                 await self._tail(name, log)
             try:
-                details = self._client.get_job_info(name)
-                log.heard = time.monotonic()
+                details = self._ask(name, log)
                 if details.status.is_terminal():
                     with contextlib.suppress(*_UNREACHABLE):
                         log.add(self._client.get_job_logs(name), 0)
@@ -135,6 +134,12 @@ class JobServer:
                     ) from error
             pause = 1.0 if log.written > before else min(2 * pause, _LONGEST_PAUSE_S)
             await asyncio.sleep(pause)
+
+    def _ask(self, name: str, log: "_Log") -> JobDetails:
+        """Ask the head how the job is; an answer is a sign of life."""
+        details = self._client.get_job_info(name)
+        log.heard = time.monotonic()
+        return details
 
     async def _tail(self, name: str, log: "_Log") -> None:
         """Write the log until its stream ends, or is silent and the head does not answer."""
@@ -153,8 +158,7 @@ class JobServer:
         arriving = asyncio.ensure_future(arrive())
         try:
             while not (await asyncio.wait({arriving}, timeout=_SILENCE_S))[0]:
-                self._client.get_job_info(name)
-                log.heard = time.monotonic()
+                self._ask(name, log)
             return arriving.result()
         finally:
             arriving.cancel()
