@@ -29,18 +29,19 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.stub_workers import StubLearner, StubReward, StubRollout
-from ppo_ray import loop
-from ppo_ray.actors.gauges import Gauges
-from ppo_ray.actors.launch import Actors
-from ppo_ray.actors.learner_group import LearnerGroup
-from ppo_ray.actors.reward import RewardGroup
-from ppo_ray.actors.rollout import RolloutGroup
-from ppo_ray.checkpoint import Checkpoints, RunState
+from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config
 from ppo_ray.events import Event
-from ppo_ray.metrics import MetricsLog
-from ppo_ray.prompts import PromptStream
-from ppo_ray.run_folder import RunFolder
+from ppo_ray.learner.group import LearnerGroup
+from ppo_ray.prompts.stream import PromptStream
+from ppo_ray.reward.group import RewardGroup
+from ppo_ray.rollout.group import RolloutGroup
+from ppo_ray.run import loop
+from ppo_ray.run.actors import Actors
+from ppo_ray.run.checkpoints import Checkpoints
+from ppo_ray.run.folder import RunFolder
+from ppo_ray.run.gauges import Gauges
+from ppo_ray.run.log import MetricsLog
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLLOUTS_A_REWARD = 8

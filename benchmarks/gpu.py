@@ -34,15 +34,14 @@ from benchmarks.flops import forward_flops, update_flops
 from benchmarks.random_batches import Range, lengths_of, random_requests, scored_table
 from benchmarks.random_models import SHAPES, decoder_shape, write_config, write_model
 from ppo_ray.config import Config
-from ppo_ray.engines.base import Request, Sampling
-from ppo_ray.engines.hf import HFEngine
 from ppo_ray.errors import InputError
-from ppo_ray.learner import PPOLearner
+from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.loading import default_device
-from ppo_ray.plan.learner import learner_terms
-from ppo_ray.plan.memory import rollout_terms
+from ppo_ray.plan.memory import learner_terms, rollout_terms
 from ppo_ray.plan.sizes import ModelSizes
-from ppo_ray.weights import Buffers
+from ppo_ray.rollout.engine import Request, Sampling
+from ppo_ray.rollout.hf import HFEngine
+from ppo_ray.weights.snapshot import Buffers
 
 PROMPT_TOKENS: Range = (2, 8)
 PHASES = {

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from ppo_ray import trajectory
-from ppo_ray.engines.base import Completion, Request
+from ppo_ray.rollout.engine import Completion, Request
 
 Range = tuple[int, int]
 """Smallest and largest, both included."""

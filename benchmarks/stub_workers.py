@@ -9,12 +9,13 @@ import ray
 import xxhash
 
 from ppo_ray import trajectory
-from ppo_ray.actors.learner import Publication, UpdateReport
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config
-from ppo_ray.prompts import PromptBatch
+from ppo_ray.learner.actor import Publication, UpdateReport
+from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.seeding import derive_seed
-from ppo_ray.weights import TensorEntry, WeightAck, WeightManifest
+from ppo_ray.weights.acks import WeightAck
+from ppo_ray.weights.manifest import TensorEntry, WeightManifest
 
 RESPONSE_TOKENS = 16
 NUM_METRICS = 40

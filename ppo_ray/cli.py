@@ -63,9 +63,9 @@ def train(
 
         from rich.console import Console
 
-        from ppo_ray import driver
+        from ppo_ray.run.train import train
 
-        driver.train(parsed, Console())
+        train(parsed, Console())
 
 
 @app.command()
@@ -79,9 +79,9 @@ def evaluate(
     with _reported():
         from rich.console import Console
 
-        from ppo_ray import held_out
+        from ppo_ray.run.train import evaluate_checkpoint
 
-        held_out.evaluate_checkpoint(checkpoint, list(overrides or []), Console())
+        evaluate_checkpoint(checkpoint, list(overrides or []), Console())
 
 
 @app.command()
@@ -97,9 +97,9 @@ def check(
 
         from rich.console import Console
 
-        from ppo_ray import driver
+        from ppo_ray.run.train import check
 
-        driver.check(parsed, Console())
+        check(parsed, Console())
 
 
 @app.command()
@@ -123,10 +123,10 @@ def plan(
 
         from rich.console import Console
 
-        from ppo_ray import capacity
+        from ppo_ray.run.plan import Described, show
 
-        described = capacity.Described(nodes, cpus, gpus, memory, gpu_memory, address)
-        if not capacity.show(parsed, described, Console()):
+        described = Described(nodes, cpus, gpus, memory, gpu_memory, address)
+        if not show(parsed, described, Console()):
             raise typer.Exit(2)
 
 
@@ -178,8 +178,8 @@ def submit(
 ) -> None:
     """Train as `train` does, as a job on a Ray cluster; sent again, it goes on from its newest checkpoint."""
     with _reported():
-        from ppo_ray import submission
-        from ppo_ray.job_request import JobRequest, job_name
+        from ppo_ray.jobs import submit as submission
+        from ppo_ray.jobs.request import JobRequest, job_name
 
         parsed = submission.submitted_config(config, overrides or [])
         request = JobRequest(parsed, address, name or job_name(config), working_dir, tuple(env or ()))

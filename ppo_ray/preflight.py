@@ -10,9 +10,9 @@ from typing import Any
 
 from ppo_ray.config import Config, Trust, transport_problems
 from ppo_ray.errors import InputError
-from ppo_ray.labels import find_label
-from ppo_ray.prompts import usable_texts
-from ppo_ray.reward_function import load_function
+from ppo_ray.prompts.stream import usable_texts
+from ppo_ray.reward.function import load_function
+from ppo_ray.reward.labels import find_label
 
 _JOB_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 """Ray sets the second inside `ray job submit`; with either the actors run on a cluster, not on this machine."""

@@ -1,6 +1,7 @@
-"""Tiny real models, made once a session: a Llama with tied embeddings, a BERT classifier, film sentences."""
+"""What tests share: tiny real models, made once a session, real rank processes, and a private Ray for a file."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -120,3 +121,23 @@ def crew(request: pytest.FixtureRequest) -> Iterator[Any]:
 
     with rank_processes(request.param) as processes:
         yield processes
+
+
+@pytest.fixture
+def short_ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give the test's Ray a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="pr-") as short:
+        monkeypatch.setenv("RAY_TMPDIR", short)
+        yield
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
+    """Start one Ray for all tests of a file."""
+    from ppo_ray.actors.session import ray_session
+    from ppo_ray.config import RayConfig
+
+    with tempfile.TemporaryDirectory(prefix="pr-") as short, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", short)
+        with ray_session(RayConfig(object_store_mib=128)):
+            yield

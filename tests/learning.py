@@ -9,8 +9,8 @@ import torch
 
 from ppo_ray import trajectory
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
-from ppo_ray.learner import PPOLearner
-from ppo_ray.ranks import Ranks
+from ppo_ray.learner.learner import PPOLearner
+from ppo_ray.learner.ranks import Ranks
 
 
 def make_learner(folder: Path, budget: int = 1024, **ppo: Any) -> PPOLearner:

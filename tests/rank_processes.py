@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ppo_ray import ranks
-from ppo_ray.ranks import Meeting
+from ppo_ray.learner import ranks
+from ppo_ray.learner.ranks import Meeting
 
 _CONTEXT = multiprocessing.get_context("spawn")
 _LIMIT_S = 300.0

@@ -21,7 +21,7 @@ def driver(monkeypatch):
     import ppo_ray
 
     calls = []
-    fake = types.ModuleType("ppo_ray.driver")
+    fake = types.ModuleType("ppo_ray.run.train")
     fake.error = None
 
     def record(*arguments):
@@ -88,7 +88,7 @@ def test_assets(monkeypatch):
 
 
 def test_submit_hands_over_what_was_asked_for(config, monkeypatch, tmp_path):
-    from ppo_ray import submission
+    from ppo_ray.jobs import submit as submission
 
     calls = []
     monkeypatch.setattr(submission, "submit", lambda request, wait, write, say: calls.append((request, wait)) or 7)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from benchmarks.flops import DecoderShape
-from ppo_ray.actors.rollout import drawn_limits
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
-from ppo_ray.held_out import prompt_stream
 from ppo_ray.models.value_head import VALUE_HEAD_FILE, new_value_head, save_value_head
+from ppo_ray.rollout.actor import drawn_limits
+from ppo_ray.run.evaluation import prompt_stream
 from ppo_ray.seeding import derive_seed
 
 _LINKED = ("model.safetensors", "tokenizer.json", "generation_config.json")

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.growth.series import TOLERANCE, Point, Series, draw, say_verdicts, show
-from ppo_ray.engines.vllm import CPU_ENVIRONMENT, ENVIRONMENT
+from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT
 
 MEASURES = "benchmarks.growth.panels"
 PROCESSES = (("batch", "length"), ("size",), ("workers",))

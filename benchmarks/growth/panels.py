@@ -19,9 +19,9 @@ from benchmarks.growth.series import Point, Series
 from benchmarks.random_batches import Range, lengths_of, random_completions, random_requests, scored_table
 from benchmarks.random_models import decoder_shape, write_model
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
-from ppo_ray.engines.base import Engine, Request, Sampling
-from ppo_ray.learner import PPOLearner
-from ppo_ray.weights import Buffers
+from ppo_ray.learner.learner import PPOLearner
+from ppo_ray.rollout.engine import Engine, Request, Sampling
+from ppo_ray.weights.snapshot import Buffers
 
 EPOCHS = 1
 """More would do the same again."""
@@ -186,10 +186,10 @@ def measure(panels: Sequence[str], scale: Scale) -> list[Series]:
 
 def _start(engine: str, path: str, max_context: int) -> Engine:
     if engine == "hf":
-        from ppo_ray.engines.hf import HFEngine
+        from ppo_ray.rollout.hf import HFEngine
 
         return HFEngine(path, max_context=max_context)
-    from ppo_ray.engines.vllm import VLLMEngine
+    from ppo_ray.rollout.vllm import VLLMEngine
 
     return VLLMEngine(path, max_context=max_context)
 

@@ -20,15 +20,16 @@ from benchmarks.growth.panels import EPOCHS, Scale
 from benchmarks.growth.series import Point, Series
 from benchmarks.random_batches import score_by_length
 from benchmarks.random_models import write_model
-from ppo_ray import loop
-from ppo_ray.actors.gauges import Gauges
-from ppo_ray.actors.launch import launch
-from ppo_ray.checkpoint import Checkpoints, RunState
+from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config
 from ppo_ray.events import Event
-from ppo_ray.metrics import MetricsLog
-from ppo_ray.prompts import PromptStream
-from ppo_ray.run_folder import RunFolder
+from ppo_ray.prompts.stream import PromptStream
+from ppo_ray.run import loop
+from ppo_ray.run.actors import launch
+from ppo_ray.run.checkpoints import Checkpoints
+from ppo_ray.run.folder import RunFolder
+from ppo_ray.run.gauges import Gauges
+from ppo_ray.run.log import MetricsLog
 
 WARM_UP_STEPS = 2
 """The first steps, in which processes import, connect and touch their memory, are in no figure."""

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -12,12 +12,11 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ppo_ray import stopping
-from ppo_ray.allocation import CPU_ALLOCATION
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
-from ppo_ray.plan import ActorSpec, ClusterShape, Node, Request, requested
+from ppo_ray.plan import ClusterShape, Node, Request, requested
 from ppo_ray.plan.assign import Assignment, assign
-from ppo_ray.plan.demand import KINDS, Kind, actor_specs
+from ppo_ray.plan.demand import KINDS, Kind
 from ppo_ray.plan.request import Group, Seat
 
 _POLL_S = 1.0  # signal handlers run between polls
@@ -47,32 +46,6 @@ class Seats:
                 self.groups[seat.group], seat.bundles[0], placement_group_capture_child_tasks=ranks
             ),
         }
-
-
-def rollout_spec(config: Config) -> ActorSpec:
-    """Return what the rollout workers need; vLLM's environment must be set before their process imports it."""
-    spec = actor_specs(config)["rollout"]
-    if config.rollout.engine != "vllm":
-        return spec
-    from ppo_ray.engines.vllm import CPU_ENVIRONMENT, ENVIRONMENT
-
-    environment = ENVIRONMENT | ({} if config.rollout.gpus else CPU_ENVIRONMENT)
-    if spec.ranks > 1:
-        gpus = requested(config).seat("rollout-0").gpus
-        bundles = ",".join(map(str, range(spec.ranks)))
-        environment |= {"VLLM_RAY_BUNDLE_INDICES": bundles, "VLLM_RAY_PER_WORKER_GPUS": f"{gpus:g}"}
-    return replace(spec, environment=environment)
-
-
-def reward_spec(config: Config) -> ActorSpec:
-    """Return what the reward workers need."""
-    return actor_specs(config)["reward"]
-
-
-def learner_spec(config: Config) -> ActorSpec:
-    """Return what the learner needs; on a CPU it allocates as `CPU_ALLOCATION` says."""
-    environment = {} if config.learner.gpus else CPU_ALLOCATION
-    return replace(actor_specs(config)["learner"], environment=environment)
 
 
 @contextlib.contextmanager

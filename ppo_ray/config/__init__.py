@@ -1,11 +1,10 @@
 """Every option of a run: `ppo.py` and `sections.py` document them, `run.py` joins them, `file.py` reads them."""
 
-from ppo_ray.config.checkpoint import CheckpointConfig
-from ppo_ray.config.difference import Difference, differences
 from ppo_ray.config.ppo import PPOConfig
 from ppo_ray.config.run import Config, load_config, to_yaml
-from ppo_ray.config.section import NO_TRUST, Trust
 from ppo_ray.config.sections import (
+    NO_TRUST,
+    CheckpointConfig,
     EvaluationConfig,
     LearnerConfig,
     ModelConfig,
@@ -13,6 +12,7 @@ from ppo_ray.config.sections import (
     RayConfig,
     RewardConfig,
     RolloutConfig,
+    Trust,
 )
 from ppo_ray.config.transport import Transport, transport_problems, weight_transport
 
@@ -20,7 +20,6 @@ __all__ = [
     "NO_TRUST",
     "CheckpointConfig",
     "Config",
-    "Difference",
     "EvaluationConfig",
     "LearnerConfig",
     "ModelConfig",
@@ -31,7 +30,6 @@ __all__ = [
     "RolloutConfig",
     "Transport",
     "Trust",
-    "differences",
     "load_config",
     "to_yaml",
     "transport_problems",

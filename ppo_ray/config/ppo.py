@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ppo_ray.config.section import Section
+from ppo_ray.config.sections import Section
 
 
 class PPOConfig(Section):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppo_ray.config.run import Config
-from ppo_ray.config.section import ModelSource
+from ppo_ray.config.sections import ModelSource
 from ppo_ray.errors import InputError
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

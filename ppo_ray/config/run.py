@@ -10,11 +10,10 @@ from typing import Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from ppo_ray.config.checkpoint import CheckpointConfig
 from ppo_ray.config.file import Contradiction, Contradictions, load
 from ppo_ray.config.ppo import PPOConfig
-from ppo_ray.config.section import Section, Source
 from ppo_ray.config.sections import (
+    CheckpointConfig,
     EvaluationConfig,
     LearnerConfig,
     ModelConfig,
@@ -22,6 +21,8 @@ from ppo_ray.config.sections import (
     RayConfig,
     RewardConfig,
     RolloutConfig,
+    Section,
+    Source,
 )
 
 

@@ -6,8 +6,16 @@ from dataclasses import dataclass
 from ppo_ray.config import Config
 from ppo_ray.plan.assign import Assignment, Shortage, assign
 from ppo_ray.plan.cluster import GIB, ClusterShape
-from ppo_ray.plan.learner import learner_terms
-from ppo_ray.plan.memory import Device, Term, disk_terms, node_terms, reward_terms, rollout_terms, store_terms
+from ppo_ray.plan.memory import (
+    Device,
+    Term,
+    disk_terms,
+    learner_terms,
+    node_terms,
+    reward_terms,
+    rollout_terms,
+    store_terms,
+)
 from ppo_ray.plan.request import Request, Seat, requested
 from ppo_ray.plan.sizes import ModelSizes
 

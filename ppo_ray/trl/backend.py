@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ppo_ray.learner import PPOLearner, Update
+from ppo_ray.learner.learner import PPOLearner, Update
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.models.value_head import CausalLMWithValueHead
 from ppo_ray.trl.config import PPOConfig

@@ -12,16 +12,16 @@ import pyarrow as pa
 import torch
 
 from ppo_ray import trajectory
-from ppo_ray.actors.learner_group import LearnerGroup
 from ppo_ray.actors.placement import reserved
-from ppo_ray.actors.rollout import RolloutGroup
 from ppo_ray.actors.session import ray_session
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError
 from ppo_ray.events import Event
-from ppo_ray.learner import Update
+from ppo_ray.learner.group import LearnerGroup
+from ppo_ray.learner.learner import Update
 from ppo_ray.models.value_head import VALUE_HEAD_FILE, save_value_head
-from ppo_ray.prompts import PromptBatch
+from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.rollout.group import RolloutGroup
 from ppo_ray.trl.config import PPOConfig
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead
 

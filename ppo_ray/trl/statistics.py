@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ppo_ray import trajectory
-from ppo_ray.learner import Update
+from ppo_ray.learner.learner import Update
 
 
 def step_statistics(update: Update, orders: Sequence[np.ndarray], mini_batch_size: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from ppo_ray.learner import Update
+from ppo_ray.learner.learner import Update
 from ppo_ray.trl.backend import Backend, InProcess
 from ppo_ray.trl.config import PPOConfig
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead, create_reference_model

@@ -12,17 +12,17 @@ import ray
 from ray.cluster_utils import Cluster
 from typer.testing import CliRunner
 
-from ppo_ray.actors.learner_group import LearnerGroup
 from ppo_ray.actors.placement import connected_cluster, reserved
-from ppo_ray.actors.reward import RewardGroup
-from ppo_ray.actors.rollout import RolloutGroup
 from ppo_ray.actors.watch import Member
 from ppo_ray.actors.worker import Whereabouts
 from ppo_ray.cli import app
 from ppo_ray.config import Config, load_config, to_yaml
 from ppo_ray.errors import InputError, WorkerLost
+from ppo_ray.learner.group import LearnerGroup
 from ppo_ray.plan import requested
 from ppo_ray.plan.assign import assign
+from ppo_ray.reward.group import RewardGroup
+from ppo_ray.rollout.group import RolloutGroup
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,10 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ppo_ray.actors import placement
-from ppo_ray.actors.placement import Seats, check_fit, rollout_spec
+from ppo_ray.actors.placement import Seats, check_fit
 from ppo_ray.errors import InputError
 from ppo_ray.plan import requested
+from ppo_ray.rollout.group import rollout_spec
 from tests.plan.test_request import configured
 
 

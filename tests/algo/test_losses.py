@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ppo_ray.algo.losses import clipped_surrogate, clipped_value_loss
+from ppo_ray.algo.losses import clipped_surrogate, clipped_value_loss, truncated_importance
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 WEIGHTS = torch.tensor([0.125, 0.25])
@@ -153,3 +153,19 @@ def test_a_figure_that_would_broadcast_is_refused(function: Callable[..., object
         function(LOGPROBS, OLD[:, :1], ADVANTAGES, MASK, WEIGHTS)
     with pytest.raises(ValueError, match=r"weights has shape \(2, 1\); it must be \[B\]"):
         function(LOGPROBS, OLD, ADVANTAGES, MASK, WEIGHTS[:, None])
+
+
+MASK = torch.tensor([[True, True, True, False]])
+
+
+def test_weights_by_hand() -> None:
+    old = torch.tensor([[-1.0, -1.0, -1.0, math.nan]], requires_grad=True)
+    rollout = torch.tensor([[-1.0, -1.0 - math.log(3.0), -1.0 + math.log(4.0), 0.0]])
+    weights = truncated_importance(old, rollout, MASK, cap=2.0)
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 2.0, 0.25, 0.0]]))
+    assert not weights.requires_grad
+
+
+def test_a_cap_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="cap=0"):
+        truncated_importance(torch.zeros(1, 4), torch.zeros(1, 4), MASK, cap=0)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppo_ray.assets.cache import asset_path
 from ppo_ray.assets.classifier import MIN_ACCURACY, split
 from ppo_ray.assets.prompts import read_source
-from ppo_ray.models.classifier import Classifier
+from ppo_ray.reward.classifier import Classifier
 
 pytestmark = pytest.mark.slow
 

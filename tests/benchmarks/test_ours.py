@@ -7,7 +7,7 @@ from benchmarks.compare import machine
 from benchmarks.compare.ours import read_steps, run_config
 from benchmarks.flops import DecoderShape
 from ppo_ray import trajectory
-from ppo_ray.actors.learner import write_trajectories
+from ppo_ray.learner.actor import write_trajectories
 
 METRICS = {
     "time/generate_s": 4.0,

@@ -12,11 +12,11 @@ from benchmarks.compare import rounds, work
 from benchmarks.compare.arms import Step
 from benchmarks.compare.rounds import Round
 from benchmarks.compare.settings import ROOT, Settings
-from ppo_ray.actors.rollout import RolloutWorker
-from ppo_ray.engines.base import Completion
 from ppo_ray.errors import InputError
-from ppo_ray.held_out import prompt_stream
-from ppo_ray.learner import PPOLearner
+from ppo_ray.learner.learner import PPOLearner
+from ppo_ray.rollout.actor import RolloutWorker
+from ppo_ray.rollout.engine import Completion
+from ppo_ray.run.evaluation import prompt_stream
 
 SCRIPT = ROOT / "benchmarks/compare/trl_loop.py"
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
 
-from ppo_ray.actors.gauges import EVENTS, gauge_name
+from ppo_ray.run.gauges import EVENTS, gauge_name
 from tests.figures import FIGURES
 
 CLUSTER = Path(__file__).parents[2] / "cluster"

@@ -17,7 +17,7 @@ SLOW_UPDATE = """
 import os
 if os.environ.get('PPO_RAY_WORKER') == 'learner-0':
     import time
-    from ppo_ray.learner import PPOLearner
+    from ppo_ray.learner.learner import PPOLearner
     update = PPOLearner.update
     def slow(self, *arguments, **options):
         open({mark!r}, 'a').close()

@@ -9,19 +9,19 @@ from tests.command_line import CommandLine, events, lines
 pytestmark = pytest.mark.slow
 
 KEEPS_ITS_OWN = """
-    from ppo_ray.engines.hf import HFEngine
+    from ppo_ray.rollout.hf import HFEngine
     def load_weights(self, snapshot):
         self.policy_version = snapshot.policy_version
     HFEngine.load_weights = load_weights
 """
 
 STALE_HEAD = """
-    from ppo_ray.engines.vllm import VLLMEngine
+    from ppo_ray.rollout.vllm import VLLMEngine
     VLLMEngine._tied_head = property(lambda self: False, lambda self, value: None)
 """
 
 FORGETS_TO_SAY_SO = """
-    from ppo_ray.engines.hf import HFEngine
+    from ppo_ray.rollout.hf import HFEngine
     load = HFEngine.load_weights
     def load_weights(self, snapshot):
         load(self, snapshot)

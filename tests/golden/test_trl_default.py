@@ -18,7 +18,7 @@ from ppo_ray.algo.kl import AdaptiveKLController, kl_estimate
 from ppo_ray.algo.masked import masked_sum, masked_whiten
 from ppo_ray.algo.rewards import token_rewards
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
-from ppo_ray.learner import PPOLearner
+from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.value_head import VALUE_HEAD_FILE
 
 RECORD = Path(__file__).parent / "trl_default"

@@ -9,10 +9,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppo_ray.config import ModelConfig, Trust
-from ppo_ray.engines.hf import HFEngine
 from ppo_ray.errors import InputError
 from ppo_ray.models.actor_critic import load_actor_critic, load_reference
 from ppo_ray.models.loading import load_causal_lm, load_tokenizer, load_vocab_size
+from ppo_ray.rollout.hf import HFEngine
 
 
 def test_dropout_is_off_and_attention_is_sdpa(tmp_path: Path) -> None:

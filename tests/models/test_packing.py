@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ppo_ray.models.packing import pack
+from ppo_ray.models.packing import balanced, microbatches, pack
 
 PROMPTS = [np.array([1, 2]), np.array([9]), np.array([5, 6])]
 RESPONSES = [np.array([3, 0, 0]), np.array([8]), np.array([7])]
@@ -44,3 +46,67 @@ def test_an_empty_part_is_refused(empty: str) -> None:
     with pytest.raises(ValueError, match="sequence 2 has no prompt or no response token"):
         pack([[0, 2]], parts["prompt"], parts["response"])
     assert torch.equal(pack([[0]], PROMPTS, RESPONSES).target_ids, torch.tensor([3, 0, 0]))
+
+
+def test_one_sequence_a_row_by_hand() -> None:
+    # longest first: 7, 5, 5, 2; 2 rows of 7 fit into 15, then 2 rows of 5
+    assert microbatches([5, 2, 7, 5], budget=15) == [[[2], [0]], [[3], [1]]]
+
+
+def test_packed_rows_by_hand() -> None:
+    # rows of 10: 7 + 2, 5 + 5; both fit into 20
+    assert microbatches([5, 2, 7, 5], budget=20, row_width=10) == [[[0, 3], [2, 1]]]
+
+
+def test_rows_are_as_wide_as_leaves_the_least_padding() -> None:
+    # rows of 8 would hold 7 | 5 | 5, 21 tokens for 17; of 10, 7 | 5 + 5, 20 for 17
+    assert microbatches([7, 5, 5], budget=100, row_width=8) == [[[1, 2], [0]]]
+
+
+def test_a_sequence_longer_than_everything_goes_alone() -> None:
+    assert microbatches([3, 50, 3], budget=8) == [[[1]], [[0], [2]]]
+    # ... and, packed, makes the rows as wide as itself
+    assert microbatches([3, 50, 3], budget=8, row_width=6) == [[[1]], [[0, 2]]]
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 200), st.sampled_from([0, 16, 64]))
+def test_every_sequence_once_within_the_budget(lengths: list[int], budget: int, row_width: int) -> None:
+    batches = microbatches(lengths, budget, row_width)
+    assert sorted(index for batch in batches for row in batch for index in row) == list(range(len(lengths)))
+    for batch in batches:
+        widths = [sum(lengths[index] for index in row) for row in batch]
+        assert len(batch) == 1 or len(batch) * max(widths) <= budget
+        assert max(widths) <= 1.25 * max(row_width, *lengths) if row_width else max(lengths)
+        assert row_width or all(len(row) == 1 for row in batch)
+
+
+def test_packing_wastes_little_where_length_sorting_wastes_much() -> None:
+    lengths = [2 + index % 23 for index in range(128)]
+    padded, packed = (
+        sum(len(batch) * max(sum(lengths[index] for index in row) for row in batch) for batch in batches)
+        for batches in (microbatches(lengths, 10**6), microbatches(lengths, 10**6, 64))
+    )
+    assert padded > 1.6 * sum(lengths)
+    assert packed < 1.02 * sum(lengths)
+
+
+@pytest.mark.parametrize(("lengths", "budget"), [([1, 0], 10), ([1], 0)])
+def test_nothing_below_one_token(lengths: list[int], budget: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        microbatches(lengths, budget)
+
+
+def test_shares_by_hand() -> None:
+    # 8 | 7; 5 to the second (12), 4 to the first (12), 3 to the first (tie: lower number), 1 to the second
+    assert balanced([3, 8, 5, 1, 7, 4], 2) == [[0, 1, 5], [2, 3, 4]]
+    assert balanced([2, 9], 3) == [[1], [0], []]
+
+
+@given(st.lists(st.integers(1, 500), max_size=80), st.integers(1, 9))
+def test_shares_are_balanced_by_tokens(lengths: list[int], num_shares: int) -> None:
+    shares = balanced(lengths, num_shares)
+    assert sorted(index for share in shares for index in share) == list(range(len(lengths)))
+    loads = [sum(lengths[index] for index in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths, default=0)  # the last given was given to who had least
+    best = max([sum(lengths) / num_shares, *lengths])
+    assert max(loads) <= 4 / 3 * best + max(lengths, default=0) / 3

@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ppo_ray.algo.batching import microbatches
 from ppo_ray.errors import InputError
-from ppo_ray.models.packing import pack
+from ppo_ray.models.packing import microbatches, pack
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.models.value_head import CausalLMWithValueHead
 

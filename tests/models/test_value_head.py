@@ -9,10 +9,9 @@ import safetensors.torch
 import torch
 import transformers
 
-from ppo_ray.algo.batching import microbatches
 from ppo_ray.errors import InputError
 from ppo_ray.models.actor_critic import cast
-from ppo_ray.models.packing import pack
+from ppo_ray.models.packing import microbatches, pack
 from ppo_ray.models.value_head import VALUE_HEAD_FILE, CausalLMWithValueHead
 
 SIZES = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}

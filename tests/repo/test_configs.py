@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from ppo_ray.config import differences, load_config
+from ppo_ray.config import load_config
 from ppo_ray.preflight import cpu_demand
+from ppo_ray.run.resume import differences
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

@@ -1,7 +1,7 @@
 import pytest
 
 from ppo_ray.errors import WorkerError
-from ppo_ray.weights import PublishedWeights, WeightAck, check_acks
+from ppo_ray.weights.acks import PublishedWeights, WeightAck, check_acks
 
 
 @pytest.mark.parametrize(("version", "checksum"), [(6, "aa"), (7, "bb")])

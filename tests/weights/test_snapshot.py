@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppo_ray.errors import WorkerError
-from ppo_ray.weights import Buffers, WeightManifest, WeightSnapshot, Wire
-from ppo_ray.weights.manifest import num_buckets
+from ppo_ray.weights.manifest import WeightManifest, num_buckets
+from ppo_ray.weights.snapshot import Buffers, WeightSnapshot
+from ppo_ray.weights.wire import Wire
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=8)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8])

@@ -1,1 +1,0 @@
-"""Text generation behind one Protocol: vLLM for use, transformers where vLLM cannot be installed and in tests."""

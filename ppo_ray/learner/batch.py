@@ -1,0 +1,181 @@
+"""A step's trajectories as the learner sees them: those with a score, as padded tensors and back.
+
+Dimensions: N trajectories of the table, B of them with a score, R response tokens (the longest of the batch).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ppo_ray import trajectory
+from ppo_ray.errors import WorkerError
+from ppo_ray.learner.ranks import Ranks
+from ppo_ray.models.packing import PackedRows, Row, balanced, empty_rows, microbatches, pack
+from ppo_ray.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class ResponseBatch:
+    """The scored trajectories of a table."""
+
+    num_trajectories: int
+    """N."""
+    kept: np.ndarray
+    """`[B]` int64, which of the table's rows these are."""
+    prompt_ids: list[np.ndarray]
+    """`[P]` int32 each."""
+    response_ids: list[np.ndarray]
+    """`[R]` int32 each."""
+    scores: torch.Tensor
+    """`[B]` float32, finite."""
+    ended: torch.Tensor
+    """`[B]` bool, whether the response ended by itself and was not cut off."""
+    rollout_logprobs: torch.Tensor
+    """`[B, R]` float32, zero outside the mask."""
+    response_mask: torch.Tensor
+    """`[B, R]` bool."""
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> "ResponseBatch":
+        """Build the batch from a table of `trajectory.SCHEMA`; rows without a finite score are left out.
+
+        Raises:
+            ValueError: the table is not what the exchange promises.
+        """
+        trajectory.validate(table)
+        scores = table.column("score").to_numpy().astype(np.float32)  # null becomes NaN
+        kept = np.flatnonzero(np.isfinite(scores))
+        ended = table.column("finish_reason").to_numpy() == "stop"
+        ragged = partial(trajectory.ragged, table)
+        prompt_ids, response_ids, logprobs = (
+            [column[row] for row in kept] for column in map(ragged, ("prompt_ids", "response_ids", "rollout_logprobs"))
+        )
+        lengths = np.array([len(ids) for ids in response_ids], np.int64)
+        mask = np.arange(lengths.max(initial=0))[None] < lengths[:, None]
+        padded = np.zeros(mask.shape, np.float32)
+        padded[mask] = np.concatenate(logprobs) if logprobs else []
+        return cls(
+            num_trajectories=table.num_rows,
+            kept=kept,
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            scores=torch.from_numpy(scores[kept]),
+            ended=torch.from_numpy(ended[kept]),
+            rollout_logprobs=torch.from_numpy(padded),
+            response_mask=torch.from_numpy(mask),
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return len(self.kept)
+
+    @cached_property
+    def num_response_tokens(self) -> np.ndarray:
+        """`[B]` int64."""
+        return np.array([len(ids) for ids in self.response_ids], np.int64)
+
+    @cached_property
+    def num_inputs(self) -> np.ndarray:
+        """`[B]` int64, tokens that a forward pass computes: prompt and response but for its last token."""
+        return self.num_tokens - 1
+
+    @cached_property
+    def num_tokens(self) -> np.ndarray:
+        """`[B]` int64, prompt and response."""
+        return self.num_response_tokens + np.array([len(ids) for ids in self.prompt_ids], np.int64)
+
+    def to_lists(self, figures: torch.Tensor) -> list[np.ndarray | None]:
+        """Cut `[B, R]` figures to one `[R]` array for each of the table's N rows; None for those left out."""
+        array = figures.float().cpu().numpy()
+        lists: list[np.ndarray | None] = [None] * self.num_trajectories
+        for index, row in enumerate(self.kept):
+            lists[row] = array[index, : len(self.response_ids[index])]
+        return lists
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which sequences are this rank's, and how they are laid out in forward passes."""
+
+    microbatch_tokens: int
+    """At most so many tokens, padding included, a pass."""
+    row_width: int
+    """Tokens that rows are filled up to; 0: one sequence a row."""
+    device: torch.device
+    ranks: Ranks
+    in_lockstep: bool = False
+    """Whether all ranks make the same number of passes: those with fewer add empty ones."""
+
+    def passes(self, batch: ResponseBatch, sequences: np.ndarray) -> Iterator[PackedRows]:
+        """Yield this rank's passes over the named sequences, the same in whatever order they are named."""
+        sequences = np.sort(sequences)
+        shares = self._shares(batch.num_inputs[sequences])
+        for rows in (mine := shares[self.ranks.rank]):
+            named = [[int(sequences[index]) for index in row] for row in rows]
+            yield pack(named, batch.prompt_ids, batch.response_ids, self.device)
+        if self.in_lockstep:
+            for _ in range(len(mine), max(map(len, shares))):
+                yield empty_rows(self.device)
+
+    def num_passes(self, batch: ResponseBatch) -> int:
+        """Return how many passes over all sequences a rank makes at most."""
+        return max(map(len, self._shares(batch.num_inputs)))
+
+    def _shares(self, lengths: np.ndarray) -> list[list[list[Row]]]:
+        """Deal sequences of these lengths to the ranks; returns each one's micro-batches of rows of indices.
+
+        Every rank sees all lengths, so each knows how many passes the others make.
+        """
+        shares = []
+        for share in balanced(lengths.tolist(), self.ranks.size):
+            micro = microbatches(lengths[share].tolist(), self.microbatch_tokens, self.row_width)
+            shares.append([[[share[index] for index in row] for row in rows] for rows in micro])
+        return shares
+
+
+Order = Callable[[int], np.ndarray]
+"""The order of the scored trajectories in an epoch: a permutation of `[0, B)`."""
+
+
+def drawn_order(num_sequences: int, seed: int, step: int) -> Order:
+    """Return the order that the run's seed, the step and the epoch draw."""
+    return lambda epoch: np.random.default_rng(derive_seed(seed, "epoch", step, epoch)).permutation(num_sequences)
+
+
+def split_evenly(order: Sequence[int] | np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut an order into contiguous mini-batches of `size`, or a little less so that all are of nearly one size."""
+    return np.array_split(np.asarray(order), -(-len(order) // size))
+
+
+def check_staleness(table: pa.Table, policy_version: int, limit: int) -> dict[str, float]:
+    """Check that trajectories are of a policy that the learner had lately.
+
+    Args:
+        table: of `trajectory.SCHEMA`.
+        policy_version: of the learner, before it learns from them.
+        limit: the most updates that may lie between.
+
+    Returns:
+        Figures by name: the mean and the largest staleness, in updates.
+
+    Raises:
+        WorkerError: a trajectory is staler, or of a policy that the learner has not had yet; names who sampled it.
+    """
+    versions = table.column("policy_version").to_numpy()
+    staleness = policy_version - versions
+    wrong = np.flatnonzero((staleness < 0) | (staleness > limit))
+    if len(wrong):
+        row = int(wrong[0])
+        worker, sample = table.column("worker")[row], table.column("sample_id")[row]
+        raise WorkerError(
+            f"{worker} sampled the trajectory of sample {sample} with policy version {versions[row]}, but the learner "
+            f"is at version {policy_version} and takes those of version {policy_version - limit} or later "
+            f"(rollout.max_staleness={limit}); {len(wrong)} of {len(versions)} are like it. The engine does not serve "
+            "the weights that it was sent"
+        )
+    return {"rollout/staleness_mean": float(staleness.mean()), "rollout/staleness_max": float(staleness.max())}

@@ -1,0 +1,297 @@
+"""PPOLearner: policy, values, frozen reference, optimizer and KL controller; one PPO update at a time.
+
+Dimensions: B sequences. TRL 0.11's `PPOTrainer.step` is the yardstick (`tests/golden`); where it errs, the default is
+the mended form and TRL's own is an option (`docs/trl.md`).
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ppo_ray import trajectory
+from ppo_ray.algo.kl import AdaptiveKLController, FixedKLController, KLController
+from ppo_ray.algo.rewards import RunningMoments
+from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
+from ppo_ray.learner.batch import Layout, Order, ResponseBatch, drawn_order, split_evenly
+from ppo_ray.learner.experience import Experience, Forward, estimate, evaluate
+from ppo_ray.learner.load import load_models
+from ppo_ray.learner.metrics import experience_metrics, table_metrics, update_metrics
+from ppo_ray.learner.minibatch import MinibatchReport, MinibatchUpdater
+from ppo_ray.learner.optimizer import make_adam, set_learning_rates
+from ppo_ray.learner.probe import WeightProbe
+from ppo_ray.learner.ranks import Ranks, peers_needed
+from ppo_ray.learner.sharding import Copies, Sharding, whole
+from ppo_ray.learner.state import GatheredLearner, LearnerState, optimizer_state, read_optimizer
+from ppo_ray.models.actor_critic import ActorCritic
+from ppo_ray.models.loading import default_device, load_tokenizer
+from ppo_ray.models.response_lm import ResponseLM
+from ppo_ray.seeding import derive_seed
+from ppo_ray.weights.checksums import weights_checksum
+from ppo_ray.weights.manifest import num_buckets
+from ppo_ray.weights.snapshot import Buffers, WeightSnapshot
+from ppo_ray.weights.wire import Wire
+
+_ROW_WIDTH = 64  # tokens; wide enough for little padding, narrow enough for cheap attention
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update returns."""
+
+    metrics: dict[str, float]
+    trajectories: pa.Table
+    """Of `trajectory.LEARNED_SCHEMA`, in the order given."""
+    minibatches: tuple[MinibatchReport, ...] = ()
+    """Every optimizer step, and those that were not made."""
+
+
+class PPOLearner:
+    """Trains a policy; knows no Ray. Not thread-safe: one call at a time."""
+
+    def __init__(
+        self,
+        policy: ActorCritic,
+        reference: ResponseLM,
+        ppo: PPOConfig,
+        *,
+        microbatch_tokens: int = 1024,
+        optimizer: torch.optim.Optimizer | None = None,
+        seed: int = 0,
+        num_steps: int = 1,
+        sharding: Sharding | None = None,
+    ) -> None:
+        """Take models that are loaded, in eval mode, on one device; `load` loads them.
+
+        Args:
+            policy: with what estimates its values.
+            reference: frozen, of the same vocabulary, at the same temperature.
+            ppo: the algorithm.
+            microbatch_tokens: prompt and response tokens, padding included, a forward pass.
+            optimizer: of the policy's parameters, its learning rate the caller's; None: Adam as `ppo` says.
+            seed: of the run; addresses the order of mini-batches.
+            num_steps: of the run; the learning rate's schedule ends with them.
+            sharding: how the policy lies on the ranks that share the update; None: whole, on this process alone.
+        """
+        self.policy_version = 0
+        """How many updates the weights have seen."""
+        self._policy, self._reference, self._ppo = policy, reference, ppo
+        self._seed, self._num_steps = seed, num_steps
+        row_width = _ROW_WIDTH if policy.packs and reference.packs else 0
+        self._sharding = sharding = sharding or Copies(policy, Ranks())
+        self._layout = Layout(microbatch_tokens, row_width, policy.device, sharding.ranks, sharding.in_lockstep)
+        self._owns_optimizer = optimizer is None
+        self._optimizer = optimizer or make_adam(policy, sharding, ppo)
+        self._updater = MinibatchUpdater(policy, sharding, self._optimizer, ppo, self._layout)
+        self._moments = RunningMoments()
+        self.controller: KLController = FixedKLController(ppo.kl_coef)
+        """Of the KL penalty's weight; may be replaced between updates."""
+        if ppo.kl_controller == "adaptive":
+            self.controller = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
+        self._tokenizer: Any = None
+        self._updating = False
+
+    @classmethod
+    def load(
+        cls,
+        model: ModelConfig,
+        ppo: PPOConfig,
+        learner: LearnerConfig,
+        *,
+        temperature: float = 1.0,
+        seed: int = 0,
+        num_steps: int = 1,
+        device: str | None = None,
+        ranks: Ranks | None = None,
+        checkpoint: Path | None = None,
+    ) -> Self:
+        """Load policy, values and reference and make the optimizer.
+
+        Args:
+            model: a value head or critic that lies beside the policy is loaded, else it starts from the seed.
+            ppo: the algorithm.
+            learner: its micro-batches, and how the models lie on the ranks.
+            temperature: that responses are sampled at.
+            seed: of the run.
+            num_steps: of the run.
+            device: None takes the GPU if there is one.
+            ranks: the processes that share the update; None: this one alone.
+            checkpoint: what `save` wrote, to go on from; None: begin with the models of `model`.
+
+        Raises:
+            InputError: a model cannot be loaded or is not supported, or the reference is not that of the checkpoint.
+            CheckpointError: the checkpoint does not give back the weights that went into it.
+        """
+        place = torch.device(device) if device is not None else default_device()
+        head_seed, beginning = derive_seed(seed, "value_head"), None if checkpoint is None else str(checkpoint)
+        models = load_models(model, learner, temperature, head_seed, place, ranks or Ranks(), beginning)
+        loaded = cls(
+            models.policy,
+            models.reference,
+            ppo,
+            microbatch_tokens=learner.microbatch_tokens,
+            seed=seed,
+            num_steps=num_steps,
+            sharding=models.sharding,
+        )
+        loaded._tokenizer = load_tokenizer(model.path, model.trust)
+        if checkpoint is not None:
+            loaded._restore(checkpoint, model)
+        return loaded
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL penalty in the next update."""
+        return self.controller.kl_coef
+
+    def update(self, trajectories: pa.Table, step: int, order: Order | None = None) -> Update:
+        """Make one PPO update on all scored trajectories of a step.
+
+        Trajectories without a score are counted and left out. With fewer than two response tokens left nothing is
+        learnt, the metrics say so (`learner/skipped_update`), and the version advances all the same.
+
+        Args:
+            trajectories: of `trajectory.SCHEMA`.
+            step: addresses the order of mini-batches and the learning rate.
+            order: of the rows in each epoch; None: drawn from the seed, the step and the epoch.
+
+        Raises:
+            ValueError: the table is not what the exchange promises.
+            NonFiniteError: a loss or its gradient is not finite; the weights are as before that mini-batch.
+            PeersLost: another rank is gone.
+        """
+        batch = ResponseBatch.from_table(trajectories)
+        if self._owns_optimizer:
+            set_learning_rates(self._optimizer, ppo=self._ppo, step=step, num_steps=self._num_steps)
+        metrics = table_metrics(trajectories, batch)
+        self._updating = True
+        metrics |= {"kl/coef": self.kl_coef, "learner/learning_rate": self._optimizer.param_groups[0]["lr"]}
+        self.policy_version += 1
+        if batch.num_response_tokens.sum() < 2:
+            nothing = dict.fromkeys(trajectory.LEARNED_FIELDS, [None] * trajectories.num_rows)
+            metrics |= {"learner/skipped_update": 1.0}
+            self._updating = False
+            return Update(metrics, trajectory.with_learned(trajectories, nothing))
+        times = [time.perf_counter()]
+        keep = step >= self._ppo.value_warmup_steps and self._updater.first_pass_is_whole(batch)
+        with peers_needed(self._layout.ranks.rank):
+            evaluated, forward = evaluate(self._policy, self._reference, batch, self._layout, self._ppo, keep)
+        self._sharding.evaluated(keep)
+        times.append(time.perf_counter())
+        self._moments = self._moments.updated(batch.scores)
+        experience = estimate(evaluated, batch, self._ppo, self.kl_coef, self._moments)
+        figures = {name: batch.to_lists(getattr(experience, name)) for name in trajectory.LEARNED_FIELDS}
+        learned = trajectory.with_learned(trajectories, figures)
+        metrics |= experience_metrics(experience, batch, self._ppo, self.kl_coef)
+        times.append(time.perf_counter())
+        with peers_needed(self._layout.ranks.rank):
+            reports, early = self._optimize(batch, experience, step, order, learned, forward)
+        metrics |= update_metrics(reports, metrics["returns/std"]) | {"policy/early_stopped": float(early)}
+        if step >= self._ppo.value_warmup_steps:  # before, the KL is that of a policy that is not to move
+            self.controller = self.controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
+        times.append(time.perf_counter())
+        seconds = np.diff(times).tolist()
+        self._updating = False
+        metrics |= dict(zip(("time/old_s", "time/estimate_s", "time/update_s"), seconds, strict=True))
+        return Update(metrics | {"learner/skipped_update": 0.0}, learned, tuple(reports))
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the policy's weights, whole, one at a time, by their Hugging Face names; a tied head is listed once.
+
+        All ranks go through them together.
+        """
+        yield from self._sharding.weights()
+
+    def weights(self, wire: Wire | None = None, buffers: Buffers | None = None) -> WeightSnapshot:
+        """Copy the policy's weights to the host; arguments as in `WeightSnapshot.take`. All ranks call it."""
+        return WeightSnapshot.take(self.named_weights(), self.policy_version, wire, buffers)
+
+    def num_buckets(self, wire: Wire) -> int:
+        """Return how many buckets `weights` makes, without making one."""
+        return num_buckets(map(wire.num_bytes, self._sharding.outlines()), wire.bucket_bytes)
+
+    def value_head(self) -> dict[str, np.ndarray]:
+        """Copy the value head: `weight` `[1, H]` and `bias` `[1]`; all ranks call it."""
+        state = self._policy.value_head.state_dict()
+        return {name: whole(tensor).cpu().numpy().copy() for name, tensor in state.items()}
+
+    def save(self, path: Path) -> None:
+        """Write all of the learner into a folder; `load` goes on from there as if nothing were. For one rank alone."""
+        self.gathered().write(path)
+
+    def gathered(self) -> GatheredLearner:
+        """Gather all of the learner, between two updates, from all ranks, each of which calls this; the first has it.
+
+        Raises:
+            CheckpointError: the last update was not finished; the weights are neither the old nor the new ones.
+        """
+        if self._updating:
+            raise CheckpointError("the learner's last update was not finished, so its state is not saved")
+        optimizer = optimizer_state(self._optimizer, self._policy, self._sharding)
+        return GatheredLearner(self._policy, self._sharding.state(), optimizer, self._state(), self._tokenizer)
+
+    def probe(self, wire: Wire | None = None) -> WeightProbe:
+        """Return what shows whether engines compute with the weights they are sent; all ranks make its calls."""
+        seed = derive_seed(self._seed, "probe")
+        return WeightProbe(self._policy, self._sharding, self._layout, seed, wire or Wire())
+
+    def _state(self) -> LearnerState:
+        reference = ((name, whole(tensor)) for name, tensor in self._reference.causal_lm.named_parameters())
+        checksums = weights_checksum(self._sharding.weights()), weights_checksum(reference)
+        return LearnerState(self.policy_version, self.kl_coef, self._moments, *checksums)
+
+    def _restore(self, checkpoint: Path, model: ModelConfig) -> None:
+        """Take over what lies beside the models that were loaded from a checkpoint."""
+        state = LearnerState.read(checkpoint)
+        self.policy_version, self._moments = state.policy_version, state.moments
+        self.controller = replace(self.controller, kl_coef=state.kl_coef)
+        read_optimizer(checkpoint, self._optimizer, self._policy, self._sharding)
+        found = self._state()
+        if found.weights_checksum != state.weights_checksum:
+            raise CheckpointError(f"{checkpoint}: its weights, loaded, are not those that were saved")
+        if found.reference_checksum != state.reference_checksum:
+            raise InputError(
+                f"the reference model ({model.reference_path or model.path}) is not the one that the run began with; "
+                "the KL penalty would be another. Put the first one back, or begin a new run from "
+                f"model.path={checkpoint}"
+            )
+
+    def _optimize(
+        self,
+        batch: ResponseBatch,
+        experience: Experience,
+        step: int,
+        order: Order | None,
+        learned: pa.Table,
+        forward: Forward | None,
+    ) -> tuple[list[MinibatchReport], bool]:
+        """Go through the batch `epochs` times, each time in another order of rows; True if it ended before."""
+        reports: list[MinibatchReport] = []
+        values_only = step < self._ppo.value_warmup_steps
+        order = order or drawn_order(batch.num_sequences, self._seed, step)
+        for epoch in range(self._ppo.epochs):
+            for sequences in split_evenly(order(epoch), self._ppo.minibatch_size or batch.num_sequences):
+                report = self._updater.update(batch, experience, sequences, self.kl_coef, values_only, forward)
+                forward = None  # the policy is another one now
+                if report.outcome == "nonfinite" and self._ppo.on_nonfinite == "stop":
+                    raise self._nonfinite(report, f"step {step}, epoch {epoch}", learned.take(batch.kept[sequences]))
+                reports.append(report)
+                if report.outcome == "early_stopped":
+                    return reports, True
+            if self._updater.early_stop_after(reports[-1]):
+                return reports, True
+        return reports, False
+
+    def _nonfinite(self, report: MinibatchReport, where: str, trajectories: pa.Table) -> NonFiniteError:
+        return NonFiniteError(
+            f"learner: at {where} the loss is {report.total_loss} and its gradient's norm {report.grad_norm}. "
+            f"Lower ppo.learning_rate={self._ppo.learning_rate} or set ppo.max_grad_norm, and look at the scores; "
+            "ppo.on_nonfinite=skip goes on without such mini-batches and counts them.",
+            trajectories,
+        )

@@ -1,0 +1,241 @@
+"""One optimizer step: the gradients of a mini-batch, whether they may be used, and the step.
+
+Dimensions: B sequences of the batch, R response tokens.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ppo_ray.algo.aggregation import token_weights
+from ppo_ray.config import PPOConfig
+from ppo_ray.learner.batch import Layout, ResponseBatch
+from ppo_ray.learner.experience import Experience, Forward
+from ppo_ray.learner.objective import FIGURES, Objective, objective
+from ppo_ray.learner.sharding import Sharding, whole
+from ppo_ray.models.actor_critic import ActorCritic
+from ppo_ray.models.packing import PackedRows
+from ppo_ray.models.response_lm import ResponseOutput
+
+_EARLY_STOPPING_FACTOR = 1.5  # TRL 0.11: "stop early if we exceed this value by over 50%"
+
+Outcome = Literal["stepped", "ratio_exceeded", "early_stopped", "nonfinite"]
+
+
+@dataclass(frozen=True)
+class MinibatchReport:
+    """What a mini-batch came to; means are over response tokens, weighed as the loss is (`loss_aggregation`)."""
+
+    policy_loss: float
+    value_loss: float
+    total_loss: float
+    kl_loss: float
+    """The KL to the reference that is in the loss, before its coefficient."""
+    entropy: float
+    ratio_mean: float
+    clip_fraction: float
+    dual_clip_fraction: float
+    approx_kl: float
+    """Of (logprob - old_logprob)^2 / 2."""
+    kl: float
+    """Of old_logprob - logprob."""
+    value_clip_fraction: float
+    value_error: float
+    value_mean: float
+    ratio_min: float
+    ratio_max: float
+    ratios: np.ndarray
+    """`[tokens]` float32, of every response token, in no particular order (of this rank's)."""
+    last_part_kl: float
+    """`kl` of the last of the mini-batch's parts alone."""
+    grad_norm: float = float("nan")
+    """Before clipping; NaN if the step was ruled out before it was known."""
+    outcome: Outcome = "stepped"
+
+
+class MinibatchUpdater:
+    """Updates a policy, a mini-batch at a time."""
+
+    def __init__(
+        self,
+        policy: ActorCritic,
+        sharding: Sharding,
+        optimizer: torch.optim.Optimizer,
+        ppo: PPOConfig,
+        layout: Layout,
+    ) -> None:
+        """Update `policy` by `optimizer`, which holds what `sharding` says of the parameters of policy and values."""
+        self._policy, self._sharding, self._optimizer = policy, sharding, optimizer
+        self._ppo, self._layout = ppo, layout
+
+    def first_pass_is_whole(self, batch: ResponseBatch) -> bool:
+        """Tell whether the first mini-batch is the whole batch in one pass: who evaluates the policy has made it.
+
+        Of several passes none is kept: `microbatch_tokens` is what there is memory for.
+        """
+        whole_batch = (self._ppo.minibatch_size or batch.num_sequences) >= batch.num_sequences
+        return whole_batch and self._ppo.gradient_accumulation == 1 and self._layout.num_passes(batch) == 1
+
+    def update(
+        self,
+        batch: ResponseBatch,
+        experience: Experience,
+        sequences: np.ndarray,
+        kl_coef: float,
+        values_only: bool = False,
+        forward: Forward | None = None,
+    ) -> MinibatchReport:
+        """Add up the gradients of all micro-batches and make one optimizer step, unless something forbids it.
+
+        Whether anything forbids it is known when all gradients are there; they are dropped then. (TRL multiplies the
+        loss by zero where the ratio is too large and steps all the same, so that Adam's momentum still moves the
+        weights; and it stops early after the step that went too far.)
+
+        Args:
+            batch: all trajectories of the step.
+            experience: what is known of them.
+            sequences: `[b]` int64, which of them are the mini-batch, in its order.
+            kl_coef: weight of the KL in the loss, if it is there.
+            values_only: whether the value head (or critic) alone learns.
+            forward: the mini-batch's forward pass by the policy as it is, if it was made before.
+        """
+        report = self._accumulate(batch, experience, sequences, kl_coef, values_only, forward)
+        report = self._judged(report, values_only)
+        if report.outcome == "stepped":
+            if self._ppo.max_grad_norm is not None:
+                self._clip(report.grad_norm, self._ppo.max_grad_norm, values_only)
+            self._optimizer.step()
+            self._sharding.stepped()
+        self._optimizer.zero_grad()
+        return report
+
+    def early_stop_after(self, report: MinibatchReport) -> bool:
+        """Tell whether TRL would end the update after an epoch whose last mini-batch was this one."""
+        limit = _EARLY_STOPPING_FACTOR * self._ppo.early_stopping_kl
+        return self._ppo.early_stopping == "after_epoch" and report.last_part_kl > limit
+
+    def _judged(self, report: MinibatchReport, values_only: bool) -> MinibatchReport:
+        ppo = self._ppo
+        if ppo.early_stopping == "before_step" and report.kl > _EARLY_STOPPING_FACTOR * ppo.early_stopping_kl:
+            return replace(report, outcome="early_stopped")
+        if ppo.ratio_exceeded == "skip" and report.ratio_mean > ppo.ratio_threshold:
+            return replace(report, outcome="ratio_exceeded")
+        gradients = [parameter.grad for parameter in self._trained(values_only) if parameter.grad is not None]
+        report = replace(report, grad_norm=float(whole(torch.nn.utils.get_total_norm(gradients))))
+        finite = np.isfinite([report.total_loss, report.grad_norm]).all()
+        return report if finite else replace(report, outcome="nonfinite")
+
+    def _clip(self, norm: float, max_norm: float, values_only: bool) -> None:
+        """Scale the gradients down to a norm; torch's own function wants the norm where the gradients are."""
+        factor = min(1.0, max_norm / (norm + 1e-6))
+        for parameter in self._trained(values_only):
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+    def _accumulate(
+        self,
+        batch: ResponseBatch,
+        experience: Experience,
+        sequences: np.ndarray,
+        kl_coef: float,
+        values_only: bool,
+        forward: Forward | None,
+    ) -> MinibatchReport:
+        """Run all micro-batches forwards and backwards; their gradients add up in the parameters."""
+        ppo, num_tokens = self._ppo, batch.num_response_tokens
+        num_parts = min(ppo.gradient_accumulation, len(sequences))
+        weights = torch.zeros(batch.num_sequences, dtype=torch.float64)
+        weights[sequences] = token_weights(num_tokens[sequences], ppo.loss_aggregation, num_parts)
+        sums = _Sums(self._layout)
+        for part in np.array_split(sequences, num_parts):
+            sums.start_part(float(weights[part] @ torch.from_numpy(num_tokens[part]).double()))
+            before = self._gradients(values_only) if ppo.ratio_exceeded == "zero_loss" else []
+            for rows in [forward.rows] if forward else self._layout.passes(batch, part):
+                index = torch.from_numpy(rows.sequences)
+                row_weights = weights[index].to(rows.response_mask.device, experience.values.dtype)
+                place = index.to(rows.response_mask.device), slice(rows.response_mask.shape[1])
+                if values_only:
+                    output = self._frozen_policy(rows, experience.old_logprobs[place])
+                else:
+                    output = forward.output if forward else self._policy(rows)
+                micro = objective(output, experience, place, rows.response_mask, row_weights, ppo, kl_coef)
+                micro.loss.backward()
+                sums.add(micro)
+            sums.end_part()
+            if ppo.ratio_exceeded == "zero_loss" and sums.part_mean("ratio_mean") > ppo.ratio_threshold:
+                sums.zero_losses()
+                self._zero_part(before, values_only)
+        self._sharding.sum_gradients(self._trained(values_only))
+        return sums.report()
+
+    def _gradients(self, values_only: bool) -> list[torch.Tensor | None]:
+        gradients = [parameter.grad for parameter in self._trained(values_only)]
+        return [None if gradient is None else gradient.clone() for gradient in gradients]
+
+    def _zero_part(self, before: list[torch.Tensor | None], values_only: bool) -> None:
+        """Do to the gradients what a part's loss times zero would have done: it adds zeros, or NaN."""
+        for parameter, gradient in zip(self._trained(values_only), before, strict=True):
+            if parameter.grad is not None and gradient is None:
+                parameter.grad.mul_(0)
+            elif parameter.grad is not None and gradient is not None:
+                parameter.grad.sub_(gradient).mul_(0).add_(gradient)
+
+    def _frozen_policy(self, rows: PackedRows, old_logprobs: torch.Tensor) -> ResponseOutput:
+        """Return the policy's output where only its values have a gradient: it still is what it was."""
+        values = self._policy.forward_values(rows)
+        return ResponseOutput(old_logprobs, torch.zeros_like(old_logprobs), values.new_empty(0), values)
+
+    def _trained(self, values_only: bool) -> list[torch.nn.Parameter]:
+        parameters = self._policy.value_parameters() if values_only else self._policy.parameters()
+        return self._sharding.trained(parameters)
+
+
+class _Sums:
+    """Adds up the figures of a mini-batch's micro-batches, on the device, until `report`."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._parts: list[torch.Tensor] = []
+        self._shares: list[float] = []
+        self._ratios: list[torch.Tensor] = []
+
+    def start_part(self, share: float) -> None:
+        """Begin the next part; `share` is what its tokens weigh together."""
+        self._parts.append(torch.zeros(len(FIGURES), dtype=torch.float64, device=self._layout.device))
+        self._shares.append(share)
+
+    def add(self, micro: Objective) -> None:
+        """Add a micro-batch."""
+        self._parts[-1] += torch.stack([micro.figures[name] for name in FIGURES])
+        self._ratios.append(micro.ratios)
+
+    def end_part(self) -> None:
+        """Sum the part's figures over all ranks."""
+        self._layout.ranks.sum([self._parts[-1]])
+
+    def part_mean(self, name: str) -> float:
+        """Return a figure of the last part alone."""
+        return float(self._parts[-1][FIGURES.index(name)]) / self._shares[-1]
+
+    def zero_losses(self) -> None:
+        """Multiply the last part's losses by zero."""
+        for name in ("policy_loss", "value_loss", "total_loss"):
+            self._parts[-1][FIGURES.index(name)] *= 0
+
+    def report(self) -> MinibatchReport:
+        """Put the parts together; the gradient's norm and the outcome are filled in later."""
+        parts = torch.stack(self._parts)
+        ratios = torch.cat([*self._ratios, parts.new_empty(0, dtype=torch.float32)])
+        extremes = torch.full((2,), -torch.inf, dtype=torch.float64, device=parts.device)
+        if len(ratios):
+            extremes = torch.stack([ratios.max(), -ratios.min()]).double()
+        self._layout.ranks.max([extremes])
+        return MinibatchReport(
+            **dict(zip(FIGURES, parts.sum(0).tolist(), strict=True)),
+            ratio_max=float(extremes[0]),
+            ratio_min=-float(extremes[1]),
+            ratios=ratios.float().cpu().numpy(),
+            last_part_kl=self.part_mean("kl"),
+        )

@@ -1,0 +1,104 @@
+"""What PPO minimises: the policy loss, the value loss, and what else the config adds, of one micro-batch.
+
+Dimensions: B sequences of the micro-batch, R response tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ppo_ray.algo.kl import kl_estimate
+from ppo_ray.algo.losses import clipped_surrogate, clipped_value_loss
+from ppo_ray.algo.masked import weighted_sum
+from ppo_ray.config import PPOConfig
+from ppo_ray.learner.experience import Experience
+from ppo_ray.models.response_lm import ResponseOutput
+
+FIGURES = (
+    *("policy_loss", "value_loss", "total_loss", "kl_loss", "entropy", "ratio_mean", "clip_fraction"),
+    *("dual_clip_fraction", "approx_kl", "kl", "value_clip_fraction", "value_error", "value_mean"),
+)
+"""Names of a mini-batch's figures, which micro-batches have shares of; `MinibatchReport` says what they are."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A micro-batch's share of a mini-batch's loss; all scalars but `ratios`."""
+
+    loss: torch.Tensor
+    """With gradient: policy + value_coef * value + kl_coef * kl - entropy_coef * entropy."""
+    figures: dict[str, torch.Tensor]
+    """Shares of the mini-batch's figures, by their names in `FIGURES`; without gradient."""
+    ratios: torch.Tensor
+    """`[tokens]`, probability ratios of the response tokens; without gradient."""
+
+
+def objective(
+    output: ResponseOutput,
+    experience: Experience,
+    place: tuple[torch.Tensor, slice],
+    mask: torch.Tensor,
+    weights: torch.Tensor,
+    ppo: PPOConfig,
+    kl_coef: float,
+) -> Objective:
+    """Compute the loss of a micro-batch.
+
+    Args:
+        output: of the policy, `[B, R]` each.
+        experience: of the whole batch.
+        place: where in it the micro-batch is: rows and columns.
+        mask: `[B, R]` bool.
+        weights: `[B]`, of each token of a sequence; see `algo.aggregation`.
+        ppo: the algorithm.
+        kl_coef: weight of the KL in the loss.
+    """
+    assert output.values is not None
+    importance = experience.importance
+    policy = clipped_surrogate(
+        output.logprobs,
+        experience.old_logprobs[place],
+        experience.advantages[place],
+        mask,
+        weights,
+        clip_range=ppo.clip_range,
+        clip_range_high=ppo.clip_range_high,
+        dual_clip=ppo.dual_clip,
+        log_ratio_clamp=ppo.log_ratio_clamp,
+        importance=None if importance is None else importance[place],
+    )
+    value = clipped_value_loss(
+        output.values,
+        experience.values[place],
+        experience.returns[place],
+        mask,
+        weights,
+        value_clip_range=ppo.value_clip_range,
+    )
+    entropy = weighted_sum(output.entropies, mask, weights)
+    loss = policy.loss + ppo.value_coef * value.loss
+    kl = torch.zeros_like(loss)
+    if ppo.kl_in == "loss":
+        if ppo.kl_estimator == "full":
+            raise ValueError("kl_estimator=full is for kl_in=reward; in the loss take k2 or k3")
+        estimates = kl_estimate(output.logprobs, experience.ref_logprobs[place], mask, ppo.kl_estimator)
+        kl = weighted_sum(estimates, mask, weights)
+        loss = loss + kl_coef * kl
+    if ppo.entropy_coef:
+        loss = loss - ppo.entropy_coef * entropy
+    figures = {
+        "policy_loss": policy.loss,
+        "value_loss": value.loss,
+        "total_loss": loss,
+        "kl_loss": kl,
+        "entropy": entropy,
+        "ratio_mean": weighted_sum(policy.ratio, mask, weights),
+        "clip_fraction": policy.clipped,
+        "dual_clip_fraction": policy.dual_clipped,
+        "approx_kl": policy.approx_kl,
+        "kl": policy.kl,
+        "value_clip_fraction": value.clipped,
+        "value_error": value.error,
+        "value_mean": value.value,
+    }
+    return Objective(loss, {name: figure.detach() for name, figure in figures.items()}, policy.ratio[mask])

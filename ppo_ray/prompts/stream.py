@@ -1,0 +1,273 @@
+"""The prompt stream: the first tokens of a data set's texts, in an order that is a function of the run's seed.
+
+Nothing is drawn from a running generator: prompt number i is computed from (seed, i), so the stream's whole state is
+its position, and a resumed run continues with the very prompts that the first one would have had.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ppo_ray.config import PromptsConfig
+from ppo_ray.errors import InputError
+from ppo_ray.prompts.texts import is_unicode, read_texts
+from ppo_ray.seeding import derive_seed
+
+_LOG = logging.getLogger(__name__)
+_FINGERPRINTED = 16  # texts whose tokens tell one tokenizer from another,
+_FINGERPRINTED_CHARS = 10_000  # by their beginnings
+_QUOTED = 60  # characters of a text that a message shows
+_HELD_OUT_SEED = 0  # whatever the run's seed: runs are compared on the same prompts
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts in the order of the stream."""
+
+    sample_ids: tuple[int, ...]
+    """Index in the stream; held-out prompts count down from -1, so that no seed derived from an id is shared."""
+    prompt_ids: tuple[tuple[int, ...], ...]
+    """Token ids of each prompt, at least one."""
+    max_response_tokens: tuple[int, ...] | None = None
+    """Limit of each response; None: drawn by the rollout worker, as the config says."""
+    num_skipped: int = 0
+    """Prompts left out because the tokenizer makes nothing of the text, or ids that the model does not know."""
+
+    def split(self, n: int) -> "list[PromptBatch]":
+        """Cut into at most n parts, in order, whose sizes differ by one at most; none is empty."""
+        bounds = [len(self.sample_ids) * part // n for part in range(n + 1)]
+        parts = [slice(start, stop) for start, stop in pairwise(bounds) if stop > start]
+        limits = self.max_response_tokens
+        return [
+            PromptBatch(self.sample_ids[part], self.prompt_ids[part], None if limits is None else limits[part])
+            for part in parts
+        ]
+
+
+class PromptStream:
+    """Prompts without end; its whole state is `position`."""
+
+    def __init__(
+        self,
+        config: PromptsConfig,
+        tokenizer: Any,
+        seed: int,
+        num_held_out: int = 0,
+        *,
+        vocab_size: int | None = None,
+    ) -> None:
+        """Read the texts and hold some out.
+
+        Args:
+            config: which texts, and how long the prompts are.
+            tokenizer: the policy's own, of transformers.
+            seed: the run's; the order and the lengths follow from it, what is held out does not.
+            num_held_out: texts that `take` never uses.
+            vocab_size: of the policy: prompts with ids not in [0, vocab_size) are left out; None: not checked.
+
+        Raises:
+            InputError: no data set, no such column, or fewer than `num_held_out + 1` texts left after the filter.
+        """
+        self._usable = usable_texts(config, num_held_out)
+        texts = self._usable.texts
+        order = _permutation(len(texts), derive_seed(_HELD_OUT_SEED, "held_out"))
+        held_out = order[:num_held_out]
+        self._config, self._tokenizer, self._seed, self._vocab_size = config, tokenizer, seed, vocab_size
+        self._held_out = [texts[index] for index in held_out]
+        self._texts = [texts[index] for index in np.sort(order[num_held_out:])]
+        self._epoch, self._order = -1, np.arange(len(self._texts))
+        self.position = 0
+        self.fingerprint = self._fingerprint(texts)
+        """Of the texts and the tokenizer, whatever the seed: a run that goes on must find the same."""
+
+    @property
+    def summary(self) -> str:
+        """What was read and what was left out, as the first line of a run says it."""
+        return f"prompts: {self.describe()}"
+
+    def describe(self) -> str:
+        """Say how many texts there are, and how many were left out for which reasons."""
+        return self._usable.describe()
+
+    def take(self, n: int) -> PromptBatch:
+        """Return the next n prompts and move on; the end of an epoch is the beginning of the next one.
+
+        Prompts that cannot be used are left out and counted; the position moves by n all the same.
+
+        Raises:
+            InputError: none of the n can be used.
+        """
+        sample_ids = range(self.position, self.position + n)
+        texts = [self._texts[self._index(sample_id)] for sample_id in sample_ids]
+        batch = self._batch(sample_ids, texts, self._seed, "prompt_length")
+        self.position += n
+        return batch
+
+    def peek(self, n: int) -> PromptBatch:
+        """Return the next n prompts and stay where it is; see `take`."""
+        position = self.position
+        try:
+            return self.take(n)
+        finally:
+            self.position = position
+
+    def held_out(self) -> PromptBatch:
+        """Return the held-out prompts: never seen in training, the same for every seed of a run.
+
+        Those that cannot be used are left out, as `take` does.
+
+        Raises:
+            InputError: none can be used.
+        """
+        sample_ids = range(-1, -1 - len(self._held_out), -1)
+        return self._batch(sample_ids, self._held_out, _HELD_OUT_SEED, "held_out_length")
+
+    def _index(self, sample_id: int) -> int:
+        epoch, offset = divmod(sample_id, len(self._texts))
+        if self._config.shuffle and epoch != self._epoch:
+            self._order = _permutation(len(self._texts), derive_seed(self._seed, "prompt_order", epoch))
+            self._epoch = epoch
+        return int(self._order[offset])
+
+    def _batch(self, sample_ids: Sequence[int], texts: list[str], seed: int, purpose: str) -> PromptBatch:
+        if not texts:
+            return PromptBatch((), ())
+        # The whole text is tokenised: cut before, its last token could be another one.
+        tokens = self._tokenize(texts)
+        num_lengths = self._config.max_tokens - self._config.min_tokens + 1
+        kept: list[int] = []
+        prompts: list[tuple[int, ...]] = []
+        for sample_id, ids in zip(sample_ids, tokens, strict=True):
+            length = self._config.min_tokens + derive_seed(seed, purpose, sample_id) % num_lengths
+            prompt = tuple(int(token) for token in ids[:length])
+            if prompt and self._knows(prompt):
+                kept.append(sample_id)
+                prompts.append(prompt)
+        if not kept:
+            raise InputError(self._why_none(texts, tokens[0]))
+        return PromptBatch(tuple(kept), tuple(prompts), num_skipped=len(texts) - len(kept))
+
+    def _tokenize(self, texts: list[str]) -> list[Sequence[int]]:
+        """Return the ids of each text; none of a text that the tokenizer refuses, whatever it does to the others."""
+        try:
+            # not verbose, for a whole text may well be longer than the model's context
+            return list(self._tokenizer(texts, verbose=False)["input_ids"])
+        except Exception:  # the tokenizers library raises no narrower kind
+            if len(texts) > 1:
+                return [self._tokenize([text])[0] for text in texts]
+            _LOG.warning("the tokenizer refuses the text %r", texts[0][:_QUOTED], exc_info=True)
+            return [()]
+
+    def _knows(self, prompt: tuple[int, ...]) -> bool:
+        return self._vocab_size is None or all(0 <= token < self._vocab_size for token in prompt)
+
+    def _why_none(self, texts: list[str], ids: Sequence[int]) -> str:
+        """Word it that none of the texts makes a prompt, by the example of the first one's ids."""
+        known = "" if self._vocab_size is None else f", and the model knows 0 to {self._vocab_size - 1}"
+        return (
+            f"prompts.path={self._config.path}: none of {len(texts):,} texts makes a prompt: of "
+            f"{texts[0][:_QUOTED]!r} the tokenizer makes the ids {list(ids[: self._config.max_tokens])[:8]}{known}; "
+            "tokenizer and model do not fit together: put the model's own tokenizer into model.path"
+        )
+
+    def _fingerprint(self, texts: list[str]) -> str:
+        """Return XXH3-64 of the texts with their lengths, and of the ids of the first of them, hexadecimal."""
+        state = xxhash.xxh3_64()
+        for text in texts:
+            raw = text.encode()
+            state.update(f"{len(raw)}:".encode())
+            state.update(raw)
+        beginnings = [text[:_FINGERPRINTED_CHARS] for text in texts[:_FINGERPRINTED]]
+        ids = [[int(token) for token in row] for row in self._tokenize(beginnings)]
+        state.update(json.dumps(ids).encode())
+        return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """How many texts make no prompts, each counted under the first of the reasons that it has."""
+
+    blank: int = 0
+    """White space, or no text at all."""
+    invalid: int = 0
+    """Not valid Unicode: bytes that are no UTF-8, or half a surrogate pair."""
+    short: int = 0
+    """Of at most `prompts.min_chars` characters."""
+    repeated: int = 0
+    """The same as an earlier one."""
+
+
+@dataclass(frozen=True)
+class UsableTexts:
+    """The texts that prompts are made of."""
+
+    texts: list[str]
+    """Each once, in the order of the data set."""
+    left_out: LeftOut
+    """How many others there were."""
+    config: PromptsConfig
+    """Where they come from."""
+
+    def describe(self) -> str:
+        """Say how many there are, and how many were left out for which reasons: those there are."""
+        reasons = self._reasons()
+        return f"{len(self.texts):,} texts of {self.config.path}" + (f"; left out: {reasons}" if reasons else "")
+
+    def why_none(self) -> str:
+        """Word it that there is none."""
+        short, key, remedy = self.left_out.short, f"prompts.path={self.config.path}", "give texts"
+        if short:
+            key, remedy = f"prompts.min_chars={self.config.min_chars}", "lower it"
+        total, reasons = sum(astuple(self.left_out)), self._reasons()
+        left_out = f", left out: {reasons}" if reasons else ""
+        return f"{key}: no prompt left: of {total:,} texts in {self.config.path}{left_out}; {remedy}"
+
+    def _reasons(self) -> str:
+        left_out = self.left_out
+        reasons = {
+            f"of at most {self.config.min_chars} characters": left_out.short,
+            "blank": left_out.blank,
+            "repeated": left_out.repeated,
+            "not valid Unicode": left_out.invalid,
+        }
+        return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+
+
+def usable_texts(config: PromptsConfig, num_held_out: int) -> UsableTexts:
+    """Read the texts longer than `min_chars`, each once, in the order of the data set.
+
+    Texts that are blank or not valid Unicode are left out.
+
+    Raises:
+        InputError: no data set, no such column, or fewer than `num_held_out + 1` texts left.
+    """
+    read = read_texts(config)
+    worded = [text for text in read if text is not None and text.strip()]
+    valid = [text for text in worded if is_unicode(text)]
+    longer = [text for text in valid if len(text) > config.min_chars]
+    texts = list(dict.fromkeys(longer))
+    left_out = LeftOut(
+        blank=len(read) - len(worded),
+        invalid=len(worded) - len(valid),
+        short=len(valid) - len(longer),
+        repeated=len(longer) - len(texts),
+    )
+    usable = UsableTexts(texts, left_out, config)
+    if not texts:
+        raise InputError(usable.why_none())
+    if len(texts) <= num_held_out:
+        raise InputError(
+            f"evaluation.num_prompts={num_held_out}: leaves no prompt for training: {usable.describe()}; "
+            f"set it to {len(texts) - 1} or less"
+        )
+    return usable
+
+
+def _permutation(size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(size)

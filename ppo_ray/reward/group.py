@@ -1,0 +1,46 @@
+"""The reward workers as the driver sees them: what the loop calls `reward`."""
+
+from typing import Any
+
+from ppo_ray.actors.group import ActorGroup
+from ppo_ray.actors.placement import Seats
+from ppo_ray.actors.shards import Shards
+from ppo_ray.config import Config
+from ppo_ray.events import Report
+from ppo_ray.plan import ActorSpec
+from ppo_ray.plan.demand import actor_specs
+from ppo_ray.reward.actor import RewardWorker
+
+
+def reward_spec(config: Config) -> ActorSpec:
+    """Return what the reward workers need."""
+    return actor_specs(config)["reward"]
+
+
+class RewardGroup:
+    """All reward workers; what the loop calls `reward`."""
+
+    def __init__(self, config: Config, report: Report, seats: Seats | None = None, worker: Any = RewardWorker) -> None:
+        """Create the workers, actors of a class; `setup` loads their classifiers."""
+        self._config = config
+        self._group = ActorGroup(worker, reward_spec(config), config.ray, report, seats)
+
+    def setup(self) -> list[dict[str, float]]:
+        """Load all classifiers at once and wait until they are ready."""
+        return self._group.setup(self._config)
+
+    def score(self, trajectories: Shards) -> Shards:
+        """Score shards, each as soon as it is there; returns at once."""
+        calls = [lambda handle, table: handle.score.remote(table)] * len(trajectories.tables)
+        return Shards(self._group, "scoring", calls, self._config.ray.call_timeout_s, source=trajectories)
+
+    def summarize(self, scored: Shards, num_rows: int) -> tuple[list[float | None], list[dict[str, Any]]]:
+        """Wait for the scores of all shards, and for prompt, response and score of the first `num_rows` rows."""
+        doing = "summarizing"
+        return scored.use(
+            lambda tables: self._group.call_first(doing, lambda handle: handle.summarize.remote(num_rows, *tables))
+        )
+
+    def close(self) -> None:
+        """End the workers."""
+        self._group.close()

@@ -1,0 +1,137 @@
+"""Rollout workers: a shell over `Engine` that turns prompts into trajectories."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pyarrow as pa
+import ray
+
+from ppo_ray import trajectory
+from ppo_ray.actors.worker import CONTROL, Worker
+from ppo_ray.config import Config, RolloutConfig, weight_transport
+from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.rollout.engine import Engine, Receiver, Request, Sampling
+from ppo_ray.seeding import derive_seed
+from ppo_ray.weights.acks import WeightAck
+from ppo_ray.weights.manifest import WeightManifest
+from ppo_ray.weights.snapshot import WeightSnapshot
+from ppo_ray.weights.transports.ipc import merged
+from ppo_ray.weights.transports.object_store import Fetched
+
+
+@ray.remote(concurrency_groups=CONTROL)
+class RolloutWorker(Worker):
+    """Samples responses with one engine."""
+
+    def setup(self, config: Config) -> dict[str, float]:
+        """Start the engine and load the tokenizer; returns the seconds it took, by part."""
+        from ppo_ray.models.loading import load_tokenizer
+
+        start = time.perf_counter()
+        self._config, self._engine = config, _start_engine(config)
+        if weight_transport(config) == "ipc":
+            self.connect({"packed": False})
+        self._tokenizer = load_tokenizer(config.model.path, config.model.trust)
+        stop_ids = (self._tokenizer.eos_token_id,) if config.rollout.stop_at_eos else ()
+        self._sampling = Sampling(config.rollout.temperature, stop_ids)
+        self._rest()
+        return {"time/engine_start_s": time.perf_counter() - start}
+
+    @ray.method(num_returns=2)
+    def generate(self, prompts: PromptBatch, step: int, seed: int) -> tuple[pa.Table, dict[str, float]]:
+        """Sample one response a prompt; returns a table of `trajectory.SCHEMA`, without scores, and metrics."""
+        start = time.perf_counter()
+        limits = prompts.max_response_tokens or drawn_limits(self._config.rollout, seed, step, prompts.sample_ids)
+        requests = [
+            Request(tuple(prompt_ids), limit, derive_seed(seed, "sample", step, sample_id))
+            for sample_id, prompt_ids, limit in zip(prompts.sample_ids, prompts.prompt_ids, limits, strict=True)
+        ]
+        completions = self._engine.generate(requests, self._sampling)
+        self._rest()
+        rows = [
+            {
+                "sample_id": sample_id,
+                "step": step,
+                "policy_version": self._engine.policy_version,
+                "worker": self._name,
+                "seed": request.seed,
+                "prompt_ids": request.prompt_ids,
+                "response_ids": completion.response_ids,
+                "rollout_logprobs": completion.logprobs,
+                "finish_reason": completion.finish_reason,
+                **self._texts(request.prompt_ids, completion.response_ids),
+            }
+            for sample_id, request, completion in zip(prompts.sample_ids, requests, completions, strict=True)
+        ]
+        return trajectory.from_rows(rows), {"time/generate_s": time.perf_counter() - start}
+
+    def load_weights(self, manifest: WeightManifest, buckets: list[Any]) -> WeightAck:
+        """Serve the weights in these buckets, references to objects of the store, from now on, and say so."""
+        start = time.perf_counter()
+        fetched = Fetched(buckets, self._config.ray.call_timeout_s)
+        self._engine.load_weights(WeightSnapshot(manifest, fetched))
+        return self._ack(manifest, start)
+
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Make ready to receive weights by NCCL or CUDA IPC; see `Receiver.connect`."""
+        cast("Receiver", self._engine).connect(init_info)
+
+    def receive_weights(self, manifest: WeightManifest, *exports: list[dict[str, Any]]) -> WeightAck:
+        """Receive weights by NCCL, or from what learner ranks export by CUDA IPC; serve them, and say so."""
+        start = time.perf_counter()
+        handles = {"ipc_handles": merged(exports)} if exports else {}
+        cast("Receiver", self._engine).receive_weights(manifest, handles)
+        return self._ack(manifest, start)
+
+    def close(self) -> None:
+        """Free the engine."""
+        if hasattr(self, "_engine"):
+            self._engine.close()
+
+    def _rest(self) -> None:
+        """Leave the GPU to those that share it, until this worker's next turn."""
+        if self._config.ray.placement == "colocated":
+            self._engine.sleep()
+
+    def _ack(self, manifest: WeightManifest, start: float) -> WeightAck:
+        seconds = time.perf_counter() - start
+        return WeightAck(self._name, self._engine.policy_version, manifest.checksum, seconds)
+
+    def _texts(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> dict[str, str]:
+        """Decode the whole once, so that a character whose bytes span prompt and response stays whole."""
+        prompt = self._tokenizer.decode(prompt_ids, skip_special_tokens=True)
+        text = self._tokenizer.decode([*prompt_ids, *response_ids], skip_special_tokens=True)
+        if text.startswith(prompt):
+            return {"prompt": prompt, "response": text[len(prompt) :]}
+        return {"prompt": "", "response": text}
+
+
+def drawn_limits(rollout: RolloutConfig, seed: int, step: int, sample_ids: Sequence[int]) -> list[int]:
+    """Draw the limit of each response, tokens, from its address."""
+    shortest, longest = rollout.min_response_tokens, rollout.max_response_tokens
+    draws = [derive_seed(seed, "response_length", step, sample_id) for sample_id in sample_ids]
+    return [shortest + draw % (longest - shortest + 1) for draw in draws]
+
+
+def _start_engine(config: Config) -> Engine:
+    """Start the engine that `rollout.engine` names."""
+    rollout = config.rollout
+    if rollout.engine == "hf":
+        from ppo_ray.rollout.hf import HFEngine
+
+        return HFEngine(
+            config.model.path, dtype=rollout.dtype, max_context=rollout.max_context, trust=config.model.trust
+        )
+    from ppo_ray.rollout.vllm import VLLMEngine
+
+    return VLLMEngine(
+        config.model.path,
+        dtype=rollout.dtype,
+        max_context=rollout.max_context,
+        kv_cache_mib=rollout.kv_cache_mib,
+        tensor_parallel=rollout.tensor_parallel,
+        may_sleep=config.ray.placement == "colocated",
+        trust=config.model.trust,
+        transport=weight_transport(config),
+    )

@@ -1,0 +1,111 @@
+"""What every engine does: token ids in, token ids and their log-probabilities out; weights replaced on demand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from ppo_ray.errors import WorkerError
+from ppo_ray.weights.manifest import WeightManifest
+from ppo_ray.weights.snapshot import WeightSnapshot
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How all requests of a call are sampled: from the full softmax at a temperature, nothing cut off."""
+
+    temperature: float = 1.0
+    """0 is greedy; log-probabilities are then those of temperature 1."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Any of them ends a response and is its last token."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response wanted."""
+
+    prompt_ids: tuple[int, ...]
+    """At least one token."""
+    max_tokens: int
+    """The response's own limit, at least 1."""
+    seed: int
+    """Of this response alone: the same request gives the same response in any batch, on any worker."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response."""
+
+    response_ids: tuple[int, ...]
+    """`[R]`, the stop token included."""
+    logprobs: tuple[float, ...]
+    """`[R]`, of the sampled tokens, at the sampling temperature."""
+    finish_reason: FinishReason
+
+
+class Engine(Protocol):
+    """A policy that generates.
+
+    Engines know no Ray. They are not thread-safe: one call at a time.
+    """
+
+    policy_version: int
+    """Of the weights in use; -1 until the first `load_weights`."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Sample one response a request, in the order of the requests."""
+        ...
+
+    def load_weights(self, snapshot: WeightSnapshot) -> None:
+        """Verify the snapshot, serve it from now on, and forget everything computed with earlier weights.
+
+        Its buckets are taken one after the other, each verified before anything of it is used. An update that breaks
+        off leaves weights of two policies behind; `policy_version` is -1 then.
+
+        Raises:
+            WorkerError: the snapshot is damaged or does not fit the model.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Leave the GPU to others; the next `generate` or `load_weights` wakes the engine, with the weights it had.
+
+        On a CPU it changes nothing.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it cannot be used afterwards."""
+        ...
+
+
+class Receiver(Engine, Protocol):
+    """An engine whose weights come from another GPU, or from its own, without passing the host."""
+
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Make ready to receive; meets the sender where the transport wants it."""
+        ...
+
+    def receive_weights(self, manifest: WeightManifest, handles: dict[str, Any]) -> None:
+        """Receive what the manifest lists, verify and serve it; otherwise as `load_weights`."""
+        ...
+
+
+def check_requests(requests: Sequence[Request], vocab_size: int, max_context: int) -> None:
+    """Refuse requests that no engine could serve, before any of them is started.
+
+    Raises:
+        WorkerError: a token id is outside the vocabulary, or prompt and response do not fit into `max_context`.
+    """
+    for request in requests:
+        if not all(0 <= token < vocab_size for token in request.prompt_ids):
+            raise WorkerError(
+                f"a prompt has token ids {list(request.prompt_ids)[:20]} but the model knows 0 to {vocab_size - 1}; "
+                "is this the model's own tokenizer?"
+            )
+        if len(request.prompt_ids) + request.max_tokens > max_context:
+            raise WorkerError(
+                f"a prompt of {len(request.prompt_ids)} tokens and its response of up to {request.max_tokens} exceed "
+                f"rollout.max_context={max_context}"
+            )

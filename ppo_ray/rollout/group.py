@@ -1,0 +1,87 @@
+"""The rollout workers as the driver sees them: what the loop calls `rollout`."""
+
+from dataclasses import replace
+from typing import Any
+
+from ppo_ray.actors.group import ActorGroup
+from ppo_ray.actors.placement import Seats
+from ppo_ray.actors.shards import ShardCall, Shards
+from ppo_ray.actors.watch import Member
+from ppo_ray.config import Config
+from ppo_ray.events import Report
+from ppo_ray.plan import ActorSpec, requested
+from ppo_ray.plan.demand import actor_specs
+from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.rollout.actor import RolloutWorker
+from ppo_ray.weights.acks import PublishedWeights, check_acks
+from ppo_ray.weights.transports import make_transport
+
+
+def rollout_spec(config: Config) -> ActorSpec:
+    """Return what the rollout workers need; vLLM's environment must be set before their process imports it."""
+    spec = actor_specs(config)["rollout"]
+    if config.rollout.engine != "vllm":
+        return spec
+    from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT
+
+    environment = ENVIRONMENT | ({} if config.rollout.gpus else CPU_ENVIRONMENT)
+    if spec.ranks > 1:
+        gpus = requested(config).seat("rollout-0").gpus
+        bundles = ",".join(map(str, range(spec.ranks)))
+        environment |= {"VLLM_RAY_BUNDLE_INDICES": bundles, "VLLM_RAY_PER_WORKER_GPUS": f"{gpus:g}"}
+    return replace(spec, environment=environment)
+
+
+class RolloutGroup:
+    """All rollout workers; what the loop calls `rollout`."""
+
+    def __init__(self, config: Config, report: Report, seats: Seats | None = None, worker: Any = RolloutWorker) -> None:
+        """Create the workers, actors of a class; `setup` starts their engines."""
+        self._config = config
+        self._group = ActorGroup(worker, rollout_spec(config), config.ray, report, seats)
+        self._group.brought_up = self._catch_up
+        self._weights: PublishedWeights | None = None
+        self._transport = make_transport(config)
+
+    def setup(self) -> list[dict[str, float]]:
+        """Start all engines at once and wait until they are ready."""
+        return self._group.setup(self._config)
+
+    def generate(self, prompts: PromptBatch, step: int, seed: int | None = None) -> Shards:
+        """Deal the prompts out in order, a shard a worker; returns at once."""
+        seed = self._config.seed if seed is None else seed
+        shards = prompts.split(self._config.rollout.workers)
+        calls = [_generate_call(shard, step, seed) for shard in shards]
+        return Shards(self._group, "generating", calls, self._config.ray.call_timeout_s)
+
+    def generate_everywhere(self, prompts: PromptBatch, seed: int) -> Shards:
+        """Let every worker generate for all of the prompts, a shard a worker: for comparing workers."""
+        calls = [_generate_call(prompts, 0, seed)] * self._config.rollout.workers
+        return Shards(self._group, "generating for a check", calls, self._config.ray.call_timeout_s)
+
+    def load_weights(self, weights: PublishedWeights) -> dict[str, float]:
+        """Send weights to every engine and check that each serves them.
+
+        A worker that is lost meanwhile is replaced, and its successor gets the same weights.
+
+        Raises:
+            WorkerError: a worker failed, or acknowledged another version or checksum.
+            WorkerLost: the learner is gone, and with it the weights.
+        """
+        self._weights = weights
+        acks = self._transport.send(weights, self._group)
+        check_acks(weights, acks)
+        return {"time/sync_s": max(ack.load_s for ack in acks)}
+
+    def close(self) -> None:
+        """End the workers."""
+        self._group.close()
+
+    def _catch_up(self, member: Member) -> None:
+        """Give a replacement the weights that the others have, verified."""
+        if self._weights is not None:
+            check_acks(self._weights, [self._transport.send_to(self._weights, self._group, member)])
+
+
+def _generate_call(shard: PromptBatch, step: int, seed: int) -> ShardCall:
+    return lambda handle, _: handle.generate.remote(shard, step, seed)

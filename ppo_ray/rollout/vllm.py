@@ -1,0 +1,221 @@
+"""vLLM, in this very process: the engine of rollout workers on CPU and GPU.
+
+The in-process engine core starts in a third of the time of the multi-process one, takes a third of its memory and lets
+weights be handed over by reference. `ENVIRONMENT` must be set before `vllm` is imported, so actors put it into their
+runtime environment.
+"""
+
+import gc
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ppo_ray.config import NO_TRUST, Transport, Trust
+from ppo_ray.errors import WorkerError, WorkerLost
+from ppo_ray.plan.demand import CPU_ALLOCATION
+from ppo_ray.rollout.engine import Completion, Request, Sampling, check_requests
+from ppo_ray.weights.manifest import WeightManifest
+from ppo_ray.weights.snapshot import WeightSnapshot
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in this process
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment variables that vLLM reads when it is imported."""
+
+CPU_ENVIRONMENT = {
+    # vLLM compiles its log-probability kernel even in eager mode: 10 s at the first call, nothing gained on a CPU.
+    "TORCH_COMPILE_DISABLE": "1",
+    **CPU_ALLOCATION,  # fresh pages are the cost of a weight update (0.95 -> 0.54 s for 135M)
+}
+"""What to add to `ENVIRONMENT` on a CPU, and never on a GPU."""
+
+_BLOCK_SIZE = 32  # tokens a KV-cache block; the CPU default of 128 wastes most of a short sequence's block
+
+# The KV cache's size is given, yet vLLM still refuses to start on a GPU with less than this share of its memory free:
+# an engine that starts anew beside a learner would never find the default of 0.92.
+_SHARED_GPU = {"gpu_memory_utilization": 0.01}
+
+
+class VLLMEngine:
+    """An `Engine` over `vllm.LLM`."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        dtype: str = "float32",
+        max_context: int = 512,
+        max_num_seqs: int = 128,
+        kv_cache_mib: int = 512,
+        seed: int = 0,
+        tensor_parallel: int = 1,
+        may_sleep: bool = False,
+        trust: Trust = NO_TRUST,
+        transport: Transport = "object_store",
+    ) -> None:
+        """Load the model.
+
+        Args:
+            path: a Hugging Face folder or hub name; weights in safetensors.
+            dtype: `"float32"` or `"bfloat16"`; log-probabilities match the learner's to 1e-4 or to 0.4.
+            max_context: prompt and response tokens of one sequence at most.
+            max_num_seqs: sequences decoded at once at most.
+            kv_cache_mib: memory for keys and values, MiB, of each rank.
+            seed: vLLM's own seed; the responses depend on their requests' seeds alone.
+            tensor_parallel: ranks that share the model; above 1 they are Ray actors in this one's placement group.
+            may_sleep: whether `sleep` will be called, for which a GPU's memory is set up in another way.
+            trust: what its folder may do.
+            transport: by which its weights come: `load_weights` is for buckets, `receive_weights` for the others.
+        """
+        import vllm
+
+        from ppo_ray.rollout.vllm_receiver import BACKENDS, WorkerExtension
+
+        self.policy_version = -1
+        self._asleep: set[str] = set()
+        on_gpu = torch.cuda.is_available()
+        self._half_loaded = False
+        self._llm: Any = vllm.LLM(
+            model=path,
+            dtype=dtype,
+            seed=seed,
+            max_model_len=max_context,
+            max_num_seqs=max_num_seqs,
+            kv_cache_memory_bytes=kv_cache_mib << 20,
+            enforce_eager=not on_gpu,
+            enable_sleep_mode=may_sleep and on_gpu,  # on a CPU it is refused, and sleep ignored
+            tensor_parallel_size=tensor_parallel,
+            **({"distributed_executor_backend": "ray"} if tensor_parallel > 1 else {}),
+            skip_tokenizer_init=True,
+            trust_remote_code=trust.remote_code,
+            load_format="auto" if trust.pickles else "safetensors",
+            disable_log_stats=True,
+            weight_transfer_config=vllm.config.WeightTransferConfig(backend=BACKENDS[transport]),
+            worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+            # log-probabilities of the distribution that was sampled from: after the temperature
+            logprobs_mode="processed_logprobs",
+            **(_SHARED_GPU if on_gpu else {"block_size": _BLOCK_SIZE}),
+        )
+        config = self._llm.llm_engine.model_config.hf_text_config
+        self._tied_head = bool(getattr(config, "tie_word_embeddings", False))
+        self._max_context = max_context
+        self._vocab_size = int(config.vocab_size)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Sample one response a request, in the order of the requests; see `Engine.generate`.
+
+        Raises:
+            WorkerError: a request cannot be served; see `check_requests`.
+            WorkerLost: an update broke off; the weights are of two policies.
+        """
+        import vllm
+
+        self._check_whole()
+        check_requests(requests, self._vocab_size, self._max_context)
+        self._wake("weights", "kv_cache")
+        self._llm.reset_prefix_cache()  # what was asked before must not change the last bits of what is asked now
+        outputs = self._llm.generate(
+            [vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests],
+            [
+                vllm.SamplingParams(
+                    temperature=sampling.temperature,
+                    seed=request.seed,
+                    max_tokens=request.max_tokens,
+                    stop_token_ids=list(sampling.stop_token_ids),
+                    ignore_eos=True,  # what ends a response is said above, not in the model's folder
+                    logprobs=0,
+                    detokenize=False,
+                )
+                for request in requests
+            ],
+            use_tqdm=False,
+        )
+        return [_completion(output.outputs[0]) for output in outputs]
+
+    def load_weights(self, snapshot: WeightSnapshot) -> None:
+        """Replace layer after layer as buckets come, and drop the prefix cache; see `Engine.load_weights`.
+
+        Raises:
+            WorkerLost: an earlier update broke off; no update can mend the engine.
+        """
+        self._update(({"tensors": tensors} for tensors in snapshot.checked()), snapshot.manifest, verified=True)
+
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Make ready to receive by NCCL or CUDA IPC; `init_info` is the backend's own, as vLLM documents it."""
+        self._llm.shutdown_weight_transfer_engine()  # the group before
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def receive_weights(self, manifest: WeightManifest, handles: dict[str, Any]) -> None:
+        """Receive all tensors by NCCL or CUDA IPC, verify and serve them; see `load_weights`.
+
+        Args:
+            manifest: what is sent.
+            handles: what else vLLM's backend needs to receive it: nothing for NCCL, `ipc_handles` for CUDA IPC.
+
+        Raises:
+            WorkerError: a tensor did not arrive as it was sent; the engine cannot be used afterwards.
+        """
+        entries = manifest.entries
+        update: dict[str, Any] = {
+            "names": [entry.name for entry in entries],
+            "dtype_names": [entry.dtype for entry in entries],
+            "shapes": [list(entry.shape) for entry in entries],
+        }
+        self._update([update | handles], manifest, verified=False)
+
+    def _update(self, updates: Iterable[dict[str, Any]], manifest: WeightManifest, verified: bool) -> None:
+        """Go through an update; nothing is touched before the first part of it is there."""
+        self._check_whole()
+        for update in updates:
+            if not self._half_loaded:
+                self.policy_version, self._half_loaded = -1, True
+                self._wake("weights")
+                self._llm.collective_rpc("begin_check", args=(self._tied_head, not verified))
+                self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": update})
+        self._llm.collective_rpc("end_check", args=(manifest,))
+        self._llm.finish_weight_update(weight_version=str(manifest.policy_version))
+        self._wake("kv_cache")  # only now: while weights are loaded some of them are there twice
+        if not self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise WorkerError(
+                "vLLM did not drop its prefix cache after new weights; its answers would mix two policies"
+            )
+        self.policy_version, self._half_loaded = manifest.policy_version, False
+
+    def _check_whole(self) -> None:
+        if self._half_loaded:
+            raise WorkerLost("its last weight update broke off: its layers are of two policies, and it cannot go back")
+
+    def sleep(self) -> None:
+        """Keep the weights in the host's memory and drop the KV cache; see `Engine.sleep`.
+
+        vLLM's level 1: level 2 drops the weights too, but the same weights may be asked again before others come.
+        """
+        if not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = {"weights", "kv_cache"}
+
+    def _wake(self, *parts: str) -> None:
+        """Bring back what is asleep of `weights` and `kv_cache`; when both are there, vLLM takes requests again."""
+        if asleep := [part for part in parts if part in self._asleep]:
+            self._llm.wake_up(asleep)
+            self._asleep -= set(asleep)
+
+    def close(self) -> None:
+        """Free the model and its caches."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _completion(output: Any) -> Completion:
+    tokens = tuple(output.token_ids)
+    logprobs = tuple(entry[token].logprob for token, entry in zip(tokens, output.logprobs, strict=True))
+    return Completion(tokens, logprobs, "stop" if output.finish_reason == "stop" else "length")

@@ -1,0 +1,112 @@
+"""All actors of a run: started in order, closed whatever happens."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppo_ray.actors.placement import Seats, reserved
+from ppo_ray.config import Config
+from ppo_ray.errors import WorkerError
+from ppo_ray.events import Report
+from ppo_ray.learner.group import LearnerGroup
+from ppo_ray.learner.probe import Agreement, disagreement
+from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.reward.group import RewardGroup
+from ppo_ray.rollout.group import RolloutGroup
+
+Say = Callable[[str], None]
+"""Shows a line to whoever started the run."""
+
+
+@dataclass(frozen=True)
+class Actors:
+    """What the loop calls."""
+
+    rollout: RolloutGroup
+    reward: RewardGroup
+    learner: LearnerGroup
+
+
+@contextlib.contextmanager
+def launch_scorers(config: Config, say: Say, report: Report) -> Iterator[tuple[RolloutGroup, RewardGroup]]:
+    """Start rollout and reward workers, as an evaluation needs them.
+
+    Args:
+        config: of the run.
+        say: is told when a group is ready.
+        report: is told when a worker is replaced.
+
+    Raises:
+        InputError: the cluster cannot hold them.
+        WorkerError: a worker did not start; the message is its own error.
+    """
+    with reserved(config, ["rollout", "reward"]) as seats, contextlib.ExitStack() as stack:
+        rollout, reward = _scorers(config, report, seats, stack)
+        _set_up_scorers(config, rollout, reward, say)
+        yield rollout, reward
+
+
+@contextlib.contextmanager
+def launch(
+    config: Config, trajectories: Path | None, checkpoint: Path | None, say: Say, report: Report
+) -> Iterator[Actors]:
+    """Start all actors of a training run; see `launch_scorers`.
+
+    Args:
+        config: of the run.
+        trajectories: folder of the Parquet files; None: nothing is to be updated.
+        checkpoint: what the learner goes on from; None: the models that the config names.
+        say: is told when a group is ready.
+        report: is told when a worker is replaced.
+    """
+    with reserved(config) as seats, contextlib.ExitStack() as stack:
+        rollout, reward = _scorers(config, report, seats, stack)
+        learner = LearnerGroup(config, trajectories, report, seats)
+        stack.callback(learner.close)
+        _set_up_scorers(config, rollout, reward, say)
+        _say_ready(say, "learner", learner.setup(checkpoint))
+        yield Actors(rollout, reward, learner)
+
+
+def _scorers(
+    config: Config, report: Report, seats: Seats, stack: contextlib.ExitStack
+) -> tuple[RolloutGroup, RewardGroup]:
+    """Launch the processes: all import their libraries at once, and take turns to load what they work with."""
+    rollout = RolloutGroup(config, report, seats)
+    stack.callback(rollout.close)
+    reward = RewardGroup(config, report, seats)
+    stack.callback(reward.close)
+    return rollout, reward
+
+
+def _set_up_scorers(config: Config, rollout: RolloutGroup, reward: RewardGroup, say: Say) -> None:
+    """Engines first and alone: they take longest and fill the cores."""
+    _say_ready(say, f"{config.rollout.workers} x rollout ({config.rollout.engine})", rollout.setup())
+    _say_ready(say, f"{config.reward.workers} x reward", reward.setup())
+
+
+def check_engines(actors: Actors, config: Config, prompts: PromptBatch) -> list[Agreement]:
+    """Prove that new weights change what every engine computes as they change what the learner computes.
+
+    Weights that differ from the policy's are sent to all engines, which generate for the prompts; their
+    log-probabilities must be the learner's under those weights, and no others. The engines have these weights
+    afterwards: send them the policy's.
+
+    Returns:
+        What was found of each worker.
+
+    Raises:
+        WorkerError: an engine does not compute with what it was sent; names it.
+    """
+    actors.rollout.load_weights(actors.learner.moved_weights())
+    agreements = actors.learner.compare(actors.rollout.generate_everywhere(prompts, config.seed))
+    coarser = "bfloat16" if "bfloat16" in (config.model.dtype, config.rollout.dtype) else "float32"
+    wrong = [problem for item in agreements if (problem := disagreement(item, coarser))]
+    if wrong:
+        raise WorkerError("after new weights " + "; ".join(wrong) + ". Its samples would be of another policy")
+    return agreements
+
+
+def _say_ready(say: Say, who: str, answers: list[dict[str, float]]) -> None:
+    say(f"{who} ready in {max(seconds for answer in answers for seconds in answer.values()):.1f} s")

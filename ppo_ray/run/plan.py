@@ -1,0 +1,136 @@
+"""What `ppo-ray plan` prints: where every actor goes, the memory that takes and why, what does not fit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ppo_ray.config import Config
+from ppo_ray.errors import InputError
+from ppo_ray.plan import ClusterShape, ModelSizes, Plan, plan
+from ppo_ray.plan.cluster import GIB
+from ppo_ray.plan.memory import Term, node_terms
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Print a plan."""
+    _print_actors(console, plan)
+    _print_terms(console, plan)
+    _print_needs(console, plan)
+    if plan.fits:
+        _say(console, "It fits. Nothing was started.")
+        return
+    _say(console, "It does not fit:")
+    for shortage in plan.shortages:
+        _say(console, f"  {shortage}")
+
+
+def _print_actors(console: Console, plan: Plan) -> None:
+    table = Table("actor", "node", "GPUs", "CPUs reserved", "GPUs reserved", "placement group")
+    strategies = {group.name: f"{group.name} ({group.strategy})" for group in plan.request.groups}
+    for seat in plan.request.seats:
+        places = plan.assignment.places.get(seat.actor, ())
+        node = ", ".join(dict.fromkeys(plan.cluster.nodes[place.node].name for place in places)) or "no room"
+        gpus = ", ".join(str(gpu) for place in places for gpu in place.gpus) if seat.gpus else ""
+        ranks = max(len(seat.bundles), 1)
+        amounts = [f"{ranks} x {amount:g}" if ranks > 1 else f"{amount:g}" for amount in (seat.cpus, seat.gpus)]
+        table.add_row(seat.actor, Text(node), gpus or "-", *amounts, strategies.get(seat.group or "", "none, spread"))
+    console.print(table)
+
+
+def _print_terms(console: Console, plan: Plan) -> None:
+    """Print each kind of actor's arithmetic once: like actors hold alike, but the first learner rank a little more."""
+    table = Table("memory of", "what", "GiB", "where", "arithmetic")
+    table.columns[2].justify = "right"
+    for actor, terms in plan.terms.items():
+        if actor.endswith("-0"):
+            kind = actor.removesuffix("-0")
+            ranks = max(len(plan.request.seat(actor).bundles), 1)
+            _add_terms(table, f"each rank of a {kind}" if ranks > 1 else f"each {kind}", terms)
+    _add_terms(table, "every node", tuple(node_terms()))
+    _add_terms(table, "object store of a node", plan.store_terms)
+    _add_terms(table, "disk", plan.disk_terms, where="disk")
+    console.print(table)
+
+
+def _add_terms(table: Table, who: str, terms: Sequence[Term], where: str = "") -> None:
+    for index, term in enumerate(terms):
+        place = where or {"gpu": "GPU", "host": "node"}[term.device]
+        last = index == len(terms) - 1
+        cells = (who if index == 0 else "", term.what, _gib(term.num_bytes), place, Text(term.how))
+        table.add_row(*cells, end_section=last)
+
+
+def _print_needs(console: Console, plan: Plan) -> None:
+    table = Table("where", "GiB needed", "GiB there", "by")
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    for needs in (plan.gpus, plan.nodes, plan.stores):
+        for index, need in enumerate(needs):
+            there = "not known" if need.available is None else _gib(need.available)
+            style = "red" if need.available is not None and need.needed > need.available else ""
+            row = (Text(need.name), _gib(need.needed), there, ", ".join(need.actors))
+            table.add_row(*row, style=style, end_section=index == len(needs) - 1)
+    console.print(table)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}" if num_bytes < 100 * GIB else f"{num_bytes / GIB:.0f}"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Described:
+    """The cluster as the command line describes it; None: not given."""
+
+    nodes: int | None = None
+    cpus: float | None = None
+    """Of each node, like all that follows."""
+    gpus: int | None = None
+    memory_gib: float | None = None
+    gpu_memory_gib: float | None = None
+    address: str | None = None
+    """Of a cluster that runs."""
+
+
+def show(config: Config, described: Described, console: Console) -> bool:
+    """Print where every actor of a config would go, the memory that takes, and what does not fit.
+
+    Returns:
+        Whether everything fits.
+
+    Raises:
+        InputError: the description is not one, no cluster answers at the address, or a model's config cannot be read.
+    """
+    cluster = _cluster(config, described)
+    found = plan(config, cluster, ModelSizes.read(config))
+    print_plan(console, found)
+    return found.fits
+
+
+def _cluster(config: Config, described: Described) -> ClusterShape:
+    gpu_memory = _bytes(described.gpu_memory_gib)
+    sizes = (described.nodes, described.cpus, described.gpus, described.memory_gib)
+    if described.address is not None:
+        if any(size is not None for size in sizes):
+            raise InputError("--address asks the cluster itself: leave out --nodes, --cpus, --gpus and --memory")
+        from ppo_ray.actors.placement import connected_cluster
+        from ppo_ray.actors.session import ray_session
+
+        with ray_session(config.ray.model_copy(update={"address": described.address})):
+            return connected_cluster(gpu_memory)
+    if all(size is None for size in (*sizes, gpu_memory)):
+        return ClusterShape.this_machine(config.ray.object_store_mib << 20)
+    if described.cpus is None:
+        raise InputError("--cpus is missing: a cluster is described by the CPUs of each node at least")
+    memory = _bytes(described.memory_gib)
+    return ClusterShape.uniform(described.nodes or 1, described.cpus, described.gpus or 0, memory, gpu_memory)
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * GIB)

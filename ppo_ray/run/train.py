@@ -1,0 +1,205 @@
+"""A run from its config to its last line: what stands before, around and after the loop."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+
+from ppo_ray import preflight
+from ppo_ray.actors.session import ray_session
+from ppo_ray.checkpoint import RunState
+from ppo_ray.config import Config, load_config
+from ppo_ray.errors import InputError, PPORayError, WorkerError, WorkerLost
+from ppo_ray.events import Event
+from ppo_ray.run.actors import Actors, check_engines, launch, launch_scorers
+from ppo_ray.run.checkpoints import Checkpoints
+from ppo_ray.run.curves import draw_curves
+from ppo_ray.run.evaluation import Evaluation, evaluate, prompt_stream
+from ppo_ray.run.folder import config_text
+from ppo_ray.run.gauges import Gauges
+from ppo_ray.run.log import MetricsLog
+from ppo_ray.run.loop import Run, run_overlapped, run_steps
+from ppo_ray.run.resume import Start, find_start, finished, open_folder
+from ppo_ray.run.samples import write_samples
+from ppo_ray.run.summary import print_agreements, print_evaluation, print_summary
+
+Result = TypeVar("Result")
+
+_CHECK_PROMPTS = 8
+
+
+def train(config: Config, console: Console) -> None:
+    """Train a policy as the config says, and leave everything about it in `output_dir`.
+
+    Raises:
+        InputError: something in the config cannot be used; nothing was started or written.
+        WorkerError: an actor failed, or was lost too often.
+        CheckpointError: a checkpoint could not be written.
+        Interrupted: SIGTERM or Ctrl-C; what was done is saved.
+    """
+    preflight.check(config)
+    folder = open_folder(config)
+    with folder.locked(), MetricsLog(folder.path) as log:
+        if finished(folder, config):
+            console.print(f"the run in {folder.path} has made its {config.steps} steps: nothing to do", soft_wrap=True)
+            return
+        if config.resume == "never":
+            folder.clear()
+        prompts = prompt_stream(config)
+        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, config_text(config), lambda e: run.report(e))
+        run = Run(config, prompts, folder, checkpoints, log, Gauges(folder.path.name), console, RunState())
+        start = find_start(folder, config, checkpoints, prompts.fingerprint)
+        folder.write_config(config)
+        begin(run, start)
+        steps = run_overlapped if config.rollout.max_staleness else run_steps
+        with (
+            ray_session(config.ray),
+            launch(config, folder.trajectories, start.checkpoint, run.say, run.report) as actors,
+        ):
+            before = whatever_the_learner(run, actors, lambda: evaluate_before(run, actors))
+            with saved_if_it_ends(run, actors):
+                whatever_the_learner(run, actors, lambda: steps(run, actors))
+            after = evaluate(actors.rollout, actors.reward, prompts.held_out(), config)
+            checkpoints.finish_run(run.state.step)
+    if before and after:
+        write_samples(folder.samples, before, after)
+    draw_curves(folder.curves, run.history, before, after)
+    print_summary(console, folder, run.history, before, after)
+
+
+def check(config: Config, console: Console) -> None:
+    """Start all actors, prove that new weights change what every engine computes, and show by how much.
+
+    Raises:
+        InputError: something in the config cannot be used.
+        WorkerError: an actor failed, or an engine does not compute with what it was sent; names it.
+    """
+    preflight.check(config)
+    prompts = prompt_stream(config).peek(_CHECK_PROMPTS)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    with (
+        ray_session(config.ray),
+        launch(config, None, None, say, lambda event: say(event.message)) as actors,
+    ):
+        print_agreements(console, check_engines(actors, config, prompts))
+
+
+def evaluate_checkpoint(checkpoint: Path, overrides: list[str], console: Console) -> None:
+    """Score the held-out prompts with a checkpoint of a run, by the run's own config, and print them.
+
+    Raises:
+        InputError: it is no checkpoint of ours, or its config cannot be used here.
+        WorkerError: an actor failed, was lost or was late.
+    """
+    source = checkpoint / "config.yaml"
+    if not source.is_file():
+        raise InputError(
+            f"{checkpoint}: has no config.yaml, so it is no checkpoint of ppo_ray; "
+            "give a folder like RUN/checkpoints/final"
+        )
+    config = load_config(source, [*overrides, f"model.path={checkpoint}"])
+    preflight.check(config)
+    held_out = prompt_stream(config).held_out()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    with ray_session(config.ray), launch_scorers(config, say, lambda event: say(event.message)) as (rollout, reward):
+        evaluation = evaluate(rollout, reward, held_out, config)
+    if evaluation is None:
+        raise InputError("evaluation.num_prompts=0: nothing is held out to be scored; set it to 1 or more")
+    print_evaluation(console, evaluation)
+
+
+def whatever_the_learner(run: Run, actors: Actors, work: Callable[[], Result]) -> Result:
+    """Do the work; a lost learner is rebuilt from the newest checkpoint, and the work is taken up from there.
+
+    Raises:
+        WorkerError: it was lost too often (`ray.max_restarts`) without a step more than before.
+    """
+    limit = run.config.ray.max_restarts
+    lost: WorkerLost | None = None
+    losses, furthest = 0, run.state.step
+    while True:
+        try:
+            if lost is not None:
+                rebuild_learner(run, actors, lost)
+            return work()
+        except WorkerLost as error:
+            lost = WorkerLost(str(error), error.name)  # its traceback would keep a batch and a copy of the weights
+            losses = losses + 1 if run.state.step <= furthest else 1
+            furthest = max(furthest, run.state.step)
+            if losses > limit:
+                raise WorkerError(
+                    f"{lost.name} was lost {losses} times in a row (ray.max_restarts={limit}), and the run came no "
+                    f"further than step {furthest}; the last time: {lost}"
+                ) from error
+
+
+def rebuild_learner(run: Run, actors: Actors, lost: WorkerLost) -> None:
+    """Put another learner in the lost one's place, and the whole run back to the newest checkpoint."""
+    run.checkpoints.abandon()
+    path, state = run.checkpoints.newest() or (None, RunState(prompts_fingerprint=run.prompts.fingerprint))
+    steps = run.state.step
+    actors.learner.rebuild(lost, path)
+    run.synced = actors.rollout.load_weights(actors.learner.weights())
+    run.go_on_from(state)
+    source = f"from {path.name}" if path else "as the run began"
+    run.report(
+        Event("learner_rebuilt", f"learner rebuilt {source}; steps {state.step} to {steps} are made again", lost.name)
+    )
+
+
+@contextlib.contextmanager
+def saved_if_it_ends(run: Run, actors: Actors) -> Iterator[None]:
+    """Save the state after the last whole step if the block is ended by a signal or an error, and say where it is."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PPORayError):
+            why = f"step {run.state.step} was not finished: {str(error).splitlines()[0]}"
+            # on a full disk what ended the run is said all the same, and saved if it can be
+            with contextlib.suppress(OSError):
+                run.report(Event("interrupted", why))
+        if not run.state.step:
+            raise
+        try:
+            run.checkpoints.save(run.state, actors.learner.save)
+            run.checkpoints.finish()
+        except PPORayError as unsaved:
+            run.say(f"the steps since the newest checkpoint could not be saved and will be made again: {unsaved}")
+        else:
+            run.say(f"the state after {run.state.step} steps is in {run.folder.checkpoints}; go on with --resume")
+        raise
+
+
+def begin(run: Run, start: Start) -> None:
+    """Take up the run where it starts, and say so."""
+    run.go_on_from(start.state)
+    run.say(run.prompts.summary)
+    if start.checkpoint is None:
+        return
+    changed = "".join(f"; {item}" for item in start.changed)
+    run.report(Event("resumed", f"going on after step {start.state.step} from {start.checkpoint.name}{changed}"))
+
+
+def evaluate_before(run: Run, actors: Actors) -> Evaluation | None:
+    """Check the engines, give them the learner's weights, and evaluate the policy as the run began, or recall it."""
+    config, rollout = run.config, actors.rollout
+    if config.rollout.self_check:
+        agreements = check_engines(actors, config, run.prompts.peek(_CHECK_PROMPTS))
+        worst = max(item.to_moved for item in agreements)
+        run.say(
+            f"new weights change what every engine computes, as they should: {worst:.1e} nats a token off the learner"
+        )
+    run.synced = rollout.load_weights(actors.learner.weights())
+    seconds = run.synced["time/sync_s"]
+    run.say(f"weights of policy version {run.state.step} in every engine, verified, in {seconds:.1f} s")
+    if run.folder.before.is_file():
+        return Evaluation.read(run.folder.before)
+    if run.state.step:
+        return None
+    before = evaluate(rollout, actors.reward, run.prompts.held_out(), config)
+    if before:
+        before.write(run.folder.before)
+    return before

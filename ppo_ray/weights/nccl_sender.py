@@ -1,0 +1,115 @@
+"""The learner's end of vLLM's weight-transfer API: NCCL broadcasts, and CUDA IPC handles.
+
+vLLM's trainer classes call the engines themselves, all with the same rank, and wait without a limit. Here the driver
+calls the engines and the learner alike, watches all of them, and names who is late: so the sender's own calls do
+nothing, and every engine is given ranks of its own. The group's id goes to the engines through Ray: no port is opened
+for it.
+"""
+
+import base64
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import reduce_tensor
+
+from ppo_ray.weights.manifest import WeightManifest
+from ppo_ray.weights.wire import NUM_BUFFERS
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+
+
+def new_group_id() -> str:
+    """Return the id of a new NCCL group, base64: who has it may join."""
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+    return base64.b64encode(bytes(NCCLLibrary().ncclGetUniqueId())).decode()
+
+
+class NCCLSender:
+    """Rank 0 of a NCCL group whose other ranks are engines."""
+
+    def __init__(self) -> None:
+        """Be in no group yet."""
+        self._sender: Any = None
+
+    def join(self, group_id: str, world_size: int, buffer_bytes: int) -> None:
+        """Meet the engines, which join at the same time; an earlier group is left.
+
+        Args:
+            group_id: of the new group.
+            world_size: of it: the engines and this.
+            buffer_bytes: a broadcast, as the engines are told.
+        """
+        from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
+
+        self.leave()
+        sender = NCCLTrainerWeightTransferEngine(
+            client=_DriverCalls(),
+            source=None,
+            packed=True,
+            packed_buffer_size_bytes=buffer_bytes,
+            packed_num_buffers=NUM_BUFFERS,
+        )
+        device = torch.accelerator.current_device_index()
+        sender.model_update_group = uid_init_process_group(base64.b64decode(group_id), 0, world_size, device)
+        self._sender = sender
+
+    def send(self, manifest: WeightManifest, tensors: NamedTensors) -> None:
+        """Broadcast tensors to all engines, which receive at the same time; returns when they are on their way.
+
+        Args:
+            manifest: of the tensors.
+            tensors: may be made as they are asked for.
+        """
+        self._sender.source = _source(manifest, tensors)
+        self._sender.send_weights()
+
+    def leave(self) -> None:
+        """Abort the group, from whichever thread: a broadcast that waits for an engine in vain ends."""
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.shutdown()
+
+
+def ipc_handles(tensors: Iterable[torch.Tensor]) -> list[dict[str, Any]]:
+    """Return what an engine on the same GPU maps each tensor's memory by; the tensors must live until it has read them.
+
+    Returns:
+        For each tensor, vLLM's arguments of it under the GPU's UUID.
+    """
+    device = torch.cuda.current_device()
+    torch.cuda.synchronize(device)
+    gpu = str(torch.cuda.get_device_properties(device).uuid)
+    return [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors]
+
+
+class _DriverCalls:
+    """What vLLM's sender takes for its client: the driver has called the engines."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def start_weight_update(self) -> None:
+        """Do nothing."""
+
+    def update_weights(self, update_info: Any) -> None:
+        """Do nothing."""
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Do nothing."""
+
+
+def _source(manifest: WeightManifest, tensors: NamedTensors) -> Any:
+    """Return what vLLM's sender reads tensors from."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class Source(WeightSource):
+        def metadata(self) -> list[Any]:
+            return [ParamMeta(entry.name, getattr(torch, entry.dtype), entry.shape) for entry in manifest.entries]
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return iter(tensors)
+
+    return Source()

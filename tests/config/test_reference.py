@@ -1,0 +1,45 @@
+"""What is said of the options is what is done with them."""
+
+from pathlib import Path
+
+import pytest
+
+from ppo_ray.config import Config, PPOConfig
+from ppo_ray.config.reference import Group, Option, find_group, groups, to_markdown
+from ppo_ray.errors import InputError
+
+PAGE = Path(__file__).parents[2] / "docs" / "options.md"
+
+
+def option(name: str) -> Option:
+    return next(option for group in groups() for option in group.options if option.name == name)
+
+
+def test_every_option_is_there_once() -> None:
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    wanted = {name for name, section in sections.items() if not hasattr(section, "model_fields")}
+    wanted |= {f"{name}.{leaf}" for name, section in sections.items() for leaf in getattr(section, "model_fields", ())}
+    found = [option.name for group in groups() for option in group.options]
+    assert set(found) == wanted and len(found) == len(wanted)
+
+
+def test_values_default_and_meaning_are_those_of_the_model() -> None:
+    assert option("ppo.epochs") == Option(
+        "ppo.epochs", "integer >= 1", "4", "Passes over a step's trajectories. TRL: `ppo_epochs`."
+    )
+    assert (option("ppo.gamma").values, option("ppo.gamma").default) == ("number >= 0, <= 1", "1.0")
+    assert option("rollout.wire_dtype").values == "`bfloat16`, null"
+    assert option("rollout.engine").values == "`vllm`, `hf`"
+    assert (option("model.path").default, option("seed").values) == ("", "integer >= 0")
+    assert option("rollout.max_context").meaning.endswith("in tokens.")
+
+
+def test_a_section_is_found_by_its_name() -> None:
+    found = find_group("ppo")
+    assert isinstance(found, Group) and len(found.options) == len(PPOConfig.model_fields)
+    with pytest.raises(InputError, match="pop is no section of a config; there are model, prompts, rollout"):
+        find_group("pop")
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text() == to_markdown(), "make it again: ppo-ray options --markdown > docs/options.md"

@@ -1,0 +1,60 @@
+"""The learner's actor as a plain object, without Ray: what it holds for the next step."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from ppo_ray.checkpoint import AHEAD, RunState
+from ppo_ray.config import load_config
+from ppo_ray.errors import CheckpointError, WorkerError
+from ppo_ray.learner.actor import LearnerWorker
+from tests.learning import make_table
+
+
+@pytest.fixture(autouse=True)
+def threads_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # an actor has its process for itself
+
+
+def started(policy: Path, folder: Path, checkpoint: Path | None = None):
+    options = [f"output_dir={folder}", f"model.path={policy}", "prompts.path=p", "reward.path=r"]
+    options += ["rollout.max_staleness=1", "ppo.importance_cap=2", "learner.threads=1"]
+    worker = LearnerWorker.__ray_metadata__.modified_class("learner-0")
+    worker.setup(load_config(None, options), checkpoint and str(checkpoint))
+    return worker
+
+
+def shards(step: int, version: int) -> list[pa.Table]:
+    table = make_table(8)
+    for name, value in (("step", step), ("policy_version", version)):
+        index = table.schema.get_field_index(name)
+        table = table.set_column(index, table.schema.field(name), pa.array([value] * 8, pa.int64()))
+    return [table.slice(0, 3), table.slice(3)]
+
+
+def test_what_is_held_is_saved_restored_and_learnt_from(tiny_policy: Path, tmp_path: Path) -> None:
+    worker = started(tiny_policy, tmp_path)
+    worker.hold(*shards(0, 0))
+    report, *_ = worker.update(0, str(tmp_path / "step-0.parquet"))
+    assert report.metrics["rollout/staleness_max"] == 0
+    with pytest.raises(CheckpointError, match="does not hold the next step's trajectories yet: not saved"):
+        worker.save(str(tmp_path / "c"), RunState(1), "")
+    worker.hold(*shards(1, 0))
+    worker.save(str(tmp_path / "c"), RunState(1), "")
+    assert (tmp_path / "c" / AHEAD).is_file()
+
+    again = started(tiny_policy, tmp_path, tmp_path / "c")
+    reports = [one.update(1, str(tmp_path / f"{name}.parquet"))[0] for name, one in (("a", worker), ("b", again))]
+    assert reports[0].checksum == reports[1].checksum
+    assert reports[0].metrics["rollout/staleness_mean"] == 1
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_what_is_too_stale_is_not_learnt_from(tiny_policy: Path, tmp_path: Path) -> None:
+    worker = started(tiny_policy, tmp_path)
+    for step in (0, 1):
+        worker.update(step, str(tmp_path / "x.parquet"), *shards(step, 0))
+    with pytest.raises(WorkerError, match=r"rollout-0 .* policy version 0, but the learner is at version 2"):
+        worker.update(2, str(tmp_path / "x.parquet"), *shards(2, 0))

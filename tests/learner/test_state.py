@@ -1,0 +1,104 @@
+"""A learner that is saved and loaded goes on as if nothing had been: bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
+from ppo_ray.learner.learner import PPOLearner
+from tests.learning import largest_difference, make_table, weights
+
+OPTIONS = PPOConfig(
+    learning_rate=1e-3, score_scaling="mean_std", kl_horizon=50.0, warmup_steps=3, value_warmup_steps=1, epochs=2
+)
+
+
+def load(model: ModelConfig, checkpoint: Path | None = None, ppo: PPOConfig = OPTIONS) -> PPOLearner:
+    return PPOLearner.load(model, ppo, LearnerConfig(), device="cpu", num_steps=9, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_two_steps_are_one_and_one(tiny_policy: Path, tmp_path: Path, critic: str) -> None:
+    model = ModelConfig(path=str(tiny_policy), critic=critic)
+    through, first = load(model), load(model)
+    tables = [make_table(8), make_table(7), make_table(9)]
+    for step in (0, 1):
+        through.update(tables[step], step)
+        first.update(tables[step], step)
+    first.save(tmp_path / "checkpoint")
+    again = load(model, tmp_path / "checkpoint")
+    assert (again.policy_version, again.kl_coef) == (2, through.kl_coef)
+    expected, found = through.update(tables[2], 2), again.update(tables[2], 2)
+    seconds = {name for name in expected.metrics if name.startswith("time/")}
+    assert {k: v for k, v in found.metrics.items() if k not in seconds} == {
+        k: v for k, v in expected.metrics.items() if k not in seconds
+    }
+    assert found.trajectories.equals(expected.trajectories)
+    assert largest_difference(weights(through), weights(again)) == 0
+    assert through.weights().checksum == again.weights().checksum
+    again.save(tmp_path / "again")
+    through.save(tmp_path / "through")
+    names = {path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()}
+    assert Path("learner/optimizer.safetensors") in names and len(names) >= 7
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "through" / name).read_bytes(), name
+
+
+def test_a_checkpoint_is_a_model_as_it_lies(tiny_policy: Path, tmp_path: Path) -> None:
+    learner = load(ModelConfig(path=str(tiny_policy)))
+    learner.update(make_table(8), 1)
+    learner.save(tmp_path)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    assert largest_difference(weights(learner), {name: tensor.detach() for name, tensor in loaded.items()}) == 0
+    assert not [path for path in tmp_path.glob("*.safetensors") if path.name != "model.safetensors"]  # vLLM reads all
+    assert {name.partition(":")[0] for name in load_file(tmp_path / "learner" / "optimizer.safetensors")} == {
+        "exp_avg",
+        "exp_avg_sq",
+        "step",
+    }
+
+
+def test_weights_that_are_not_those_that_were_saved(tiny_policy: Path, tmp_path: Path) -> None:
+    model = ModelConfig(path=str(tiny_policy))
+    load(model).save(tmp_path)
+    state = json.loads((tmp_path / "learner" / "state.json").read_text())
+    (tmp_path / "learner" / "state.json").write_text(json.dumps(state | {"weights_checksum": "0"}))
+    with pytest.raises(CheckpointError, match="are not those that were saved"):
+        load(model, tmp_path)
+
+
+def test_another_reference_is_refused(tiny_policy: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_policy, other)
+    model = ModelConfig(path=str(tiny_policy), reference_path=str(other))
+    load(model).save(tmp_path / "checkpoint")
+    changed = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        changed.model.norm.weight.add_(1)
+    changed.save_pretrained(other)
+    with pytest.raises(InputError, match=r"the reference model \(.*other\) is not the one that the run began with"):
+        load(model, tmp_path / "checkpoint")
+
+
+def test_an_update_that_was_not_finished_is_not_saved(tiny_policy: Path, tmp_path: Path) -> None:
+    learner = load(ModelConfig(path=str(tiny_policy)), ppo=OPTIONS.model_copy(update={"score_scaling": "none"}))
+    with pytest.raises(NonFiniteError):
+        learner.update(make_table(4, [3e38, -3e38, 3e38, -3e38]), 1)
+    with pytest.raises(CheckpointError, match="was not finished"):
+        learner.save(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"{")])
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
+def test_a_part_that_cannot_be_read_is_named(tiny_policy: Path, tmp_path: Path, name: str, damage) -> None:
+    model = ModelConfig(path=str(tiny_policy))
+    load(model).save(tmp_path)
+    damage(tmp_path / "learner" / name)
+    with pytest.raises(CheckpointError, match=name):
+        load(model, tmp_path)

@@ -1,0 +1,118 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from ppo_ray.config import Trust
+from ppo_ray.errors import InputError
+from ppo_ray.reward.classifier import Classifier
+
+PICKLE = "pytorch_model.bin"
+TEXTS = [
+    "I liked it",
+    "The acting of this film was awful, and honestly",
+    "so so",
+    "what a wonderful story about people",
+    "x",
+]
+
+
+def logits(folder: Path, text: str) -> list[float]:
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    with torch.no_grad():
+        return model(**tokenizer(text, return_tensors="pt")).logits[0].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_scores_are_the_labels_raw_logits_in_order(tiny_classifier: Path, batch_size: int) -> None:
+    positive = Classifier(str(tiny_classifier), "POSITIVE", batch_size=batch_size).score(TEXTS)
+    negative = Classifier(str(tiny_classifier), "NEGATIVE", batch_size=batch_size).score(TEXTS)
+    for text, *found in zip(TEXTS, negative, positive, strict=True):
+        assert found == pytest.approx(logits(tiny_classifier, text), abs=1e-5)
+
+
+def test_transforms(tiny_classifier: Path) -> None:
+    wanted = torch.tensor(logits(tiny_classifier, TEXTS[0]))
+    softmax = Classifier(str(tiny_classifier), transform="softmax").score(TEXTS[:1])
+    sigmoid = Classifier(str(tiny_classifier), transform="sigmoid").score(TEXTS[:1])
+    assert softmax == pytest.approx([float(wanted.softmax(0)[1])], abs=1e-6)
+    assert sigmoid == pytest.approx([float(wanted.sigmoid()[1])], abs=1e-6)
+
+
+def test_what_cannot_be_scored_is_none_and_costs_nobody_else(tiny_classifier: Path) -> None:
+    classifier = Classifier(str(tiny_classifier))
+    clean = classifier.score(TEXTS)
+    mixed = classifier.score([TEXTS[0], None, TEXTS[1], "", *TEXTS[2:]])
+    assert mixed[1] is mixed[3] is None
+    assert [score for score in mixed if score is not None] == pytest.approx(clean, abs=1e-5)
+
+
+def test_a_text_that_is_too_long_is_cut(tiny_classifier: Path) -> None:
+    (score,) = Classifier(str(tiny_classifier)).score(["a wonderful film " * 500])
+    assert score is not None
+
+
+def test_a_label_it_lacks(tiny_classifier: Path) -> None:
+    with pytest.raises(InputError, match="label=HAPPY: .* has no such label; it has NEGATIVE, POSITIVE"):
+        Classifier(str(tiny_classifier), "HAPPY")
+
+
+def test_a_text_the_tokenizer_refuses_is_none_alone(tiny_classifier: Path) -> None:
+    classifier = Classifier(str(tiny_classifier))
+    lone_surrogate = "a \ud800 film"
+    found = classifier.score([TEXTS[0], lone_surrogate, *TEXTS[1:]])
+    assert found.pop(1) is None
+    assert found == pytest.approx(classifier.score(TEXTS), abs=1e-5)
+
+
+@pytest.mark.parametrize("failure", ["raises", "not finite"])
+def test_a_text_the_model_fails_on_is_none_alone(tiny_classifier: Path, failure: str) -> None:
+    classifier = Classifier(str(tiny_classifier))
+    expected = classifier.score(TEXTS)
+    (culprit,) = AutoTokenizer.from_pretrained(tiny_classifier)(TEXTS[4])["input_ids"]
+    embedding = classifier._model.get_input_embeddings()
+    if failure == "raises":
+        embedding.register_forward_pre_hook(refuse_token(culprit))
+    else:
+        embedding.weight.data[culprit] = float("nan")
+    found = classifier.score(TEXTS)
+    assert found.pop(4) is None
+    assert found == pytest.approx(expected[:4], abs=1e-5)
+
+
+def refuse_token(token: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if (inputs[0] == token).any():
+            raise RuntimeError("no such token")
+
+    return hook
+
+
+def test_what_is_cut_from_a_long_text_is_its_end(tiny_classifier: Path) -> None:
+    beginning = "a wonderful story " * 200
+    slow, funny = Classifier(str(tiny_classifier)).score([beginning + "slow", beginning + "funny and sad"])
+    assert slow == funny
+
+
+def test_a_nameless_only_label_is_the_one_meant(tiny_classifier: Path, tmp_path: Path) -> None:
+    BertForSequenceClassification(BertConfig.from_pretrained(tiny_classifier, num_labels=1)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_classifier).save_pretrained(tmp_path)
+    assert Classifier(str(tmp_path)).score(TEXTS[:1]) == pytest.approx(logits(tmp_path, TEXTS[0]), abs=1e-5)
+    with pytest.raises(InputError, match=r"reward\.transform=softmax is always 1"):
+        Classifier(str(tmp_path), transform="softmax")
+
+
+def test_pickled_weights_are_loaded_only_where_they_are_allowed(tiny_classifier: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_classifier, tmp_path / "pickled"))
+    (folder / "model.safetensors").unlink()
+    torch.save(AutoModelForSequenceClassification.from_pretrained(tiny_classifier).state_dict(), folder / PICKLE)
+    with pytest.raises(InputError, match="allow_pickled_weights"):
+        Classifier(str(folder))
+    expected = Classifier(str(tiny_classifier)).score(TEXTS)
+    assert Classifier(str(folder), trust=Trust(pickles=True)).score(TEXTS) == expected

@@ -1,0 +1,20 @@
+"""One vLLM engine for all tests of this folder: its imports cost more than everything it is asked to do."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ppo_ray.rollout.engine import Engine
+from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT
+
+
+@pytest.fixture(scope="session")
+def vllm_engine(tiny_policy: Path) -> Iterator[Engine]:
+    os.environ.update(ENVIRONMENT | CPU_ENVIRONMENT)  # read when vllm is imported, just below
+    from ppo_ray.rollout.vllm import VLLMEngine
+
+    engine = VLLMEngine(str(tiny_policy), max_context=128, max_num_seqs=32, kv_cache_mib=32)
+    yield engine
+    engine.close()

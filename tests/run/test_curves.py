@@ -1,0 +1,38 @@
+import math
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from ppo_ray.run.curves import draw_curves
+from ppo_ray.run.evaluation import Evaluation
+
+BEFORE, AFTER = (Evaluation(mean, 1.0, 64, 0, None, ()) for mean in (0.1, 0.9))
+HISTORY = [{"step": step, "score/mean": 0.1 * step, "kl/per_sequence": 0.2 * step} for step in range(6)]
+BLUE, RED, GREEN = (0x2A, 0x6F, 0x97), (0xD1, 0x49, 0x5B), (0x3A, 0x7D, 0x44)
+
+
+def num_pixels(path, colour):
+    image = np.round(matplotlib.image.imread(path)[..., :3] * 255).astype(int)
+    return int((image == colour).all(-1).sum())
+
+
+def test_curves_and_markers_are_drawn(tmp_path):
+    draw_curves(tmp_path / "curves.png", HISTORY, BEFORE, AFTER)
+    assert all(num_pixels(tmp_path / "curves.png", colour) > 200 for colour in (BLUE, RED, GREEN))
+    draw_curves(tmp_path / "curves.png", HISTORY, None, None)
+    assert num_pixels(tmp_path / "curves.png", RED) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+@pytest.mark.parametrize("history", [[], HISTORY[:1], [{"step": 0}, {"step": 1, "score/mean": math.nan}]])
+def test_little_to_draw_is_no_error(history, tmp_path):
+    draw_curves(tmp_path / "curves.png", history, BEFORE, None)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_matplotlib_is_loaded_only_when_something_is_drawn():
+    check = "import ppo_ray.run.curves, sys; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -1,0 +1,271 @@
+"""Both loops over actors that are plain objects: who is asked for what, and by which weights it is done."""
+
+import gc
+import io
+import json
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from ppo_ray import checkpoint
+from ppo_ray.checkpoint import AHEAD, RunState
+from ppo_ray.config import load_config
+from ppo_ray.errors import WorkerError, WorkerLost
+from ppo_ray.run.checkpoints import Checkpoints
+from ppo_ray.run.folder import RunFolder, config_text
+from ppo_ray.run.gauges import Gauges
+from ppo_ray.run.log import MetricsLog
+from ppo_ray.run.loop import Run, run_overlapped, run_steps
+from ppo_ray.run.train import saved_if_it_ends, whatever_the_learner
+
+BATCH, STEPS = 4, 6
+
+
+@dataclass
+class Prompts:
+    """Every third step has a prompt that cannot be used."""
+
+    position: int = 0
+    fingerprint: str = "f00"
+
+    def take(self, n: int) -> SimpleNamespace:
+        first, self.position = self.position, self.position + n
+        return SimpleNamespace(first=first, num_skipped=float(first // n % 3 == 2))
+
+
+@dataclass
+class World:
+    """Engines and a learner; a batch is `[step, first sample, policy version that sampled it]`."""
+
+    folder: Path
+    lose_learner: Iterator[bool] = field(default_factory=lambda: iter(()))
+    """Whether the learner dies in its next call."""
+    sample_late: Iterator[bool] = field(default_factory=lambda: iter(()))
+    """Whether what a generation made is lost, so that it is made again when it is needed."""
+    calls: list[str] = field(default_factory=list)
+    engines: int = 0
+    """Policy version that they serve."""
+    learnt: list[list[int]] = field(default_factory=list)
+    """What the policy has learnt from: it stands for the weights."""
+    held: list[int] | None = None
+
+    def generate(self, prompts: SimpleNamespace, step: int) -> Callable[[], list[int]]:
+        self.calls.append(f"generate {step}")
+        now = [step, prompts.first, self.engines]
+        again = next(self.sample_late, False)
+        return lambda: [step, prompts.first, self.engines] if again else now
+
+    def load_weights(self, version: int) -> dict[str, float]:
+        self.calls.append(f"load {version}")
+        self.engines = version
+        return {"time/sync_s": 0.0}
+
+    def may_die(self) -> None:
+        if next(self.lose_learner, False):
+            raise WorkerLost("gone", "learner-0")
+
+    def hold(self, scored: Callable[[], list[int]], may_stop: bool = False) -> dict[str, float]:
+        self.may_die()
+        self.held = scored()
+        self.calls.append(f"hold {self.held[0]}")
+        return {"time/wait_s": 0.0}
+
+    def update(self, scored: Callable[[], list[int]], step: int) -> SimpleNamespace:
+        self.held = scored()
+        return self.update_held(step)
+
+    def update_held(self, step: int) -> SimpleNamespace:
+        self.may_die()
+        assert self.held is not None and self.held[0] == step == len(self.learnt)
+        self.calls.append(f"update {step}")
+        self.learnt.append(self.held)
+        version, self.held = self.held[2], None
+        return SimpleNamespace(metrics=figures(version), weights=len(self.learnt))
+
+    def save(self, path: Path, state: RunState, config: str) -> checkpoint.Pending:
+        self.may_die()
+        assert state == RunState(len(self.learnt), BATCH * len(self.learnt), "f00")
+        self.calls.append(f"save {state.step}")
+        learnt, held = list(self.learnt), self.held
+
+        def save_learner(folder: Path) -> None:
+            (folder / "learnt.json").write_text(json.dumps(learnt))
+            (folder / AHEAD).write_text(json.dumps(held))
+
+        return lambda: checkpoint.write(path, state, config, save_learner)
+
+    def weights(self) -> int:
+        self.may_die()
+        return len(self.learnt)
+
+    def rebuild(self, lost: WorkerLost, path: Path | None) -> None:
+        self.calls.append(f"rebuild from {path.name if path else 'nothing'}")
+        self.restore(path)
+
+    def restore(self, path: Path | None) -> None:
+        self.learnt = json.loads((path / "learnt.json").read_text()) if path else []
+        self.held = json.loads((path / AHEAD).read_text()) if path else None
+
+
+def figures(version: int) -> dict[str, float]:
+    names = ("mismatch/logprob_mean", "mismatch/logprob_max", "kl/per_sequence", "policy/ratio_first")
+    return dict.fromkeys(names, 0.0) | {"learner/skipped_update": 0.0, "score/mean": float(version)}
+
+
+def train(
+    world: World, loop: Callable[..., None], steps: int = STEPS, start: Path | None = None, max_restarts: int = 99
+) -> Run:
+    """Run a loop as the driver does, with a checkpoint after every other step."""
+    options = ["model.path=m", "prompts.path=p", "reward.path=r", f"output_dir={world.folder}", f"steps={steps}"]
+    options += [f"rollout.batch_size={BATCH}", "checkpoint.every_steps=2", f"ray.max_restarts={max_restarts}"]
+    config, folder = load_config(None, options), RunFolder(world.folder)
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, config_text(config), lambda event: None)
+    prompts: Any = Prompts()
+    actors: Any = SimpleNamespace(rollout=world, reward=SimpleNamespace(score=lambda shards: shards), learner=world)
+    with MetricsLog(world.folder) as log:
+        run = Run(config, prompts, folder, checkpoints, log, Gauges("run"), Console(file=io.StringIO()), RunState())
+        world.restore(start)
+        run.go_on_from(RunState.read(start) if start else RunState(prompts_fingerprint="f00"))
+        world.engines = run.state.step
+        whatever_the_learner(run, actors, lambda: loop(run, actors))
+    return run
+
+
+def learnt(late: int) -> list[list[int]]:
+    return [[step, BATCH * step, max(step - late, 0)] for step in range(STEPS)]
+
+
+def test_one_step_after_the_other(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    run = train(world, run_steps, 2)
+    assert world.calls == ["generate 0", "update 0", "load 1", "generate 1", "update 1", "load 2", "save 2"]
+    assert [line["prompts/num_skipped"] for line in run.history] == [0, 0]
+    assert run.state == RunState(2, 8, "f00")
+
+
+def test_the_next_batch_is_asked_for_before_the_update_and_held_before_the_sync(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    run = train(world, run_overlapped, 3)
+    assert world.calls == [
+        *("generate 0", "hold 0"),
+        *("generate 1", "update 0", "hold 1", "load 1"),
+        *("generate 2", "update 1", "hold 2", "load 2", "save 2"),
+        *("generate 3", "update 2", "hold 3", "load 3", "save 3"),
+    ]
+    assert world.learnt == learnt(late=1)[:3]
+    assert [line["prompts/num_skipped"] for line in run.history] == [0, 0, 1]  # of the batch that was learnt from
+    assert run.state == RunState(3, 12, "f00")  # the next step's prompts, though they have been taken
+
+
+@pytest.mark.parametrize("loop", [run_steps, run_overlapped])
+def test_the_best_checkpoint_is_that_of_the_policy_which_sampled_the_best_batch(
+    tmp_path: Path, loop: Callable[..., None]
+) -> None:
+    run = train(World(tmp_path), loop)  # a batch scores the version of its policy; version 5 is not saved
+    assert (run.folder.checkpoints / "best").readlink().name == "step-00004"
+    scores = json.loads((run.folder.checkpoints / "scores.json").read_text())
+    assert scores == {"step-00002": 2, "step-00004": 4}
+
+
+def test_a_run_goes_on_with_the_batch_that_its_checkpoint_holds(tmp_path: Path) -> None:
+    shorter = train(World(tmp_path), run_overlapped, 3)
+    world = World(tmp_path)
+    longer = train(world, run_overlapped, STEPS, shorter.checkpoints.path(3))
+    assert world.calls[:3] == ["generate 4", "update 3", "hold 4"]
+    assert world.learnt == learnt(late=1)
+    assert [line["prompts/num_skipped"] for line in longer.history] == [0, 0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(("loop", "late"), [(run_steps, 0), (run_overlapped, 1)])
+@settings(deadline=None, max_examples=30)
+@given(lost=st.lists(st.booleans(), max_size=30), again=st.lists(st.booleans(), max_size=30))
+def test_whatever_is_lost_the_policy_learns_the_same(
+    loop: Callable[..., None], late: int, lost: list[bool], again: list[bool]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder), iter(lost), iter(again))
+        run = train(world, loop)
+        assert world.learnt == learnt(late)
+        assert [line["step"] for line in run.history] == list(range(STEPS))
+        assert [line["score/mean"] for line in run.history] == [version for _, _, version in learnt(late)]
+        assert world.engines == STEPS and run.state == RunState(STEPS, BATCH * STEPS, "f00")
+
+
+@dataclass
+class Doomed(World):
+    """The learner dies whenever it is to learn from one of these steps."""
+
+    fatal: tuple[int, ...] = ()
+    forgiven: bool = False
+    """Whether each kills but once."""
+
+    def update_held(self, step: int) -> SimpleNamespace:
+        if step in self.fatal:
+            self.fatal = tuple(other for other in self.fatal if other != step or not self.forgiven)
+            raise WorkerLost("learner-0 (pid 7) was lost while updating", "learner-0")
+        return super().update_held(step)
+
+
+@pytest.mark.parametrize("loop", [run_steps, run_overlapped])
+def test_a_learner_that_dies_at_the_same_step_again_and_again_ends_the_run(
+    tmp_path: Path, loop: Callable[..., None]
+) -> None:
+    """Though it is rebuilt each time, publishes weights and makes the steps since the checkpoint again."""
+    world = Doomed(tmp_path, fatal=(3,))
+    message = r"learner-0 was lost 3 times in a row \(ray.max_restarts=2\), and the run came no further than step 3"
+    with pytest.raises(WorkerError, match=message) as caught:
+        train(world, loop, max_restarts=2)
+    assert not isinstance(caught.value, WorkerLost)
+    assert (world.calls.count("rebuild from step-00002"), world.calls.count("update 2")) == (2, 3)
+
+
+def test_a_learner_that_dies_once_in_each_step_does_not(tmp_path: Path) -> None:
+    world = Doomed(tmp_path, fatal=tuple(range(STEPS)), forgiven=True)
+    train(world, run_steps, max_restarts=1)
+    assert sum(call.startswith("rebuild") for call in world.calls) == STEPS
+    assert world.learnt == learnt(late=0)
+
+
+def test_a_run_that_ends_before_its_first_step_says_of_no_checkpoint_that_it_is_there() -> None:
+    said: list[str] = []
+    run: Any = SimpleNamespace(state=RunState(), report=lambda event: said.append(event.message), say=said.append)
+    with pytest.raises(WorkerError, match="gone"), saved_if_it_ends(run, actors=Any):
+        raise WorkerError("gone")
+    assert said == ["step 0 was not finished: gone"]
+
+
+def test_a_lost_learners_batch_is_not_kept() -> None:
+    """What the work held when the learner was lost, trajectories and weights, would fill the object store."""
+
+    class Batch:
+        pass
+
+    held: list[weakref.ref[Batch]] = []
+
+    def work() -> bool:
+        if held:
+            gc.collect()
+            return held[0]() is None
+        batch = Batch()
+        held.append(weakref.ref(batch))
+        raise WorkerLost("gone", "learner-0")
+
+    def nothing(*_: Any) -> None: ...
+
+    checkpoints = SimpleNamespace(abandon=nothing, newest=nothing)
+    run: Any = SimpleNamespace(
+        state=RunState(), checkpoints=checkpoints, prompts=Prompts(), go_on_from=nothing, report=nothing
+    )
+    run.config = SimpleNamespace(ray=SimpleNamespace(max_restarts=1))
+    learner, rollout = SimpleNamespace(rebuild=nothing, weights=nothing), SimpleNamespace(load_weights=nothing)
+    actors: Any = SimpleNamespace(learner=learner, rollout=rollout)
+    assert whatever_the_learner(run, actors, work)
