@@ -14,9 +14,10 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import psutil
@@ -29,19 +30,17 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.stub_workers import StubLearner, StubReward, StubRollout
-from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config
 from ppo_ray.events import Event
 from ppo_ray.learner.group import LearnerGroup
+from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.reward.group import RewardGroup
 from ppo_ray.rollout.group import RolloutGroup
-from ppo_ray.run import loop
 from ppo_ray.run.actors import Actors
-from ppo_ray.run.checkpoints import Checkpoints
 from ppo_ray.run.folder import RunFolder
-from ppo_ray.run.gauges import Gauges
-from ppo_ray.run.log import MetricsLog
+from ppo_ray.run.loop import run_steps
+from ppo_ray.run.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 ROLLOUTS_A_REWARD = 8
@@ -80,17 +79,19 @@ class Measurement:
         }
 
 
-class WatchedLog(MetricsLog):
-    """The run's log, which looks at the driver's own process whenever a step is written."""
+class WatchedRun(Run):
+    """A run that looks at the driver's own process at the end of every step."""
 
-    def __init__(self, folder: Path, measurement: Measurement) -> None:
-        super().__init__(folder)
-        self._measurement, self._process = measurement, psutil.Process()
+    measurement: Measurement
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._process = psutil.Process()
         self._cpu_s = self._began = 0.0
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        record = super().write(step, metrics)
-        found = self._measurement
+    def end_step(self, step: int, update: UpdateReport) -> None:
+        super().end_step(step, update)
+        found = self.measurement
         cpu_s, now = sum(self._process.cpu_times()[:2]), time.monotonic()
         if step >= WARM_UP_STEPS:
             found.cpu_s.append(cpu_s - self._cpu_s)
@@ -99,7 +100,6 @@ class WatchedLog(MetricsLog):
         if after // MEMORY_EVERY > before // MEMORY_EVERY or step + 1 == found.steps:
             found.memory[after] = self._process.memory_full_info().uss / 2**20
         self._cpu_s, self._began = sum(self._process.cpu_times()[:2]), time.monotonic()
-        return record
 
 
 class Letters:
@@ -115,14 +115,12 @@ def measure(workers: int, trajectories: int, folder: Path, per_worker: int = 32,
     steps = max(WARM_UP_STEPS + 1, -(-trajectories // (workers * per_worker)))
     config = _config(workers, per_worker, ranks, steps, folder)
     found = Measurement(workers, ranks, config.rollout.batch_size, steps)
-    run_folder = RunFolder.create(folder / "run")
-    with WatchedLog(run_folder.path, found) as log, _started(config, run_folder) as actors:
-        checkpoints = Checkpoints(run_folder.checkpoints, config.checkpoint, "", _raise)
-        prompts = PromptStream(config.prompts, Letters(), config.seed)
-        console = Console(file=(folder / "console.txt").open("w"))
-        run = loop.Run(config, prompts, run_folder, checkpoints, log, Gauges("benchmark"), console, RunState())
-        run.synced = actors.rollout.load_weights(actors.learner.weights())
-        loop.run_steps(run, actors)
+    prompts = PromptStream(config.prompts, Letters(), config.seed)
+    console = Console(file=(folder / "console.txt").open("w"))
+    with WatchedRun.open(config, console, prompts) as run, _start(config, run.folder) as actors:
+        run.measurement = found
+        actors.rollout.load_weights(actors.learner.publish())
+        run_steps(run, actors)
     return found
 
 
@@ -142,7 +140,7 @@ def _config(workers: int, per_worker: int, ranks: int, steps: int, folder: Path)
 
 
 @contextlib.contextmanager
-def _started(config: Config, folder: RunFolder) -> Iterator[Actors]:
+def _start(config: Config, folder: RunFolder) -> Iterator[Actors]:
     with contextlib.ExitStack() as stack:
         rollout = RolloutGroup(config, _raise, worker=StubRollout)
         stack.callback(rollout.close)

@@ -11,7 +11,7 @@ import xxhash
 from ppo_ray import trajectory
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config
-from ppo_ray.learner.actor import Publication, UpdateReport
+from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.seeding import derive_seed
 from ppo_ray.weights.acks import WeightAck
@@ -74,20 +74,20 @@ class StubReward(Worker):
 class StubLearner(Worker):
     """Counts updates; its weights are a few bytes."""
 
-    def read(self, file: str) -> str:
-        return Path(file).read_text(encoding="utf-8")
+    def sees(self, file: str, text: str) -> bool:
+        return Path(file).read_text(encoding="utf-8") == text
 
-    def open_meeting(self, host: str, timeout_s: float) -> None:
+    def open_rendezvous(self, host: str, timeout_s: float) -> None:
         """Let several ranks be set up, which never talk to one another."""
 
-    def setup(self, config: Config, checkpoint: str | None, meeting: None, rank: int) -> dict[str, float]:
+    def setup(self, config: Config, checkpoint: str | None, rendezvous: None, rank: int) -> dict[str, float]:
         self._version, self._leads = 0, rank == 0
         return {"time/learner_start_s": 0.0}
 
     def num_buckets(self) -> int:
         return 1
 
-    def update(self, step: int, path: str, *shards: pa.Table) -> Publication:
+    def update(self, step: int, path: str, *shards: pa.Table) -> UpdateReport:
         """Take the shards for learnt if they are this step's batch, whole, in order, scored, of the weights in use."""
         table = trajectory.concat(shards)
         sample_ids = table.column("sample_id").to_numpy()
@@ -98,19 +98,17 @@ class StubLearner(Worker):
         self._version += 1
         metrics = {f"stub/{index}": 0.0 for index in range(NUM_METRICS)}
         metrics |= {"score/mean": 0.5, "learner/skipped_update": 1.0, "stub/num_trajectories": len(sample_ids)}
-        metrics |= {"time/publish_s": 0.0, "time/learn_s": 0.0}
-        return self._published(metrics)
+        metrics |= {"rollout/staleness_max": 0.0, "time/learn_s": 0.0}
+        return UpdateReport(step, metrics, 0.0)
 
-    def weights(self) -> Publication:
-        return self._published({})
+    def publish(self, moved: bool = False) -> tuple[WeightAck, WeightManifest, np.ndarray | None]:
+        bucket = np.full(4096, self._version % 256, np.uint8)
+        entry = TensorEntry("weights", "uint8", bucket.shape, xxhash.xxh3_64_hexdigest(bucket.data))
+        manifest = WeightManifest(self._version, "xxh3", (entry,))
+        ack = WeightAck(self._name, self._version, manifest.checksum, 0.0)
+        return ack, manifest, bucket if self._leads else None
 
     def save(self, path: str, *state: object) -> None:
         """Leave an empty checkpoint."""
         if self._leads:
             Path(path).mkdir(parents=True)
-
-    def _published(self, metrics: dict[str, float]) -> Publication:
-        bucket = np.full(4096, self._version % 256, np.uint8)
-        entry = TensorEntry("weights", "uint8", bucket.shape, xxhash.xxh3_64_hexdigest(bucket.data))
-        manifest = WeightManifest(self._version, "xxh3", (entry,))
-        return UpdateReport(metrics, self._version, manifest.checksum), manifest, bucket if self._leads else None

@@ -44,6 +44,10 @@ class RunState:
         return cls(**json.loads((checkpoint / _STATE).read_text(encoding="utf-8")))
 
 
+BeginSave = Callable[[Path, RunState, str], Pending]
+"""Begins `write` with a path, a state and a config where the learner is, and returns what waits for it."""
+
+
 def write(path: Path, state: RunState, config: str, save_learner: Callable[[Path], None]) -> None:
     """Write a checkpoint whole or not at all; what is at `path` already is replaced at the end.
 

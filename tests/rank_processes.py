@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ppo_ray.learner import ranks
-from ppo_ray.learner.ranks import Meeting
+from ppo_ray.learner.ranks import Rendezvous
 
 _CONTEXT = multiprocessing.get_context("spawn")
 _LIMIT_S = 300.0
@@ -19,10 +19,10 @@ class RankProcesses:
     """Some ranks that have met."""
 
     def __init__(self, size: int) -> None:
-        meeting, self._store = ranks.open_meeting("127.0.0.1", _LIMIT_S)
+        rendezvous, self._store = ranks.open_rendezvous("127.0.0.1", _LIMIT_S)
         pipes = [_CONTEXT.Pipe() for _ in range(size)]
         self.processes = [
-            _CONTEXT.Process(target=_serve, args=(rank, size, meeting, there), daemon=True)
+            _CONTEXT.Process(target=_serve, args=(rank, size, rendezvous, there), daemon=True)
             for rank, (_, there) in enumerate(pipes)
         ]
         for process in self.processes:
@@ -61,9 +61,9 @@ def rank_processes(size: int) -> Iterator[RankProcesses]:
         processes.close()
 
 
-def _serve(rank: int, size: int, meeting: Meeting, pipe: Connection) -> None:
+def _serve(rank: int, size: int, rendezvous: Rendezvous, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    joined = ranks.join(meeting, rank, size, "gloo", _LIMIT_S, 60)
+    joined = ranks.join(rendezvous, rank, size, "gloo", _LIMIT_S, 60)
     while (task := pipe.recv()) is not None:
         function, arguments = task
         try:

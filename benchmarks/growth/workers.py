@@ -6,8 +6,8 @@ outnumber the cores they share them, so seconds are of CPU, of all processes tog
 
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -20,16 +20,13 @@ from benchmarks.growth.panels import EPOCHS, Scale
 from benchmarks.growth.series import Point, Series
 from benchmarks.random_batches import score_by_length
 from benchmarks.random_models import write_model
-from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config
 from ppo_ray.events import Event
+from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.prompts.stream import PromptStream
-from ppo_ray.run import loop
 from ppo_ray.run.actors import launch
-from ppo_ray.run.checkpoints import Checkpoints
-from ppo_ray.run.folder import RunFolder
-from ppo_ray.run.gauges import Gauges
-from ppo_ray.run.log import MetricsLog
+from ppo_ray.run.loop import run_steps
+from ppo_ray.run.run import Run
 
 WARM_UP_STEPS = 2
 """The first steps, in which processes import, connect and touch their memory, are in no figure."""
@@ -55,37 +52,31 @@ def over_workers(scale: Scale) -> list[Series]:
 def _measure(workers: int, scale: Scale, folder: Path) -> tuple[float, float]:
     """Run the loop; returns the CPU seconds of all processes, and of the driver."""
     config = _config(workers, scale, folder)
-    run_folder = RunFolder.create(Path(config.output_dir))
+    prompts = PromptStream(config.prompts, AutoTokenizer.from_pretrained(config.model.path), config.seed)
     with (
-        stub_cluster(workers + 2 + config.learner.threads),
-        CPULog(run_folder.path) as log,
-        launch(config, run_folder.trajectories, None, lambda line: None, _raise) as actors,
         (folder / "console.txt").open("w") as console,
+        CPURun.open(config, Console(file=console), prompts) as run,
+        stub_cluster(workers + 2 + config.learner.threads),
+        launch(config, run.folder.trajectories, None, lambda line: None, _raise) as actors,
     ):
-        prompts = PromptStream(config.prompts, AutoTokenizer.from_pretrained(config.model.path), config.seed)
-        checkpoints = Checkpoints(run_folder.checkpoints, config.checkpoint, "", _raise)
-        run = loop.Run(
-            config, prompts, run_folder, checkpoints, log, Gauges("growth"), Console(file=console), RunState()
-        )
-        run.synced = actors.rollout.load_weights(actors.learner.weights())
-        loop.run_steps(run, actors)
-    return log.everyone_s[-1] - log.everyone_s[WARM_UP_STEPS - 1], log.driver_s[-1] - log.driver_s[WARM_UP_STEPS - 1]
+        actors.rollout.load_weights(actors.learner.publish())
+        run_steps(run, actors)
+    return run.everyone_s[-1] - run.everyone_s[WARM_UP_STEPS - 1], run.driver_s[-1] - run.driver_s[WARM_UP_STEPS - 1]
 
 
-class CPULog(MetricsLog):
-    """The run's log, which looks at the CPU seconds of the driver and of all it has started at every step."""
+class CPURun(Run):
+    """A run that looks at the CPU seconds of the driver, and of all processes it has started, at every step."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.driver_s: list[float] = []
         self.everyone_s: list[float] = []
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        record = super().write(step, metrics)
+    def end_step(self, step: int, update: UpdateReport) -> None:
+        super().end_step(step, update)
         others = psutil.Process().children(recursive=True)  # Ray's own processes, and by way of them all actors
         self.driver_s.append(time.process_time())
         self.everyone_s.append(time.process_time() + sum(sum(process.cpu_times()[:2]) for process in others))
-        return record
 
 
 def _config(workers: int, scale: Scale, folder: Path) -> Config:

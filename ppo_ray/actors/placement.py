@@ -49,7 +49,7 @@ class Seats:
 
 
 @contextlib.contextmanager
-def reserved(config: Config, kinds: Sequence[Kind] = KINDS) -> Iterator[Seats]:
+def reserve(config: Config, kinds: Sequence[Kind] = KINDS) -> Iterator[Seats]:
     """Reserve what the actors of some kinds need, and give it back at the end, whatever ends the block.
 
     Raises:

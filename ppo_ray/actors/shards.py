@@ -1,7 +1,7 @@
-"""Trajectories on their way from worker to worker: references, in order; what a lost worker held is made again."""
+"""Tables that workers make one of another, as ordered references; tables lost with a worker are made again."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -12,19 +12,19 @@ from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.watch import DependencyLost, Member
 from ppo_ray.errors import WorkerLost
 
-_MAX_REMADE = 5  # times that tables are made again because a node took them along
+_MAX_REMADE = 5  # times that tables are made again because they were lost with a node
 
 ShardCall = Callable[[Any, Any], tuple[Any, Any]]
-"""Takes an actor's handle and the source's table (None without a source); returns references to a table, to figures."""
+"""Takes an actor's handle and the source's table (None without a source); returns references to a table and to the
+seconds of the call, metrics that all begin with `time/`."""
 
 Answer = TypeVar("Answer")
 
 
 class Shards:
-    """Tables that workers make, the i-th by worker i modulo their number, each of the i-th of its source.
+    """Tables that workers make: table i by worker i modulo their number, from table i of the source.
 
-    The calls are kept: as they are functions of their arguments alone, a call that is made again, on whichever worker,
-    makes the same table.
+    The calls are kept. Each is a function of its arguments alone: repeated on any worker, it makes the same table.
     """
 
     def __init__(
@@ -34,32 +34,35 @@ class Shards:
         calls: list[ShardCall],
         timeout_s: float,
         source: "Shards | None" = None,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Make all calls at once, without waiting.
 
         Args:
             group: whose workers are called.
             doing: what they do, for errors.
-            calls: one a shard.
+            calls: one per shard.
             timeout_s: longest fetch of the tables.
-            source: what they work on; None: they begin from nothing.
+            source: the tables they work on; None: they need none.
+            metrics: known beforehand, to be returned by `wait` with the others.
         """
         self._group, self._doing, self._calls, self._source = group, doing, calls, source
-        self._timeout_s = timeout_s
+        self._timeout_s, self._metrics = timeout_s, dict(metrics or {})
         self.tables: list[Any] = [None] * len(calls)
         """References, which the driver never fetches."""
-        self._figures: list[Any] = [None] * len(calls)
+        self._seconds: list[Any] = [None] * len(calls)
+        """References to the seconds of the calls, which arrive with the tables."""
         self._inputs: list[Any] = [None] * len(calls)
-        self._there: set[Any] = set()
-        """Of the figures, those that are known to be there."""
+        self._arrived: set[Any] = set()
+        """Those of `_seconds` that are known to have arrived."""
         for index in range(len(calls)):
             self._submit(index)
 
     def wait(self, may_stop: bool = True) -> dict[str, float]:
-        """Wait until all are there; returns their sources' figures and their own.
+        """Wait until all tables are made; returns the source's metrics and their own.
 
-        A worker's seconds add up, and the slowest worker's count. Sources are waited for first, so that an error names
-        the worker that failed and not the one that was waiting for it.
+        The seconds of one worker's calls add up, and of all workers the slowest counts. The source is waited for first,
+        so that an error names the worker that failed and not the one that was waiting for it.
 
         Args:
             may_stop: whether a request to stop the run ends the wait.
@@ -68,10 +71,10 @@ class Shards:
             WorkerError: a worker failed, or was lost too often.
         """
         for attempt in range(_MAX_REMADE + 1):
-            figures = self._source.wait(may_stop) if self._source else {}
+            metrics = self._source.wait(may_stop) if self._source else {}
             try:
                 self._wait_for_own(may_stop)
-                return self._merged(figures)
+                return metrics | self._metrics | self._slowest_worker(metrics)
             except DependencyLost:
                 if self._source is None or attempt == _MAX_REMADE:
                     raise
@@ -79,14 +82,14 @@ class Shards:
         raise AssertionError
 
     def remake(self) -> None:
-        """Make all tables again, from the beginning: a node is gone, and what it alone held."""
+        """Make all tables again from the beginning: some were lost with their node."""
         if self._source is not None:
             self._source.remake()
         for index in range(len(self._calls)):
             self._submit(index)
 
     def use(self, consume: Callable[[list[Any]], Answer], may_stop: bool = True) -> Answer:
-        """Wait for all tables and hand their references on; if they are lost before they are read, make them again."""
+        """Wait for all tables and pass their references on; if they are lost before they are read, make them again."""
         for _ in range(_MAX_REMADE):
             self.wait(may_stop)
             try:
@@ -97,14 +100,14 @@ class Shards:
         return consume(self.tables)
 
     def fetch(self) -> pa.Table:
-        """Wait for all and bring them here, in order: for a caller that must see trajectories; the loop never does."""
+        """Wait for all tables and fetch them in order, for a caller that needs the trajectories; the loop does not."""
         self.wait()
         return trajectory.concat(ray.get(self.tables, timeout=self._timeout_s))
 
     def _submit(self, index: int) -> None:
         self._inputs[index] = self._source.tables[index] if self._source else None
         handle = self._member(index).handle
-        self.tables[index], self._figures[index] = self._calls[index](handle, self._inputs[index])
+        self.tables[index], self._seconds[index] = self._calls[index](handle, self._inputs[index])
 
     def _member(self, index: int) -> Member:
         return self._group.members[index % len(self._group.members)]
@@ -115,29 +118,34 @@ class Shards:
                 self._submit(index)  # its source was made again
         while True:
             try:
-                calls = {ref: self._member(index) for index, ref in enumerate(self._figures) if ref not in self._there}
+                calls = {
+                    ref: self._member(index) for index, ref in enumerate(self._seconds) if ref not in self._arrived
+                }
                 self._group.watch(calls, self._doing, may_stop)
-                self._there = set(self._figures)
+                self._arrived = set(self._seconds)
                 return
             except WorkerLost as lost:
                 self._group.revive(lost, may_stop)
-                for index, ref in enumerate(self._figures):
-                    if self._member(index).name == lost.name and not _is_there(ref):
+                for index, ref in enumerate(self._seconds):
+                    if self._member(index).name == lost.name and not _has_arrived(ref):
                         self._submit(index)
 
-    def _merged(self, figures: dict[str, float]) -> dict[str, float]:
-        by_worker: dict[tuple[str, str], float] = defaultdict(float)
-        for index, answer in enumerate(ray.get(self._figures, timeout=self._timeout_s)):
-            for key, value in answer.items():
-                by_worker[key, self._member(index).name] += value
-        merged = dict(figures)
-        for (key, _), value in by_worker.items():
-            merged[key] = max(value, merged.get(key, 0.0))
-        return merged
+    def _slowest_worker(self, source_metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the seconds of the slowest worker, those of the source's workers included."""
+        seconds: dict[tuple[str, str], float] = defaultdict(float)
+        for index, answer in enumerate(ray.get(self._seconds, timeout=self._timeout_s)):
+            for name, value in answer.items():
+                if not name.startswith("time/"):
+                    raise ValueError(f"{self._member(index).name} reports {name}: only seconds (time/...) are merged")
+                seconds[name, self._member(index).name] += value
+        slowest: dict[str, float] = {}
+        for (name, _), value in seconds.items():
+            slowest[name] = max(value, slowest.get(name, source_metrics.get(name, 0.0)))
+        return slowest
 
 
-def _is_there(ref: Any) -> bool:
-    """Say whether an answer is there and is no error."""
+def _has_arrived(ref: Any) -> bool:
+    """Say whether an answer has arrived and is no error."""
     if not ray.wait([ref], timeout=0, fetch_local=False)[0]:
         return False
     try:

@@ -112,15 +112,19 @@ class Layout:
     """Whether all ranks make the same number of passes: those with fewer add empty ones."""
 
     def passes(self, batch: ResponseBatch, sequences: np.ndarray) -> Iterator[PackedRows]:
-        """Yield this rank's passes over the named sequences, the same in whatever order they are named."""
+        """Yield this rank's passes over the named sequences, the same in whatever order they are named.
+
+        A rank that has no sequence makes one pass over nothing, so that it reports the same metrics as the others.
+        """
         sequences = np.sort(sequences)
         shares = self._shares(batch.num_inputs[sequences])
-        for rows in (mine := shares[self.ranks.rank]):
+        mine = shares[self.ranks.rank]
+        for rows in mine:
             named = [[int(sequences[index]) for index in row] for row in rows]
             yield pack(named, batch.prompt_ids, batch.response_ids, self.device)
-        if self.in_lockstep:
-            for _ in range(len(mine), max(map(len, shares))):
-                yield empty_rows(self.device)
+        num_passes = max(map(len, shares)) if self.in_lockstep else 1
+        for _ in range(len(mine), num_passes):
+            yield empty_rows(self.device)
 
     def num_passes(self, batch: ResponseBatch) -> int:
         """Return how many passes over all sequences a rank makes at most."""
@@ -142,7 +146,7 @@ Order = Callable[[int], np.ndarray]
 """The order of the scored trajectories in an epoch: a permutation of `[0, B)`."""
 
 
-def drawn_order(num_sequences: int, seed: int, step: int) -> Order:
+def draw_order(num_sequences: int, seed: int, step: int) -> Order:
     """Return the order that the run's seed, the step and the epoch draw."""
     return lambda epoch: np.random.default_rng(derive_seed(seed, "epoch", step, epoch)).permutation(num_sequences)
 

@@ -1,4 +1,4 @@
-"""What is known of a batch before it is learnt from: what the models say of it, and what follows for each token.
+"""PPO experience: log-probabilities, values, KL, rewards, advantages and returns of a batch before its update.
 
 Dimensions: B sequences, R response tokens.
 """
@@ -13,7 +13,7 @@ from ppo_ray.algo.kl import kl_estimate
 from ppo_ray.algo.losses import truncated_importance
 from ppo_ray.algo.masked import masked_whiten, whitened_zero
 from ppo_ray.algo.rewards import RunningMoments, clip_scores, penalise_missing_eos, scale_scores, token_rewards
-from ppo_ray.config import PPOConfig
+from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.packing import PackedRows
@@ -21,8 +21,8 @@ from ppo_ray.models.response_lm import ResponseLM, ResponseOutput, unflatten
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """What the models say of a batch; all `[B, R]`, zero outside the response mask."""
+class ModelOutputs:
+    """Outputs of policy and reference for a batch; all `[B, R]`, zero outside the response mask."""
 
     old_logprobs: torch.Tensor
     """By the policy before the update."""
@@ -31,53 +31,54 @@ class Evaluated:
     values: torch.Tensor
     """Of the prefix before each token, before the update."""
     kl: torch.Tensor
-    """Of policy and reference, as `kl_estimator` says."""
+    """Estimate of the KL between policy and reference per token, by `ppo.kl_estimator`."""
 
 
 @dataclass(frozen=True)
-class Experience(Evaluated):
-    """What a batch is learnt from; all `[B, R]`, zero outside the response mask, but for `scores`."""
+class Experience(ModelOutputs):
+    """Everything the update needs; all `[B, R]` and zero outside the response mask, except `scores`."""
 
     scores: torch.Tensor
-    """`[B]`, scaled, clipped and less the penalty for a missing end."""
+    """`[B]`, after scaling, clipping and the penalty for a missing end of sequence."""
     rewards: torch.Tensor
-    """KL penalty and, on the last token, the score; clipped, not whitened."""
+    """Per token: minus the KL penalty, plus the score on the last token; clipped, not whitened."""
     advantages: torch.Tensor
-    """Whitened, if that is configured."""
+    """By GAE; whitened with `ppo.whiten_advantages`."""
     returns: torch.Tensor
+    """Advantages before whitening, plus values."""
     importance: torch.Tensor | None
-    """Weights of the policy loss's tokens; None: not weighed."""
+    """Truncated importance weight of each token in the policy loss; None: every token has weight 1."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward pass of the policy, of which a backward pass can still be made, once."""
+    """A forward pass of the policy with its graph, for one backward pass."""
 
     rows: PackedRows
     output: ResponseOutput
 
 
-def evaluate(
+def run_models(
     policy: ActorCritic,
     reference: ResponseLM,
     batch: ResponseBatch,
     layout: Layout,
-    ppo: PPOConfig,
+    ppo: UpdateConfig,
     keep: bool = False,
-) -> tuple[Evaluated, Forward | None]:
-    """Run policy and reference over all sequences, each rank over its share; every rank gets the whole.
+) -> tuple[ModelOutputs, Forward | None]:
+    """Run policy and reference over all sequences, each rank over its share; every rank returns all of them.
 
     Args:
         policy: as it is before the update.
         reference: frozen.
         batch: what they are run over.
-        layout: how.
+        layout: how the sequences are laid out in passes.
         ppo: the algorithm.
-        keep: whether to return the policy's forward pass too, for a backward pass; it must be the only one.
+        keep: whether to return the policy's forward pass too, for a backward pass; there must be only one pass.
     """
     mask = batch.response_mask.to(layout.device)
-    figures = torch.zeros(4, *mask.shape, dtype=policy.value_head.weight.dtype, device=layout.device)
-    old_logprobs, ref_logprobs, values, kl = figures
+    outputs = torch.zeros(4, *mask.shape, dtype=policy.value_head.weight.dtype, device=layout.device)
+    old_logprobs, ref_logprobs, values, kl = outputs
     kept = None
     with torch.no_grad():  # what fsdp2 gathers in inference mode could not be trained on
         for rows in layout.passes(batch, np.arange(batch.num_sequences)):
@@ -92,25 +93,25 @@ def evaluate(
             values[index, columns] = output.values
             if ppo.kl_estimator == "full":
                 kl[index, columns] = unflatten(policy.full_kl(output.states, reference, ref_output.states), rows)
-    layout.ranks.sum([figures])
+    layout.ranks.sum([outputs])
     if ppo.kl_estimator != "full":
         kl = kl_estimate(old_logprobs, ref_logprobs, mask, ppo.kl_estimator)
-    return Evaluated(old_logprobs, ref_logprobs, values, kl), kept
+    return ModelOutputs(old_logprobs, ref_logprobs, values, kl), kept
 
 
 def estimate(
-    evaluated: Evaluated, batch: ResponseBatch, ppo: PPOConfig, kl_coef: float, moments: RunningMoments
+    outputs: ModelOutputs, batch: ResponseBatch, ppo: UpdateConfig, kl_coef: float, moments: RunningMoments
 ) -> Experience:
-    """Work out scores, rewards, advantages and returns.
+    """Compute scores, rewards, advantages and returns.
 
     Args:
-        evaluated: what the models say.
-        batch: whose scores and masks count.
+        outputs: of policy and reference.
+        batch: the same sequences, with their scores.
         ppo: the algorithm.
         kl_coef: weight of the KL penalty.
         moments: of all scores so far, these included.
     """
-    values, kl = evaluated.values, evaluated.kl
+    values, kl = outputs.values, outputs.kl
     mask = batch.response_mask.to(kl.device)
     scores = batch.scores.to(kl.device, kl.dtype)
     if ppo.score_scaling != "none":
@@ -132,10 +133,10 @@ def estimate(
     importance = None
     if ppo.importance_cap is not None:
         rollout_logprobs = batch.rollout_logprobs.to(kl.device, kl.dtype)
-        importance = truncated_importance(evaluated.old_logprobs, rollout_logprobs, mask, ppo.importance_cap)
+        importance = truncated_importance(outputs.old_logprobs, rollout_logprobs, mask, ppo.importance_cap)
     return Experience(
-        evaluated.old_logprobs,
-        evaluated.ref_logprobs,
+        outputs.old_logprobs,
+        outputs.ref_logprobs,
         values,
         kl,
         scores=scores,

@@ -1,10 +1,13 @@
-"""The learner as the driver sees it: one rank or several, which stand and fall together."""
+"""All ranks of the learner as the driver sees them: what the loop calls `learner`.
+
+Ranks stand and fall together: when one is lost, all are replaced and restored from a checkpoint.
+"""
 
 import contextlib
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,34 +23,25 @@ from ppo_ray.checkpoint import Pending, RunState
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError, PeersLost, WorkerError, WorkerLost
 from ppo_ray.events import Event, Report
-from ppo_ray.learner.actor import LearnerStep, LearnerWorker
-from ppo_ray.learner.probe import Agreement
+from ppo_ray.learner.actor import LearnerWorker
+from ppo_ray.learner.reports import Agreement, UpdateReport
 from ppo_ray.plan import ActorSpec
 from ppo_ray.plan.demand import CPU_ALLOCATION, actor_specs
 from ppo_ray.weights.acks import PublishedWeights
 from ppo_ray.weights.snapshot import WeightSnapshot
 
 if TYPE_CHECKING:
-    from ppo_ray.learner.ranks import Meeting
+    from ppo_ray.learner.ranks import Rendezvous
 
 
 def learner_spec(config: Config) -> ActorSpec:
-    """Return what the learner needs; on a CPU it allocates as `CPU_ALLOCATION` says."""
+    """Return the resources of the learner; on a CPU its environment holds `CPU_ALLOCATION`."""
     environment = {} if config.learner.gpus else CPU_ALLOCATION
     return replace(actor_specs(config)["learner"], environment=environment)
 
 
-@dataclass(frozen=True)
-class Update:
-    """An update as the driver sees it."""
-
-    metrics: dict[str, float]
-    """Of generation, scoring and learning."""
-    weights: PublishedWeights
-
-
 class LearnerGroup:
-    """The learner, of one rank or several; what the loop calls `learner`."""
+    """The learner, of one rank or several."""
 
     def __init__(
         self,
@@ -62,23 +56,25 @@ class LearnerGroup:
         Args:
             config: of the run.
             trajectories: folder of the Parquet files, in the run's own; None: nothing is to be updated.
-            report: is told of every replacement.
-            seats: where they go; None: where Ray likes.
+            report: is called with every replacement.
+            seats: where they are placed; None: Ray decides.
             worker: the actors' class.
         """
         self._config, self._trajectories, self._report = config, trajectories, report
         self._group = ActorGroup(worker, learner_spec(config), config.ray, report, seats)
-        self._held_figures: dict[str, float] = {}
+        self._held_metrics: dict[str, float] = {}
         self._num_buckets = 0
+        self.last_update: UpdateReport | None = None
+        """Of the newest update of these workers; None before the first."""
 
     def setup(self, checkpoint: Path | None = None) -> list[dict[str, float]]:
-        """Load policy and reference, or go on from a checkpoint, and wait until all ranks are ready.
+        """Load policy and reference, or a checkpoint, and wait until all ranks are ready.
 
         Raises:
             InputError: a rank's node does not see the run's folder.
             WorkerError: a rank failed to start, or was lost too often in a row.
         """
-        self._held_figures = {}
+        self._held_metrics, self.last_update = {}, None
         while True:
             try:
                 return self._set_up(checkpoint)
@@ -86,7 +82,7 @@ class LearnerGroup:
                 self._group.launch_again(lost)
 
     def rebuild(self, lost: WorkerLost, checkpoint: Path | None) -> None:
-        """Put other workers in the place of all ranks, with the state of a checkpoint, or as the run began.
+        """Replace the workers of all ranks and restore a checkpoint, or begin as the run began.
 
         Raises:
             WorkerError: as `setup`.
@@ -97,29 +93,29 @@ class LearnerGroup:
         seconds = time.monotonic() - began
         self._report(Event("worker_replaced", f"{lost.name} was replaced in {seconds:.1f} s: {lost}", lost.name))
 
-    def update(self, scored: Shards, step: int) -> Update:
-        """Make one PPO update on all scored shards; waits for it, whatever signal comes.
+    def update(self, scored: Shards, step: int) -> UpdateReport:
+        """Make one PPO update on all scored shards; waits for it, and no signal ends the wait.
+
+        Returns:
+            The report, with the metrics of generation and scoring too.
 
         Raises:
             WorkerLost: a rank died or hangs; the learner's state is gone.
-            WorkerError: as `watch`, or ranks hold different weights.
+            WorkerError: as `watch`.
         """
-        figures = scored.wait()  # which a signal may end; from the update on, none does
-        done = scored.use(lambda tables: self._updated(step, tables))
-        return Update(figures | done.metrics, done.weights)
+        metrics = scored.wait()  # which a signal may end; from the update on, none does
+        return scored.use(lambda tables: self._update(step, tables, metrics))
 
-    def hold(self, scored: Shards, may_stop: bool = False) -> dict[str, float]:
+    def hold(self, scored: Shards, may_stop: bool = False) -> None:
         """Hand the next update's shards to all ranks, and wait until they hold them.
 
         From then on they are part of the learner's state: saved with it, restored with it. Until then the engines must
-        keep the weights that sample them, so that what is lost can be made again.
+        keep the weights that sample them, so that what is lost can be sampled again. The seconds of the wait are a
+        metric of that update, `time/wait_s`.
 
         Args:
             scored: the shards.
             may_stop: whether a request to stop the run ends the wait.
-
-        Returns:
-            The seconds that were waited (`time/wait_s`).
 
         Raises:
             WorkerLost: a rank died or hangs; the learner's state is gone.
@@ -131,55 +127,73 @@ class LearnerGroup:
             self._group.watch(calls, "taking the next trajectories", may_stop=False)
 
         began = time.monotonic()
-        self._held_figures = scored.wait(may_stop)
+        metrics = scored.wait(may_stop)
         scored.use(hand_over, may_stop)
-        return {"time/wait_s": time.monotonic() - began}
+        self._held_metrics = metrics | {"time/wait_s": time.monotonic() - began}
 
-    def update_held(self, step: int) -> Update:
-        """Make one PPO update on what the ranks hold; as `update`."""
-        done = self._updated(step, [])
-        return Update(self._held_figures | done.metrics, done.weights)
+    def update_held(self, step: int) -> UpdateReport:
+        """Make one PPO update on the shards that the ranks hold; otherwise as `update`."""
+        return self._update(step, [], self._held_metrics)
 
-    def step(
-        self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float
-    ) -> tuple[LearnerStep, PublishedWeights]:
-        """Make one PPO update on a table of one's own; waits for it. The loop calls `update`."""
+    def step(self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float) -> UpdateReport:
+        """Make one PPO update on a table of the caller's; returns the full report. The loop calls `update`."""
         shared = ray.put(table)
-        (done, *_), weights = self._published("updating", lambda rank: rank.step, shared, step, orders, kl_coef)
-        return done, weights
+        calls = {rank.handle.step.remote(shared, step, orders, kl_coef): rank for rank in self._group.members}
+        return self._wait("updating", calls)[0]
+
+    def value_head(self) -> dict[str, np.ndarray]:
+        """Return a copy of the value head; see `PPOLearner.value_head`."""
+        return self._wait("copying", {rank.handle.value_head.remote(): rank for rank in self._group.members})[0]
+
+    def publish(self, moved: bool = False) -> PublishedWeights:
+        """Publish the weights, by version and checksum, for `RolloutGroup.load_weights`.
+
+        Args:
+            moved: publish weights that differ from the policy's, for a check of the engines.
+
+        Raises:
+            WorkerLost: a rank died or hangs; the learner's state is gone.
+            WorkerError: ranks hold different weights.
+        """
+        began, ranks = time.monotonic(), self._group.members
+        num_returns = 2 + self._num_buckets
+        answers = [rank.handle.publish.options(num_returns=num_returns).remote(moved) for rank in ranks]
+        acks = self._wait("publishing weights", dict(zip([ack for ack, *_ in answers], ranks, strict=True)))
+        for ack in acks:
+            if (ack.policy_version, ack.checksum) != (acks[0].policy_version, acks[0].checksum):
+                raise WorkerError(
+                    f"{ack.worker} holds policy version {ack.policy_version} (checksum {ack.checksum}) and "
+                    f"{acks[0].worker} version {acks[0].policy_version} (checksum {acks[0].checksum}): the ranks "
+                    "no longer train the same policy"
+                )
+        _, manifest, *buckets = answers[0]
+        names, seconds = (acks[0].policy_version, acks[0].checksum), time.monotonic() - began
+        return PublishedWeights(*names, manifest, tuple(buckets), tuple(ranks), seconds)
 
     def fetch_weights(self, weights: PublishedWeights) -> WeightSnapshot:
-        """Bring published weights here, from the object store."""
+        """Fetch published weights from the object store into this process."""
         manifest, *buckets = ray.get([weights.manifest, *weights.buckets], timeout=self._config.ray.call_timeout_s)
         return WeightSnapshot(manifest, tuple(buckets))
 
-    def weights(self) -> PublishedWeights:
-        """Publish the weights as they are."""
-        return self._published("publishing weights", lambda rank: rank.weights)[1]
-
-    def moved_weights(self) -> PublishedWeights:
-        """Publish weights that differ from the policy's, for a check of the engines."""
-        return self._published("publishing weights for a check", lambda rank: rank.moved_weights)[1]
-
     def compare(self, generated: Shards) -> list[Agreement]:
-        """Compare what every engine generated with those weights with what the learner computes."""
+        """Compare every engine's log-probabilities of what it generated with the learner's; see `WeightProbe`."""
         ranks = self._group.members
         return generated.use(
-            lambda tables: self._answers(
-                "comparing", {member.handle.compare.remote(*tables): member for member in ranks}
-            )[0]
+            lambda tables: self._wait("comparing", {member.handle.compare.remote(*tables): member for member in ranks})[
+                0
+            ]
         )
 
     def save(self, path: Path, state: RunState, config: str) -> Pending:
-        """Begin to write a checkpoint; the learner's next call waits until it is written, nobody else does.
+        """Begin to write a checkpoint; only the learner's own next call waits until it is written.
 
         Returns:
-            What waits for it.
+            A function that waits until it is written.
         """
         calls = {member.handle.save.remote(str(path), state, config): member for member in self._group.members}
 
         def wait() -> None:
-            self._answers(f"writing {path.name}", calls)
+            self._wait(f"writing {path.name}", calls)
 
         return wait
 
@@ -187,86 +201,68 @@ class LearnerGroup:
         """End the workers."""
         self._group.close()
 
-    def _updated(self, step: int, tables: list[Any]) -> Update:
+    def _update(self, step: int, tables: list[Any], metrics: dict[str, float]) -> UpdateReport:
         assert self._trajectories is not None
-        path = self._trajectories / f"step-{step:05d}.parquet"
-        began = time.monotonic()
-        reports, weights = self._published("updating", lambda rank: rank.update, step, str(path), *tables)
-        metrics = _slowest([report.metrics for report in reports])
-        # and what the call took beyond the learner's own work: as it returns, weights go into the object store
-        metrics["time/publish_s"] += time.monotonic() - began - metrics["time/learn_s"]
-        return Update(metrics, weights)
+        path = str(self._trajectories / f"step-{step:05d}.parquet")
+        calls = {rank.handle.update.remote(step, path, *tables): rank for rank in self._group.members}
+        reports = self._wait("updating", calls)
+        self.last_update = replace(reports[0], metrics=metrics | _slowest([report.metrics for report in reports]))
+        return self.last_update
 
     def _set_up(self, checkpoint: Path | None) -> list[dict[str, float]]:
         if self._trajectories is not None:
             self._check_shared(self._trajectories.parent)
-        meeting, text = self._meeting(), None if checkpoint is None else str(checkpoint)
+        rendezvous, text = self._open_rendezvous(), None if checkpoint is None else str(checkpoint)
         calls = {
-            member.handle.setup.remote(self._config, text, meeting, rank): member
+            member.handle.setup.remote(self._config, text, rendezvous, rank): member
             for rank, member in enumerate(self._group.members)
         }
-        answers, leader = self._started(calls), self._group.members[0]
-        self._num_buckets = self._started({leader.handle.num_buckets.remote(): leader})[0]
+        answers, leader = self._wait_start(calls), self._group.members[0]
+        self._num_buckets = self._wait_start({leader.handle.num_buckets.remote(): leader})[0]
         return answers
 
     def _check_shared(self, folder: Path) -> None:
-        """Refuse a folder that a rank's node does not see: what the rank wrote there would be lost to the run."""
+        """Refuse a folder that a rank's node does not see: the run would lose what the rank writes there."""
         marker, text = folder / ".shared", secrets.token_hex(8)
         marker.write_text(text, encoding="utf-8")
         try:
-            found = self._started({rank.handle.read.remote(str(marker)): rank for rank in self._group.members})
+            calls = {rank.handle.sees.remote(str(marker), text): rank for rank in self._group.members}
+            seen = self._wait_start(calls)
         finally:
             marker.unlink(missing_ok=True)
-        for rank, content in zip(self._group.members, found, strict=True):
-            if content != text:
-                (place,) = self._started({rank.handle.whereabouts.remote(): rank})
+        for rank, sees in zip(self._group.members, seen, strict=True):
+            if not sees:
+                (place,) = self._wait_start({rank.handle.whereabouts.remote(): rank})
                 raise InputError(
                     f"output_dir={folder}: {rank.name} ({place}) does not see this folder, and it is the learner that "
                     "writes trajectories and checkpoints; give a folder that all nodes share"
                 )
 
-    def _meeting(self) -> "Meeting | None":
-        """Let the first rank open the place where all meet: on its loopback where all are on one node."""
+    def _open_rendezvous(self) -> "Rendezvous | None":
+        """Let the first rank open the rendezvous: on its loopback where all ranks are on one node."""
         if len(self._group.members) == 1:
             return None
-        places = self._started({member.handle.whereabouts.remote(): member for member in self._group.members})
+        places = self._wait_start({member.handle.whereabouts.remote(): member for member in self._group.members})
         nodes, leader = [place.node for place in places], self._group.members[0]
         host = "127.0.0.1" if len(set(nodes)) == 1 else nodes[0]
-        return self._started({leader.handle.open_meeting.remote(host, self._config.ray.start_timeout_s): leader})[0]
+        return self._wait_start({leader.handle.open_rendezvous.remote(host, self._config.ray.start_timeout_s): leader})[
+            0
+        ]
 
-    def _published(
-        self, doing: str, method: Callable[[Any], Any], *arguments: Any
-    ) -> tuple[list[Any], PublishedWeights]:
-        """Call a method of all ranks, taken of an actor's handle, that returns a report and, on the first, weights."""
-        asked = self._group.members
-        returns = 2 + self._num_buckets
-        answers = [method(member.handle).options(num_returns=returns).remote(*arguments) for member in asked]
-        reports = self._answers(doing, dict(zip([report for report, *_ in answers], asked, strict=True)))
-        for member, report in zip(asked, reports, strict=True):
-            if (report.policy_version, report.checksum) != (reports[0].policy_version, reports[0].checksum):
-                raise WorkerError(
-                    f"{member.name} holds policy version {report.policy_version} (checksum {report.checksum}) and "
-                    f"{asked[0].name} version {reports[0].policy_version} (checksum {reports[0].checksum}): the ranks "
-                    "no longer train the same policy"
-                )
-        _, manifest, *buckets = answers[0]
-        names = reports[0].policy_version, reports[0].checksum
-        return reports, PublishedWeights(*names, manifest, tuple(buckets), tuple(asked))
-
-    def _answers(self, doing: str, calls: dict[Any, Member]) -> list[Any]:
-        """Wait for calls whose work is not thrown away, and return their answers."""
+    def _wait(self, doing: str, calls: dict[Any, Member]) -> list[Any]:
+        """Wait for calls, which no signal ends, and return their answers."""
         _find_lost(calls, lambda some: self._group.watch(some, doing, may_stop=False))
         return ray.get(list(calls), timeout=self._config.ray.call_timeout_s)
 
-    def _started(self, calls: dict[Any, Member]) -> list[Any]:
+    def _wait_start(self, calls: dict[Any, Member]) -> list[Any]:
         _find_lost(calls, self._group.watch_start)
         return ray.get(list(calls), timeout=self._config.ray.start_timeout_s)
 
 
 def _find_lost(calls: dict[Any, Member], wait: Callable[[dict[Any, Member]], None]) -> None:
-    """Wait for ranks; where one says that it lost touch with another, find out which of them is gone.
+    """Wait for ranks; where one reports that it lost touch with another, find out which one is gone.
 
-    Where one cannot begin because its node took the trajectories along, those that did begin wait for it in vain.
+    If a rank cannot begin because the trajectories were lost with a node, the ranks that did begin wait for it in vain.
 
     Raises:
         WorkerLost: names the rank that is gone, or one that cannot reach the others.
@@ -285,7 +281,7 @@ def _find_lost(calls: dict[Any, Member], wait: Callable[[dict[Any, Member]], Non
 
 
 def _slowest(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Return the first rank's figures, which are those of all, and the longest of all ranks' seconds."""
+    """Return the first rank's metrics, which all ranks share, with the longest of all ranks' seconds."""
     return {
         name: max(rank[name] for rank in metrics) if name.startswith("time/") else value
         for name, value in metrics[0].items()

@@ -4,9 +4,10 @@ Dimensions: B sequences. TRL 0.11's `PPOTrainer.step` is the yardstick (`tests/g
 the mended form and TRL's own is an option (`docs/trl.md`).
 """
 
-import time
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,18 +18,19 @@ import torch
 from ppo_ray import trajectory
 from ppo_ray.algo.kl import AdaptiveKLController, FixedKLController, KLController
 from ppo_ray.algo.rewards import RunningMoments
-from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
-from ppo_ray.learner.batch import Layout, Order, ResponseBatch, drawn_order, split_evenly
-from ppo_ray.learner.experience import Experience, Forward, estimate, evaluate
+from ppo_ray.learner.batch import Layout, Order, ResponseBatch, draw_order, split_evenly
+from ppo_ray.learner.experience import Experience, Forward, ModelOutputs, estimate, run_models
 from ppo_ray.learner.load import load_models
-from ppo_ray.learner.metrics import experience_metrics, table_metrics, update_metrics
-from ppo_ray.learner.minibatch import MinibatchReport, MinibatchUpdater
+from ppo_ray.learner.metrics import Stopwatch, summarize_experience, summarize_minibatches, summarize_table
+from ppo_ray.learner.minibatch import MinibatchUpdater
 from ppo_ray.learner.optimizer import make_adam, set_learning_rates
 from ppo_ray.learner.probe import WeightProbe
-from ppo_ray.learner.ranks import Ranks, peers_needed
-from ppo_ray.learner.sharding import Copies, Sharding, whole
-from ppo_ray.learner.state import GatheredLearner, LearnerState, optimizer_state, read_optimizer
+from ppo_ray.learner.ranks import Ranks, detect_lost_peers
+from ppo_ray.learner.reports import MinibatchReport, UpdateReport
+from ppo_ray.learner.sharding import Replicated, Sharding, gather_full
+from ppo_ray.learner.state import LearnerSnapshot, LearnerState, gather_optimizer_state, load_optimizer_state
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.loading import default_device, load_tokenizer
 from ppo_ray.models.response_lm import ResponseLM
@@ -41,17 +43,6 @@ from ppo_ray.weights.wire import Wire
 _ROW_WIDTH = 64  # tokens; wide enough for little padding, narrow enough for cheap attention
 
 
-@dataclass(frozen=True)
-class Update:
-    """What an update returns."""
-
-    metrics: dict[str, float]
-    trajectories: pa.Table
-    """Of `trajectory.LEARNED_SCHEMA`, in the order given."""
-    minibatches: tuple[MinibatchReport, ...] = ()
-    """Every optimizer step, and those that were not made."""
-
-
 class PPOLearner:
     """Trains a policy; knows no Ray. Not thread-safe: one call at a time."""
 
@@ -59,7 +50,7 @@ class PPOLearner:
         self,
         policy: ActorCritic,
         reference: ResponseLM,
-        ppo: PPOConfig,
+        ppo: UpdateConfig,
         *,
         microbatch_tokens: int = 1024,
         optimizer: torch.optim.Optimizer | None = None,
@@ -80,11 +71,11 @@ class PPOLearner:
             sharding: how the policy lies on the ranks that share the update; None: whole, on this process alone.
         """
         self.policy_version = 0
-        """How many updates the weights have seen."""
+        """Number of updates that the weights have seen."""
         self._policy, self._reference, self._ppo = policy, reference, ppo
         self._seed, self._num_steps = seed, num_steps
         row_width = _ROW_WIDTH if policy.packs and reference.packs else 0
-        self._sharding = sharding = sharding or Copies(policy, Ranks())
+        self._sharding = sharding = sharding or Replicated(policy, Ranks())
         self._layout = Layout(microbatch_tokens, row_width, policy.device, sharding.ranks, sharding.in_lockstep)
         self._owns_optimizer = optimizer is None
         self._optimizer = optimizer or make_adam(policy, sharding, ppo)
@@ -95,13 +86,13 @@ class PPOLearner:
         if ppo.kl_controller == "adaptive":
             self.controller = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         self._tokenizer: Any = None
-        self._updating = False
+        self._unfinished = False
 
     @classmethod
     def load(
         cls,
         model: ModelConfig,
-        ppo: PPOConfig,
+        ppo: UpdateConfig,
         learner: LearnerConfig,
         *,
         temperature: float = 1.0,
@@ -150,11 +141,11 @@ class PPOLearner:
         """Weight of the KL penalty in the next update."""
         return self.controller.kl_coef
 
-    def update(self, trajectories: pa.Table, step: int, order: Order | None = None) -> Update:
+    def update(self, trajectories: pa.Table, step: int, order: Order | None = None) -> UpdateReport:
         """Make one PPO update on all scored trajectories of a step.
 
         Trajectories without a score are counted and left out. With fewer than two response tokens left nothing is
-        learnt, the metrics say so (`learner/skipped_update`), and the version advances all the same.
+        learned, the metrics say so (`learner/skipped_update`), and the version advances all the same.
 
         Args:
             trajectories: of `trajectory.SCHEMA`.
@@ -169,40 +160,33 @@ class PPOLearner:
         batch = ResponseBatch.from_table(trajectories)
         if self._owns_optimizer:
             set_learning_rates(self._optimizer, ppo=self._ppo, step=step, num_steps=self._num_steps)
-        metrics = table_metrics(trajectories, batch)
-        self._updating = True
+        metrics = summarize_table(trajectories, batch)
         metrics |= {"kl/coef": self.kl_coef, "learner/learning_rate": self._optimizer.param_groups[0]["lr"]}
-        self.policy_version += 1
-        if batch.num_response_tokens.sum() < 2:
-            nothing = dict.fromkeys(trajectory.LEARNED_FIELDS, [None] * trajectories.num_rows)
-            metrics |= {"learner/skipped_update": 1.0}
-            self._updating = False
-            return Update(metrics, trajectory.with_learned(trajectories, nothing))
-        times = [time.perf_counter()]
-        keep = step >= self._ppo.value_warmup_steps and self._updater.first_pass_is_whole(batch)
-        with peers_needed(self._layout.ranks.rank):
-            evaluated, forward = evaluate(self._policy, self._reference, batch, self._layout, self._ppo, keep)
-        self._sharding.evaluated(keep)
-        times.append(time.perf_counter())
-        self._moments = self._moments.updated(batch.scores)
-        experience = estimate(evaluated, batch, self._ppo, self.kl_coef, self._moments)
-        figures = {name: batch.to_lists(getattr(experience, name)) for name in trajectory.LEARNED_FIELDS}
-        learned = trajectory.with_learned(trajectories, figures)
-        metrics |= experience_metrics(experience, batch, self._ppo, self.kl_coef)
-        times.append(time.perf_counter())
-        with peers_needed(self._layout.ranks.rank):
-            reports, early = self._optimize(batch, experience, step, order, learned, forward)
-        metrics |= update_metrics(reports, metrics["returns/std"]) | {"policy/early_stopped": float(early)}
-        if step >= self._ppo.value_warmup_steps:  # before, the KL is that of a policy that is not to move
-            self.controller = self.controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
-        times.append(time.perf_counter())
-        seconds = np.diff(times).tolist()
-        self._updating = False
-        metrics |= dict(zip(("time/old_s", "time/estimate_s", "time/update_s"), seconds, strict=True))
-        return Update(metrics | {"learner/skipped_update": 0.0}, learned, tuple(reports))
+        with self._mark_unfinished():
+            self.policy_version += 1
+            if batch.num_response_tokens.sum() < 2:
+                nothing = dict.fromkeys(trajectory.LEARNED_FIELDS, [None] * trajectories.num_rows)
+                metrics |= {"learner/skipped_update": 1.0}
+                return UpdateReport(step, metrics, self.kl_coef, trajectory.with_learned(trajectories, nothing))
+            seconds = Stopwatch()
+            outputs, forward = self._run_models(batch, step)
+            metrics |= seconds.lap("time/old_s")
+            self._moments = self._moments.updated(batch.scores)
+            experience = estimate(outputs, batch, self._ppo, self.kl_coef, self._moments)
+            columns = {name: batch.to_lists(getattr(experience, name)) for name in trajectory.LEARNED_FIELDS}
+            learned = trajectory.with_learned(trajectories, columns)
+            metrics |= summarize_experience(experience, batch, self._ppo, self.kl_coef)
+            metrics |= seconds.lap("time/estimate_s")
+            reports, stopped_early = self._optimize(batch, experience, step, order, learned, forward)
+            metrics |= summarize_minibatches(reports, metrics["returns/std"])
+            if not self._trains_values_only(step):  # else the KL is that of a policy that must not move
+                self.controller = self.controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
+            metrics |= seconds.lap("time/update_s")
+        metrics |= {"policy/early_stopped": float(stopped_early), "learner/skipped_update": 0.0}
+        return UpdateReport(step, metrics, self.kl_coef, learned, tuple(reports))
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the policy's weights, whole, one at a time, by their Hugging Face names; a tied head is listed once.
+        """Yield the policy's full weights by their Hugging Face names, one at a time; a tied head is listed once.
 
         All ranks go through them together.
         """
@@ -213,45 +197,68 @@ class PPOLearner:
         return WeightSnapshot.take(self.named_weights(), self.policy_version, wire, buffers)
 
     def num_buckets(self, wire: Wire) -> int:
-        """Return how many buckets `weights` makes, without making one."""
-        return num_buckets(map(wire.num_bytes, self._sharding.outlines()), wire.bucket_bytes)
+        """Return the number of buckets that `weights` makes, without making one."""
+        return num_buckets(map(wire.num_bytes, self._sharding.meta_weights()), wire.bucket_bytes)
 
     def value_head(self) -> dict[str, np.ndarray]:
         """Copy the value head: `weight` `[1, H]` and `bias` `[1]`; all ranks call it."""
         state = self._policy.value_head.state_dict()
-        return {name: whole(tensor).cpu().numpy().copy() for name, tensor in state.items()}
+        return {name: gather_full(tensor).cpu().numpy().copy() for name, tensor in state.items()}
 
     def save(self, path: Path) -> None:
-        """Write all of the learner into a folder; `load` goes on from there as if nothing were. For one rank alone."""
-        self.gathered().write(path)
+        """Write the whole state of a learner of one rank into a folder; `load` restores it exactly."""
+        self.gather().write(path)
 
-    def gathered(self) -> GatheredLearner:
-        """Gather all of the learner, between two updates, from all ranks, each of which calls this; the first has it.
+    def gather(self) -> LearnerSnapshot:
+        """Gather the learner's whole state to the first rank, between two updates; all ranks call this.
 
         Raises:
             CheckpointError: the last update was not finished; the weights are neither the old nor the new ones.
         """
-        if self._updating:
+        if self._unfinished:
             raise CheckpointError("the learner's last update was not finished, so its state is not saved")
-        optimizer = optimizer_state(self._optimizer, self._policy, self._sharding)
-        return GatheredLearner(self._policy, self._sharding.state(), optimizer, self._state(), self._tokenizer)
+        optimizer = gather_optimizer_state(self._optimizer, self._policy, self._sharding)
+        return LearnerSnapshot(self._policy, self._sharding.state(), optimizer, self._state(), self._tokenizer)
 
     def probe(self, wire: Wire | None = None) -> WeightProbe:
-        """Return what shows whether engines compute with the weights they are sent; all ranks make its calls."""
+        """Return a probe of whether engines compute with the weights they are sent; all ranks make its calls."""
         seed = derive_seed(self._seed, "probe")
         return WeightProbe(self._policy, self._sharding, self._layout, seed, wire or Wire())
 
+    def _run_models(self, batch: ResponseBatch, step: int) -> tuple[ModelOutputs, Forward | None]:
+        """Run policy and reference, and keep the policy's graph where the first mini-batch can use it."""
+        keep = not self._trains_values_only(step) and self._updater.first_pass_is_whole(batch)
+        with detect_lost_peers(self._layout.ranks.rank):
+            found = run_models(self._policy, self._reference, batch, self._layout, self._ppo, keep)
+        self._sharding.release_gathered(backward_follows=keep)
+        return found
+
+    def _trains_values_only(self, step: int) -> bool:
+        return step < self._ppo.value_warmup_steps
+
+    @contextlib.contextmanager
+    def _mark_unfinished(self) -> Iterator[None]:
+        """Mark the state as unfit to be saved; an update that breaks off in the block leaves it so."""
+        self._unfinished = True
+        yield
+        self._unfinished = False
+
     def _state(self) -> LearnerState:
-        reference = ((name, whole(tensor)) for name, tensor in self._reference.causal_lm.named_parameters())
-        checksums = weights_checksum(self._sharding.weights()), weights_checksum(reference)
-        return LearnerState(self.policy_version, self.kl_coef, self._moments, *checksums)
+        checksum = weights_checksum(self._sharding.weights())
+        return LearnerState(self.policy_version, self.kl_coef, self._moments, checksum, self._reference_checksum)
+
+    @cached_property
+    def _reference_checksum(self) -> str:
+        """Checksum of the reference, which is frozen: computed once; all ranks ask for it together."""
+        named = self._reference.causal_lm.named_parameters()
+        return weights_checksum((name, gather_full(tensor)) for name, tensor in named)
 
     def _restore(self, checkpoint: Path, model: ModelConfig) -> None:
         """Take over what lies beside the models that were loaded from a checkpoint."""
         state = LearnerState.read(checkpoint)
         self.policy_version, self._moments = state.policy_version, state.moments
         self.controller = replace(self.controller, kl_coef=state.kl_coef)
-        read_optimizer(checkpoint, self._optimizer, self._policy, self._sharding)
+        load_optimizer_state(checkpoint, self._optimizer, self._policy, self._sharding)
         found = self._state()
         if found.weights_checksum != state.weights_checksum:
             raise CheckpointError(f"{checkpoint}: its weights, loaded, are not those that were saved")
@@ -271,27 +278,26 @@ class PPOLearner:
         learned: pa.Table,
         forward: Forward | None,
     ) -> tuple[list[MinibatchReport], bool]:
-        """Go through the batch `epochs` times, each time in another order of rows; True if it ended before."""
+        """Make all mini-batch updates of all epochs; returns their reports, and whether early stopping ended them."""
         reports: list[MinibatchReport] = []
-        values_only = step < self._ppo.value_warmup_steps
-        order = order or drawn_order(batch.num_sequences, self._seed, step)
+        values_only = self._trains_values_only(step)
+        order = order or draw_order(batch.num_sequences, self._seed, step)
         for epoch in range(self._ppo.epochs):
             for sequences in split_evenly(order(epoch), self._ppo.minibatch_size or batch.num_sequences):
-                report = self._updater.update(batch, experience, sequences, self.kl_coef, values_only, forward)
-                forward = None  # the policy is another one now
+                with detect_lost_peers(self._layout.ranks.rank):
+                    report = self._updater.update(batch, experience, sequences, self.kl_coef, values_only, forward)
+                forward = None  # the policy has changed
                 if report.outcome == "nonfinite" and self._ppo.on_nonfinite == "stop":
-                    raise self._nonfinite(report, f"step {step}, epoch {epoch}", learned.take(batch.kept[sequences]))
+                    raise NonFiniteError(
+                        f"learner: at step {step}, epoch {epoch} the loss is {report.metrics['loss/total']} and its "
+                        f"gradient's norm {report.grad_norm}. Lower ppo.learning_rate={self._ppo.learning_rate} or set "
+                        "ppo.max_grad_norm, and look at the scores; ppo.on_nonfinite=skip goes on without such "
+                        "mini-batches and counts them.",
+                        learned.take(batch.kept[sequences]),
+                    )
                 reports.append(report)
                 if report.outcome == "early_stopped":
                     return reports, True
             if self._updater.early_stop_after(reports[-1]):
                 return reports, True
         return reports, False
-
-    def _nonfinite(self, report: MinibatchReport, where: str, trajectories: pa.Table) -> NonFiniteError:
-        return NonFiniteError(
-            f"learner: at {where} the loss is {report.total_loss} and its gradient's norm {report.grad_norm}. "
-            f"Lower ppo.learning_rate={self._ppo.learning_rate} or set ppo.max_grad_norm, and look at the scores; "
-            "ppo.on_nonfinite=skip goes on without such mini-batches and counts them.",
-            trajectories,
-        )

@@ -6,7 +6,7 @@ import torch
 
 from ppo_ray.config import LearnerConfig, ModelConfig
 from ppo_ray.learner.ranks import Ranks
-from ppo_ray.learner.sharding import Copies, Sharding, Shares
+from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
 from ppo_ray.models.actor_critic import ActorCritic, compute_dtype, load_actor_critic, load_reference
 from ppo_ray.models.layers import recompute_layers
 from ppo_ray.models.response_lm import ResponseLM
@@ -52,5 +52,5 @@ def load_models(
     if learner.gradient_checkpointing:
         recompute_layers(policy)
     if shared:
-        return LearnerModels(policy, reference, Shares(policy, reference, ranks, compute_dtype(model), device))
-    return LearnerModels(policy, reference, Copies(policy, ranks, compute_dtype(model)))
+        return LearnerModels(policy, reference, FullySharded(policy, reference, ranks, compute_dtype(model), device))
+    return LearnerModels(policy, reference, Replicated(policy, ranks, compute_dtype(model)))

@@ -1,5 +1,6 @@
-"""The figures an update reports; `docs/diagnostics.md` says what each means and what to do about it."""
+"""Metrics of an update; `docs/diagnostics.md` says what each means and what to do about it."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,13 +9,26 @@ import torch
 
 from ppo_ray import trajectory
 from ppo_ray.algo.masked import masked_mean, masked_sum, masked_var
-from ppo_ray.config import PPOConfig
+from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.batch import ResponseBatch
 from ppo_ray.learner.experience import Experience
-from ppo_ray.learner.minibatch import MinibatchReport
+from ppo_ray.learner.reports import MinibatchReport, Outcome
 
 
-def table_metrics(table: pa.Table, batch: ResponseBatch) -> dict[str, float]:
+class Stopwatch:
+    """Seconds of consecutive laps."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self._began = time.perf_counter()
+
+    def lap(self, name: str) -> dict[str, float]:
+        """End a lap and begin the next; returns the ended one's seconds under a metric's name."""
+        began, self._began = self._began, time.perf_counter()
+        return {name: self._began - began}
+
+
+def summarize_table(table: pa.Table, batch: ResponseBatch) -> dict[str, float]:
     """Summarise all trajectories of a step and their scores, as they were given."""
     num_rows = max(table.num_rows, 1)
     num_stopped = table.column("finish_reason").to_pylist().count("stop")
@@ -38,8 +52,8 @@ def table_metrics(table: pa.Table, batch: ResponseBatch) -> dict[str, float]:
     return metrics
 
 
-def experience_metrics(
-    experience: Experience, batch: ResponseBatch, ppo: PPOConfig, kl_coef: float
+def summarize_experience(
+    experience: Experience, batch: ResponseBatch, ppo: UpdateConfig, kl_coef: float
 ) -> dict[str, float]:
     """Summarise what is known before the update, over response tokens."""
     mask = batch.response_mask.to(experience.kl.device)
@@ -47,7 +61,7 @@ def experience_metrics(
     log_weights = torch.where(mask, experience.old_logprobs - batch.rollout_logprobs.to(mask.device), 0)
     returns_var = masked_var(experience.returns, mask)
     residuals = torch.where(mask, experience.returns - experience.values, 0)
-    figures = {
+    metrics = {
         "score/used_mean": experience.scores.mean(),
         "score/used_std": experience.scores.std() if batch.num_sequences > 1 else torch.zeros(()),
         "kl/per_sequence": masked_sum(experience.kl, mask) / batch.num_sequences,
@@ -66,45 +80,36 @@ def experience_metrics(
     }
     if experience.importance is not None and ppo.importance_cap is not None:
         capped = (experience.importance >= ppo.importance_cap).to(log_weights.dtype)
-        figures |= {
+        metrics |= {
             "mismatch/importance_mean": masked_mean(experience.importance, mask),
             "mismatch/capped_fraction": masked_mean(capped, mask),
         }
-    return {name: float(figure) for name, figure in figures.items()}
+    return {name: float(metric) for name, metric in metrics.items()}
 
 
-def update_metrics(reports: Sequence[MinibatchReport], returns_std: float) -> dict[str, float]:
-    """Average the mini-batches of all epochs, as TRL does, those that made no optimizer step included.
+def summarize_minibatches(reports: Sequence[MinibatchReport], returns_std: float) -> dict[str, float]:
+    """Average the metrics of all mini-batches of all epochs, as TRL does, those without an optimizer step included.
 
-    Those that were not finite only count; a figure that none of them leaves is NaN.
+    A mini-batch that was not finite only counts as such. With none left every mean is NaN.
     """
     finite = [report for report in reports if report.outcome != "nonfinite"]
-    stepped = [report for report in finite if report.outcome == "stepped"]
+    norms = [report.grad_norm for report in finite if report.outcome == "stepped"]
 
-    def mean(name: str, of: Sequence[MinibatchReport] = finite) -> float:
-        return float(np.mean([getattr(report, name) for report in of])) if of else float("nan")
-
-    def count(outcome: str) -> float:
+    def count(outcome: Outcome) -> float:
         return float(sum(report.outcome == outcome for report in reports))
 
-    return {
-        "loss/policy": mean("policy_loss"),
-        "loss/value": mean("value_loss"),
-        "loss/kl": mean("kl_loss"),
-        "loss/total": mean("total_loss"),
-        "policy/approx_kl": mean("approx_kl"),
-        "policy/kl": mean("kl"),
-        "policy/clip_fraction": mean("clip_fraction"),
-        "policy/dual_clip_fraction": mean("dual_clip_fraction"),
-        "policy/entropy": mean("entropy"),
-        "policy/ratio_mean": mean("ratio_mean"),
+    means = {name: _mean([report.metrics[name] for report in finite]) for name in reports[0].metrics}
+    return means | {
         "policy/ratio_max": max((report.ratio_max for report in finite), default=float("nan")),
         "policy/ratio_min": min((report.ratio_min for report in finite), default=float("nan")),
-        "policy/ratio_first": reports[0].ratio_mean,
-        "policy/grad_norm": mean("grad_norm", stepped),
-        "policy/optimizer_steps": float(len(stepped)),
+        "policy/ratio_first": reports[0].metrics["policy/ratio_mean"],
+        "policy/grad_norm": _mean(norms),
+        "policy/optimizer_steps": float(len(norms)),
         "policy/skipped_minibatches": count("ratio_exceeded"),
         "policy/nonfinite_minibatches": count("nonfinite"),
-        "value/clip_fraction": mean("value_clip_fraction"),
-        "value/explained_variance": 1 - mean("value_error") / max(returns_std**2, 1e-12),
+        "value/explained_variance": 1 - means["value/error"] / max(returns_std**2, 1e-12),
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")

@@ -1,77 +1,44 @@
-"""One optimizer step: the gradients of a mini-batch, whether they may be used, and the step.
+"""One optimizer step: the gradients of a mini-batch, the checks that may forbid the step, and the step itself.
 
 Dimensions: B sequences of the batch, R response tokens.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from ppo_ray.algo.aggregation import token_weights
-from ppo_ray.config import PPOConfig
+from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.learner.experience import Experience, Forward
-from ppo_ray.learner.objective import FIGURES, Objective, objective
-from ppo_ray.learner.sharding import Sharding, whole
+from ppo_ray.learner.objective import Objective, objective
+from ppo_ray.learner.reports import MinibatchReport
+from ppo_ray.learner.sharding import Sharding, gather_full
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.response_lm import ResponseOutput
 
 _EARLY_STOPPING_FACTOR = 1.5  # TRL 0.11: "stop early if we exceed this value by over 50%"
 
-Outcome = Literal["stepped", "ratio_exceeded", "early_stopped", "nonfinite"]
-
-
-@dataclass(frozen=True)
-class MinibatchReport:
-    """What a mini-batch came to; means are over response tokens, weighed as the loss is (`loss_aggregation`)."""
-
-    policy_loss: float
-    value_loss: float
-    total_loss: float
-    kl_loss: float
-    """The KL to the reference that is in the loss, before its coefficient."""
-    entropy: float
-    ratio_mean: float
-    clip_fraction: float
-    dual_clip_fraction: float
-    approx_kl: float
-    """Of (logprob - old_logprob)^2 / 2."""
-    kl: float
-    """Of old_logprob - logprob."""
-    value_clip_fraction: float
-    value_error: float
-    value_mean: float
-    ratio_min: float
-    ratio_max: float
-    ratios: np.ndarray
-    """`[tokens]` float32, of every response token, in no particular order (of this rank's)."""
-    last_part_kl: float
-    """`kl` of the last of the mini-batch's parts alone."""
-    grad_norm: float = float("nan")
-    """Before clipping; NaN if the step was ruled out before it was known."""
-    outcome: Outcome = "stepped"
-
 
 class MinibatchUpdater:
-    """Updates a policy, a mini-batch at a time."""
+    """Makes the optimizer steps of an update, one per mini-batch."""
 
     def __init__(
         self,
         policy: ActorCritic,
         sharding: Sharding,
         optimizer: torch.optim.Optimizer,
-        ppo: PPOConfig,
+        ppo: UpdateConfig,
         layout: Layout,
     ) -> None:
-        """Update `policy` by `optimizer`, which holds what `sharding` says of the parameters of policy and values."""
+        """Train `policy` with `optimizer`, which steps what `sharding.optimized_parameters` returns for it."""
         self._policy, self._sharding, self._optimizer = policy, sharding, optimizer
         self._ppo, self._layout = ppo, layout
 
     def first_pass_is_whole(self, batch: ResponseBatch) -> bool:
-        """Tell whether the first mini-batch is the whole batch in one pass: who evaluates the policy has made it.
+        """Say whether the first mini-batch is the whole batch in one pass, which `run_models` has then made.
 
         Of several passes none is kept: `microbatch_tokens` is what there is memory for.
         """
@@ -89,48 +56,52 @@ class MinibatchUpdater:
     ) -> MinibatchReport:
         """Add up the gradients of all micro-batches and make one optimizer step, unless something forbids it.
 
-        Whether anything forbids it is known when all gradients are there; they are dropped then. (TRL multiplies the
-        loss by zero where the ratio is too large and steps all the same, so that Adam's momentum still moves the
-        weights; and it stops early after the step that went too far.)
+        A step is forbidden when all gradients are known; they are dropped then. (TRL multiplies the loss by zero where
+        the ratio is too large and steps all the same, so that Adam's momentum still moves the weights. It also stops
+        early only after the step that went too far.)
 
         Args:
             batch: all trajectories of the step.
-            experience: what is known of them.
-            sequences: `[b]` int64, which of them are the mini-batch, in its order.
-            kl_coef: weight of the KL in the loss, if it is there.
-            values_only: whether the value head (or critic) alone learns.
-            forward: the mini-batch's forward pass by the policy as it is, if it was made before.
+            experience: of the whole batch.
+            sequences: `[b]` int64, the rows of the batch that make the mini-batch, in its order.
+            kl_coef: weight of the KL in the loss with `ppo.kl_in=loss`.
+            values_only: whether only the value head (or critic) learns.
+            forward: the mini-batch's forward pass by the current policy, if it was made before.
         """
         report = self._accumulate(batch, experience, sequences, kl_coef, values_only, forward)
-        report = self._judged(report, values_only)
+        report = self._judge(report, values_only)
         if report.outcome == "stepped":
             if self._ppo.max_grad_norm is not None:
                 self._clip(report.grad_norm, self._ppo.max_grad_norm, values_only)
             self._optimizer.step()
-            self._sharding.stepped()
+            self._sharding.after_step()
         self._optimizer.zero_grad()
         return report
 
     def early_stop_after(self, report: MinibatchReport) -> bool:
-        """Tell whether TRL would end the update after an epoch whose last mini-batch was this one."""
-        limit = _EARLY_STOPPING_FACTOR * self._ppo.early_stopping_kl
-        return self._ppo.early_stopping == "after_epoch" and report.last_part_kl > limit
+        """Say whether the update ends after an epoch whose last mini-batch was this one, as in TRL."""
+        return self._ppo.early_stopping == "after_epoch" and report.last_part_kl > self._early_stopping_limit
 
-    def _judged(self, report: MinibatchReport, values_only: bool) -> MinibatchReport:
-        ppo = self._ppo
-        if ppo.early_stopping == "before_step" and report.kl > _EARLY_STOPPING_FACTOR * ppo.early_stopping_kl:
+    @property
+    def _early_stopping_limit(self) -> float:
+        return _EARLY_STOPPING_FACTOR * self._ppo.early_stopping_kl
+
+    def _judge(self, report: MinibatchReport, values_only: bool) -> MinibatchReport:
+        """Return the report with the gradient's norm and the outcome."""
+        ppo, metrics = self._ppo, report.metrics
+        if ppo.early_stopping == "before_step" and metrics["policy/kl"] > self._early_stopping_limit:
             return replace(report, outcome="early_stopped")
-        if ppo.ratio_exceeded == "skip" and report.ratio_mean > ppo.ratio_threshold:
+        if ppo.ratio_exceeded == "skip" and metrics["policy/ratio_mean"] > ppo.ratio_threshold:
             return replace(report, outcome="ratio_exceeded")
-        gradients = [parameter.grad for parameter in self._trained(values_only) if parameter.grad is not None]
-        report = replace(report, grad_norm=float(whole(torch.nn.utils.get_total_norm(gradients))))
-        finite = np.isfinite([report.total_loss, report.grad_norm]).all()
+        gradients = [parameter.grad for parameter in self._parameters(values_only) if parameter.grad is not None]
+        report = replace(report, grad_norm=float(gather_full(torch.nn.utils.get_total_norm(gradients))))
+        finite = np.isfinite([report.metrics["loss/total"], report.grad_norm]).all()
         return report if finite else replace(report, outcome="nonfinite")
 
     def _clip(self, norm: float, max_norm: float, values_only: bool) -> None:
         """Scale the gradients down to a norm; torch's own function wants the norm where the gradients are."""
         factor = min(1.0, max_norm / (norm + 1e-6))
-        for parameter in self._trained(values_only):
+        for parameter in self._parameters(values_only):
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
 
@@ -164,65 +135,67 @@ class MinibatchUpdater:
                 micro.loss.backward()
                 sums.add(micro)
             sums.end_part()
-            if ppo.ratio_exceeded == "zero_loss" and sums.part_mean("ratio_mean") > ppo.ratio_threshold:
+            if ppo.ratio_exceeded == "zero_loss" and sums.part_mean("policy/ratio_mean") > ppo.ratio_threshold:
                 sums.zero_losses()
                 self._zero_part(before, values_only)
-        self._sharding.sum_gradients(self._trained(values_only))
+        self._sharding.sum_gradients(self._parameters(values_only))
         return sums.report()
 
     def _gradients(self, values_only: bool) -> list[torch.Tensor | None]:
-        gradients = [parameter.grad for parameter in self._trained(values_only)]
+        gradients = [parameter.grad for parameter in self._parameters(values_only)]
         return [None if gradient is None else gradient.clone() for gradient in gradients]
 
     def _zero_part(self, before: list[torch.Tensor | None], values_only: bool) -> None:
-        """Do to the gradients what a part's loss times zero would have done: it adds zeros, or NaN."""
-        for parameter, gradient in zip(self._trained(values_only), before, strict=True):
+        """Replace a part's gradient by zero times it, as for a loss multiplied by zero: zeros, or NaN."""
+        for parameter, gradient in zip(self._parameters(values_only), before, strict=True):
             if parameter.grad is not None and gradient is None:
                 parameter.grad.mul_(0)
             elif parameter.grad is not None and gradient is not None:
                 parameter.grad.sub_(gradient).mul_(0).add_(gradient)
 
     def _frozen_policy(self, rows: PackedRows, old_logprobs: torch.Tensor) -> ResponseOutput:
-        """Return the policy's output where only its values have a gradient: it still is what it was."""
+        """Return the policy's output with a gradient for its values only; its log-probabilities are the old ones."""
         values = self._policy.forward_values(rows)
         return ResponseOutput(old_logprobs, torch.zeros_like(old_logprobs), values.new_empty(0), values)
 
-    def _trained(self, values_only: bool) -> list[torch.nn.Parameter]:
+    def _parameters(self, values_only: bool) -> list[torch.nn.Parameter]:
         parameters = self._policy.value_parameters() if values_only else self._policy.parameters()
-        return self._sharding.trained(parameters)
+        return self._sharding.optimized_parameters(parameters)
 
 
 class _Sums:
-    """Adds up the figures of a mini-batch's micro-batches, on the device, until `report`."""
+    """The metrics of a mini-batch's micro-batches, added up on the device until `report`."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self._names: tuple[str, ...] = ()
         self._parts: list[torch.Tensor] = []
         self._shares: list[float] = []
         self._ratios: list[torch.Tensor] = []
 
     def start_part(self, share: float) -> None:
-        """Begin the next part; `share` is what its tokens weigh together."""
-        self._parts.append(torch.zeros(len(FIGURES), dtype=torch.float64, device=self._layout.device))
+        """Begin the next part; `share` is the weight of its tokens together."""
+        self._parts.append(torch.zeros((), dtype=torch.float64, device=self._layout.device))
         self._shares.append(share)
 
     def add(self, micro: Objective) -> None:
         """Add a micro-batch."""
-        self._parts[-1] += torch.stack([micro.figures[name] for name in FIGURES])
+        self._names = tuple(micro.metrics)
+        self._parts[-1] = self._parts[-1] + torch.stack(list(micro.metrics.values()))
         self._ratios.append(micro.ratios)
 
     def end_part(self) -> None:
-        """Sum the part's figures over all ranks."""
+        """Sum the part's metrics over all ranks."""
         self._layout.ranks.sum([self._parts[-1]])
 
     def part_mean(self, name: str) -> float:
-        """Return a figure of the last part alone."""
-        return float(self._parts[-1][FIGURES.index(name)]) / self._shares[-1]
+        """Return a metric of the last part alone."""
+        return float(self._parts[-1][self._names.index(name)]) / self._shares[-1]
 
     def zero_losses(self) -> None:
         """Multiply the last part's losses by zero."""
-        for name in ("policy_loss", "value_loss", "total_loss"):
-            self._parts[-1][FIGURES.index(name)] *= 0
+        for name in ("loss/policy", "loss/value", "loss/total"):
+            self._parts[-1][self._names.index(name)] *= 0
 
     def report(self) -> MinibatchReport:
         """Put the parts together; the gradient's norm and the outcome are filled in later."""
@@ -233,9 +206,9 @@ class _Sums:
             extremes = torch.stack([ratios.max(), -ratios.min()]).double()
         self._layout.ranks.max([extremes])
         return MinibatchReport(
-            **dict(zip(FIGURES, parts.sum(0).tolist(), strict=True)),
+            metrics=dict(zip(self._names, parts.sum(0).tolist(), strict=True)),
             ratio_max=float(extremes[0]),
             ratio_min=-float(extremes[1]),
             ratios=ratios.float().cpu().numpy(),
-            last_part_kl=self.part_mean("kl"),
+            last_part_kl=self.part_mean("policy/kl"),
         )

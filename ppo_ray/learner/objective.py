@@ -1,4 +1,4 @@
-"""What PPO minimises: the policy loss, the value loss, and what else the config adds, of one micro-batch.
+"""The objective of a micro-batch: policy loss, value loss, KL and entropy terms, and their metrics.
 
 Dimensions: B sequences of the micro-batch, R response tokens.
 """
@@ -10,15 +10,9 @@ import torch
 from ppo_ray.algo.kl import kl_estimate
 from ppo_ray.algo.losses import clipped_surrogate, clipped_value_loss
 from ppo_ray.algo.masked import weighted_sum
-from ppo_ray.config import PPOConfig
+from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.experience import Experience
 from ppo_ray.models.response_lm import ResponseOutput
-
-FIGURES = (
-    *("policy_loss", "value_loss", "total_loss", "kl_loss", "entropy", "ratio_mean", "clip_fraction"),
-    *("dual_clip_fraction", "approx_kl", "kl", "value_clip_fraction", "value_error", "value_mean"),
-)
-"""Names of a mini-batch's figures, which micro-batches have shares of; `MinibatchReport` says what they are."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +21,8 @@ class Objective:
 
     loss: torch.Tensor
     """With gradient: policy + value_coef * value + kl_coef * kl - entropy_coef * entropy."""
-    figures: dict[str, torch.Tensor]
-    """Shares of the mini-batch's figures, by their names in `FIGURES`; without gradient."""
+    metrics: dict[str, torch.Tensor]
+    """Scalars, shares of the mini-batch's metrics by their final names; without gradient."""
     ratios: torch.Tensor
     """`[tokens]`, probability ratios of the response tokens; without gradient."""
 
@@ -39,7 +33,7 @@ def objective(
     place: tuple[torch.Tensor, slice],
     mask: torch.Tensor,
     weights: torch.Tensor,
-    ppo: PPOConfig,
+    ppo: UpdateConfig,
     kl_coef: float,
 ) -> Objective:
     """Compute the loss of a micro-batch.
@@ -86,19 +80,19 @@ def objective(
         loss = loss + kl_coef * kl
     if ppo.entropy_coef:
         loss = loss - ppo.entropy_coef * entropy
-    figures = {
-        "policy_loss": policy.loss,
-        "value_loss": value.loss,
-        "total_loss": loss,
-        "kl_loss": kl,
-        "entropy": entropy,
-        "ratio_mean": weighted_sum(policy.ratio, mask, weights),
-        "clip_fraction": policy.clipped,
-        "dual_clip_fraction": policy.dual_clipped,
-        "approx_kl": policy.approx_kl,
-        "kl": policy.kl,
-        "value_clip_fraction": value.clipped,
-        "value_error": value.error,
-        "value_mean": value.value,
+    metrics = {
+        "loss/policy": policy.loss,
+        "loss/value": value.loss,
+        "loss/kl": kl,
+        "loss/total": loss,
+        "policy/approx_kl": policy.approx_kl,
+        "policy/kl": policy.kl,
+        "policy/clip_fraction": policy.clipped,
+        "policy/dual_clip_fraction": policy.dual_clipped,
+        "policy/entropy": entropy,
+        "policy/ratio_mean": weighted_sum(policy.ratio, mask, weights),
+        "value/clip_fraction": value.clipped,
+        "value/error": value.error,
+        "value/updated_mean": value.value,
     }
-    return Objective(loss, {name: figure.detach() for name, figure in figures.items()}, policy.ratio[mask])
+    return Objective(loss, {name: metric.detach() for name, metric in metrics.items()}, policy.ratio[mask])

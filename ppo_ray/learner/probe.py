@@ -6,7 +6,6 @@ the engine's log-probabilities with the learner's under the moved weights and un
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,39 +15,11 @@ import torch
 
 from ppo_ray import trajectory
 from ppo_ray.learner.batch import Layout, ResponseBatch
-from ppo_ray.learner.ranks import peers_needed
-from ppo_ray.learner.sharding import Sharding, like, whole
+from ppo_ray.learner.ranks import detect_lost_peers
+from ppo_ray.learner.reports import Agreement
+from ppo_ray.learner.sharding import Sharding, gather_full, shard_like
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.weights.wire import Wire
-
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""Largest mean difference of log-probabilities, nats a token, by the coarser dtype of both; measured: 1e-5, 0.03."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Mean absolute differences of log-probabilities of the tokens an engine sampled, nats a token."""
-
-    worker: str
-    to_moved: float
-    """Of the engine and the learner under the moved weights."""
-    to_own: float
-    """Of the engine and the learner under its own weights."""
-    move: float
-    """Of the learner under the two: how much there was to see."""
-
-
-def disagreement(agreement: Agreement, dtype: str) -> str | None:
-    """Say what is wrong with an engine; None if it computes with what it was sent. `dtype`: the coarser of the two."""
-    tolerance = TOLERANCE[dtype]
-    seen = f"{agreement.to_moved:.1e} nats a token off the learner with the weights it was sent"
-    if math.isnan(agreement.to_moved) or agreement.to_moved > tolerance:
-        before = "; it still computes with those before" if agreement.to_own <= tolerance else ""
-        return f"{agreement.worker} is {seen} (at most {tolerance:g} in {dtype}){before}"
-    if agreement.to_own < 5 * agreement.to_moved:
-        return f"{agreement.worker} is {seen} and {agreement.to_own:.1e} off with the ones before: it cannot be told"
-    return None
-
 
 _RELATIVE_MOVE = 0.1
 _SMALLEST_SIZE = 0.01  # a tensor of zeros is moved too
@@ -70,7 +41,7 @@ class WeightProbe:
         """Compare what engines generated, a table of `trajectory.SCHEMA` of all workers; the policy is as it was."""
         batch = ResponseBatch.from_table(trajectory.with_scores(table, [0.0] * table.num_rows))
         own = self._logprobs(batch)
-        with self.moved():
+        with self.move():
             moved = self._logprobs(batch)
         names = np.array(table.column("worker").to_pylist())
         found = batch.rollout_logprobs.double()
@@ -85,28 +56,28 @@ class WeightProbe:
     def _logprobs(self, batch: ResponseBatch) -> torch.Tensor:
         """Compute `[B, R]` float64 on the CPU."""
         logprobs = torch.zeros(batch.response_mask.shape, dtype=torch.float64, device=self.layout.device)
-        with peers_needed(self.layout.ranks.rank):
+        with detect_lost_peers(self.layout.ranks.rank):
             for rows in self.layout.passes(batch, np.arange(batch.num_sequences)):
                 output = self.policy(rows).logprobs
                 logprobs[torch.from_numpy(rows.sequences).to(logprobs.device), : output.shape[1]] = output.double()
         self.layout.ranks.sum([logprobs])
-        self.sharding.evaluated(backward_follows=False)
+        self.sharding.release_gathered(backward_follows=False)
         return logprobs.cpu()
 
     @contextlib.contextmanager
     @torch.no_grad()
-    def moved(self) -> Iterator[None]:
+    def move(self) -> Iterator[None]:
         """Move the policy's weights for the length of a block."""
         parameters = list(self.policy.causal_lm.parameters())
         kept = [parameter.detach().clone() for parameter in parameters]
         generator = torch.Generator().manual_seed(self.seed)
         try:
             for parameter in parameters:
-                before = whole(parameter)
+                before = gather_full(parameter)
                 size = max(float(before.square().mean().sqrt()), _SMALLEST_SIZE)
                 noise = torch.randn(before.shape, generator=generator)
                 moved = before + (noise * (_RELATIVE_MOVE * size)).to(before)
-                parameter.copy_(like(moved.to(self.wire.dtype_of(moved)), parameter))
+                parameter.copy_(shard_like(moved.to(self.wire.dtype_of(moved)), parameter))
             yield
         finally:
             for parameter, original in zip(parameters, kept, strict=True):

@@ -1,4 +1,4 @@
-"""What a learner rank does for the transports: makes weights ready, and sends what stays on its GPU."""
+"""The learner's end of a weight transport: makes weights ready, and sends those that stay on its GPU."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from ppo_ray.weights.nccl_sender import NCCLSender
 
 
-class WeightSender:
-    """One rank's end of the transport. Not thread-safe, but for `abort`."""
+class WeightPublisher:
+    """One rank's end of the transport. Not thread-safe, except `abort`."""
 
     def __init__(self, config: Config, leads: bool) -> None:
-        """Be ready to publish.
+        """Prepare to publish.
 
         Args:
             config: of the run.
-            leads: whether this is the first rank: the others only say what they hold.
+            leads: whether this is the first rank; the others only describe their weights.
         """
         self._transport, self._leads = weight_transport(config), leads
         self._wire = Wire(config.rollout.wire_dtype, config.rollout.weight_bucket_mib << 20)
@@ -38,23 +38,23 @@ class WeightSender:
 
     @property
     def wire(self) -> Wire:
-        """How the weights travel."""
+        """The dtype and bucket size that the weights travel in."""
         return self._wire
 
     def num_buckets(self, learner: "PPOLearner") -> int:
-        """Return how many buckets `publish` makes."""
+        """Return the number of buckets that `publish` makes."""
         return learner.num_buckets(self._wire) if self._transport == "object_store" else 0
 
-    def publish(self, learner: "PPOLearner", passing: bool = False) -> tuple[WeightManifest, list[np.ndarray | None]]:
+    def publish(self, learner: "PPOLearner", keep: bool = False) -> tuple[WeightManifest, list[np.ndarray | None]]:
         """Make the learner's weights ready to be sent.
 
         Args:
             learner: whose weights.
-            passing: whether its parameters will be others when the weights are sent.
+            keep: whether to copy weights that stay on the GPU: the parameters will have changed when they are sent.
 
         Returns:
-            What there is, and its buckets. They are overwritten when weights are published again. None in their place
-            on ranks that do not lead; an empty list where the weights stay on the GPU.
+            The manifest and the buckets, which the next call overwrites. Each bucket is None on ranks that do not lead.
+            The list is empty where the weights stay on the GPU.
         """
         if self._transport == "object_store":
             if self._leads:
@@ -63,14 +63,14 @@ class WeightSender:
             named = self._wire.rounded(learner.named_weights())
             return WeightManifest.of(named, learner.policy_version, "xxh3"), [None] * self.num_buckets(learner)
         self._tensors = lambda: self._wire.rounded(learner.named_weights())
-        if passing:
+        if keep:
             kept = [(name, tensor.clone()) for name, tensor in self._tensors()]
             self._tensors = lambda: kept
         self._manifest = WeightManifest.of(self._tensors(), learner.policy_version, "sums")
         return self._manifest, []
 
     def join(self, group_id: str, world_size: int) -> None:
-        """Meet engines in a NCCL group."""
+        """Join a NCCL group with engines."""
         from ppo_ray.weights.nccl_sender import NCCLSender
 
         self._nccl = self._nccl or NCCLSender()
@@ -80,9 +80,9 @@ class WeightSender:
         """Broadcast the weights that were published last to the engines of the group; other ranks gather along.
 
         Raises:
-            WorkerLost: they are not of the version that is asked for; names the learner.
+            WorkerLost: they are not of that version; names the learner.
         """
-        manifest = self._published(policy_version)
+        manifest = self._check_published(policy_version)
         if self._nccl is not None:
             self._nccl.send(manifest, self._tensors())
             return
@@ -90,15 +90,19 @@ class WeightSender:
             pass
 
     def export(self, policy_version: int) -> list[dict[str, Any]]:
-        """Return what engines on the same GPU map the published weights by, until `release`; raises as `send`."""
+        """Return IPC handles of the published weights for engines on the same GPU, valid until `release`.
+
+        Raises:
+            WorkerLost: as `send`.
+        """
         from ppo_ray.weights.nccl_sender import ipc_handles
 
-        self._published(policy_version)
+        self._check_published(policy_version)
         self._mapped = [tensor.contiguous() for _, tensor in self._tensors()]
         return ipc_handles(self._mapped)
 
     def release(self) -> None:
-        """Let go of what engines have read."""
+        """Free what engines have read."""
         import torch
 
         self._mapped = []
@@ -106,13 +110,13 @@ class WeightSender:
             torch.cuda.ipc_collect()
 
     def abort(self) -> None:
-        """End a broadcast that waits in vain, from another thread; the group cannot be used afterwards."""
+        """End a broadcast that waits in vain, from another thread; the group is unusable afterwards."""
         if self._nccl is not None:
             self._nccl.leave()
 
-    def _published(self, policy_version: int) -> WeightManifest:
+    def _check_published(self, policy_version: int) -> WeightManifest:
         if self._manifest is None or self._manifest.policy_version != policy_version:
-            raise WorkerLost(  # only a learner that goes back to its checkpoint has them again
+            raise WorkerLost(  # only a learner that is restored from its checkpoint has them again
                 f"weights of policy version {policy_version} are asked for, but the learner has those of version "
                 f"{self._manifest.policy_version if self._manifest else 'none'} on its GPU and no others; "
                 "rollout.weight_transport=object_store keeps them for engines that come late",

@@ -1,4 +1,4 @@
-"""The processes that share an update: how they meet, and the sums that make them one again."""
+"""The processes that share an update: their rendezvous, their process group, and reductions over them."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers; by itself where there is one only.
+    """This process's rank, and the number of ranks.
 
     With more than one, torch's default process group must be up, and all ranks make the same calls in the same order.
     """
@@ -29,7 +29,7 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the first rank, which does what is done once for all."""
+        """Whether this is rank 0, which does what is done once for all ranks."""
         return self.rank == 0
 
     def sum(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -47,14 +47,14 @@ class Ranks:
     def _reduce(self, tensors: Iterable[torch.Tensor], operation: dist.ReduceOp.RedOpType) -> None:
         if self.size == 1:
             return
-        with peers_needed(self.rank):
+        with detect_lost_peers(self.rank):
             for work in [dist.all_reduce(tensor, operation, async_op=True) for tensor in tensors]:
                 work.wait()
 
 
 @contextlib.contextmanager
-def peers_needed(rank: int) -> Iterator[None]:
-    """Tell the loss of another rank, which torch raises as a bare RuntimeError, from every other error.
+def detect_lost_peers(rank: int) -> Iterator[None]:
+    """Raise the loss of another rank, a bare RuntimeError in torch, as an error of its own.
 
     Raises:
         PeersLost: torch's communication failed.
@@ -68,23 +68,23 @@ def peers_needed(rank: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """Where ranks meet."""
+class Rendezvous:
+    """The address at which all ranks meet."""
 
     host: str
     """IP address of the node of rank 0; loopback where all are on one node."""
     port: int
 
 
-def open_meeting(host: str, timeout_s: float) -> tuple[Meeting, dist.TCPStore]:
-    """Open the place where all ranks meet, for rank 0; it listens on `host` alone, on a free port.
+def open_rendezvous(host: str, timeout_s: float) -> tuple[Rendezvous, dist.TCPStore]:
+    """Open the rendezvous on rank 0; it listens on `host` alone, on a free port.
 
     Args:
         host: an IP address of this machine.
         timeout_s: longest wait for a key, seconds.
 
     Returns:
-        What the ranks need to find it, and the store, which must be kept as long as they work together.
+        The address, and the store, which must be kept alive as long as the ranks work together.
     """
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
@@ -96,14 +96,14 @@ def open_meeting(host: str, timeout_s: float) -> tuple[Meeting, dist.TCPStore]:
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
-    return Meeting(host, port), store
+    return Rendezvous(host, port), store
 
 
-def join(meeting: Meeting, rank: int, size: int, backend: str, timeout_s: float, call_timeout_s: float) -> Ranks:
+def join(rendezvous: Rendezvous, rank: int, size: int, backend: str, timeout_s: float, call_timeout_s: float) -> Ranks:
     """Join the other ranks in torch's default process group.
 
     Args:
-        meeting: where.
+        rendezvous: of all ranks.
         rank: of this process, 0 to `size - 1`.
         size: how many.
         backend: `"gloo"` or `"nccl"`.
@@ -114,11 +114,13 @@ def join(meeting: Meeting, rank: int, size: int, backend: str, timeout_s: float,
         WorkerError: not all came in time; names those that are missing.
         PeersLost: one came and was lost again.
     """
-    name = _interface(meeting.host)
+    name = _interface(rendezvous.host)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-    with peers_needed(rank):
-        store = dist.TCPStore(meeting.host, meeting.port, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    with detect_lost_peers(rank):
+        store = dist.TCPStore(
+            rendezvous.host, rendezvous.port, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+        )
         _wait_for_all(store, rank, size, timeout_s)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=call_timeout_s)
@@ -133,7 +135,7 @@ def leave() -> None:
 
 
 def _wait_for_all(store: dist.TCPStore, rank: int, size: int, timeout_s: float) -> None:
-    """Say that this rank is here, and wait for the others; torch's own wait does not tell who is missing."""
+    """Announce this rank and wait for the others; torch's own wait does not name those that are missing."""
     store.set(f"here/{rank}", "")
     deadline = time.monotonic() + timeout_s
     while missing := [other for other in range(size) if not store.check([f"here/{other}"])]:
@@ -146,7 +148,7 @@ def _wait_for_all(store: dist.TCPStore, rank: int, size: int, timeout_s: float) 
 
 
 def _interface(host: str) -> str:
-    """Return the name of the network interface that the ranks shall use: the one that has a route to the meeting."""
+    """Return the network interface that has the route to the rendezvous; the ranks use it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
         mine = probe.getsockname()[0]

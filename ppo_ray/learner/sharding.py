@@ -1,8 +1,8 @@
-"""How the learner's parameters lie on its ranks: a copy on each (`ddp`), or a share of each (`fsdp2`).
+"""The learner's parameters on its ranks: a full copy on each (`ddp`), or a shard of each (`fsdp2`).
 
-What differs between the two is here, and nowhere else. Under `fsdp2` every forward and backward pass gathers parameters
-from all ranks, layer by layer, so all ranks make the same passes at the same time; so they do where a whole tensor is
-wanted. Tensors that are shared are torch's DTensors: what is done to each element is done to each share.
+All that differs between the two is here. Under `fsdp2` every forward and backward pass gathers parameters from all
+ranks, layer by layer. So all ranks make the same passes at the same time, and call `gather_full` together. Sharded
+tensors are torch's DTensors: an elementwise operation on one works on the local shard.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ppo_ray.learner.ranks import Ranks, peers_needed
+from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.models.actor_critic import ActorCritic, cast
 from ppo_ray.models.layers import decoder_layers
 from ppo_ray.models.response_lm import ResponseLM
@@ -23,10 +23,15 @@ from ppo_ray.models.value_head import State
 
 
 class MasterWeights:
-    """The masters of some parameters; a parameter without one is its own."""
+    """Float32 copies, which the optimizer steps, of parameters that a model computes with in bfloat16.
+
+    bfloat16 has 8 bits of precision. A step below 0.2 % of a weight would be lost, and with it most of what PPO learns.
+    So gradients are added up in float32, the optimizer steps the float32 masters, and the model gets them rounded. A
+    parameter without a master is its own.
+    """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter] = (), dtype: torch.dtype = torch.bfloat16) -> None:
-        """Keep the parameters as they are as masters, and give the model rounded ones.
+        """Keep the parameters' values as masters, and round the parameters.
 
         Args:
             parameters: in float32; they are of `dtype` afterwards.
@@ -40,17 +45,17 @@ class MasterWeights:
                 parameter.register_post_accumulate_grad_hook(self._take_gradient)
 
     def of(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        """Return a parameter's master."""
+        """Return a parameter's master, or the parameter itself if it has none."""
         return self._masters.get(parameter, parameter)
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Give the model its parameters anew, after the masters were stepped."""
+        """Round the masters into the parameters."""
         for parameter, master in self._masters.items():
             parameter.copy_(master)
 
     def _take_gradient(self, parameter: torch.nn.Parameter) -> None:
-        """Add a micro-batch's gradient to the master's, in float32; called by the backward pass, as each is ready."""
+        """Add a micro-batch's gradient to the master's, in float32; the backward pass calls this."""
         master, gradient = self._masters[parameter], parameter.grad
         assert gradient is not None
         if master.grad is None:
@@ -64,65 +69,65 @@ NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
 
 class Sharding(Protocol):
-    """What the learner asks; all ranks make the same calls in the same order."""
+    """Placement of the parameters on ranks; all ranks make the same calls in the same order."""
 
     ranks: Ranks
     in_lockstep: bool
     """Whether all ranks must make the same number of passes."""
 
-    def trained(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-        """Return what the optimizer steps for these parameters, as far as they are trained."""
+    def optimized_parameters(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+        """Return what the optimizer steps for those of these parameters that need a gradient."""
         ...
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Make each gradient of what `trained` returned the sum over all ranks."""
+        """Make each gradient of what `optimized_parameters` returned the sum over all ranks."""
         ...
 
-    def stepped(self) -> None:
-        """Let the model have what the optimizer has stepped."""
+    def after_step(self) -> None:
+        """Update the model after the optimizer has stepped what `optimized_parameters` returned."""
         ...
 
-    def evaluated(self, backward_follows: bool) -> None:
-        """Let go of what forward passes have gathered, of the reference alone if the policy's are gone back through."""
+    def release_gathered(self, backward_follows: bool) -> None:
+        """Free the parameters that forward passes gathered; if a backward pass follows, the reference's only."""
         ...
 
     def weights(self) -> NamedTensors:
-        """Yield the policy's weights, whole, by their Hugging Face names, in the type it computes in, one at a time."""
+        """Yield the policy's full weights by their Hugging Face names, in the dtype it computes in, one at a time."""
         ...
 
-    def outlines(self) -> Iterator[torch.Tensor]:
-        """Yield the shape and type of each of `weights`, as a tensor without memory; each rank by itself."""
+    def meta_weights(self) -> Iterator[torch.Tensor]:
+        """Yield each of `weights` as a tensor on the meta device: shape and dtype. Ranks need not call together."""
         ...
 
     def state(self) -> State:
-        """Return all that a policy holds, whole, as the optimizer has it, in host memory; to the first rank alone."""
+        """Return the policy's full state in the optimizer's precision; the other ranks get an empty one."""
         ...
 
 
-class Copies:
-    """Every rank holds all of the model; gradients are added up after the backward passes."""
+class Replicated:
+    """Data parallelism: every rank holds the full model; gradients are summed after the backward passes."""
 
     in_lockstep = False
 
     def __init__(self, policy: ActorCritic, ranks: Ranks, dtype: torch.dtype | None = None) -> None:
-        """Take a policy that is whole.
+        """Take a full policy.
 
         Args:
-            policy: its parameters as the optimizer shall have them.
+            policy: its parameters in the precision of the optimizer.
             ranks: the processes that share the update.
-            dtype: bfloat16: compute in that, with float32 masters; else as the parameters are.
+            dtype: bfloat16 computes in that, with float32 master weights; any other keeps the parameters as they are.
         """
         self.ranks, self._policy = ranks, policy
         heads = set(policy.value_head.parameters())
         rounded = (parameter for parameter in policy.parameters() if parameter not in heads)
         self._masters = MasterWeights(rounded, dtype) if dtype == torch.bfloat16 else MasterWeights()
 
-    def trained(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-        """Return the parameters or their masters."""
+    def optimized_parameters(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+        """Return the parameters, or their master weights."""
         return [self._masters.of(parameter) for parameter in parameters if parameter.requires_grad]
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Sum over all ranks; one that had no part of the mini-batch adds nothing."""
+        """Sum over all ranks; a rank that had no part of the mini-batch adds zeros."""
         if self.ranks.size == 1:
             return
         for parameter in parameters:
@@ -130,32 +135,32 @@ class Copies:
                 parameter.grad = torch.zeros_like(parameter)
         self.ranks.sum(parameter.grad for parameter in parameters if parameter.grad is not None)
 
-    def stepped(self) -> None:
-        """Round the masters, if there are any, into the model."""
+    def after_step(self) -> None:
+        """Round the master weights, if there are any, into the model."""
         self._masters.write_back()
 
-    def evaluated(self, backward_follows: bool) -> None:
-        """Nothing was gathered."""
+    def release_gathered(self, backward_follows: bool) -> None:
+        """Do nothing: copies gather nothing."""
 
     def weights(self) -> NamedTensors:
         """Yield the model's own parameters."""
         return self._policy.causal_lm.named_parameters()
 
-    def outlines(self) -> Iterator[torch.Tensor]:
-        """Yield the outline of each of the model's own parameters."""
+    def meta_weights(self) -> Iterator[torch.Tensor]:
+        """Yield each of the model's own parameters on the meta device."""
         return (parameter.to("meta") for parameter in self._policy.causal_lm.parameters())
 
     def state(self) -> State:
-        """Return the tensors themselves, masters where there are any."""
+        """Return the tensors themselves, or their master weights."""
         state = self._policy.state_dict(keep_vars=True) if self.ranks.leads else {}
         return {name: self._masters.of(tensor).detach() for name, tensor in state.items()}
 
 
-class Shares:
-    """Every rank holds a share of each parameter, its gradient and its optimizer state; layers are gathered in passes.
+class FullySharded:
+    """Fully sharded data parallelism: every rank holds a shard of each parameter, gradient and optimizer state.
 
-    Gradients are added up over the ranks in each backward pass, so that no rank ever holds more of them than a layer's:
-    with few micro-batches that costs nothing, with many it is the price of the memory.
+    Passes gather one layer at a time. Gradients are reduced over the ranks in each backward pass, so no rank holds more
+    full gradients than one layer's. The price is one reduction per micro-batch.
     """
 
     in_lockstep = True
@@ -163,17 +168,17 @@ class Shares:
     def __init__(
         self, policy: ActorCritic, reference: ResponseLM, ranks: Ranks, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Cut policy and reference into shares, in place.
+        """Shard policy and reference in place.
 
         Args:
-            policy: whole, wherever it was loaded; its parameters as the optimizer shall have them.
-            reference: whole and frozen, in the type it computes in.
-            ranks: the processes that share the update; each takes its share.
-            dtype: that the policy computes in; gradients are added up in float32 or better.
-            device: where the shares go, layer by layer.
+            policy: full, on any device; its parameters in the precision of the optimizer.
+            reference: full and frozen, in the dtype it computes in.
+            ranks: the processes that share the update; each keeps its shards.
+            dtype: the policy computes in this; gradients are reduced in float32 or better.
+            device: where the shards go, layer by layer.
 
         Raises:
-            InputError: the layers of a model cannot be told.
+            InputError: a model's layers cannot be found.
         """
         self.ranks, self._policy, self._reference, self._dtype = ranks, policy, reference, dtype
         mesh = init_device_mesh(device.type, (ranks.size,))
@@ -190,58 +195,58 @@ class Shares:
                 module.set_gradient_divide_factor(1.0)  # losses are shares of one sum, not means of their own
                 module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
-    def trained(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-        """Return the parameters' shares."""
+    def optimized_parameters(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+        """Return the parameters' shards."""
         return [parameter for parameter in parameters if parameter.requires_grad]
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """The backward passes have."""
+        """Do nothing: the backward passes have reduced the gradients."""
 
-    def stepped(self) -> None:
-        """The next pass gathers what was stepped."""
+    def after_step(self) -> None:
+        """Do nothing: the next pass gathers the stepped shards."""
 
-    def evaluated(self, backward_follows: bool) -> None:
-        """Free what stays gathered for a backward pass that does not come."""
+    def release_gathered(self, backward_follows: bool) -> None:
+        """Reshard the root modules, which a forward pass leaves gathered for a backward pass."""
         for model in (self._reference,) if backward_follows else (self._policy, self._reference):
             assert isinstance(model, FSDPModule)
             model.reshard()
 
     def weights(self) -> NamedTensors:
-        """Gather one parameter after the other."""
+        """Gather and yield one parameter after the other."""
         for name, parameter in self._policy.causal_lm.named_parameters():
-            yield name, whole(parameter.detach().to(self._dtype))
+            yield name, gather_full(parameter.detach().to(self._dtype))
 
-    def outlines(self) -> Iterator[torch.Tensor]:
-        """Yield the outline of each parameter, in the type that the policy computes in."""
+    def meta_weights(self) -> Iterator[torch.Tensor]:
+        """Yield each parameter on the meta device, in the dtype that the policy computes in."""
         for parameter in self._policy.causal_lm.parameters():
             yield torch.empty(parameter.shape, dtype=self._dtype, device="meta")
 
     def state(self) -> State:
-        """Gather one tensor after the other."""
+        """Gather one tensor after the other into host memory."""
         found: dict[torch.Tensor, torch.Tensor] = {}  # a tied head is gathered once
         state = self._policy.state_dict(keep_vars=True)
         for tensor in state.values():
             if tensor not in found:
-                gathered = whole(tensor)
+                gathered = gather_full(tensor)
                 found[tensor] = gathered.cpu() if self.ranks.leads else gathered.new_empty(0)
         return {name: found[tensor] for name, tensor in state.items()} if self.ranks.leads else {}
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor whole, without gradient: gathered from all ranks, each of which must ask, if it is shared.
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a full tensor without gradient; a sharded one is gathered from all ranks, which must all call this.
 
     Raises:
         PeersLost: another rank is gone.
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    with peers_needed(dist.get_rank()):
+    with detect_lost_peers(dist.get_rank()):
         gathered: torch.Tensor = tensor.full_tensor()
         return gathered.detach()
 
 
-def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Copy a whole tensor to where a parameter of its shape is; this rank's share of it, if that is shared."""
+def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Copy a full tensor to a parameter's device; only this rank's shard if the parameter is sharded."""
     copy = tensor.to(parameter.device, copy=True)
     if not isinstance(parameter, DTensor):
         return copy

@@ -1,4 +1,4 @@
-"""What a learner must keep beside its models to go on as if it had never stopped: safetensors and JSON, no pickle."""
+"""The learner's saved state besides its models: optimizer, KL controller, moments; safetensors and JSON, no pickle."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ import torch
 
 from ppo_ray.algo.rewards import RunningMoments
 from ppo_ray.errors import CheckpointError
-from ppo_ray.learner.sharding import Sharding, like, whole
+from ppo_ray.learner.sharding import Sharding, gather_full, shard_like
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.value_head import State
 
@@ -21,7 +21,7 @@ _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class LearnerState:
-    """The learner's figures; its models and its optimizer lie beside them."""
+    """The scalars of a learner's state; models and optimizer lie in files of their own."""
 
     policy_version: int
     kl_coef: float
@@ -54,8 +54,8 @@ class LearnerState:
 
 
 @dataclass(frozen=True)
-class GatheredLearner:
-    """All of a learner, gathered from its ranks; whole on the first one, which can write it without the others."""
+class LearnerSnapshot:
+    """A learner's whole state, gathered to the first rank, which writes it without the others."""
 
     policy: ActorCritic
     models: State
@@ -65,7 +65,7 @@ class GatheredLearner:
     tokenizer: Any
 
     def write(self, folder: Path) -> None:
-        """Write a checkpoint: policy and tokenizer lie in it for `from_pretrained`, the rest in folders beside them."""
+        """Write policy and tokenizer for `from_pretrained`, and the rest into folders beside them."""
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save(folder, self.models)
         if self.tokenizer is not None:
@@ -74,23 +74,25 @@ class GatheredLearner:
         safetensors.torch.save_file(self.optimizer, folder / _FOLDER / _OPTIMIZER)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding) -> State:
-    """Return an optimizer's state by the policy's names, whole, in host memory; all ranks call it, the first gets it.
+def gather_optimizer_state(optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding) -> State:
+    """Gather an optimizer's full state, by the policy's names, to the first rank's host memory; all ranks call this.
 
     A parameter that was never stepped has none.
     """
     found: State = {}
     for name, parameter in policy.named_parameters():
-        for stepped in sharding.trained([parameter]):
+        for stepped in sharding.optimized_parameters([parameter]):
             for key, tensor in optimizer.state.get(stepped, {}).items():
-                gathered = whole(tensor)
+                gathered = gather_full(tensor)
                 if sharding.ranks.leads:
                     found[f"{key}:{name}"] = gathered.cpu().contiguous()
     return found
 
 
-def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding) -> None:
-    """Replace an optimizer's state by what `GatheredLearner` wrote; each rank takes what it holds of it.
+def load_optimizer_state(
+    folder: Path, optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding
+) -> None:
+    """Replace an optimizer's state by the one that `LearnerSnapshot` wrote; each rank loads its own shards.
 
     Raises:
         CheckpointError: it is not there, or of other parameters.
@@ -104,8 +106,8 @@ def read_optimizer(folder: Path, optimizer: torch.optim.Optimizer, policy: Actor
                 parameter, tensor = named[name], tensors.get_tensor(label)
                 if tensor.ndim and tensor.shape != parameter.shape:
                     raise ValueError(f"{label} is {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}")
-                for stepped in sharding.trained([parameter]):
-                    placed = like(tensor, stepped) if tensor.ndim else tensor.to(stepped.device, copy=True)
+                for stepped in sharding.optimized_parameters([parameter]):
+                    placed = shard_like(tensor, stepped) if tensor.ndim else tensor.to(stepped.device, copy=True)
                     optimizer.state[stepped][key] = placed
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read for this model: {error}") from error

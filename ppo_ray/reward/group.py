@@ -13,12 +13,12 @@ from ppo_ray.reward.actor import RewardWorker
 
 
 def reward_spec(config: Config) -> ActorSpec:
-    """Return what the reward workers need."""
+    """Return the resources of the reward workers."""
     return actor_specs(config)["reward"]
 
 
 class RewardGroup:
-    """All reward workers; what the loop calls `reward`."""
+    """All reward workers."""
 
     def __init__(self, config: Config, report: Report, seats: Seats | None = None, worker: Any = RewardWorker) -> None:
         """Create the workers, actors of a class; `setup` loads their classifiers."""

@@ -18,7 +18,7 @@ from ppo_ray.weights.transports import make_transport
 
 
 def rollout_spec(config: Config) -> ActorSpec:
-    """Return what the rollout workers need; vLLM's environment must be set before their process imports it."""
+    """Return the resources of the rollout workers; vLLM reads its environment when their process imports it."""
     spec = actor_specs(config)["rollout"]
     if config.rollout.engine != "vllm":
         return spec
@@ -33,7 +33,7 @@ def rollout_spec(config: Config) -> ActorSpec:
 
 
 class RolloutGroup:
-    """All rollout workers; what the loop calls `rollout`."""
+    """All rollout workers."""
 
     def __init__(self, config: Config, report: Report, seats: Seats | None = None, worker: Any = RolloutWorker) -> None:
         """Create the workers, actors of a class; `setup` starts their engines."""
@@ -41,6 +41,7 @@ class RolloutGroup:
         self._group = ActorGroup(worker, rollout_spec(config), config.ray, report, seats)
         self._group.brought_up = self._catch_up
         self._weights: PublishedWeights | None = None
+        self._weight_metrics: dict[str, float] = {}
         self._transport = make_transport(config)
 
     def setup(self) -> list[dict[str, float]]:
@@ -48,21 +49,28 @@ class RolloutGroup:
         return self._group.setup(self._config)
 
     def generate(self, prompts: PromptBatch, step: int, seed: int | None = None) -> Shards:
-        """Deal the prompts out in order, a shard a worker; returns at once."""
+        """Deal the prompts out in order, one shard per worker, and begin to sample; returns at once.
+
+        The metrics of the shards tell how long the weights that sample them took to arrive.
+        """
         seed = self._config.seed if seed is None else seed
         shards = prompts.split(self._config.rollout.workers)
         calls = [_generate_call(shard, step, seed) for shard in shards]
-        return Shards(self._group, "generating", calls, self._config.ray.call_timeout_s)
+        metrics = {"prompts/num_skipped": float(prompts.num_skipped), **self._weight_metrics}
+        return Shards(self._group, "generating", calls, self._config.ray.call_timeout_s, metrics=metrics)
 
     def generate_everywhere(self, prompts: PromptBatch, seed: int) -> Shards:
-        """Let every worker generate for all of the prompts, a shard a worker: for comparing workers."""
+        """Let every worker sample for all of the prompts, one shard per worker, so that workers can be compared."""
         calls = [_generate_call(prompts, 0, seed)] * self._config.rollout.workers
         return Shards(self._group, "generating for a check", calls, self._config.ray.call_timeout_s)
 
-    def load_weights(self, weights: PublishedWeights) -> dict[str, float]:
+    def load_weights(self, weights: PublishedWeights) -> float:
         """Send weights to every engine and check that each serves them.
 
         A worker that is lost meanwhile is replaced, and its successor gets the same weights.
+
+        Returns:
+            The seconds of the slowest engine.
 
         Raises:
             WorkerError: a worker failed, or acknowledged another version or checksum.
@@ -71,14 +79,16 @@ class RolloutGroup:
         self._weights = weights
         acks = self._transport.send(weights, self._group)
         check_acks(weights, acks)
-        return {"time/sync_s": max(ack.load_s for ack in acks)}
+        seconds = max(ack.seconds for ack in acks)
+        self._weight_metrics = {"time/publish_s": weights.publish_s, "time/sync_s": seconds}
+        return seconds
 
     def close(self) -> None:
         """End the workers."""
         self._group.close()
 
     def _catch_up(self, member: Member) -> None:
-        """Give a replacement the weights that the others have, verified."""
+        """Send a replacement the weights that the others have, and check that it serves them."""
         if self._weights is not None:
             check_acks(self._weights, [self._transport.send_to(self._weights, self._group, member)])
 

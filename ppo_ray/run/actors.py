@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ppo_ray.actors.placement import Seats, reserved
+from ppo_ray.actors.placement import Seats, reserve
 from ppo_ray.config import Config
 from ppo_ray.errors import WorkerError
 from ppo_ray.events import Report
 from ppo_ray.learner.group import LearnerGroup
-from ppo_ray.learner.probe import Agreement, disagreement
+from ppo_ray.learner.reports import Agreement
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.reward.group import RewardGroup
 from ppo_ray.rollout.group import RolloutGroup
@@ -41,8 +41,8 @@ def launch_scorers(config: Config, say: Say, report: Report) -> Iterator[tuple[R
         InputError: the cluster cannot hold them.
         WorkerError: a worker did not start; the message is its own error.
     """
-    with reserved(config, ["rollout", "reward"]) as seats, contextlib.ExitStack() as stack:
-        rollout, reward = _scorers(config, report, seats, stack)
+    with reserve(config, ["rollout", "reward"]) as seats, contextlib.ExitStack() as stack:
+        rollout, reward = _create_scorers(config, report, seats, stack)
         _set_up_scorers(config, rollout, reward, say)
         yield rollout, reward
 
@@ -60,8 +60,8 @@ def launch(
         say: is told when a group is ready.
         report: is told when a worker is replaced.
     """
-    with reserved(config) as seats, contextlib.ExitStack() as stack:
-        rollout, reward = _scorers(config, report, seats, stack)
+    with reserve(config) as seats, contextlib.ExitStack() as stack:
+        rollout, reward = _create_scorers(config, report, seats, stack)
         learner = LearnerGroup(config, trajectories, report, seats)
         stack.callback(learner.close)
         _set_up_scorers(config, rollout, reward, say)
@@ -69,10 +69,10 @@ def launch(
         yield Actors(rollout, reward, learner)
 
 
-def _scorers(
+def _create_scorers(
     config: Config, report: Report, seats: Seats, stack: contextlib.ExitStack
 ) -> tuple[RolloutGroup, RewardGroup]:
-    """Launch the processes: all import their libraries at once, and take turns to load what they work with."""
+    """Create the workers: all import their libraries at once; their models are loaded later, in turn."""
     rollout = RolloutGroup(config, report, seats)
     stack.callback(rollout.close)
     reward = RewardGroup(config, report, seats)
@@ -81,7 +81,7 @@ def _scorers(
 
 
 def _set_up_scorers(config: Config, rollout: RolloutGroup, reward: RewardGroup, say: Say) -> None:
-    """Engines first and alone: they take longest and fill the cores."""
+    """Set up the engines first and alone: they take longest and use all cores."""
     _say_ready(say, f"{config.rollout.workers} x rollout ({config.rollout.engine})", rollout.setup())
     _say_ready(say, f"{config.reward.workers} x reward", reward.setup())
 
@@ -99,10 +99,10 @@ def check_engines(actors: Actors, config: Config, prompts: PromptBatch) -> list[
     Raises:
         WorkerError: an engine does not compute with what it was sent; names it.
     """
-    actors.rollout.load_weights(actors.learner.moved_weights())
+    actors.rollout.load_weights(actors.learner.publish(moved=True))
     agreements = actors.learner.compare(actors.rollout.generate_everywhere(prompts, config.seed))
     coarser = "bfloat16" if "bfloat16" in (config.model.dtype, config.rollout.dtype) else "float32"
-    wrong = [problem for item in agreements if (problem := disagreement(item, coarser))]
+    wrong = [problem for item in agreements if (problem := item.problem(coarser))]
     if wrong:
         raise WorkerError("after new weights " + "; ".join(wrong) + ". Its samples would be of another policy")
     return agreements

@@ -2,11 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from ppo_ray import atomic
-from ppo_ray.checkpoint import BEST, FINAL, LATEST, Pending, RunState, verify
+from ppo_ray.checkpoint import BEST, FINAL, LATEST, BeginSave, Pending, RunState, verify
 from ppo_ray.config import CheckpointConfig
 from ppo_ray.errors import CheckpointError
 from ppo_ray.events import Event, Report
@@ -29,13 +28,13 @@ class Checkpoints:
         self._folder, self._config, self._config_yaml, self._report = folder, config, config_yaml, report
         self._pending: tuple[Path, Pending] | None = None
 
-    def due(self, step: int, num_steps: int) -> bool:
-        """Say whether the state after so many steps is to be written."""
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Say whether the state after so many steps is to be saved."""
         every = self._config.every_steps
         return step == num_steps or (every > 0 and step % every == 0)
 
     def path(self, step: int) -> Path:
-        """Return where the state after so many steps lies, or would lie."""
+        """Return the folder of the state after so many steps, whether it exists or not."""
         return self._folder / f"step-{step:05d}"
 
     def newest(self) -> tuple[Path, RunState] | None:
@@ -59,12 +58,12 @@ class Checkpoints:
                 return path, RunState.read(path)
         return None
 
-    def save(self, state: RunState, begin: Callable[[Path, RunState, str], Pending]) -> None:
-        """Begin to write a state, unless it is there; `finish` waits for it.
+    def save(self, state: RunState, begin: BeginSave) -> None:
+        """Begin to write a state, unless it exists; `finish` waits for it.
 
         Args:
             state: of the run.
-            begin: starts `write` with these arguments, wherever the learner is.
+            begin: calls `checkpoint.write` with these arguments where the learner is, and returns what waits for it.
         """
         self.finish()
         path = self.path(state.step)
@@ -74,7 +73,7 @@ class Checkpoints:
             self._pending = path, begin(path, state, self._config_yaml)
 
     def finish(self) -> None:
-        """Wait for what `save` began; it is the latest one then, and those that need not be kept are removed.
+        """Wait for what `save` began, link it as the latest, and remove checkpoints that need not be kept.
 
         Raises:
             CheckpointError: it could not be written.
@@ -88,11 +87,16 @@ class Checkpoints:
         self._prune()
 
     def abandon(self) -> None:
-        """Forget what `save` began: who was writing is gone."""
+        """Forget what `save` began: the learner that was writing it is lost."""
         self._pending = None
 
-    def scored(self, step: int, score: float | None) -> None:
-        """Note the mean score of a step: that of the checkpoint whose policy sampled it. Either may be missing."""
+    def note_score(self, step: int, score: float | None) -> None:
+        """Note the mean score of a batch for the checkpoint whose policy sampled it, and link the best one.
+
+        Args:
+            step: steps that this policy had made; it need not have a checkpoint.
+            score: of the batch; None: nothing was scored.
+        """
         name = self.path(step).name
         if self._config.keep_best and score is not None and (self._folder / name).is_dir():
             scores = self._scores() | {name: score}
@@ -100,7 +104,7 @@ class Checkpoints:
             self._link(BEST, max(scores, key=lambda name: scores[name]))
 
     def finish_run(self, step: int) -> None:
-        """Name the state after the last step `final`: the run is done."""
+        """Link the state after the last step as `final`."""
         self._link(FINAL, self.path(step).name)
 
     def _link(self, name: str, target: str) -> None:

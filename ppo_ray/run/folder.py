@@ -80,7 +80,8 @@ class RunFolder:
         Raises:
             InputError: it holds another run, is a file, or cannot be written to.
         """
-        remnant = (folder := cls(Path(output_dir).absolute()))._remnant()
+        folder = cls(Path(output_dir).absolute())
+        remnant = folder._remnant()
         if remnant:
             raise InputError(
                 f"output_dir={output_dir}: the folder holds another run ({remnant.relative_to(folder.path)}); "
@@ -106,7 +107,7 @@ class RunFolder:
         return folder
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Keep other processes out of the folder; the lock ends with this process, however it ends.
 
         Raises:

@@ -69,7 +69,7 @@ def open_folder(config: Config) -> RunFolder:
     return RunFolder.open(config.output_dir)
 
 
-def finished(folder: RunFolder, config: Config) -> bool:
+def is_finished(folder: RunFolder, config: Config) -> bool:
     """Say whether the folder's run has made all steps that the config asks for, and ended well.
 
     Raises:
@@ -80,7 +80,7 @@ def finished(folder: RunFolder, config: Config) -> bool:
     _check_config(folder, config)
     try:
         verify(folder.final_checkpoint)
-        return _checked(RunState.read(folder.final_checkpoint), config).step == config.steps
+        return _check_steps(RunState.read(folder.final_checkpoint), config).step == config.steps
     except CheckpointError:
         return False  # it is made again from an earlier one
 
@@ -113,7 +113,7 @@ def find_start(folder: RunFolder, config: Config, checkpoints: Checkpoints, fing
             f"{folder.path} began with (fingerprint {fingerprint}, was {state.prompts_fingerprint}), so it would meet "
             "other prompts. Put them back, or begin a new run in another output_dir"
         )
-    return Start(_checked(state, config), path, changed)
+    return Start(_check_steps(state, config), path, changed)
 
 
 def _check_config(folder: RunFolder, config: Config) -> tuple[Difference, ...]:
@@ -143,7 +143,7 @@ def _check_config(folder: RunFolder, config: Config) -> tuple[Difference, ...]:
     return tuple(item for item in found if item.key not in ("output_dir", "resume"))
 
 
-def _checked(state: RunState, config: Config) -> RunState:
+def _check_steps(state: RunState, config: Config) -> RunState:
     if state.step > config.steps:
         raise InputError(f"steps={config.steps}: the run has made {state.step} steps already; ask for as many or more")
     return state

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ppo_ray.learner.probe import Agreement
+from ppo_ray.learner.reports import Agreement
 from ppo_ray.run.evaluation import Evaluation
 from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.progress import PARTS, STEP_SECONDS, signed

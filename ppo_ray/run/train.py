@@ -1,4 +1,4 @@
-"""A run from its config to its last line: what stands before, around and after the loop."""
+"""The commands that start actors: train a policy, check the engines, evaluate a checkpoint."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,14 +15,10 @@ from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event
 from ppo_ray.run.actors import Actors, check_engines, launch, launch_scorers
-from ppo_ray.run.checkpoints import Checkpoints
 from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation, evaluate, prompt_stream
-from ppo_ray.run.folder import config_text
-from ppo_ray.run.gauges import Gauges
-from ppo_ray.run.log import MetricsLog
-from ppo_ray.run.loop import Run, run_overlapped, run_steps
-from ppo_ray.run.resume import Start, find_start, finished, open_folder
+from ppo_ray.run.loop import run_overlapped, run_steps
+from ppo_ray.run.run import Run
 from ppo_ray.run.samples import write_samples
 from ppo_ray.run.summary import print_agreements, print_evaluation, print_summary
 
@@ -40,34 +36,24 @@ def train(config: Config, console: Console) -> None:
         CheckpointError: a checkpoint could not be written.
         Interrupted: SIGTERM or Ctrl-C; what was done is saved.
     """
-    preflight.check(config)
-    folder = open_folder(config)
-    with folder.locked(), MetricsLog(folder.path) as log:
-        if finished(folder, config):
-            console.print(f"the run in {folder.path} has made its {config.steps} steps: nothing to do", soft_wrap=True)
+    with Run.open(config, console) as run:
+        if run.is_finished:
+            run.say(f"the run in {run.folder.path} has made its {config.steps} steps: nothing to do")
             return
-        if config.resume == "never":
-            folder.clear()
-        prompts = prompt_stream(config)
-        checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, config_text(config), lambda e: run.report(e))
-        run = Run(config, prompts, folder, checkpoints, log, Gauges(folder.path.name), console, RunState())
-        start = find_start(folder, config, checkpoints, prompts.fingerprint)
-        folder.write_config(config)
-        begin(run, start)
         steps = run_overlapped if config.rollout.max_staleness else run_steps
         with (
             ray_session(config.ray),
-            launch(config, folder.trajectories, start.checkpoint, run.say, run.report) as actors,
+            launch(config, run.folder.trajectories, run.start.checkpoint, run.say, run.report) as actors,
         ):
-            before = whatever_the_learner(run, actors, lambda: evaluate_before(run, actors))
-            with saved_if_it_ends(run, actors):
-                whatever_the_learner(run, actors, lambda: steps(run, actors))
-            after = evaluate(actors.rollout, actors.reward, prompts.held_out(), config)
-            checkpoints.finish_run(run.state.step)
+            before = rebuild_on_loss(run, actors, evaluate_before)
+            with save_on_exit(run, actors):
+                rebuild_on_loss(run, actors, steps)
+            after = evaluate(actors.rollout, actors.reward, run.prompts.held_out(), config)
+            run.checkpoints.finish_run(run.state.step)
     if before and after:
-        write_samples(folder.samples, before, after)
-    draw_curves(folder.curves, run.history, before, after)
-    print_summary(console, folder, run.history, before, after)
+        write_samples(run.folder.samples, before, after)
+    draw_curves(run.folder.curves, run.history, before, after)
+    print_summary(console, run.folder, run.history, before, after)
 
 
 def check(config: Config, console: Console) -> None:
@@ -111,8 +97,8 @@ def evaluate_checkpoint(checkpoint: Path, overrides: list[str], console: Console
     print_evaluation(console, evaluation)
 
 
-def whatever_the_learner(run: Run, actors: Actors, work: Callable[[], Result]) -> Result:
-    """Do the work; a lost learner is rebuilt from the newest checkpoint, and the work is taken up from there.
+def rebuild_on_loss(run: Run, actors: Actors, work: Callable[[Run, Actors], Result]) -> Result:
+    """Do the work; if the learner is lost, rebuild it from the newest checkpoint and do the work from there.
 
     Raises:
         WorkerError: it was lost too often (`ray.max_restarts`) without a step more than before.
@@ -124,7 +110,7 @@ def whatever_the_learner(run: Run, actors: Actors, work: Callable[[], Result]) -
         try:
             if lost is not None:
                 rebuild_learner(run, actors, lost)
-            return work()
+            return work(run, actors)
         except WorkerLost as error:
             lost = WorkerLost(str(error), error.name)  # its traceback would keep a batch and a copy of the weights
             losses = losses + 1 if run.state.step <= furthest else 1
@@ -137,12 +123,12 @@ def whatever_the_learner(run: Run, actors: Actors, work: Callable[[], Result]) -
 
 
 def rebuild_learner(run: Run, actors: Actors, lost: WorkerLost) -> None:
-    """Put another learner in the lost one's place, and the whole run back to the newest checkpoint."""
+    """Replace the lost learner, and return the whole run to the newest checkpoint."""
     run.checkpoints.abandon()
     path, state = run.checkpoints.newest() or (None, RunState(prompts_fingerprint=run.prompts.fingerprint))
     steps = run.state.step
     actors.learner.rebuild(lost, path)
-    run.synced = actors.rollout.load_weights(actors.learner.weights())
+    actors.rollout.load_weights(actors.learner.publish())
     run.go_on_from(state)
     source = f"from {path.name}" if path else "as the run began"
     run.report(
@@ -151,11 +137,14 @@ def rebuild_learner(run: Run, actors: Actors, lost: WorkerLost) -> None:
 
 
 @contextlib.contextmanager
-def saved_if_it_ends(run: Run, actors: Actors) -> Iterator[None]:
-    """Save the state after the last whole step if the block is ended by a signal or an error, and say where it is."""
+def save_on_exit(run: Run, actors: Actors) -> Iterator[None]:
+    """Save the state after the last whole step if a signal or an error ends the block, and say where it is."""
     try:
         yield
     except Exception as error:
+        update = actors.learner.last_update
+        if update is not None and update.step == run.state.step:
+            run.record(update)  # only its weights did not reach every engine, which the next start makes up for
         if isinstance(error, PPORayError):
             why = f"step {run.state.step} was not finished: {str(error).splitlines()[0]}"
             # on a full disk what ended the run is said all the same, and saved if it can be
@@ -173,18 +162,11 @@ def saved_if_it_ends(run: Run, actors: Actors) -> Iterator[None]:
         raise
 
 
-def begin(run: Run, start: Start) -> None:
-    """Take up the run where it starts, and say so."""
-    run.go_on_from(start.state)
-    run.say(run.prompts.summary)
-    if start.checkpoint is None:
-        return
-    changed = "".join(f"; {item}" for item in start.changed)
-    run.report(Event("resumed", f"going on after step {start.state.step} from {start.checkpoint.name}{changed}"))
-
-
 def evaluate_before(run: Run, actors: Actors) -> Evaluation | None:
-    """Check the engines, give them the learner's weights, and evaluate the policy as the run began, or recall it."""
+    """Check the engines, send them the learner's weights, and evaluate the policy that the run began with.
+
+    A run that goes on reads that evaluation from its folder.
+    """
     config, rollout = run.config, actors.rollout
     if config.rollout.self_check:
         agreements = check_engines(actors, config, run.prompts.peek(_CHECK_PROMPTS))
@@ -192,8 +174,7 @@ def evaluate_before(run: Run, actors: Actors) -> Evaluation | None:
         run.say(
             f"new weights change what every engine computes, as they should: {worst:.1e} nats a token off the learner"
         )
-    run.synced = rollout.load_weights(actors.learner.weights())
-    seconds = run.synced["time/sync_s"]
+    seconds = rollout.load_weights(actors.learner.publish())
     run.say(f"weights of policy version {run.state.step} in every engine, verified, in {seconds:.1f} s")
     if run.folder.before.is_file():
         return Evaluation.read(run.folder.before)

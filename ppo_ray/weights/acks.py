@@ -1,4 +1,4 @@
-"""What the driver knows of weights: their name, where they are to be had, and who serves them."""
+"""The driver's record of weights: version and checksum, where they are, and who acknowledged them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from ppo_ray.errors import WorkerError
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """Weights that a learner has ready: their name, and references that the driver never fetches."""
+    """Weights that a learner has published: version, checksum, and references that the driver never fetches."""
 
     policy_version: int
     checksum: str
@@ -18,23 +18,25 @@ class PublishedWeights:
     buckets: tuple[Any, ...] = ()
     """References to the buckets of a snapshot; none where the weights stay on the learner's GPU."""
     ranks: tuple[Any, ...] = ()
-    """The learner's workers, the first of which speaks for all: who sends what stays on their GPUs."""
+    """The learner's workers, the first rank first; they send what stays on their GPUs."""
+    publish_s: float = 0.0
+    """Seconds that publishing took, until the weights were in the object store."""
 
 
 @dataclass(frozen=True)
 class WeightAck:
-    """An engine's word that it serves weights."""
+    """A worker's acknowledgement: an engine serves these weights, or a learner rank has published them."""
 
     worker: str
     policy_version: int
     checksum: str
-    """Of the tensors that it received, each checked."""
-    load_s: float
-    """Seconds from the call to the verified weights in the engine."""
+    """Of all tensors, each verified on arrival."""
+    seconds: float
+    """From the call to the verified or published weights."""
 
 
 def check_acks(weights: PublishedWeights, acks: Iterable[WeightAck]) -> None:
-    """Check that every engine serves the very weights that were sent.
+    """Check that every engine serves the weights that were sent.
 
     Raises:
         WorkerError: an engine acknowledged another version or checksum; the message names it.

@@ -12,7 +12,7 @@ import ray
 from ray.cluster_utils import Cluster
 from typer.testing import CliRunner
 
-from ppo_ray.actors.placement import connected_cluster, reserved
+from ppo_ray.actors.placement import connected_cluster, reserve
 from ppo_ray.actors.watch import Member
 from ppo_ray.actors.worker import Whereabouts
 from ppo_ray.cli import app
@@ -61,7 +61,7 @@ Groups = tuple[RolloutGroup, RewardGroup, LearnerGroup]
 @contextlib.contextmanager
 def launched(config: Config, folder: Path) -> Iterator[Groups]:
     """Launch all actors as a run does; what they load is not of interest here."""
-    with reserved(config) as seats, contextlib.ExitStack() as stack:
+    with reserve(config) as seats, contextlib.ExitStack() as stack:
         groups = (
             RolloutGroup(config, print, seats),
             RewardGroup(config, print, seats),
@@ -138,12 +138,12 @@ def test_actors_are_where_the_plan_says(cluster: Cluster, configured: Callable[.
 
     too_many = configured("learner.workers=7")
     supply = r"9 GPUs needed, the cluster has 6(?s:.*)2 CPUs, 2 free, 2 GPUs, 2 free"
-    with pytest.raises(InputError, match=supply), reserved(too_many):
+    with pytest.raises(InputError, match=supply), reserve(too_many):
         pass
     began = time.monotonic()
-    with reserved(configured()):  # another's run leaves two GPUs of six
+    with reserve(configured()):  # another's run leaves two GPUs of six
         pressed = configured("ray.start_timeout_s=2")
-        with pytest.raises(InputError, match="no room for the actors within 2 s") as caught, reserved(pressed):
+        with pytest.raises(InputError, match="no room for the actors within 2 s") as caught, reserve(pressed):
             pass
         assert time.monotonic() - began < 60
         assert "(ray.start_timeout_s): rollout-0 wants 1 x (0.3333 CPUs, 1 GPUs); rollout-1 wants" in str(caught.value)

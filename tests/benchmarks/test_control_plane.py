@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 class Elsewhere(Worker):
     """A learner on a node that does not see the run's folder."""
 
-    def read(self, file: str) -> None:
-        return None
+    def sees(self, file: str, text: str) -> bool:
+        return False
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_the_entropy_bonus_raises_the_entropy(tiny_policy: Path) -> None:
     for coef in (0.0, 10.0):
         learner = make_learner(tiny_policy, entropy_coef=coef)
         learner.update(make_table(8, SCORES), 0)
-        entropies.append(learner.update(make_table(8, SCORES), 1).minibatches[0].entropy)
+        entropies.append(learner.update(make_table(8, SCORES), 1).minibatches[0].metrics["policy/entropy"])
     assert entropies[1] > entropies[0] + 0.01
 
 

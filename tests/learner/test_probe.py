@@ -9,7 +9,7 @@ import torch
 from ppo_ray import trajectory
 from ppo_ray.learner.batch import ResponseBatch
 from ppo_ray.learner.learner import PPOLearner
-from ppo_ray.learner.probe import Agreement, disagreement
+from ppo_ray.learner.reports import Agreement
 from ppo_ray.weights.wire import Wire
 from tests.learning import largest_difference, make_learner, make_table, weights
 
@@ -23,7 +23,7 @@ def answered(table: pa.Table, logprobs: torch.Tensor) -> pa.Table:
 
 
 def moved_weights(learner: PPOLearner, wire: Wire | None = None) -> dict[str, torch.Tensor]:
-    with learner.probe(wire).moved():
+    with learner.probe(wire).move():
         return weights(learner)
 
 
@@ -48,7 +48,7 @@ def test_moved_weights_are_those_that_arrive(tiny_policy: Path) -> None:
 def test_an_engine_that_serves_what_it_was_sent_is_told_from_one_that_does_not(tiny_policy: Path) -> None:
     learner, table = make_learner(tiny_policy), make_table(6)
     probe, batch = learner.probe(), ResponseBatch.from_table(table)
-    with probe.moved():
+    with probe.move():
         served = probe._logprobs(batch)
     stale = probe._logprobs(batch)
     workers = pa.array(["rollout-0", "rollout-1"] * 3)
@@ -61,8 +61,8 @@ def test_an_engine_that_serves_what_it_was_sent_is_told_from_one_that_does_not(t
     assert (good.worker, bad.worker) == ("rollout-0", "rollout-1")
     assert good.to_moved < 1e-6 and bad.to_own < 1e-6
     assert good.to_own == pytest.approx(good.move, rel=1e-3) and good.move > 0.01
-    assert disagreement(good, "float32") is None
-    assert "rollout-1" in (wrong := disagreement(bad, "float32")) and "it still computes with those before" in wrong
+    assert good.problem("float32") is None
+    assert "rollout-1" in (wrong := bad.problem("float32")) and "it still computes with those before" in wrong
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_an_engine_that_serves_what_it_was_sent_is_told_from_one_that_does_not(t
     ],
 )
 def test_what_counts_as_agreement(found: Agreement, dtype: str, said: str | None) -> None:
-    problem = disagreement(found, dtype)
+    problem = found.problem(dtype)
     assert (problem is None) == (said is None)
     assert said is None or said in problem
 
@@ -86,6 +86,6 @@ def test_a_tensor_of_zeros_is_moved_too(tiny_policy: Path) -> None:
     parameter = next(iter(probe.policy.causal_lm.parameters()))
     with torch.no_grad():
         parameter.zero_()
-    with replace(probe, seed=3).moved():
+    with replace(probe, seed=3).move():
         assert float(parameter.abs().max()) > 0
     assert not np.any(parameter.detach().numpy())

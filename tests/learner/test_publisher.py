@@ -4,14 +4,14 @@ import pytest
 
 from ppo_ray.config import load_config
 from ppo_ray.errors import WorkerLost
-from ppo_ray.learner.publisher import WeightSender
+from ppo_ray.learner.publisher import WeightPublisher
 
 
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
 def test_weights_that_the_learner_no_longer_has_are_lost_with_it(transport: str) -> None:
     """So the learner goes back to its checkpoint, as when it dies; the name comes through from its process."""
     options = ["output_dir=o", "model.path=m", "prompts.path=p", "reward.path=r"]
-    sender = WeightSender(load_config(None, [*options, f"rollout.weight_transport={transport}"]), leads=True)
+    sender = WeightPublisher(load_config(None, [*options, f"rollout.weight_transport={transport}"]), leads=True)
     with pytest.raises(WorkerLost, match="policy version 3 are asked for, but the learner has those of") as caught:
         sender.send(3) if transport == "nccl" else sender.export(3)
     assert pickle.loads(pickle.dumps(caught.value)).name == "learner-0"

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from ppo_ray.learner import ranks
-from ppo_ray.learner.ranks import Meeting
+from ppo_ray.learner.ranks import Rendezvous
 
 CONTEXT = multiprocessing.get_context("spawn")
 
 
-def run(rank: int, size: int, meeting: Meeting, answers: Connection, dies: bool) -> None:
+def run(rank: int, size: int, rendezvous: Rendezvous, answers: Connection, dies: bool) -> None:
     try:
-        joined = ranks.join(meeting, rank, size, "gloo", 60 if dies else 5, 60)
+        joined = ranks.join(rendezvous, rank, size, "gloo", 60 if dies else 5, 60)
         tensor = torch.arange(2.0) + rank
         joined.sum([tensor])
         if dies and rank == 1:
@@ -32,10 +32,10 @@ def run(rank: int, size: int, meeting: Meeting, answers: Connection, dies: bool)
 
 def answers(come: list[int], size: int, dies: bool = False) -> list[object]:
     """Let some of the ranks come; returns what each of them got."""
-    meeting, store = ranks.open_meeting("127.0.0.1", 60)
+    rendezvous, store = ranks.open_rendezvous("127.0.0.1", 60)
     pipes = [CONTEXT.Pipe(duplex=False) for _ in come]
     processes = [
-        CONTEXT.Process(target=run, args=(rank, size, meeting, pipe[1], dies))
+        CONTEXT.Process(target=run, args=(rank, size, rendezvous, pipe[1], dies))
         for rank, pipe in zip(come, pipes, strict=True)
     ]
     for process in processes:
@@ -63,11 +63,11 @@ def test_the_loss_of_a_rank_is_told_from_other_errors() -> None:
 
 
 def test_the_meeting_is_open_on_its_own_address_alone() -> None:
-    meeting, store = ranks.open_meeting("127.0.0.1", 5)
-    listening = [item for item in psutil.Process().net_connections("inet") if item.laddr.port == meeting.port]
+    rendezvous, store = ranks.open_rendezvous("127.0.0.1", 5)
+    listening = [item for item in psutil.Process().net_connections("inet") if item.laddr.port == rendezvous.port]
     assert {item.laddr.ip for item in listening if item.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
     del store
-    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", meeting.port), timeout=5):
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", rendezvous.port), timeout=5):
         pass
 
 

@@ -36,7 +36,7 @@ def run(
     for step in steps:
         learner.update(make_table(7 + step), step)
     if end is not None:
-        gathered = learner.gathered()
+        gathered = learner.gather()
         if ranks is None or ranks.leads:
             gathered.write(end)
     return weights(learner)
@@ -72,7 +72,7 @@ def shares_and_probe(ranks: Ranks | None, folder: Path, model: dict[str, Any]) -
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in parameters]
     states = [state["exp_avg"] for state in learner._optimizer.state.values()]
     before = weights(learner)
-    with learner.probe().moved():
+    with learner.probe().move():
         moved = weights(learner)
     compared = learner.probe().compare(make_table(6))[0]
     return {

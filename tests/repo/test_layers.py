@@ -1,13 +1,7 @@
 """The map of the package: which room may import which, and where heavy libraries may be imported."""
 
 import ast
-import subprocess
-import sys
-from fnmatch import fnmatch
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "ppo_ray"

@@ -7,7 +7,7 @@ import pytest
 
 from ppo_ray.config import load_config
 from ppo_ray.errors import WorkerError
-from ppo_ray.learner.probe import Agreement
+from ppo_ray.learner.reports import Agreement
 from ppo_ray.run.actors import check_engines
 
 REQUIRED = ["model.path=m", "prompts.path=p", "reward.path=r", "output_dir=o"]
@@ -25,7 +25,7 @@ REQUIRED = ["model.path=m", "prompts.path=p", "reward.path=r", "output_dir=o"]
 def test_engines_may_differ_from_the_learner_by_the_rounding_of_either(options: list[str], rounded: bool) -> None:
     found = [Agreement("rollout-0", to_moved=0.03, to_own=3.0, move=3.0)]
     rollout = SimpleNamespace(load_weights=lambda weights: None, generate_everywhere=lambda prompts, seed: None)
-    learner = SimpleNamespace(moved_weights=lambda: None, compare=lambda generated: found)
+    learner = SimpleNamespace(publish=lambda moved: None, compare=lambda generated: found)
     actors: Any = SimpleNamespace(rollout=rollout, learner=learner)
     prompts: Any = None
     config = load_config(None, [*REQUIRED, *options])

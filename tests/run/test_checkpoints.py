@@ -59,7 +59,7 @@ def test_there_is_none(folder: Folder) -> None:
 @pytest.mark.parametrize("every", [0, 1, 4])
 def test_when_one_is_due(tmp_path: Path, every: int) -> None:
     checkpoints = Folder(tmp_path, every_steps=every).checkpoints
-    due = [step for step in range(1, 11) if checkpoints.due(step, 10)]
+    due = [step for step in range(1, 11) if checkpoints.is_due(step, 10)]
     assert due == {0: [10], 1: list(range(1, 11)), 4: [4, 8, 10]}[every]
 
 
@@ -89,11 +89,11 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     folder = Folder(tmp_path, keep_last=2)
     for step, score in ((2, 0.1), (4, 0.9), (6, 0.3), (8, 0.2)):
         folder.save(step)
-        folder.checkpoints.scored(step, score)  # of the batch that this very policy sampled
+        folder.checkpoints.note_score(step, score)  # of the batch that this very policy sampled
     assert folder.names() == ["step-00004", "step-00006", "step-00008"]
     assert (folder.link("best"), folder.link("latest")) == ("step-00004", "step-00008")
-    folder.checkpoints.scored(7, 5.0)  # a policy that was not saved
-    folder.checkpoints.scored(6, None)  # no text of it could be scored
+    folder.checkpoints.note_score(7, 5.0)  # a policy that was not saved
+    folder.checkpoints.note_score(6, None)  # no text of it could be scored
     assert folder.link("best") == "step-00004"
 
 
@@ -101,7 +101,7 @@ def test_the_best_need_not_be_kept(tmp_path: Path) -> None:
     folder = Folder(tmp_path, keep_last=1, keep_best=False)
     for step in (2, 4, 6):
         folder.save(step)
-        folder.checkpoints.scored(step, -step)
+        folder.checkpoints.note_score(step, -step)
     assert folder.names() == ["step-00006"]
 
 

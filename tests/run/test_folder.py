@@ -72,7 +72,7 @@ def test_config_is_written_and_read_back(tmp_path, config):
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
     folder = RunFolder.create(tmp_path)
-    with folder.locked(), pytest.raises(InputError, match="another process is training"), folder.locked():
+    with folder.lock(), pytest.raises(InputError, match="another process is training"), folder.lock():
         pytest.fail("two at once")
-    with folder.locked():
+    with folder.lock():
         pass

@@ -20,12 +20,10 @@ from ppo_ray import checkpoint
 from ppo_ray.checkpoint import AHEAD, RunState
 from ppo_ray.config import load_config
 from ppo_ray.errors import WorkerError, WorkerLost
-from ppo_ray.run.checkpoints import Checkpoints
-from ppo_ray.run.folder import RunFolder, config_text
-from ppo_ray.run.gauges import Gauges
-from ppo_ray.run.log import MetricsLog
-from ppo_ray.run.loop import Run, run_overlapped, run_steps
-from ppo_ray.run.train import saved_if_it_ends, whatever_the_learner
+from ppo_ray.learner.reports import UpdateReport
+from ppo_ray.run.loop import run_overlapped, run_steps
+from ppo_ray.run.run import Run
+from ppo_ray.run.train import rebuild_on_loss, save_on_exit
 
 BATCH, STEPS = 4, 6
 
@@ -36,10 +34,11 @@ class Prompts:
 
     position: int = 0
     fingerprint: str = "f00"
+    summary: str = "prompts"
 
     def take(self, n: int) -> SimpleNamespace:
         first, self.position = self.position, self.position + n
-        return SimpleNamespace(first=first, num_skipped=float(first // n % 3 == 2))
+        return SimpleNamespace(first=first, num_skipped=int(first // n % 3 == 2))
 
 
 @dataclass
@@ -57,6 +56,9 @@ class World:
     learnt: list[list[int]] = field(default_factory=list)
     """What the policy has learnt from: it stands for the weights."""
     held: list[int] | None = None
+    last_update: UpdateReport | None = None
+    last_sync: int = -1
+    """The engines fail for good when they have this policy version and are sent another."""
 
     def generate(self, prompts: SimpleNamespace, step: int) -> Callable[[], list[int]]:
         self.calls.append(f"generate {step}")
@@ -64,32 +66,37 @@ class World:
         again = next(self.sample_late, False)
         return lambda: [step, prompts.first, self.engines] if again else now
 
-    def load_weights(self, version: int) -> dict[str, float]:
+    def load_weights(self, version: int) -> float:
+        self.may_end()
         self.calls.append(f"load {version}")
         self.engines = version
-        return {"time/sync_s": 0.0}
+        return 0.0
+
+    def may_end(self) -> None:
+        if self.engines == self.last_sync:
+            raise WorkerError("rollout-0 was lost too often")
 
     def may_die(self) -> None:
         if next(self.lose_learner, False):
             raise WorkerLost("gone", "learner-0")
 
-    def hold(self, scored: Callable[[], list[int]], may_stop: bool = False) -> dict[str, float]:
+    def hold(self, scored: Callable[[], list[int]], may_stop: bool = False) -> None:
         self.may_die()
         self.held = scored()
         self.calls.append(f"hold {self.held[0]}")
-        return {"time/wait_s": 0.0}
 
-    def update(self, scored: Callable[[], list[int]], step: int) -> SimpleNamespace:
+    def update(self, scored: Callable[[], list[int]], step: int) -> UpdateReport:
         self.held = scored()
         return self.update_held(step)
 
-    def update_held(self, step: int) -> SimpleNamespace:
+    def update_held(self, step: int) -> UpdateReport:
         self.may_die()
         assert self.held is not None and self.held[0] == step == len(self.learnt)
         self.calls.append(f"update {step}")
         self.learnt.append(self.held)
         version, self.held = self.held[2], None
-        return SimpleNamespace(metrics=figures(version), weights=len(self.learnt))
+        self.last_update = UpdateReport(step, metrics(step, version), 0.2)
+        return self.last_update
 
     def save(self, path: Path, state: RunState, config: str) -> checkpoint.Pending:
         self.may_die()
@@ -103,7 +110,7 @@ class World:
 
         return lambda: checkpoint.write(path, state, config, save_learner)
 
-    def weights(self) -> int:
+    def publish(self) -> int:
         self.may_die()
         return len(self.learnt)
 
@@ -112,31 +119,35 @@ class World:
         self.restore(path)
 
     def restore(self, path: Path | None) -> None:
+        self.last_update = None
         self.learnt = json.loads((path / "learnt.json").read_text()) if path else []
         self.held = json.loads((path / AHEAD).read_text()) if path else None
 
 
-def figures(version: int) -> dict[str, float]:
-    names = ("mismatch/logprob_mean", "mismatch/logprob_max", "kl/per_sequence", "policy/ratio_first")
-    return dict.fromkeys(names, 0.0) | {"learner/skipped_update": 0.0, "score/mean": float(version)}
+def metrics(step: int, version: int) -> dict[str, float]:
+    names = [
+        "mismatch/logprob_mean",
+        "mismatch/logprob_max",
+        "kl/per_sequence",
+        "policy/ratio_first",
+        "learner/skipped_update",
+    ]
+    return dict.fromkeys(names, 0.0) | {"score/mean": float(version), "rollout/staleness_max": float(step - version)}
 
 
 def train(
-    world: World, loop: Callable[..., None], steps: int = STEPS, start: Path | None = None, max_restarts: int = 99
+    world: World, loop: Callable[..., None], steps: int = STEPS, resume: str = "never", max_restarts: int = 99
 ) -> Run:
     """Run a loop as the driver does, with a checkpoint after every other step."""
     options = ["model.path=m", "prompts.path=p", "reward.path=r", f"output_dir={world.folder}", f"steps={steps}"]
     options += [f"rollout.batch_size={BATCH}", "checkpoint.every_steps=2", f"ray.max_restarts={max_restarts}"]
-    config, folder = load_config(None, options), RunFolder(world.folder)
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, config_text(config), lambda event: None)
     prompts: Any = Prompts()
     actors: Any = SimpleNamespace(rollout=world, reward=SimpleNamespace(score=lambda shards: shards), learner=world)
-    with MetricsLog(world.folder) as log:
-        run = Run(config, prompts, folder, checkpoints, log, Gauges("run"), Console(file=io.StringIO()), RunState())
-        world.restore(start)
-        run.go_on_from(RunState.read(start) if start else RunState(prompts_fingerprint="f00"))
+    with Run.open(load_config(None, [*options, f"resume={resume}"]), Console(file=io.StringIO()), prompts) as run:
+        world.restore(run.start.checkpoint)
         world.engines = run.state.step
-        whatever_the_learner(run, actors, lambda: loop(run, actors))
+        with save_on_exit(run, actors):
+            rebuild_on_loss(run, actors, loop)
     return run
 
 
@@ -148,7 +159,6 @@ def test_one_step_after_the_other(tmp_path: Path) -> None:
     world = World(tmp_path)
     run = train(world, run_steps, 2)
     assert world.calls == ["generate 0", "update 0", "load 1", "generate 1", "update 1", "load 2", "save 2"]
-    assert [line["prompts/num_skipped"] for line in run.history] == [0, 0]
     assert run.state == RunState(2, 8, "f00")
 
 
@@ -162,7 +172,6 @@ def test_the_next_batch_is_asked_for_before_the_update_and_held_before_the_sync(
         *("generate 3", "update 2", "hold 3", "load 3", "save 3"),
     ]
     assert world.learnt == learnt(late=1)[:3]
-    assert [line["prompts/num_skipped"] for line in run.history] == [0, 0, 1]  # of the batch that was learnt from
     assert run.state == RunState(3, 12, "f00")  # the next step's prompts, though they have been taken
 
 
@@ -177,12 +186,12 @@ def test_the_best_checkpoint_is_that_of_the_policy_which_sampled_the_best_batch(
 
 
 def test_a_run_goes_on_with_the_batch_that_its_checkpoint_holds(tmp_path: Path) -> None:
-    shorter = train(World(tmp_path), run_overlapped, 3)
+    train(World(tmp_path), run_overlapped, 3)
     world = World(tmp_path)
-    longer = train(world, run_overlapped, STEPS, shorter.checkpoints.path(3))
+    longer = train(world, run_overlapped, STEPS, "required")
     assert world.calls[:3] == ["generate 4", "update 3", "hold 4"]
     assert world.learnt == learnt(late=1)
-    assert [line["prompts/num_skipped"] for line in longer.history] == [0, 0, 1, 0, 0, 1]
+    assert [line["step"] for line in longer.history] == list(range(STEPS))
 
 
 @pytest.mark.parametrize(("loop", "late"), [(run_steps, 0), (run_overlapped, 1)])
@@ -208,7 +217,7 @@ class Doomed(World):
     forgiven: bool = False
     """Whether each kills but once."""
 
-    def update_held(self, step: int) -> SimpleNamespace:
+    def update_held(self, step: int) -> UpdateReport:
         if step in self.fatal:
             self.fatal = tuple(other for other in self.fatal if other != step or not self.forgiven)
             raise WorkerLost("learner-0 (pid 7) was lost while updating", "learner-0")
@@ -238,7 +247,8 @@ def test_a_learner_that_dies_once_in_each_step_does_not(tmp_path: Path) -> None:
 def test_a_run_that_ends_before_its_first_step_says_of_no_checkpoint_that_it_is_there() -> None:
     said: list[str] = []
     run: Any = SimpleNamespace(state=RunState(), report=lambda event: said.append(event.message), say=said.append)
-    with pytest.raises(WorkerError, match="gone"), saved_if_it_ends(run, actors=Any):
+    actors: Any = SimpleNamespace(learner=SimpleNamespace(last_update=None))
+    with pytest.raises(WorkerError, match="gone"), save_on_exit(run, actors):
         raise WorkerError("gone")
     assert said == ["step 0 was not finished: gone"]
 
@@ -251,7 +261,7 @@ def test_a_lost_learners_batch_is_not_kept() -> None:
 
     held: list[weakref.ref[Batch]] = []
 
-    def work() -> bool:
+    def work(*_: Any) -> bool:
         if held:
             gc.collect()
             return held[0]() is None
@@ -266,6 +276,18 @@ def test_a_lost_learners_batch_is_not_kept() -> None:
         state=RunState(), checkpoints=checkpoints, prompts=Prompts(), go_on_from=nothing, report=nothing
     )
     run.config = SimpleNamespace(ray=SimpleNamespace(max_restarts=1))
-    learner, rollout = SimpleNamespace(rebuild=nothing, weights=nothing), SimpleNamespace(load_weights=nothing)
+    learner, rollout = SimpleNamespace(rebuild=nothing, publish=nothing), SimpleNamespace(load_weights=nothing)
     actors: Any = SimpleNamespace(learner=learner, rollout=rollout)
-    assert whatever_the_learner(run, actors, work)
+    assert rebuild_on_loss(run, actors, work)
+
+
+@pytest.mark.parametrize("loop", [run_steps, run_overlapped])
+def test_an_update_whose_weights_reach_no_engine_is_kept(tmp_path: Path, loop: Callable[..., None]) -> None:
+    """Its step is logged and saved: the next start sends the weights."""
+    with pytest.raises(WorkerError, match="rollout-0 was lost too often"):
+        train(World(tmp_path, last_sync=3), loop)
+    assert (tmp_path / "checkpoints" / "latest").readlink().name == "step-00004"
+    world = World(tmp_path)
+    run = train(world, loop, resume="required")
+    assert run.start.state.step == 4 and [line["step"] for line in run.history] == list(range(STEPS))
+    assert world.learnt == learnt(late=int(loop is run_overlapped))

@@ -8,7 +8,7 @@ from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError
 from ppo_ray.run.checkpoints import Checkpoints
 from ppo_ray.run.folder import RunFolder, config_text
-from ppo_ray.run.resume import Difference, differences, find_start, finished, open_folder
+from ppo_ray.run.resume import Difference, differences, find_start, is_finished, open_folder
 
 
 def make(folder: Path, *overrides: str) -> Config:
@@ -109,13 +109,13 @@ def test_fewer_steps_than_were_made(tmp_path: Path) -> None:
 
 def test_a_finished_run(tmp_path: Path) -> None:
     run = leave_run(tmp_path / "done", 10, done=True)
-    assert finished(run, make(run.path, "resume=auto"))
-    assert not finished(run, make(run.path, "resume=auto", "steps=20"))
+    assert is_finished(run, make(run.path, "resume=auto"))
+    assert not is_finished(run, make(run.path, "resume=auto", "steps=20"))
     with pytest.raises(InputError, match="seed: 0 -> 1"):
-        finished(run, make(run.path, "resume=auto", "seed=1"))
-    assert not finished(leave_run(tmp_path / "not", 10), make(tmp_path / "not", "resume=auto"))  # not yet evaluated
+        is_finished(run, make(run.path, "resume=auto", "seed=1"))
+    assert not is_finished(leave_run(tmp_path / "not", 10), make(tmp_path / "not", "resume=auto"))  # not yet evaluated
     (run.checkpoints / "step-00010" / "run.json").write_text("{}")
-    assert not finished(run, make(run.path, "resume=auto"))
+    assert not is_finished(run, make(run.path, "resume=auto"))
 
 
 def test_differences_name_every_leaf(tmp_path: Path) -> None:

@@ -1,0 +1,144 @@
+"""A run: its prompts, its folder and what it keeps of every step."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Self
+
+from rich.console import Console
+
+from ppo_ray import preflight, stopping
+from ppo_ray.checkpoint import BeginSave, RunState
+from ppo_ray.config import Config
+from ppo_ray.events import Event
+from ppo_ray.learner.reports import UpdateReport
+from ppo_ray.prompts.stream import PromptStream
+from ppo_ray.run.checkpoints import Checkpoints
+from ppo_ray.run.evaluation import prompt_stream
+from ppo_ray.run.folder import RunFolder, config_text
+from ppo_ray.run.gauges import Gauges
+from ppo_ray.run.log import MetricsLog
+from ppo_ray.run.progress import StepProgress
+from ppo_ray.run.resume import Start, find_start, is_finished, open_folder
+
+
+class Run:
+    """A run whose folder is open; `open` makes one."""
+
+    def __init__(
+        self, config: Config, prompts: PromptStream, folder: RunFolder, log: MetricsLog, console: Console
+    ) -> None:
+        """Take what is open already; the run stands before its first step."""
+        self.config, self.prompts, self.folder, self.console = config, prompts, folder, console
+        self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, config_text(config), self.report)
+        self.state = RunState(prompts_fingerprint=prompts.fingerprint)
+        """After the last step that ended."""
+        self.start = Start(self.state)
+        """Where the run began in this process."""
+        self.history: list[dict[str, float]] = []
+        """Metrics of each step."""
+        self.is_finished = False
+        """Whether all steps were made before this process began."""
+        self._log, self._gauges = log, Gauges(folder.path.name)
+        self._progress = StepProgress(config.steps, console)
+        self._save: BeginSave | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, config: Config, console: Console, prompts: PromptStream | None = None) -> Iterator[Self]:
+        """Check the config, open or create the run's folder, lock it, and find the step to begin or go on with.
+
+        Args:
+            config: of the run.
+            console: shows events, progress and results.
+            prompts: of the run; None: check the whole config, and read them as it says.
+
+        Raises:
+            InputError: something in the config cannot be used; nothing was started or written.
+        """
+        if prompts is None:
+            preflight.check(config)
+            prompts = prompt_stream(config)
+        folder = open_folder(config)
+        with folder.lock(), MetricsLog(folder.path) as log:
+            run = cls(config, prompts, folder, log, console)
+            run.is_finished = is_finished(folder, config)
+            if not run.is_finished:
+                run._begin()
+            yield run
+
+    @contextlib.contextmanager
+    def under_way(self, save: BeginSave) -> Iterator[None]:
+        """Show progress while the block makes steps; at its end the last checkpoint is written.
+
+        Args:
+            save: begins to write a checkpoint of the learner, and returns what waits for it.
+        """
+        self._save = save
+        self._log.start_clock()
+        with StepProgress(self.config.steps, self.console, self.state.step) as self._progress:
+            yield
+        self.checkpoints.finish()
+
+    def end_step(self, step: int, update: UpdateReport) -> None:
+        """End a step: log its metrics, show progress, and begin to write a checkpoint if one is due.
+
+        Raises:
+            CheckpointError: the checkpoint before could not be written.
+            Interrupted: the run is to be stopped; the step is done.
+        """
+        self.record(update)
+        self._progress.update(step, self.history[-1])
+        if step == 0 and not update.metrics["learner/skipped_update"]:
+            self._say_sanity()
+        self.checkpoints.finish()  # the one before: it was written while the engines generated
+        sampled_by = step - int(update.metrics["rollout/staleness_max"])
+        self.checkpoints.note_score(sampled_by, update.metrics.get("score/mean"))
+        if self._save is not None and self.checkpoints.is_due(step + 1, self.config.steps):
+            self.checkpoints.save(self.state, self._save)
+        stopping.check()
+
+    def record(self, update: UpdateReport) -> None:
+        """Log an update's metrics; from now on its step is one of the run's."""
+        self.history.append(self._log.write(update.step, update.metrics))
+        self._gauges.set(self.history[-1])
+        position = self.state.prompt_position + self.config.rollout.batch_size  # however many are taken ahead
+        self.state = RunState(update.step + 1, position, self.prompts.fingerprint)
+
+    def go_on_from(self, state: RunState) -> None:
+        """Return to a state: prompts, metrics and history are as they were."""
+        self.state, self.prompts.position = state, state.prompt_position
+        self.history = self._log.go_on(state.step)
+
+    def report(self, event: Event) -> None:
+        """Log an event, count it, and show it."""
+        self._log.event(event)
+        self._gauges.count(event)
+        self.say(event.message)
+
+    def say(self, text: str) -> None:
+        """Print a line as it is."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _begin(self) -> None:
+        """Find the state to begin with, take it up, and say so."""
+        if self.config.resume == "never":
+            self.folder.clear()
+        self.start = find_start(self.folder, self.config, self.checkpoints, self.prompts.fingerprint)
+        self.folder.write_config(self.config)
+        self.go_on_from(self.start.state)
+        self.say(self.prompts.summary)
+        if self.start.checkpoint is not None:
+            changed = "".join(f"; {item}" for item in self.start.changed)
+            source = f"from {self.start.checkpoint.name}{changed}"
+            self.report(Event("resumed", f"going on after step {self.state.step} {source}"))
+
+    def _say_sanity(self) -> None:
+        """Print what must hold at the first step if engines, learner and reference compute the same policy."""
+        metrics = self.history[0]
+        self.say(
+            "step 0 sanity: "
+            f"|rollout - learner| log-probability {metrics['mismatch/logprob_mean']:.1e} mean, "
+            f"{metrics['mismatch/logprob_max']:.1e} max; "
+            f"KL to the reference {metrics['kl/per_sequence']:.1e}; "
+            f"ratio of the first mini-batch 1{metrics['policy/ratio_first'] - 1:+.1e}"
+        )
