@@ -1,4 +1,4 @@
-"""A group of like actors: launched, called, replaced when they are lost, closed."""
+"""A group of actors of one kind: it launches, calls, replaces and closes them."""
 
 import contextlib
 import time
@@ -21,11 +21,11 @@ Call = Callable[[Any], Any]
 
 
 class ActorGroup:
-    """Like actors under one name: `rollout-0`, `rollout-1`, ...
+    """Actors of one kind: `rollout-0`, `rollout-1`, ...
 
-    The actors are light to construct; `setup` does the heavy work, so that what fails there keeps its own error. An
-    actor is never restarted by Ray behind its caller's back: the group kills what is left of it, starts another of the
-    same name and brings it to where the first one was.
+    The actors are light to construct. `setup` does the heavy work, so that a failure there keeps its own error. Ray
+    never restarts an actor: the group kills what is left of a lost one, starts another under its name, and brings it to
+    the same state.
     """
 
     def __init__(
@@ -35,18 +35,18 @@ class ActorGroup:
 
         Args:
             actor_class: a Ray actor class over `Worker`; its `setup` prepares it.
-            spec: how many, and what each needs.
+            spec: their number, and the resources of each.
             config: time limits, and how often a lost actor is replaced.
-            report: is told of every replacement.
-            seats: where they and their successors go; None: where Ray likes.
+            report: is called with every replacement.
+            seats: where they and their successors are placed; None: Ray decides.
         """
         self._seats = seats or Seats()
         self._class, self._spec, self._config, self._report = actor_class, spec, config, report
-        self.members = [self._launched(f"{spec.key}-{index}") for index in range(spec.workers)]
+        self.members = [self._launch(f"{spec.key}-{index}") for index in range(spec.workers)]
         self.setup_args: tuple[Any, ...] = ()
-        """What `setup` was given; a replacement is set up with it."""
-        self.brought_up: Callable[[Member], None] = lambda member: None
-        """Brings a replacement that is set up to where the group is."""
+        """The arguments of `setup`; a replacement is set up with them."""
+        self.catch_up: Callable[[Member], None] = lambda member: None
+        """Brings a replacement that is set up to the state of the others."""
 
     def setup(self, *args: Any) -> list[Any]:
         """Set up all actors at once and wait until each is ready; one that is lost meanwhile is replaced."""
@@ -57,11 +57,11 @@ class ActorGroup:
                 watch(refs, self._start_limits, "starting")
                 break
             except WorkerLost as lost:
-                member = self._replaced(lost)
+                member = self._replace(lost)
                 refs = {ref: other for ref, other in refs.items() if other is not member}
                 refs[member.handle.setup.remote(*args)] = member
         for member in self.members:
-            member.told_place()  # who dies or stops at its first call is known by it
+            member.wait_for_place()  # so that an error of its first call can tell it
         order = {member.name: ref for ref, member in refs.items()}
         return ray.get([order[member.name] for member in self.members], timeout=self._config.start_timeout_s)
 
@@ -71,14 +71,14 @@ class ActorGroup:
         Raises:
             WorkerError: as `watch`, or a worker was lost too often.
         """
-        return self._answers(doing, call, len(self.members), may_stop)
+        return self._call(doing, call, len(self.members), may_stop)
 
     def call_first(self, doing: str, call: Call) -> Any:
         """Make a call on the first actor alone; see `call`."""
-        return self._answers(doing, call, 1)[0]
+        return self._call(doing, call, 1)[0]
 
     def watch(self, calls: dict[Any, Member], doing: str, may_stop: bool = True) -> None:
-        """Wait for calls, as `actors.watch.watch` does; who answered is in good health again."""
+        """Wait for calls, as `actors.watch.watch` does; workers that answered are counted as healthy again."""
         watch(calls, Limits(self._config.call_timeout_s, self._config.ping_timeout_s), doing, may_stop)
         for member in calls.values():
             member.failures = 0
@@ -86,7 +86,7 @@ class ActorGroup:
     def gather(
         self, calls: dict[Any, Member], doing: str, limit_s: float, option: str = "ray.transfer_timeout_s"
     ) -> list[Any]:
-        """Wait for calls that go together, of this group's actors and others, and return their answers.
+        """Wait for calls that belong together, of this group's actors and of others, and return their answers.
 
         Args:
             calls: as `watch`.
@@ -95,21 +95,21 @@ class ActorGroup:
             option: the config's name of that limit.
 
         Raises:
-            WorkerError: as `watch`; nobody is replaced, and nobody's health is proved: it may be half of a call.
+            WorkerError: as `watch`. Nobody is replaced, and nobody counts as healthy again: this may be half of a call.
         """
         limits = Limits(limit_s, self._config.ping_timeout_s, option)
         watch(calls, limits, doing, may_stop=False)
         return ray.get(list(calls), timeout=limit_s)
 
     def watch_start(self, calls: dict[Any, Member]) -> None:
-        """Wait for calls that belong to the start, as `watch` does; who is lost is not replaced."""
+        """Wait for calls of the start, as `watch` does; lost workers are not replaced."""
         watch(calls, self._start_limits, "starting")
 
     def revive(self, lost: WorkerLost, may_stop: bool = True) -> Member:
-        """Replace a lost worker and bring its successor to where the group is.
+        """Replace a lost worker and bring its successor to the state of the others.
 
         Args:
-            lost: says who it was.
+            lost: names the worker.
             may_stop: whether a request to stop the run ends the wait.
 
         Raises:
@@ -117,15 +117,15 @@ class ActorGroup:
         """
         began = time.monotonic()
         while True:
-            member = self._replaced(lost)
+            member = self._replace(lost)
             try:
                 ready = member.handle.setup.remote(*self.setup_args)
                 watch({ready: member}, self._start_limits, "starting again", may_stop)
-                member.told_place()
+                member.wait_for_place()
                 seconds = time.monotonic() - began
                 message = f"{member.name} was replaced in {seconds:.1f} s: {lost}"
                 self._report(Event("worker_replaced", message, member.name))
-                self._bring_up(member)
+                self._catch_up(member)
                 return member
             except WorkerLost as again:
                 if again.name != member.name:
@@ -133,20 +133,20 @@ class ActorGroup:
                 lost = again
 
     def launch_again(self, lost: WorkerLost) -> None:
-        """Kill all workers and launch others under their names: one was lost that the rest cannot do without.
+        """Kill all workers and launch others under their names, where the rest is useless without the lost one.
 
         Raises:
             WorkerError: it was lost too often in a row.
         """
-        replaced = self._replaced(lost)
+        replaced = self._replace(lost)
         for index, member in enumerate(self.members):
             if member is not replaced:
                 _kill(member)
-                self.members[index] = self._launched(member.name)
+                self.members[index] = self._launch(member.name)
                 self.members[index].failures = member.failures
 
     def close(self) -> None:
-        """Ask every actor to close and end its process; one that does not answer in time is killed. Never raises."""
+        """Ask every actor to close, and end its process; one that does not answer in time is killed. Never raises."""
         with contextlib.suppress(ray.exceptions.RayError):
             refs = [member.handle.close.remote() for member in self.members]
             ray.wait(refs, num_returns=len(refs), timeout=_CLOSE_S, fetch_local=False)
@@ -154,11 +154,11 @@ class ActorGroup:
             _kill(member)
         self.members = []
 
-    def _bring_up(self, member: Member) -> None:
-        """Bring a replacement to where the group is, which is not yet to have done what its predecessor died at."""
+    def _catch_up(self, member: Member) -> None:
+        """Bring a replacement to the state of the others; this is not yet the work that its predecessor died at."""
         failures = member.failures
         try:
-            self.brought_up(member)
+            self.catch_up(member)
         finally:
             member.failures = failures
 
@@ -166,7 +166,7 @@ class ActorGroup:
     def _start_limits(self) -> Limits:
         return Limits(self._config.start_timeout_s, self._config.start_timeout_s)
 
-    def _answers(self, doing: str, call: Call, num_members: int, may_stop: bool = True) -> list[Any]:
+    def _call(self, doing: str, call: Call, num_members: int, may_stop: bool = True) -> list[Any]:
         refs = [call(member.handle) for member in self.members[:num_members]]
         while True:
             try:
@@ -176,13 +176,13 @@ class ActorGroup:
                 member = self.revive(lost, may_stop)
                 refs[self.members.index(member)] = call(member.handle)
 
-    def _launched(self, name: str) -> Member:
+    def _launch(self, name: str) -> Member:
         options = self._spec.options(name) | self._seats.options(name)
         member = Member(name, self._class.options(**options).remote(name))
         member.ask()
         return member
 
-    def _replaced(self, lost: WorkerLost) -> Member:
+    def _replace(self, lost: WorkerLost) -> Member:
         """Kill what is left of a lost worker and launch another under its name."""
         index = next(index for index, member in enumerate(self.members) if member.name == lost.name)
         failures = self.members[index].failures + 1
@@ -192,7 +192,7 @@ class ActorGroup:
                 f"the last time: {lost}"
             ) from lost
         _kill(self.members[index])
-        self.members[index] = self._launched(lost.name)
+        self.members[index] = self._launch(lost.name)
         self.members[index].failures = failures
         return self.members[index]
 

@@ -1,4 +1,4 @@
-"""From a plan's request to Ray: placement groups that are waited for and removed, and each actor's place in them."""
+"""Ray's placement groups for the actors of a run: reserved, waited for, given back."""
 
 import contextlib
 import time
@@ -25,14 +25,14 @@ _AT_ONCE_S = 0.01
 
 @dataclass(frozen=True)
 class Seats:
-    """Where Ray is told to put actors; one that is not named here it puts where it likes."""
+    """The placement of actors by name; Ray places freely an actor that is not named here."""
 
     seats: Mapping[str, Seat] = field(default_factory=dict)
     groups: Mapping[str, Any] = field(default_factory=dict)
     """Ray's placement groups by name."""
 
     def options(self, actor: str) -> dict[str, Any]:
-        """Return the part of an actor's `.options(...)` that says where it goes; the same for its successors."""
+        """Return the part of an actor's `.options(...)` that places it, and its successors."""
         if actor not in self.seats:
             return {}
         seat = self.seats[actor]
@@ -41,7 +41,7 @@ class Seats:
         ranks = len(seat.bundles) > 1
         return {
             "num_cpus": seat.cpus,
-            "num_gpus": 0 if ranks else seat.gpus,  # of several bundles its ranks take the GPUs
+            "num_gpus": 0 if ranks else seat.gpus,  # in several bundles its ranks take the GPUs
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 self.groups[seat.group], seat.bundles[0], placement_group_capture_child_tasks=ranks
             ),
@@ -50,7 +50,7 @@ class Seats:
 
 @contextlib.contextmanager
 def reserve(config: Config, kinds: Sequence[Kind] = KINDS) -> Iterator[Seats]:
-    """Reserve what the actors of some kinds need, and give it back at the end, whatever ends the block.
+    """Reserve the resources of all actors of these kinds for the length of a block.
 
     Raises:
         InputError: the cluster can never hold them, or has no room within `ray.start_timeout_s`; says what is needed
@@ -81,7 +81,7 @@ def check_fit(request: Request) -> Assignment:
     found = assign(request, connected_cluster())
     if found.shortages and state.get_max_resources_from_cluster_config() is None:  # no autoscaler
         lines = "\n".join(f"  {shortage}" for shortage in found.shortages)
-        raise InputError(f"the cluster cannot hold the actors, nothing was started\n{lines}\n{_supply()}")
+        raise InputError(f"the cluster cannot hold the actors, nothing was started\n{lines}\n{_describe_supply()}")
     return found
 
 
@@ -92,7 +92,7 @@ def connected_cluster(gpu_memory: int | None = None) -> ClusterShape:
         gpu_memory: bytes of each GPU, which Ray does not know.
     """
     nodes = []
-    for node in sorted(_alive(), key=lambda node: str(node["NodeManagerAddress"])):
+    for node in sorted(_live_nodes(), key=lambda node: str(node["NodeManagerAddress"])):
         resources = node["Resources"]
         store = int(resources.get("object_store_memory", 0))
         memory = int(resources.get("memory", 0)) + store  # Ray keeps the store apart
@@ -118,24 +118,24 @@ def _wait(order: Sequence[Group], groups: Mapping[str, Any], limit_s: float) -> 
             if time.monotonic() < deadline:
                 continue
             waiting = [group for group in order if not groups[group.name].wait(_AT_ONCE_S)]
-            wanted = "; ".join(f"{group.name} wants {_shown(group)}" for group in waiting)
+            wanted = "; ".join(f"{group.name} wants {_describe(group)}" for group in waiting)
             raise InputError(
                 f"no room for the actors within {limit_s:g} s (ray.start_timeout_s): {wanted}. Lower workers, threads "
-                f"or gpus of these sections, wait until others are done, or add nodes\n{_supply()}"
+                f"or gpus of these sections, wait until others are done, or add nodes\n{_describe_supply()}"
             )
 
 
-def _shown(group: Group) -> str:
+def _describe(group: Group) -> str:
     bundle, number = group.bundles[0], len(group.bundles)
     where = "" if number == 1 else " on one node" if group.strategy == "STRICT_PACK" else " on few nodes"
     return f"{number} x ({bundle.cpus:g} CPUs, {bundle.gpus:g} GPUs){where}"
 
 
-def _supply() -> str:
-    """Say what each node has and what of it is free, a line each."""
+def _describe_supply() -> str:
+    """Say what each node has and what is free, one line per node."""
     free = available_resources_per_node()
     lines = []
-    for node in _alive():
+    for node in _live_nodes():
         left = free.get(node["NodeID"], {})
         figures = ", ".join(
             f"{node['Resources'].get(key, 0):g} {key}s, {left.get(key, 0):g} free" for key in ("CPU", "GPU")
@@ -144,7 +144,7 @@ def _supply() -> str:
     return "\n".join(["the cluster has", *lines])
 
 
-def _alive() -> list[dict[str, Any]]:
+def _live_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 

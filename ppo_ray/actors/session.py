@@ -1,4 +1,4 @@
-"""The Ray that a run uses: one of its own on this machine, or the cluster it was given."""
+"""The Ray session of a run: a private one on this machine, or a connection to a cluster."""
 
 import contextlib
 import os
@@ -21,11 +21,11 @@ _JOB_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 @contextlib.contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
-    """Connect to Ray, and leave nothing of it behind.
+    """Connect to Ray for the length of a block.
 
     Without an address a private single-node Ray is started, with token authentication and without a dashboard, and is
-    stopped at the end, whatever ended the block. Under `ray job submit`, or with an address, that cluster is used and
-    only disconnected from. Where the caller's own script is connected to Ray already, that connection is used and left.
+    stopped at the end, whatever ended the block. Under `ray job submit`, or with an address, the block uses that
+    cluster and disconnects at its end. If the process is connected to Ray already, that connection is used and kept.
 
     Raises:
         InputError: there is no Ray at `ray.address`.
@@ -53,7 +53,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
 
 
 def _shut_down(started: list[psutil.Process]) -> None:
-    """Disconnect; of a Ray that was started here wait for every process, and kill those that stay."""
+    """Disconnect; wait for every process of a Ray that was started here, and kill those that remain."""
     processes = started + [child for process in started for child in _descendants(process)]
     ray.shutdown()
     _, alive = psutil.wait_procs(processes, timeout=_EXIT_S)
@@ -64,7 +64,7 @@ def _shut_down(started: list[psutil.Process]) -> None:
 
 
 def _end_at_once(started: list[psutil.Process], code: int) -> NoReturn:
-    """End this process without closing anything; a Ray that was started here is killed, another ends our actors."""
+    """End this process without closing anything; kill a Ray that was started here (another one ends our actors)."""
     for process in [*started, *(child for parent in started for child in _descendants(parent))]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -1,7 +1,7 @@
-"""Waiting for actors: bounded, with a control call now and then, and an error that says who, where and what.
+"""Waiting for actors: with a limit, with control calls meanwhile, and with errors that tell who failed and where.
 
 Actors fail in three ways: they die, they stop answering, they raise. The first two are `WorkerLost`: another worker can
-do the same. What they raise is an error of the work itself, which another worker would meet too.
+do the same work. What they raise is an error of the work itself, which another worker would raise too.
 """
 
 import contextlib
@@ -17,30 +17,30 @@ from ppo_ray.actors.worker import Whereabouts
 from ppo_ray.errors import PPORayError, WorkerError, WorkerLost
 
 _POLL_S = 1.0  # signal handlers run between polls
-_PULSE_S = 0.5  # between looks at who owes the answer to a control call
-_PINGS_A_LIMIT = 4
+_PULSE_S = 0.5  # between checks of outstanding control calls
+_PINGS_PER_LIMIT = 4
 _SMALL_ANSWER_S = 60.0
 _WHEREABOUTS_S = 5.0
 
 
 class DependencyLost(WorkerError):
-    """Say that a call could not begin because what it was to work on is gone with the worker or node that made it."""
+    """Raised when a call cannot begin because its input was lost with the worker or node that made it."""
 
 
 @dataclass
 class Member:
-    """One actor of a group as the driver knows it."""
+    """One actor of a group, as the driver knows it."""
 
     name: str
     handle: Any
     failures: int = 0
-    """How often in a row it was lost, its predecessors of the same name included."""
+    """How often in a row it was lost, counting its predecessors of the same name."""
     _found: Whereabouts | None = None
     _asked: Any = field(default=None, repr=False)
 
     @property
     def place(self) -> str:
-        """Where it runs, as far as it has said."""
+        """Where it runs, as far as it has told."""
         self._listen()
         return str(self._found) if self._found else "not started: Ray has found no room for it yet, or is starting it"
 
@@ -49,7 +49,7 @@ class Member:
         if self._asked is None:
             self._asked = self.handle.whereabouts.remote()
 
-    def answered(self) -> bool:
+    def has_answered(self) -> bool:
         """Say whether the last control call was answered, if only by the actor's death."""
         return self._asked is None or self._listen()
 
@@ -59,8 +59,8 @@ class Member:
         self._listen()
         return self._found is not None
 
-    def told_place(self) -> str:
-        """Say where it runs once it has answered another call: its word of that may be on its way still."""
+    def wait_for_place(self) -> str:
+        """Return where it runs, after it answered another call: wait a moment for the answer to the control call."""
         self._listen(_WHEREABOUTS_S)
         return self.place
 
@@ -75,22 +75,22 @@ class Member:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long is waited."""
+    """Limits of a wait, seconds."""
 
     answer_s: float
-    """For all answers."""
+    """Until all answers are there."""
     ping_s: float
-    """For the answer to a control call."""
+    """Until a control call is answered."""
     option: str = "ray.call_timeout_s (ray.start_timeout_s while starting)"
-    """What says so for all answers."""
+    """The config's name of the limit for all answers."""
 
 
 def watch(calls: Mapping[Any, Member], limits: Limits, doing: str, may_stop: bool = True) -> None:
-    """Wait until all calls are answered; the first failure ends the wait at once, whoever else is still at work.
+    """Wait until all calls are answered; the first failure ends the wait at once.
 
     Args:
-        calls: references to answers that are small, and whose they are.
-        limits: how long.
+        calls: references to small answers, and the actors that give them.
+        limits: of the wait.
         doing: what the workers do, for errors.
         may_stop: whether a request to stop the run ends the wait; the work is thrown away then.
 
@@ -107,7 +107,7 @@ def watch(calls: Mapping[Any, Member], limits: Limits, doing: str, may_stop: boo
     while waiting:
         if may_stop:
             stopping.check()
-        done, waiting = _answered(waiting)
+        done, waiting = _wait_for_any(waiting)
         _raise_failures(done, calls, doing)
         if waiting and time.monotonic() - felt > _PULSE_S:
             felt = time.monotonic()
@@ -124,16 +124,16 @@ def watch(calls: Mapping[Any, Member], limits: Limits, doing: str, may_stop: boo
 
 
 class _Pulse:
-    """The control calls to one worker while it is waited for."""
+    """The control calls to one worker during a wait."""
 
     def __init__(self, member: Member, now: float) -> None:
         self._member, self._asked_at = member, now
 
     def check(self, limit_s: float, doing: str) -> None:
-        """Ask now and then; raise if there was no answer for too long. Who is not up yet has the start's own limit."""
+        """Ask at intervals; raise if there is no answer for too long. A worker that is starting has another limit."""
         now = time.monotonic()
-        if self._member.answered():
-            if now - self._asked_at > limit_s / _PINGS_A_LIMIT:
+        if self._member.has_answered():
+            if now - self._asked_at > limit_s / _PINGS_PER_LIMIT:
                 self._asked_at = now
                 self._member.ask()
         elif self._member.has_started and now - self._asked_at > limit_s:
@@ -144,8 +144,8 @@ class _Pulse:
             )
 
 
-def _answered(waiting: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Wait for an answer and take all that are there, lest n answers cost n looks at n references."""
+def _wait_for_any(waiting: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Wait for an answer and take all that have arrived: taken one by one, n answers would cost n^2 lookups."""
     done, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_S, fetch_local=False)
     if done and waiting:
         more, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
@@ -154,33 +154,33 @@ def _answered(waiting: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _raise_failures(done: list[Any], calls: Mapping[Any, Member], doing: str) -> None:
-    """Raise what went wrong with the first answer that is none."""
+    """Raise the error of the first call that failed, if one did."""
     try:
         ray.get(done, timeout=_SMALL_ANSWER_S)
-    except ray.exceptions.RayError:  # which of them it was is not told
+    except ray.exceptions.RayError:  # Ray does not tell which call it was
         for ref in done:
             _raise_failure(ref, calls[ref], doing)
 
 
 def _raise_failure(ref: Any, member: Member, doing: str) -> None:
-    """Raise what went wrong with an answer that is there."""
+    """Raise the error of a call that has ended, if it failed."""
     try:
         ray.get(ref, timeout=_SMALL_ANSWER_S)
     except ray.exceptions.RayError as error:
-        raise _failure(error, member, doing) from error
+        raise _translate(error, member, doing) from error
 
 
-def _failure(error: Exception, member: Member, doing: str) -> PPORayError:
-    """Return what to raise for an error of Ray's."""
+def _translate(error: Exception, member: Member, doing: str) -> PPORayError:
+    """Translate an error of Ray's into one of ours."""
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
     if isinstance(cause, PPORayError):
         cause.args = (f"{member.name}, {doing}: {cause}", *cause.args[1:])
         if isinstance(cause, WorkerLost) and not cause.name:
-            cause.name = member.name  # who says of itself that it is lost
+            cause.name = member.name  # a worker that reports its own loss
         return cause
-    who = f"{member.name} ({member.told_place()})"
+    who = f"{member.name} ({member.wait_for_place()})"
     unreadable = isinstance(error, ray.exceptions.UnserializableException) or type(cause) is ray.exceptions.RayError
-    if unreadable:  # what the work raised cannot be pickled, or not be made again from it; Ray has its text
+    if unreadable:  # the error cannot be pickled or unpickled; Ray has its text
         return WorkerError(f"{who} failed while {doing}: {error if cause is None else cause}")
     if isinstance(cause, ray.exceptions.RayError):
         return DependencyLost(f"{who}, {doing}: {type(cause).__name__}: {cause}")
@@ -188,11 +188,11 @@ def _failure(error: Exception, member: Member, doing: str) -> PPORayError:
         return WorkerError(f"{who} failed while {doing}: {type(cause).__name__}: {cause}\n{error}")
     if isinstance(error, ray.exceptions.ObjectLostError):
         return DependencyLost(f"{who}, {doing}: its answer was lost: {error}")
-    return WorkerLost(f"{who} was lost while {doing}: {_said_shortly(error)}", member.name)
+    return WorkerLost(f"{who} was lost while {doing}: {_summarize(error)}", member.name)
 
 
-def _said_shortly(error: Exception) -> str:
-    """Say Ray's error in a few words; its own text is a page of ids and guesses."""
+def _summarize(error: Exception) -> str:
+    """Return Ray's error in a few words; its own text is a page of ids and guesses."""
     text = str(error)
     if "worker process has died" in text:
         return "its process died (killed, out of memory, or crashed)"

@@ -1,4 +1,4 @@
-"""What all our actors have in common: they say where they are, at once, whatever they are doing."""
+"""The base of all actors: a control call that tells where an actor runs, even while it works."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import ray
 
 CONTROL = {"control": 1}
-"""`concurrency_groups` of every actor class: a thread of its own for control calls, beside the one that works."""
+"""`concurrency_groups` of every actor class: control calls have a thread of their own, beside the one that works."""
 
 
 @dataclass(frozen=True)
@@ -17,29 +17,24 @@ class Whereabouts:
     node: str
     """IP address."""
     log: str
-    """File on that node that the actor writes its output and errors to."""
-    node_id: str = ""
-    """Ray's own name of the node."""
-    gpus: tuple[int, ...] = ()
-    """GPUs of the node that Ray has given it."""
+    """File on that node with the actor's output and errors."""
 
     def __str__(self) -> str:
         return f"pid {self.pid} on node {self.node}, log {self.log}"
 
 
 class Worker:
-    """The part of an actor that is the same in all; subclasses are decorated with `ray.remote`."""
+    """The base class of all actors; subclasses are decorated with `ray.remote`."""
 
     def __init__(self, name: str) -> None:
-        """Take the worker's name, e.g. `"rollout-0"`; the heavy work is `setup`'s."""
+        """Take the worker's name, e.g. `"rollout-0"`; `setup` does the heavy work."""
         self._name = name
 
     @ray.method(concurrency_group="control")
     def whereabouts(self) -> Whereabouts:
-        """Answer, as long as the process is alive and not stopped."""
+        """Tell where the actor runs; answers as long as its process is alive and not stopped."""
         log = os.readlink("/proc/self/fd/2") if os.path.exists("/proc/self/fd/2") else "stderr"
-        node_id, gpus = ray.get_runtime_context().get_node_id(), tuple(map(int, ray.get_gpu_ids()))
-        return Whereabouts(os.getpid(), ray.util.get_node_ip_address(), log, node_id, gpus)
+        return Whereabouts(os.getpid(), ray.util.get_node_ip_address(), log)
 
     def close(self) -> None:
         """Free what the actor holds; its group ends the process."""

@@ -39,7 +39,7 @@ class RolloutGroup:
         """Create the workers, actors of a class; `setup` starts their engines."""
         self._config = config
         self._group = ActorGroup(worker, rollout_spec(config), config.ray, report, seats)
-        self._group.brought_up = self._catch_up
+        self._group.catch_up = self._catch_up
         self._weights: PublishedWeights | None = None
         self._weight_metrics: dict[str, float] = {}
         self._transport = make_transport(config)

@@ -9,13 +9,13 @@ import pytest
 import ray
 
 from ppo_ray.actors.group import ActorGroup
-from ppo_ray.actors.placement import ActorSpec
 from ppo_ray.actors.shards import Shards
 from ppo_ray.actors.watch import DependencyLost, Member
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError, WorkerError, WorkerLost
 from ppo_ray.events import Event
+from ppo_ray.plan import ActorSpec
 
 pytestmark = pytest.mark.slow
 SPEC = ActorSpec("toy", workers=2, threads=1, gpus=0)
@@ -188,7 +188,7 @@ def test_who_dies_again_and_again_is_not_replaced_for_ever(make_group: Callable[
     with pytest.raises(WorkerError, match=r"toy-[01] was lost 2 times in a row \(ray.max_restarts=1\)") as caught:
         group.call("dying", lambda toy: toy.die.remote())
     assert not isinstance(caught.value, WorkerLost)
-    group.brought_up = lambda member: group.watch({member.handle.load.remote("W"): member}, "catching up")
+    group.catch_up = lambda member: group.watch({member.handle.load.remote("W"): member}, "catching up")
     with pytest.raises(WorkerError, match=r"toy-[01] was lost 2 times in a row"):  # though it catches up each time
         group.call("dying", lambda toy: toy.die.remote())
     group = make_group(max_restarts=1)
@@ -198,7 +198,7 @@ def test_who_dies_again_and_again_is_not_replaced_for_ever(make_group: Callable[
         group.watch({member.handle.load.remote("W"): member}, "catching up")
         group.gather({member.handle.die.remote(): member}, "catching up on more", 60)
 
-    group.brought_up = catches_up_and_dies
+    group.catch_up = catches_up_and_dies
     with pytest.raises(WorkerError, match=r"toy-[01] was lost 2 times in a row"):
         group.call("dying", lambda toy: toy.die.remote())
     starting = make_group(max_restarts=2)
@@ -208,7 +208,7 @@ def test_who_dies_again_and_again_is_not_replaced_for_ever(make_group: Callable[
 
 def test_a_replacement_is_brought_to_where_the_group_is(group: ActorGroup) -> None:
     group.setup()
-    group.brought_up = lambda member: ray.get(member.handle.load.remote("W"), timeout=60)
+    group.catch_up = lambda member: ray.get(member.handle.load.remote("W"), timeout=60)
     shards = works(group, [0.0, 20.0, 0.0, 0.0])  # the second and the fourth are toy-1's
     ray.get(group.members[0].handle.sleep.remote(0), timeout=60)
     os.kill(pids(group)[1], signal.SIGKILL)
