@@ -6,7 +6,7 @@ from zipfile import ZipFile
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
-from ppo_ray.actors import package
+from ppo_ray.jobs import package
 from ppo_ray.errors import InputError
 from ppo_ray.jobs.package import LIMIT, Package
 

@@ -13,7 +13,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from ppo_ray.actors import jobs
+from ppo_ray.jobs import server as jobs
 from ppo_ray.config import load_config
 from ppo_ray.errors import InputError, JobError
 from ppo_ray.jobs import submit as submission
