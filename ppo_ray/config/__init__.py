@@ -1,6 +1,6 @@
 """Every option of a run: `ppo.py` and `sections.py` document them, `run.py` joins them, `file.py` reads them."""
 
-from ppo_ray.config.ppo import PPOConfig
+from ppo_ray.config.ppo import UpdateConfig
 from ppo_ray.config.run import Config, load_config, to_yaml
 from ppo_ray.config.sections import (
     NO_TRUST,
@@ -23,7 +23,7 @@ __all__ = [
     "EvaluationConfig",
     "LearnerConfig",
     "ModelConfig",
-    "PPOConfig",
+    "UpdateConfig",
     "PromptsConfig",
     "RayConfig",
     "RewardConfig",

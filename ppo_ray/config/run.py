@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from ppo_ray.config.file import Contradiction, Contradictions, load
-from ppo_ray.config.ppo import PPOConfig
+from ppo_ray.config.ppo import UpdateConfig
 from ppo_ray.config.sections import (
     CheckpointConfig,
     EvaluationConfig,
@@ -42,7 +42,7 @@ class Config(Section):
     prompts: PromptsConfig
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
-    ppo: PPOConfig = Field(default_factory=PPOConfig)
+    ppo: UpdateConfig = Field(default_factory=UpdateConfig)
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

@@ -21,7 +21,7 @@ from ray.util.state.exception import RayStateApiException
 
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError, JobError
-from ppo_ray.plan import ClusterShape, Node, requested
+from ppo_ray.plan import ClusterShape, Node, make_resource_request
 from ppo_ray.plan.assign import assign
 
 _ANSWER_S = (10, 120)  # to connect; between two bytes of an answer: an upload is unpacked before it is answered
@@ -82,7 +82,7 @@ class JobServer:
             Node(node.node_ip, node.resources_total.get("CPU", 0.0), int(node.resources_total.get("GPU", 0)))
             for node in nodes
         )
-        shortages = assign(requested(config), ClusterShape(there)).shortages
+        shortages = assign(make_resource_request(config), ClusterShape(there)).shortages
         return "; ".join(map(str, shortages)) or None
 
     def submit(self, name: str, entrypoint: str, package: Path, variables: Mapping[str, str]) -> None:

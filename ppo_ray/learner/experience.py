@@ -13,7 +13,7 @@ from ppo_ray.algo.kl import kl_estimate
 from ppo_ray.algo.losses import truncated_importance
 from ppo_ray.algo.masked import masked_whiten, whitened_zero
 from ppo_ray.algo.rewards import RunningMoments, clip_scores, penalise_missing_eos, scale_scores, token_rewards
-from ppo_ray.config import PPOConfig
+from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.packing import PackedRows
@@ -62,7 +62,7 @@ def evaluate(
     reference: ResponseLM,
     batch: ResponseBatch,
     layout: Layout,
-    ppo: PPOConfig,
+    ppo: UpdateConfig,
     keep: bool = False,
 ) -> tuple[Evaluated, Forward | None]:
     """Run policy and reference over all sequences, each rank over its share; every rank gets the whole.
@@ -99,7 +99,7 @@ def evaluate(
 
 
 def estimate(
-    evaluated: Evaluated, batch: ResponseBatch, ppo: PPOConfig, kl_coef: float, moments: RunningMoments
+    evaluated: Evaluated, batch: ResponseBatch, ppo: UpdateConfig, kl_coef: float, moments: RunningMoments
 ) -> Experience:
     """Work out scores, rewards, advantages and returns.
 

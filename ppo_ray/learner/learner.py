@@ -17,7 +17,7 @@ import torch
 from ppo_ray import trajectory
 from ppo_ray.algo.kl import AdaptiveKLController, FixedKLController, KLController
 from ppo_ray.algo.rewards import RunningMoments
-from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
 from ppo_ray.learner.batch import Layout, Order, ResponseBatch, drawn_order, split_evenly
 from ppo_ray.learner.experience import Experience, Forward, estimate, evaluate
@@ -59,7 +59,7 @@ class PPOLearner:
         self,
         policy: ActorCritic,
         reference: ResponseLM,
-        ppo: PPOConfig,
+        ppo: UpdateConfig,
         *,
         microbatch_tokens: int = 1024,
         optimizer: torch.optim.Optimizer | None = None,
@@ -101,7 +101,7 @@ class PPOLearner:
     def load(
         cls,
         model: ModelConfig,
-        ppo: PPOConfig,
+        ppo: UpdateConfig,
         learner: LearnerConfig,
         *,
         temperature: float = 1.0,

@@ -8,7 +8,7 @@ import torch
 
 from ppo_ray import trajectory
 from ppo_ray.algo.masked import masked_mean, masked_sum, masked_var
-from ppo_ray.config import PPOConfig
+from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.batch import ResponseBatch
 from ppo_ray.learner.experience import Experience
 from ppo_ray.learner.minibatch import MinibatchReport
@@ -39,7 +39,7 @@ def table_metrics(table: pa.Table, batch: ResponseBatch) -> dict[str, float]:
 
 
 def experience_metrics(
-    experience: Experience, batch: ResponseBatch, ppo: PPOConfig, kl_coef: float
+    experience: Experience, batch: ResponseBatch, ppo: UpdateConfig, kl_coef: float
 ) -> dict[str, float]:
     """Summarise what is known before the update, over response tokens."""
     mask = batch.response_mask.to(experience.kl.device)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ppo_ray.algo.aggregation import token_weights
-from ppo_ray.config import PPOConfig
+from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.learner.experience import Experience, Forward
 from ppo_ray.learner.objective import FIGURES, Objective, objective
@@ -63,7 +63,7 @@ class MinibatchUpdater:
         policy: ActorCritic,
         sharding: Sharding,
         optimizer: torch.optim.Optimizer,
-        ppo: PPOConfig,
+        ppo: UpdateConfig,
         layout: Layout,
     ) -> None:
         """Update `policy` by `optimizer`, which holds what `sharding` says of the parameters of policy and values."""

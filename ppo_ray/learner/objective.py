@@ -10,7 +10,7 @@ import torch
 from ppo_ray.algo.kl import kl_estimate
 from ppo_ray.algo.losses import clipped_surrogate, clipped_value_loss
 from ppo_ray.algo.masked import weighted_sum
-from ppo_ray.config import PPOConfig
+from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.experience import Experience
 from ppo_ray.models.response_lm import ResponseOutput
 
@@ -39,7 +39,7 @@ def objective(
     place: tuple[torch.Tensor, slice],
     mask: torch.Tensor,
     weights: torch.Tensor,
-    ppo: PPOConfig,
+    ppo: UpdateConfig,
     kl_coef: float,
 ) -> Objective:
     """Compute the loss of a micro-batch.

@@ -7,7 +7,7 @@
 from ppo_ray.plan.cluster import ClusterShape, Node
 from ppo_ray.plan.demand import ActorSpec
 from ppo_ray.plan.plan import Plan, plan
-from ppo_ray.plan.request import Request, requested
+from ppo_ray.plan.request import ResourceRequest, make_resource_request
 from ppo_ray.plan.sizes import ModelSizes
 
-__all__ = ["ActorSpec", "ClusterShape", "ModelSizes", "Node", "Plan", "Request", "plan", "requested"]
+__all__ = ["ActorSpec", "ClusterShape", "ModelSizes", "Node", "Plan", "ResourceRequest", "plan", "make_resource_request"]

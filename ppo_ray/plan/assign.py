@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ppo_ray.plan.cluster import ClusterShape
-from ppo_ray.plan.request import Bundle, Group, Request
+from ppo_ray.plan.request import Bundle, BundleGroup, ResourceRequest
 
 _TOLERANCE = 1e-6
 
@@ -49,11 +49,11 @@ class Assignment:
     places: dict[str, tuple[Place, ...]]
     """By actor: a place for each of its bundles; an actor that has no room is not there."""
     shortages: tuple[Shortage, ...]
-    order: tuple[Group, ...]
+    order: tuple[BundleGroup, ...]
     """In which Ray is to be asked for the groups."""
 
 
-def assign(request: Request, cluster: ClusterShape) -> Assignment:
+def assign(request: ResourceRequest, cluster: ClusterShape) -> Assignment:
     """Put groups, then the actors without one, onto the nodes of an empty cluster.
 
     Ray gives each group the emptiest nodes. So the learner is asked for first, while one node may still hold all of it;
@@ -66,7 +66,7 @@ def assign(request: Request, cluster: ClusterShape) -> Assignment:
     return found
 
 
-def _assigned(request: Request, cluster: ClusterShape, order: tuple[Group, ...]) -> Assignment:
+def _assigned(request: ResourceRequest, cluster: ClusterShape, order: tuple[BundleGroup, ...]) -> Assignment:
     nodes = [_Free(node.cpus, (1.0,) * node.gpus) for node in cluster.nodes]
     shortages = list(_total_shortages(request, cluster))
     reported = bool(shortages)
@@ -91,7 +91,7 @@ def _assigned(request: Request, cluster: ClusterShape, order: tuple[Group, ...])
         if place is not None:
             places[seat.actor] = (place,)
         elif not reported:
-            shortages.append(_group_shortage(Group(seat.actor, "PACK", (bundle,)), nodes))
+            shortages.append(_group_shortage(BundleGroup(seat.actor, "PACK", (bundle,)), nodes))
     return Assignment(places, tuple(shortages), order)
 
 
@@ -132,7 +132,7 @@ class _Free:
         return free, taken
 
 
-def _grouped(group: Group, nodes: list[_Free]) -> tuple[tuple[Place, ...], list[_Free]]:
+def _grouped(group: BundleGroup, nodes: list[_Free]) -> tuple[tuple[Place, ...], list[_Free]]:
     """Put a group's bundles, which are alike or on one node, onto the emptiest nodes.
 
     Returns:
@@ -162,7 +162,7 @@ def _spread(bundle: Bundle, nodes: list[_Free], kind: str, counts: Counter[tuple
     return Place(index, gpus)
 
 
-def _total_shortages(request: Request, cluster: ClusterShape) -> Iterator[Shortage]:
+def _total_shortages(request: ResourceRequest, cluster: ClusterShape) -> Iterator[Shortage]:
     """Compare all that is asked for with all that there is."""
     for resource, demand, supply, option in (
         ("CPUs", request.cpus, cluster.cpus, "threads"),
@@ -175,7 +175,7 @@ def _total_shortages(request: Request, cluster: ClusterShape) -> Iterator[Shorta
             yield Shortage(f"all actors together ({_parts(request, resource)})", resource, demand, supply, remedy)
 
 
-def _group_shortage(group: Group, nodes: list[_Free]) -> Shortage:
+def _group_shortage(group: BundleGroup, nodes: list[_Free]) -> Shortage:
     """Say what of a group does not fit although there is enough in all; by the node that comes closest."""
     demand = group.bundles if group.strategy == "STRICT_PACK" else group.bundles[:1]
     cpus, gpus = sum(bundle.cpus for bundle in demand), sum(bundle.gpus for bundle in demand)
@@ -202,11 +202,11 @@ def _usable(node: _Free, part: float) -> float:
     return max(node.gpus, default=0.0)
 
 
-def _kinds(request: Request) -> str:
+def _kinds(request: ResourceRequest) -> str:
     return ", ".join(dict.fromkeys(seat.kind for seat in request.seats))
 
 
-def _parts(request: Request, resource: str) -> str:
+def _parts(request: ResourceRequest, resource: str) -> str:
     """Say what each kind of actor asks for."""
     parts = []
     for kind in dict.fromkeys(seat.kind for seat in request.seats):

@@ -16,7 +16,7 @@ from ppo_ray.plan.memory import (
     rollout_terms,
     store_terms,
 )
-from ppo_ray.plan.request import Request, Seat, requested
+from ppo_ray.plan.request import ResourceRequest, Seat, make_resource_request
 from ppo_ray.plan.sizes import ModelSizes
 
 _REMEDIES = {
@@ -44,7 +44,7 @@ class Plan:
     """All that is known before a run."""
 
     cluster: ClusterShape
-    request: Request
+    request: ResourceRequest
     """What Ray will be asked for."""
     assignment: Assignment
     terms: dict[str, tuple[Term, ...]]
@@ -74,7 +74,7 @@ def plan(config: Config, cluster: ClusterShape, sizes: ModelSizes) -> Plan:
         cluster: empty.
         sizes: of the config's models.
     """
-    request = requested(config)
+    request = make_resource_request(config)
     assignment = assign(request, cluster)
     terms = {seat.actor: tuple(_terms(config, sizes, seat)) for seat in request.seats}
     stored = tuple(store_terms(config, sizes))
@@ -101,7 +101,7 @@ def _terms(config: Config, sizes: ModelSizes, seat: Seat) -> Iterable[Term]:
 def _gpu_needs(
     cluster: ClusterShape,
     assignment: Assignment,
-    request: Request,
+    request: ResourceRequest,
     terms: dict[str, tuple[Term, ...]],
     takes_turns: bool,
 ) -> Iterator[Need]:

@@ -30,7 +30,7 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class Group:
+class BundleGroup:
     """A placement group: its bundles are reserved all or none."""
 
     name: str
@@ -60,10 +60,10 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Request:
+class ResourceRequest:
     """All that Ray is asked for."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[BundleGroup, ...]
     """Those that need most of one node first."""
     seats: tuple[Seat, ...]
 
@@ -87,7 +87,7 @@ class Request:
         return [bundle for group in self.groups for bundle in group.bundles] + spread
 
 
-def requested(config: Config, kinds: Sequence[Kind] = KINDS) -> Request:
+def make_resource_request(config: Config, kinds: Sequence[Kind] = KINDS) -> ResourceRequest:
     """Return what the actors of a config ask Ray for.
 
     Args:
@@ -98,24 +98,24 @@ def requested(config: Config, kinds: Sequence[Kind] = KINDS) -> Request:
     return _colocated(specs) if config.ray.placement == "colocated" else _apart(specs)
 
 
-def _apart(specs: dict[str, ActorSpec]) -> Request:
-    groups: list[Group] = []
+def _apart(specs: dict[str, ActorSpec]) -> ResourceRequest:
+    groups: list[BundleGroup] = []
     seats: list[Seat] = []
     for spec in specs.values():
         part = Bundle(spec.rank_cpus, spec.gpus / spec.ranks)
         if spec.key == "reward":
             seats += [Seat(name, part.cpus, part.gpus) for name in _names(spec)]
         elif spec.key == "learner":
-            groups.append(Group("learner", "PACK", (part,) * spec.workers))
+            groups.append(BundleGroup("learner", "PACK", (part,) * spec.workers))
             seats += [Seat(name, part.cpus, part.gpus, "learner", (rank,)) for rank, name in enumerate(_names(spec))]
         else:
             ranks = tuple(range(spec.ranks))
-            groups += [Group(name, "STRICT_PACK", (part,) * spec.ranks) for name in _names(spec)]
+            groups += [BundleGroup(name, "STRICT_PACK", (part,) * spec.ranks) for name in _names(spec)]
             seats += [Seat(name, part.cpus, part.gpus, name, ranks) for name in _names(spec)]
-    return Request(tuple(groups), tuple(seats))
+    return ResourceRequest(tuple(groups), tuple(seats))
 
 
-def _colocated(specs: dict[str, ActorSpec]) -> Request:
+def _colocated(specs: dict[str, ActorSpec]) -> ResourceRequest:
     """Put learner ranks, and reward workers that use a GPU, into the bundles of the rollout workers."""
     rollout, reward = specs["rollout"], specs.get("reward")
     slots = [(name, rank) for name in _names(rollout) for rank in range(rollout.ranks)]
@@ -133,14 +133,14 @@ def _colocated(specs: dict[str, ActorSpec]) -> Request:
         number = max(sum(bool(spec.gpus) for spec in users(slot)) for slot in own)
         return int(PRECISION / number) / PRECISION
 
-    groups = [Group(name, "STRICT_PACK", tuple(bundle(slot) for slot in own)) for name, _, own in engines]
+    groups = [BundleGroup(name, "STRICT_PACK", tuple(bundle(slot) for slot in own)) for name, _, own in engines]
     seats = [
         Seat(name, spec.rank_cpus, share(own) if spec.gpus else 0.0, own[0][0], tuple(rank for _, rank in own))
         for name, spec, own in seated
     ]
     if reward and not reward.gpus:
         seats += [Seat(name, reward.rank_cpus, 0.0) for name in _names(reward)]
-    return Request(tuple(groups), tuple(seats))
+    return ResourceRequest(tuple(groups), tuple(seats))
 
 
 def _guests(specs: dict[str, ActorSpec], slots: list[Slot]) -> Iterator[tuple[str, ActorSpec, list[Slot]]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ppo_ray.config import Config, PPOConfig
+from ppo_ray.config import Config, UpdateConfig
 from ppo_ray.config.reference import Group, Option, find_group, groups, to_markdown
 from ppo_ray.errors import InputError
 
@@ -36,7 +36,7 @@ def test_values_default_and_meaning_are_those_of_the_model() -> None:
 
 def test_a_section_is_found_by_its_name() -> None:
     found = find_group("ppo")
-    assert isinstance(found, Group) and len(found.options) == len(PPOConfig.model_fields)
+    assert isinstance(found, Group) and len(found.options) == len(UpdateConfig.model_fields)
     with pytest.raises(InputError, match="pop is no section of a config; there are model, prompts, rollout"):
         find_group("pop")
 
