@@ -12,7 +12,9 @@ Range = tuple[int, int]
 """Smallest and largest, both included."""
 
 
-def random_requests(number: int, prompts: Range, responses: Range, vocab_size: int, seed: int = 0) -> list[GenerationRequest]:
+def random_requests(
+    number: int, prompts: Range, responses: Range, vocab_size: int, seed: int = 0
+) -> list[GenerationRequest]:
     """Draw prompts and the lengths of their responses."""
     rng = np.random.default_rng(seed)
     return [
@@ -41,7 +43,9 @@ def random_completions(requests: Sequence[GenerationRequest], vocab_size: int, s
     ]
 
 
-def scored_table(requests: Sequence[GenerationRequest], completions: Sequence[Completion], policy_version: int = 0) -> pa.Table:
+def scored_table(
+    requests: Sequence[GenerationRequest], completions: Sequence[Completion], policy_version: int = 0
+) -> pa.Table:
     """Make trajectories of requests and their completions, with scores drawn at random."""
     rows = [
         {

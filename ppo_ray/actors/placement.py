@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ppo_ray import stopping
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
-from ppo_ray.plan import ClusterShape, Node, ResourceRequest, make_resource_request
+from ppo_ray.plan import ClusterShape, Node, ResourceRequest, make_request
 from ppo_ray.plan.assign import Assignment, assign
 from ppo_ray.plan.demand import KINDS, Kind
 from ppo_ray.plan.request import BundleGroup, Seat
@@ -57,7 +57,7 @@ def reserved(config: Config, kinds: Sequence[Kind] = KINDS) -> Iterator[Seats]:
             beside what is there.
         Interrupted: the run is to be stopped.
     """
-    request = make_resource_request(config, kinds)
+    request = make_request(config, kinds)
     order = check_fit(request).order
     with contextlib.ExitStack() as stack:
         groups: dict[str, Any] = {}

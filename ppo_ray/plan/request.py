@@ -1,4 +1,4 @@
-"""What Ray is asked for: placement groups, and each actor's seat in one of them or anywhere.
+"""The resources that Ray is asked for: placement groups, and each actor's seat in one of them or on any node.
 
 Apart, every rollout worker has a placement group of its own, one bundle a rank, all on one node; the learner's ranks
 share one that is packed; reward workers are spread and need none. Colocated, learner ranks and reward workers sit in
@@ -25,13 +25,13 @@ class Bundle:
     gpus: float
 
     def resources(self) -> dict[str, float]:
-        """Return it as Ray's placement groups take it."""
+        """Return the bundle in the form that Ray's placement groups take."""
         return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount}
 
 
 @dataclass(frozen=True)
 class BundleGroup:
-    """A placement group: its bundles are reserved all or none."""
+    """The bundles of one placement group, which Ray reserves all together or not at all."""
 
     name: str
     strategy: Strategy
@@ -41,7 +41,7 @@ class BundleGroup:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where one actor sits, and what it takes there."""
+    """The bundles or the node that one actor runs in, and what it takes there."""
 
     actor: str
     """Its name, e.g. `rollout-0`."""
@@ -49,19 +49,19 @@ class Seat:
     gpus: float
     """Of each bundle that it has, or of a node."""
     group: str | None = None
-    """None: in no group, on whichever node has the fewest of its kind."""
+    """None: in no group, on the node that has fewest actors of its kind."""
     bundles: tuple[int, ...] = ()
     """Of the group: one, or one a rank."""
 
     @property
     def kind(self) -> str:
-        """The config section that it comes from."""
+        """The config section of the actor: `rollout`, `reward` or `learner`."""
         return self.actor.rpartition("-")[0]
 
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """All that Ray is asked for."""
+    """All resources that Ray is asked for."""
 
     groups: tuple[BundleGroup, ...]
     """Those that need most of one node first."""
@@ -87,7 +87,7 @@ class ResourceRequest:
         return [bundle for group in self.groups for bundle in group.bundles] + spread
 
 
-def make_resource_request(config: Config, kinds: Sequence[Kind] = KINDS) -> ResourceRequest:
+def make_request(config: Config, kinds: Sequence[Kind] = KINDS) -> ResourceRequest:
     """Return what the actors of a config ask Ray for.
 
     Args:
@@ -95,10 +95,10 @@ def make_resource_request(config: Config, kinds: Sequence[Kind] = KINDS) -> Reso
         kinds: of actors that are started; an evaluation has no learner.
     """
     specs = actor_specs(config, kinds)
-    return _colocated(specs) if config.ray.placement == "colocated" else _apart(specs)
+    return _request_colocated(specs) if config.ray.placement == "colocated" else _request_apart(specs)
 
 
-def _apart(specs: dict[str, ActorSpec]) -> ResourceRequest:
+def _request_apart(specs: dict[str, ActorSpec]) -> ResourceRequest:
     groups: list[BundleGroup] = []
     seats: list[Seat] = []
     for spec in specs.values():
@@ -115,7 +115,7 @@ def _apart(specs: dict[str, ActorSpec]) -> ResourceRequest:
     return ResourceRequest(tuple(groups), tuple(seats))
 
 
-def _colocated(specs: dict[str, ActorSpec]) -> ResourceRequest:
+def _request_colocated(specs: dict[str, ActorSpec]) -> ResourceRequest:
     """Put learner ranks, and reward workers that use a GPU, into the bundles of the rollout workers."""
     rollout, reward = specs["rollout"], specs.get("reward")
     slots = [(name, rank) for name in _names(rollout) for rank in range(rollout.ranks)]
@@ -144,7 +144,10 @@ def _colocated(specs: dict[str, ActorSpec]) -> ResourceRequest:
 
 
 def _guests(specs: dict[str, ActorSpec], slots: list[Slot]) -> Iterator[tuple[str, ActorSpec, list[Slot]]]:
-    """Yield who sits beside the engines: learner ranks slot after slot, rewards engine after engine."""
+    """Yield the actors that share the engines' bundles, with their slots.
+
+    Learner ranks take one slot after another, reward workers one engine after another.
+    """
     if learner := specs.get("learner"):
         for name, slot in zip(_names(learner), slots, strict=False):
             yield name, learner, [slot]

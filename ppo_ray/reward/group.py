@@ -1,4 +1,4 @@
-"""The reward workers as the driver sees them: what the loop calls `reward`."""
+"""The group of all reward workers: what the loop calls `actors.reward`."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def reward_spec(config: Config) -> ActorSpec:
 
 
 class RewardGroup:
-    """All reward workers; what the loop calls `reward`."""
+    """All reward workers."""
 
     def __init__(self, config: Config, report: Report, seats: Seats | None = None, worker: Any = RewardWorker) -> None:
         """Create the workers, actors of a class; `setup` loads their classifiers."""

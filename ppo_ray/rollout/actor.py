@@ -11,7 +11,7 @@ from ppo_ray import trajectory
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config, RolloutConfig, weight_transport
 from ppo_ray.prompts.stream import PromptBatch
-from ppo_ray.rollout.engine import Engine, Receiver, GenerationRequest, Sampling
+from ppo_ray.rollout.engine import Engine, GenerationRequest, Receiver, Sampling
 from ppo_ray.seeding import derive_seed
 from ppo_ray.weights.acks import WeightAck
 from ppo_ray.weights.manifest import WeightManifest

@@ -13,9 +13,9 @@ from zipfile import ZipFile
 
 import pytest
 
-from ppo_ray.jobs import server as jobs
 from ppo_ray.config import load_config
 from ppo_ray.errors import InputError, JobError
+from ppo_ray.jobs import server as jobs
 from ppo_ray.jobs import submit as submission
 from ppo_ray.jobs.request import JobRequest
 from tests.fake_head import FakeHead, fake_head
@@ -164,7 +164,10 @@ def test_all_that_is_wrong_is_said_at_once(head: FakeHead, tmp_path: Path) -> No
     found = refused(head, "output_dir=x", working_dir=tmp_path / "nowhere", variables=("NO_SUCH",))
     assert found[0] == "4 problems, nothing was sent"
     assert [line.partition("=")[0] for line in found[1:]] == [
-        *("--working-dir", "--env NO_SUCH: is not set here; export it, or leave it out", "output_dir", "--name")
+        "--working-dir",
+        "--env NO_SUCH: is not set here; export it, or leave it out",
+        "output_dir",
+        "--name",
     ]
 
 
@@ -224,5 +227,5 @@ def test_ctrl_c_leaves_the_job_alone(head: FakeHead, film_config: Path) -> None:
 
 
 def test_whoever_says_resume_is_heard(film_config: Path) -> None:
-    assert submission.submitted_config(film_config, []).resume == "auto"
-    assert submission.submitted_config(film_config, ["resume=never"]).resume == "never"
+    assert submission.load_job_config(film_config, []).resume == "auto"
+    assert submission.load_job_config(film_config, ["resume=never"]).resume == "never"

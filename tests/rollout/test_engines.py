@@ -15,7 +15,9 @@ from ppo_ray.weights.snapshot import WeightSnapshot
 from ppo_ray.weights.wire import Wire
 
 REQUESTS = [
-    GenerationRequest(tuple((7 * i + 13 * k) % 500 + 5 for k in range(2 + i % 7)), max_tokens=4 + i % 13, seed=10**18 + i)
+    GenerationRequest(
+        tuple((7 * i + 13 * k) % 500 + 5 for k in range(2 + i % 7)), max_tokens=4 + i % 13, seed=10**18 + i
+    )
     for i in range(24)
 ]
 GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(temperature=1.0)
