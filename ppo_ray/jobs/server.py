@@ -20,7 +20,7 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from ppo_ray.config import Config
-from ppo_ray.errors import InputError, JobError
+from ppo_ray.errors import InputError, JobError, first_line
 from ppo_ray.plan import ClusterShape, Node, make_request
 from ppo_ray.plan.assign import assign
 
@@ -69,8 +69,18 @@ class JobServer:
             ) from error
 
     def knows(self, name: str) -> bool:
-        """Say whether there is, or was, a job of that name: Ray never gives a name twice."""
-        return any(job.submission_id == name for job in self._client.list_jobs())
+        """Say whether there is, or was, a job of that name: Ray never gives a name twice.
+
+        Raises:
+            InputError: the head does not answer, or not as it should.
+        """
+        try:
+            return any(job.submission_id == name for job in self._client.list_jobs())
+        except (*_UNREACHABLE, ValueError) as error:
+            raise InputError(
+                f"--address={self._address}: the head does not say which jobs it has had ({type(error).__name__}: "
+                f"{first_line(error)}); see that it is well, and try again"
+            ) from error
 
     def shortage(self, config: Config) -> str | None:
         """Return which actors have no room on the nodes that the cluster has now; None if all have."""

@@ -176,6 +176,16 @@ def test_nothing_answers() -> None:
     assert line.startswith("--address=http://127.0.0.1:9: no Ray dashboard answers there (ConnectionError)")
 
 
+@pytest.mark.parametrize(("failure", "kind"), [("error", "RuntimeError"), ("hang up", "ConnectionError")])
+def test_a_head_that_cannot_list_its_jobs(head: FakeHead, failure: str, kind: str) -> None:
+    head.list_failure = failure
+    heading, *found = refused(head, "output_dir=runs/x")
+    assert heading == "2 problems, nothing was sent"
+    assert found[0].startswith("output_dir=runs/x: must be absolute")
+    assert found[1].startswith(f"--address={head.address}: the head does not say which jobs it has had ({kind}: ")
+    assert "no store" not in found[1]  # the traceback is not shown
+
+
 def command(config: Path, address: str, *options: str, **variables: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.Popen(
