@@ -39,7 +39,7 @@ from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.loading import default_device
 from ppo_ray.plan.memory import learner_terms, rollout_terms
 from ppo_ray.plan.sizes import ModelSizes
-from ppo_ray.rollout.engine import Request, Sampling
+from ppo_ray.rollout.engine import GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
 from ppo_ray.weights.snapshot import Buffers
 
@@ -121,7 +121,7 @@ def measure(shape: str, options: argparse.Namespace, peak: Peak, folder: Path) -
 def _step(
     engine: HFEngine,
     learner: PPOLearner,
-    requests: Sequence[Request],
+    requests: Sequence[GenerationRequest],
     buffers: Buffers,
     device: torch.device,
     step: int,

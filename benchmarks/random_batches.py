@@ -6,17 +6,19 @@ import numpy as np
 import pyarrow as pa
 
 from ppo_ray import trajectory
-from ppo_ray.rollout.engine import Completion, Request
+from ppo_ray.rollout.engine import Completion, GenerationRequest
 
 Range = tuple[int, int]
 """Smallest and largest, both included."""
 
 
-def random_requests(number: int, prompts: Range, responses: Range, vocab_size: int, seed: int = 0) -> list[Request]:
+def random_requests(
+    number: int, prompts: Range, responses: Range, vocab_size: int, seed: int = 0
+) -> list[GenerationRequest]:
     """Draw prompts and the lengths of their responses."""
     rng = np.random.default_rng(seed)
     return [
-        Request(
+        GenerationRequest(
             tuple(rng.integers(0, vocab_size, rng.integers(*prompts, endpoint=True)).tolist()),
             int(rng.integers(*responses, endpoint=True)),
             seed=int(rng.integers(1 << 31)),
@@ -25,12 +27,12 @@ def random_requests(number: int, prompts: Range, responses: Range, vocab_size: i
     ]
 
 
-def lengths_of(requests: Sequence[Request]) -> list[tuple[int, int]]:
+def lengths_of(requests: Sequence[GenerationRequest]) -> list[tuple[int, int]]:
     """Return the tokens of each prompt and of its response, which nothing ends before its limit."""
     return [(len(request.prompt_ids), request.max_tokens) for request in requests]
 
 
-def random_completions(requests: Sequence[Request], vocab_size: int, seed: int = 0) -> list[Completion]:
+def random_completions(requests: Sequence[GenerationRequest], vocab_size: int, seed: int = 0) -> list[Completion]:
     """Draw a response of full length to each request."""
     rng = np.random.default_rng(seed)
     return [
@@ -41,7 +43,9 @@ def random_completions(requests: Sequence[Request], vocab_size: int, seed: int =
     ]
 
 
-def scored_table(requests: Sequence[Request], completions: Sequence[Completion], policy_version: int = 0) -> pa.Table:
+def scored_table(
+    requests: Sequence[GenerationRequest], completions: Sequence[Completion], policy_version: int = 0
+) -> pa.Table:
     """Make trajectories of requests and their completions, with scores drawn at random."""
     rows = [
         {

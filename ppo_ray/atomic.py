@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whenever the process or the machine dies."""
+"""Atomic writes: a file or folder is there whole or not at all, whenever the process or the machine dies."""
 
 import contextlib
 import fcntl
@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 def write(path: Path, make: Callable[[Path], object]) -> None:
-    """Write a file so that nobody ever sees half of it, whatever happens meanwhile; make its folder if need be.
+    """Write a file so that nobody ever sees half of it; make its folder if there is none.
 
-    What a killed writer left is replaced by the next one, without a look at the rest of the folder, which may be large.
+    The file that a killed writer left is replaced by the next writer, which does not list the folder: it may be large.
 
     Args:
         path: of the file.
@@ -35,20 +35,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def build(target: Path, make: Callable[[Path], None]) -> None:
-    """Make a file or folder aside, bring it onto the disk and rename it into its place, over what is there.
+    """Make a file or folder under another name, sync it to the disk and rename it, over what is there.
 
-    What a failed `make` left is removed at once, what a killed one left by the next. One that still goes on elsewhere,
-    cut off and given up, has a name of its own: it can fail, and never mix its files into the next one's.
+    What a failed `make` left is removed at once; what a killed one left is removed by the next. A writer that was cut
+    off and given up, but goes on elsewhere, has a name of its own: it can fail, and never mixes its files with the
+    next writer's.
 
     Args:
-        target: the file or folder wanted; its parent is made if need be.
+        target: the file or folder wanted; its parent is made if there is none.
         make: makes it at the path it is given.
 
     Raises:
         OSError: the disk is full, or may not be written to; what was at `target` is still there.
     """
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    replaced = _replaced(target)
+    old = _old_path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_remnants(target)
     try:
@@ -58,20 +59,20 @@ def build(target: Path, make: Callable[[Path], None]) -> None:
         remove(aside)
         raise
     if target.is_dir():  # a folder cannot be renamed over; removed in its place it could be left half there
-        target.rename(replaced)
+        target.rename(old)
     aside.replace(target)
     _sync_one(target.parent)
-    remove(replaced)
+    remove(old)
 
 
 def remove_remnants(target: Path) -> None:
     """Remove what a killed `build` of a file or folder left beside it."""
-    for remnant in [*target.parent.glob(f".{glob.escape(target.name)}.*partial"), _replaced(target)]:
+    for remnant in [*target.parent.glob(f".{glob.escape(target.name)}.*partial"), _old_path(target)]:
         remove(remnant)
 
 
 def link(path: Path, target: str) -> None:
-    """Make a symbolic link, or let the one that is there point elsewhere."""
+    """Make a symbolic link, or point the one that is there to another target."""
     aside = path.with_name(f".{path.name}.partial")
     aside.unlink(missing_ok=True)
     aside.symlink_to(target)
@@ -82,7 +83,7 @@ def link(path: Path, target: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
+def lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold a lock that ends with the process, however it ends.
 
     Raises:
@@ -103,18 +104,19 @@ def remove(path: Path) -> None:
 
 def discard(path: Path) -> None:
     """Remove a folder so that nobody ever sees it without some of its files."""
-    gone = _replaced(path)
+    gone = _old_path(path)
     remove(gone)
     path.rename(gone)
     remove(gone)
 
 
-def _replaced(target: Path) -> Path:
+def _old_path(target: Path) -> Path:
+    """Return the name that a file or folder has while it is being replaced or removed."""
     return target.with_name(f".{target.name}.replaced")
 
 
 def _sync(path: Path) -> None:
-    """Bring a file, or a folder with all its files, onto the disk."""
+    """Sync a file, or a folder with all its files, to the disk."""
     for part in [*path.rglob("*"), path]:
         _sync_one(part)
 

@@ -1,4 +1,4 @@
-"""The `ppo-ray` command: parses first, imports heavy modules after."""
+"""The `ppo-ray` command: arguments are parsed first, heavy modules imported after."""
 
 import signal
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a policy with PPO as CONFIG says; everything about the run goes into its output_dir."""
-    with _reported():
+    with _report_errors():
         from ppo_ray.config import load_config
 
         parsed = load_config(config, [*(overrides or []), *(["resume=required"] if resume else [])])
@@ -76,7 +76,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Score one response of CHECKPOINT to each held-out prompt, by the config of the run it comes from."""
-    with _reported():
+    with _report_errors():
         from rich.console import Console
 
         from ppo_ray.run.train import evaluate_checkpoint
@@ -90,7 +90,7 @@ def check(
     overrides: Overrides = None,
 ) -> None:
     """Start what CONFIG needs and prove that new weights change what every engine computes; train nothing."""
-    with _reported():
+    with _report_errors():
         from ppo_ray.config import load_config
 
         parsed = load_config(config, overrides or [])
@@ -116,7 +116,7 @@ def plan(
     address: Annotated[str | None, typer.Option(help="Address of a running cluster, e.g. auto, to be asked.")] = None,
 ) -> None:
     """Show where each actor of CONFIG would go, the memory it takes, and what does not fit (exit code 2)."""
-    with _reported():
+    with _report_errors():
         from ppo_ray.config import load_config
 
         parsed = load_config(config, overrides or [])
@@ -138,7 +138,7 @@ def options(
     markdown: Annotated[bool, typer.Option("--markdown", help="All of them as docs/options.md.")] = False,
 ) -> None:
     """Show every option of a CONFIG: what it may be, its default, what it means."""
-    with _reported():
+    with _report_errors():
         from ppo_ray.config import reference
 
         if markdown:
@@ -150,14 +150,14 @@ def options(
         from rich.markup import escape
         from rich.table import Table
 
-        for group in [reference.find_group(section)] if section else reference.groups():
-            table = Table("option", "", title=group.meaning, box=box.SIMPLE_HEAD, title_justify="left")
-            table.columns[0].no_wrap = True
-            for option in group.options:
+        for table in [reference.find_table(section)] if section else reference.make_tables():
+            shown = Table("option", "", title=table.meaning, box=box.SIMPLE_HEAD, title_justify="left")
+            shown.columns[0].no_wrap = True
+            for option in table.options:
                 default = f"default {option.default}" if option.default else "required"
                 about = f"{option.meaning}\n{option.values.replace('`', '')}; {default}"
-                table.add_row(option.name, escape(about))
-            Console().print(table)
+                shown.add_row(option.name, escape(about))
+            Console().print(shown)
 
 
 @app.command()
@@ -177,12 +177,12 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log; exit with the job's code.")] = True,
 ) -> None:
     """Train as `train` does, as a job on a Ray cluster; sent again, it goes on from its newest checkpoint."""
-    with _reported():
+    with _report_errors():
         from ppo_ray.jobs import submit as submission
-        from ppo_ray.jobs.request import JobRequest, job_name
+        from ppo_ray.jobs.request import JobRequest, make_job_name
 
-        parsed = submission.submitted_config(config, overrides or [])
-        request = JobRequest(parsed, address, name or job_name(config), working_dir, tuple(env or ()))
+        parsed = submission.load_job_config(config, overrides or [])
+        request = JobRequest(parsed, address, name or make_job_name(config), working_dir, tuple(env or ()))
         code = submission.submit(request, wait, partial(typer.echo, nl=False), typer.echo)
     raise typer.Exit(code)
 
@@ -195,15 +195,15 @@ def assets(
     force: Annotated[bool, typer.Option("--force", help="Build again what is there already.")] = False,
 ) -> None:
     """Build the offline models and data of the reference task into the cache."""
-    with _reported():
+    with _report_errors():
         from ppo_ray.assets import build_imdb
 
         build_imdb(force=force)
 
 
 @contextmanager
-def _reported() -> Iterator[None]:
-    """Turn our own errors into a message on stderr and their exit code; anything else is a bug: keep its traceback."""
+def _report_errors() -> Iterator[None]:
+    """Print our own errors on stderr and exit with their code; anything else is a bug and keeps its traceback."""
     try:
         yield
     except Interrupted as interrupted:
@@ -212,7 +212,7 @@ def _reported() -> Iterator[None]:
     except PPORayError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(error.exit_code) from None
-    except SystemExit as leaving:  # Ray's own answer to SIGTERM, while it starts and ends
+    except SystemExit as leaving:  # raised by Ray for SIGTERM while it starts and ends
         if leaving.code != signal.SIGTERM:
             raise
         typer.echo("interrupted by SIGTERM", err=True)

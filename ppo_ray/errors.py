@@ -1,7 +1,10 @@
-"""The errors ppo_ray raises on purpose, and the exit code that the command line gives each."""
+"""The errors that ppo_ray raises on purpose, each with the exit code that the command line gives it."""
 
 import signal
 from typing import Any
+
+QUOTED = 60
+"""Characters of a bad value that a message shows."""
 
 
 class PPORayError(Exception):
@@ -11,21 +14,21 @@ class PPORayError(Exception):
 
 
 class InputError(PPORayError):
-    """Say that what the user gave (option, file, model, data, output folder) cannot be used; no work has started."""
+    """Input that cannot be used: an option, file, model, data set or output folder. No work has started."""
 
     exit_code = 2
 
 
 class AssetError(PPORayError):
-    """Say that an offline asset could not be built or is not what it should be."""
+    """An offline asset that could not be built, or is not what it should be."""
 
 
 class WorkerError(PPORayError):
-    """Say that an actor failed, hung or answered wrongly; the message names it."""
+    """An actor that failed, hung or answered wrongly; the message names it."""
 
 
 class WorkerLost(WorkerError):
-    """Say that an actor died, hangs or cannot be reached; another can take its place."""
+    """An actor that died, hangs or cannot be reached; another can take its place."""
 
     def __init__(self, message: str, name: str = "") -> None:
         """Name the worker, e.g. `"rollout-1"`."""
@@ -34,23 +37,23 @@ class WorkerLost(WorkerError):
 
 
 class PeersLost(WorkerError):
-    """Say that this worker cannot go on because one that it works with is gone."""
+    """Raised by a worker that cannot go on because another one that it works with is gone."""
 
 
 class CheckpointError(PPORayError):
-    """Say that a checkpoint could not be written or is not whole."""
+    """A checkpoint that could not be written, or is not whole."""
 
 
 class UnreadableError(PPORayError):
-    """Say that a checkpoint is there and cannot be read, so that nobody knows whether it is whole."""
+    """A checkpoint that is there and cannot be read: whether it is whole is not known."""
 
 
 class JobError(PPORayError):
-    """Say that a job was not taken by its cluster, or can no longer be followed."""
+    """A job that its cluster did not take, or that can no longer be followed."""
 
 
 class Interrupted(PPORayError):
-    """Say that a signal ended the run; the command line exits as shells have it, with 128 + its number."""
+    """The end of a run by a signal; the exit code is 128 + the signal's number, as in shells."""
 
     def __init__(self, number: int) -> None:
         """Name the signal."""
@@ -59,9 +62,14 @@ class Interrupted(PPORayError):
 
 
 class NonFiniteError(WorkerError):
-    """Say that a loss or its gradient is not finite."""
+    """A loss or gradient that is not finite."""
 
     def __init__(self, message: str, trajectories: Any = None) -> None:
         """Keep the mini-batch that made it, a `pyarrow.Table` of `trajectory.LEARNED_SCHEMA`."""
         super().__init__(message)
         self.trajectories = trajectories
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its class's name where there is no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,22 +1,30 @@
-"""What happens in a run beside its steps: a worker replaced, a run resumed, a checkpoint found torn."""
+"""Events of a run beside its steps (a worker replaced, a run resumed, a torn checkpoint), and lines for its console."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-Kind = Literal["interrupted", "learner_rebuilt", "resumed", "torn_checkpoint", "worker_replaced"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EventKind = Literal["interrupted", "learner_rebuilt", "resumed", "torn_checkpoint", "worker_replaced"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """One such thing, for the log and for `metrics.jsonl`."""
+    """One event, for the log and for `metrics.jsonl`."""
 
-    kind: Kind
+    kind: EventKind
     message: str
     """For people: who, what, why, how long it took."""
     worker: str | None = None
-    """Whom it befell, e.g. `"rollout-1"`."""
+    """The worker that it happened to, e.g. `"rollout-1"`."""
 
 
 Report = Callable[[Event], None]
-"""What is told of every event as it happens."""
+"""Is called with each event as it happens."""
+
+
+def say(console: "Console", text: str) -> None:
+    """Print text as it is: without markup or colours of its own, and without line breaks to fit the console."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

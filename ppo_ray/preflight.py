@@ -1,6 +1,6 @@
-"""What can be found wrong before any actor starts: models, labels, texts, reward function, threads, output folder.
+"""Checks before any actor starts: models, labels, texts, reward function, CPU threads, weight transport, output folder.
 
-All at once.
+Each check yields a line for everything that cannot be used, so that all of it is reported at once.
 """
 
 import os
@@ -8,46 +8,47 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, Trust, transport_problems
-from ppo_ray.errors import InputError
-from ppo_ray.prompts.stream import usable_texts
+from ppo_ray.config import Config, Trust, in_job, transport_problems
+from ppo_ray.errors import InputError, first_line
+from ppo_ray.prompts.stream import read_usable_texts
 from ppo_ray.reward.function import load_function
 from ppo_ray.reward.labels import find_label
-
-_JOB_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
-"""Ray sets the second inside `ray job submit`; with either the actors run on a cluster, not on this machine."""
 
 
 def check(config: Config) -> None:
     """Check what the config names; neither Ray nor vLLM is started or imported.
 
-    Whether GPUs and a cluster's CPUs suffice is known to Ray alone: placement says it.
+    Whether a cluster has enough CPUs and GPUs is checked when they are reserved: only Ray knows it.
 
     Raises:
         InputError: a line for everything that cannot be used.
     """
     problems = [*_cpu_problems(config), *transport_problems(config), *_policy_problems(config)]
     problems += [*_reward_problems(config), *_prompt_problems(config)]
-    if os.environ.get(_JOB_VARIABLES[1]):
+    if in_job():
         problems = [*output_problems(config), *problems]
     refuse(problems, "nothing was started")
 
 
-def refuse(problems: Sequence[str], so: str) -> None:
+def refuse(problems: Sequence[str], consequence: str) -> None:
     """Raise one error for all problems, if there are any.
 
+    Args:
+        problems: a line for each.
+        consequence: what was not done because of them; it ends the error's first line.
+
     Raises:
-        InputError: there are; `so` ends its first line.
+        InputError: there are problems.
     """
     if problems:
         heading = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-        raise InputError("\n".join([f"{heading}, {so}", *(f"  {problem}" for problem in problems)]))
+        raise InputError("\n".join([f"{heading}, {consequence}", *(f"  {problem}" for problem in problems)]))
 
 
 def phase_demands(config: Config) -> dict[str, tuple[str, int]]:
-    """Return each phase's CPU threads, and the options that make them.
+    """Return, for each phase of a step, the options that set its CPU threads and how many these are.
 
-    Where generation overlaps with learning, the update goes on beside each of the others.
+    Where generation overlaps with learning, the update goes on beside each of the other phases.
     """
     rollout, reward, learner = config.rollout, config.reward, config.learner
     generation = f"rollout.workers={rollout.workers} x rollout.threads={rollout.threads}"
@@ -67,12 +68,12 @@ def phase_demands(config: Config) -> dict[str, tuple[str, int]]:
 
 
 def cpu_demand(config: Config) -> int:
-    """Return the CPU threads of the busiest phase: the phases take turns and idle actors hold no spinning thread."""
+    """Return the CPU threads of the busiest phase: the phases take turns, and the threads of idle actors sleep."""
     return max(threads for _, threads in phase_demands(config).values())
 
 
 def output_problems(config: Config) -> Iterator[str]:
-    """Find out whether a job would lose what it writes."""
+    """Yield the problem of an output folder in which a job would lose what it writes."""
     if not Path(config.output_dir).is_absolute():
         yield (
             f"output_dir={config.output_dir}: must be absolute, on storage that all nodes share: the folder in which a "
@@ -81,7 +82,7 @@ def output_problems(config: Config) -> Iterator[str]:
 
 
 def _cpu_problems(config: Config) -> Iterator[str]:
-    if config.ray.address is not None or any(os.environ.get(name) for name in _JOB_VARIABLES):
+    if not config.ray.is_private:
         return
     cpus = os.cpu_count() or 1
     for phase, (options, threads) in phase_demands(config).items():
@@ -90,7 +91,7 @@ def _cpu_problems(config: Config) -> Iterator[str]:
 
 
 def _policy_problems(config: Config) -> Iterator[str]:
-    model, problem = _model_config("model.path", config.model.path, config.model.trust)
+    model, problem = _load_model_config("model.path", config.model.path, config.model.trust)
     if problem:
         yield problem
     else:
@@ -104,7 +105,7 @@ def _policy_problems(config: Config) -> Iterator[str]:
     for key, path in (("reference", config.model.reference_path), ("critic", config.model.critic_path)):
         if path in (None, config.model.path):
             continue
-        other, problem = _model_config(f"model.{key}_path", str(path), config.model.trust)
+        other, problem = _load_model_config(f"model.{key}_path", str(path), config.model.trust)
         if problem:
             yield problem
         elif model is not None and (ours := _num_tokens(model)) != (theirs := _num_tokens(other)):
@@ -128,7 +129,7 @@ def _reward_problems(config: Config) -> Iterator[str]:
         except Exception as error:  # whatever the user's own module raises when it is imported
             yield f"reward.function={reward.function}: importing it raised {type(error).__name__}: {error}"
         return
-    classifier, problem = _model_config("reward.path", str(reward.path), reward.trust)
+    classifier, problem = _load_model_config("reward.path", str(reward.path), reward.trust)
     if problem:
         yield problem
         return
@@ -141,13 +142,13 @@ def _reward_problems(config: Config) -> Iterator[str]:
 
 def _prompt_problems(config: Config) -> Iterator[str]:
     try:
-        usable_texts(config.prompts, config.evaluation.num_prompts)
+        read_usable_texts(config.prompts, config.evaluation.num_prompts)
     except InputError as error:
         yield str(error) + _asset_hint(config.prompts.path)
 
 
-def _model_config(key: str, path: str, trust: Trust) -> tuple[Any, str | None]:
-    """Return a model's own config, or what is wrong with the model."""
+def _load_model_config(key: str, path: str, trust: Trust) -> tuple[Any, str | None]:
+    """Load a model's own config; return it, or None and what is wrong with the model."""
     from transformers import AutoConfig, PreTrainedConfig
 
     folder = Path(path)
@@ -159,12 +160,12 @@ def _model_config(key: str, path: str, trust: Trust) -> tuple[Any, str | None]:
         if not trust.remote_code and _has_code(lambda path: PreTrainedConfig.get_config_dict(path)[0], path):
             return None, _code_problem(key, path, "the model (auto_map in config.json)")
         where = "its config cannot be loaded" if folder.is_dir() else "neither a folder here nor to be had from the hub"
-        return None, f"{key}={path}: missing model: {where}: {_reason(error)}{_asset_hint(path)}"
+        return None, f"{key}={path}: missing model: {where}: {first_line(error)}{_asset_hint(path)}"
     return model, _weights_problem(key, folder, trust) if folder.is_dir() else None
 
 
 def _weights_problem(key: str, folder: Path, trust: Trust) -> str | None:
-    """Say it if a local folder has no safetensors; a pickle can run any code and is not loaded unasked."""
+    """Say what is wrong if a local folder has no safetensors: pickled weights can run any code, and need consent."""
     if any(folder.glob("*.safetensors")):
         return None
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -181,7 +182,7 @@ def _weights_problem(key: str, folder: Path, trust: Trust) -> str | None:
 
 
 def _has_code(read: Callable[[str], Any], path: str) -> bool:
-    """Say whether a model's or tokenizer's own config, as it is read, names Python code that lies with it."""
+    """Say whether the config of a model or tokenizer, which `read` returns, names Python code that lies with it."""
     try:
         return "auto_map" in read(path)
     except Exception:  # what is wrong with it is said elsewhere
@@ -195,15 +196,11 @@ def _code_problem(key: str, path: str, what: str) -> str:
     )
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _tokenizer_problems(key: str, path: str, trust: Trust) -> Iterator[str]:
-    """Find out whether the tokenizer is there, and is the one that its authors meant.
+    """Yield the problem of a tokenizer that is missing, or that is not the one its authors meant.
 
-    For some models transformers makes what it can of a tokenizer whose code it must not run, without a word: that may
-    split texts otherwise than the model has learnt.
+    Where transformers must not run a tokenizer's own code it may silently build another tokenizer from the other files,
+    which can split texts in another way than the model was trained on.
     """
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -214,11 +211,11 @@ def _tokenizer_problems(key: str, path: str, trust: Trust) -> Iterator[str]:
     try:
         AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code)
     except Exception as error:  # each tokenizer library has its own errors
-        yield f"{key}={path}: its tokenizer cannot be loaded: {_reason(error)}"
+        yield f"{key}={path}: its tokenizer cannot be loaded: {first_line(error)}"
 
 
 def _asset_hint(path: str) -> str:
-    """Say how to build what is missing if it is one of our own assets."""
+    """Return how to build what is missing, if it is one of our own assets."""
     from ppo_ray.assets.cache import asset_path
 
     ours = {str(asset_path("policy")), str(asset_path("classifier")), str(asset_path("prompts"))}

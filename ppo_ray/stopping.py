@@ -1,7 +1,7 @@
-"""How a run is stopped: the first SIGTERM or Ctrl-C asks it to end soon, the second ends it at once.
+"""Signals that stop a run: the first SIGTERM or Ctrl-C asks it to end soon, the second ends it at once.
 
-A signal only sets a flag. Whoever waits for work that may be thrown away looks at the flag; work that must be finished
-(an update, a weight sync) is waited for without. So a run is always stopped between two steps.
+A signal only sets a flag. Code that waits for work which may be thrown away calls `check`; code that waits for work
+which must be finished (an update, a weight sync) does not. So a run is always stopped between two steps.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ _requested: int | None = None
 
 
 @contextlib.contextmanager
-def stoppable(limit_s: float, end_at_once: Callable[[int], None]) -> Iterator[None]:
-    """Take SIGINT and SIGTERM for requests to stop while the block runs.
+def handle_signals(limit_s: float, end_at_once: Callable[[int], None]) -> Iterator[None]:
+    """Treat SIGINT and SIGTERM as requests to stop while the block runs.
 
     Args:
-        limit_s: seconds from the first signal to the end; whoever is not done by then is ended at once.
+        limit_s: seconds from the first signal until the process is ended at once, if it has not ended by then.
         end_at_once: ends this process and what it started; called with the exit code, from any thread; does not return.
     """
     global _requested
@@ -53,10 +53,10 @@ def stoppable(limit_s: float, end_at_once: Callable[[int], None]) -> Iterator[No
 
 
 def check() -> None:
-    """Return if nobody asked to stop.
+    """Raise if the run was asked to stop.
 
     Raises:
-        Interrupted: somebody did.
+        Interrupted: a signal has come.
     """
     if _requested is not None:
         raise Interrupted(_requested)

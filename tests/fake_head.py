@@ -24,6 +24,8 @@ class FakeHead:
     """Of the job, one a question; the last one stays."""
     names: tuple[str, ...] = ()
     """Of earlier jobs."""
+    list_failure: str = ""
+    """What it does instead of listing them: `error` (it answers HTTP 500) or `hang up`."""
     packages: list[bytes] = field(default_factory=list)
     submitted: list[dict[str, Any]] = field(default_factory=list)
     refusal: str = ""
@@ -81,6 +83,10 @@ class FakeHead:
         return {"type": "SUBMISSION", "submission_id": name, "entrypoint": "x", "status": "STOPPED", **state}
 
     async def _jobs(self, request):
+        if self.list_failure == "error":
+            return web.Response(status=500, text="Traceback (most recent call last):\n  File x\nValueError: no store")
+        if self.list_failure == "hang up":
+            request.transport.close()
         return web.json_response([self._details(name) for name in self.names])
 
     async def _submit(self, request):

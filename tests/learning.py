@@ -8,14 +8,14 @@ import pyarrow as pa
 import torch
 
 from ppo_ray import trajectory
-from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.ranks import Ranks
 
 
 def make_learner(folder: Path, budget: int = 1024, **ppo: Any) -> PPOLearner:
     """Load a float32 learner; options are not checked: tests go beyond what is allowed."""
-    options = PPOConfig(learning_rate=1e-3).model_copy(update=ppo)
+    options = UpdateConfig(learning_rate=1e-3).model_copy(update=ppo)
     return PPOLearner.load(
         ModelConfig(path=str(folder)), options, LearnerConfig(microbatch_tokens=budget), device="cpu"
     )
@@ -37,7 +37,7 @@ def load_learner(
     """Load a learner of any options, checked or not, on the CPU."""
     return PPOLearner.load(
         ModelConfig.model_construct(path=str(folder), **model),
-        PPOConfig(learning_rate=1e-3).model_copy(update=ppo),
+        UpdateConfig(learning_rate=1e-3).model_copy(update=ppo),
         LearnerConfig(**learner),
         temperature=0.7,
         device="cpu",

@@ -41,7 +41,7 @@ def test_a_folder_is_built_over_another(tmp_path: Path) -> None:
 
 
 def hold(path: Path, held: multiprocessing.Event) -> None:
-    with atomic.locked(path):
+    with atomic.lock(path):
         held.set()
         time.sleep(60)
 
@@ -66,9 +66,9 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     process = context.Process(target=hold, args=(tmp_path / "lock", held))
     process.start()
     assert held.wait(30)
-    with pytest.raises(BlockingIOError), atomic.locked(tmp_path / "lock", wait=False):
+    with pytest.raises(BlockingIOError), atomic.lock(tmp_path / "lock", wait=False):
         pytest.fail("two at once")
     process.kill()
     process.join()
-    with atomic.locked(tmp_path / "lock", wait=False):
+    with atomic.lock(tmp_path / "lock", wait=False):
         pass

@@ -18,7 +18,7 @@ CONFIG = "output_dir: x\nmodel: {path: m}\nprompts: {path: p.csv}\nreward: {path
 @pytest.fixture
 def driver(monkeypatch):
     """Stand in for the driver: keep its calls, raise `error` if there is one."""
-    import ppo_ray
+    import ppo_ray.run
 
     calls = []
     fake = types.ModuleType("ppo_ray.run.train")
@@ -30,9 +30,8 @@ def driver(monkeypatch):
             raise fake.error
 
     fake.calls, fake.train, fake.check, fake.evaluate_checkpoint = calls, record, record, record
-    for name in ("driver", "held_out"):
-        monkeypatch.setitem(sys.modules, f"ppo_ray.{name}", fake)
-        monkeypatch.setattr(ppo_ray, name, fake, raising=False)
+    monkeypatch.setitem(sys.modules, "ppo_ray.run.train", fake)
+    monkeypatch.setattr(ppo_ray.run, "train", fake, raising=False)
     return fake
 
 

@@ -14,7 +14,7 @@ from ppo_ray.errors import Interrupted
 def test_the_first_signal_only_asks(number: signal.Signals, code: int) -> None:
     ended = []
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with stopping.stoppable(60, ended.append):
+    with stopping.handle_signals(60, ended.append):
         stopping.check()
         os.kill(os.getpid(), number)
         with pytest.raises(Interrupted, match=number.name) as caught:
@@ -29,14 +29,14 @@ def test_the_first_signal_only_asks(number: signal.Signals, code: int) -> None:
 
 def test_who_does_not_end_in_time_is_ended() -> None:
     over = threading.Event()
-    with stopping.stoppable(0.05, lambda code: over.set()):
+    with stopping.handle_signals(0.05, lambda code: over.set()):
         os.kill(os.getpid(), signal.SIGTERM)
         assert over.wait(30)
 
 
 def test_other_threads_leave_the_signals_alone() -> None:
     def body() -> None:
-        with stopping.stoppable(1, lambda code: None):
+        with stopping.handle_signals(1, lambda code: None):
             handlers.append(signal.getsignal(signal.SIGTERM))
 
     handlers = []
@@ -50,8 +50,8 @@ def test_other_threads_leave_the_signals_alone() -> None:
 def test_a_process_that_is_stuck_is_ended_by_the_timer() -> None:
     script = (
         "import os, signal, time\n"
-        "from ppo_ray.stopping import stoppable\n"
-        "with stoppable(0.2, os._exit):\n"
+        "from ppo_ray.stopping import handle_signals\n"
+        "with handle_signals(0.2, os._exit):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)\n"
     )

@@ -18,9 +18,9 @@ from benchmarks.flops import forward_flops, update_flops
 from benchmarks.growth.series import Point, Series
 from benchmarks.random_batches import Range, lengths_of, random_completions, random_requests, scored_table
 from benchmarks.random_models import decoder_shape, write_model
-from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
-from ppo_ray.rollout.engine import Engine, Request, Sampling
+from ppo_ray.rollout.engine import Engine, GenerationRequest, Sampling
 from ppo_ray.weights.snapshot import Buffers
 
 EPOCHS = 1
@@ -28,7 +28,7 @@ EPOCHS = 1
 ROUNDS = 3
 """In which each call is timed."""
 
-Batches = Sequence[tuple[float, Sequence[Request]]]
+Batches = Sequence[tuple[float, Sequence[GenerationRequest]]]
 """What was varied, and the batch that it makes."""
 
 
@@ -71,12 +71,12 @@ class Subject:
         """Write the model and load it into both."""
         config = write_model(shape, folder)
         self.shape = decoder_shape(config)
-        self.learner = PPOLearner.load(ModelConfig(path=str(folder)), PPOConfig(epochs=EPOCHS), LearnerConfig())
+        self.learner = PPOLearner.load(ModelConfig(path=str(folder)), UpdateConfig(epochs=EPOCHS), LearnerConfig())
         self.engine = _start(scale.engine, str(folder), max_context)
         self.parameters = sum(tensor.numel() for _, tensor in self.learner.named_weights())
         self._scale, self._buffers = scale, Buffers()
 
-    def requests(self, number: int, responses: Range, prompts: Range = (2, 8)) -> list[Request]:
+    def requests(self, number: int, responses: Range, prompts: Range = (2, 8)) -> list[GenerationRequest]:
         return random_requests(number, prompts, responses, self.shape.vocab)
 
     def learn(self, batches: Batches) -> list[Point]:
@@ -129,7 +129,7 @@ class Subject:
         return [statistics.median(found) for found in seconds]
 
 
-def _looks(batch: Sequence[Request]) -> int:
+def _looks(batch: Sequence[GenerationRequest]) -> int:
     """Return how many models look at a batch before it is learnt: the reference, and the policy too if one forward pass
     does not hold it; of one pass the policy's is the first epoch's own."""
     return 1 if sum(sum(lengths) - 1 for lengths in lengths_of(batch)) <= LearnerConfig().microbatch_tokens else 2

@@ -14,10 +14,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ppo_ray import stopping
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
-from ppo_ray.plan import ClusterShape, Node, Request, requested
+from ppo_ray.plan import ClusterShape, Node, ResourceRequest, make_request
 from ppo_ray.plan.assign import Assignment, assign
 from ppo_ray.plan.demand import KINDS, Kind
-from ppo_ray.plan.request import Group, Seat
+from ppo_ray.plan.request import BundleGroup, Seat
 
 _POLL_S = 1.0  # signal handlers run between polls
 _AT_ONCE_S = 0.01
@@ -57,7 +57,7 @@ def reserve(config: Config, kinds: Sequence[Kind] = KINDS) -> Iterator[Seats]:
             beside what is there.
         Interrupted: the run is to be stopped.
     """
-    request = requested(config, kinds)
+    request = make_request(config, kinds)
     order = check_fit(request).order
     with contextlib.ExitStack() as stack:
         groups: dict[str, Any] = {}
@@ -69,7 +69,7 @@ def reserve(config: Config, kinds: Sequence[Kind] = KINDS) -> Iterator[Seats]:
         yield Seats({seat.actor: seat for seat in request.seats}, groups)
 
 
-def check_fit(request: Request) -> Assignment:
+def check_fit(request: ResourceRequest) -> Assignment:
     """Check that the connected cluster, were it empty, could hold all actors at once; it may yet grow by itself.
 
     Returns:
@@ -109,7 +109,7 @@ def connected_cluster(gpu_memory: int | None = None) -> ClusterShape:
     return ClusterShape(tuple(nodes))
 
 
-def _wait(order: Sequence[Group], groups: Mapping[str, Any], limit_s: float) -> None:
+def _wait(order: Sequence[BundleGroup], groups: Mapping[str, Any], limit_s: float) -> None:
     """Wait until all groups have room."""
     deadline = time.monotonic() + limit_s
     for first in order:
@@ -125,7 +125,7 @@ def _wait(order: Sequence[Group], groups: Mapping[str, Any], limit_s: float) -> 
             )
 
 
-def _describe(group: Group) -> str:
+def _describe(group: BundleGroup) -> str:
     bundle, number = group.bundles[0], len(group.bundles)
     where = "" if number == 1 else " on one node" if group.strategy == "STRICT_PACK" else " on few nodes"
     return f"{number} x ({bundle.cpus:g} CPUs, {bundle.gpus:g} GPUs){where}"

@@ -12,11 +12,10 @@ import ray
 
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError, WorkerError
-from ppo_ray.stopping import stoppable
+from ppo_ray.stopping import handle_signals
 
 _EXIT_S = 10.0
 _REACH_S = 20.0
-_JOB_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
 @contextlib.contextmanager
@@ -35,18 +34,18 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    private = config.address is None and not any(os.environ.get(name) for name in _JOB_VARIABLES)
     before = psutil.Process().children()
     started: list[psutil.Process] = []
     try:
-        if private:
+        if config.is_private:
             try:
                 _start_private(config)
             finally:
                 started = [process for process in psutil.Process().children() if process not in before]
         else:
             _connect(config.address)
-        with stoppable(config.stop_timeout_s, lambda code: _end_at_once(started, code)):  # Ray has its own handlers
+        # Ray has set handlers of its own
+        with handle_signals(config.stop_timeout_s, lambda code: _end_at_once(started, code)):
             yield
     finally:
         _shut_down(started)

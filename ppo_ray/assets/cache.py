@@ -46,7 +46,7 @@ def build_once(target: Path, build: Callable[[Path], None], force: bool = False)
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.locked(target.with_name(f".{target.name}.lock")):
+        with atomic.lock(target.with_name(f".{target.name}.lock")):
             atomic.remove_remnants(target)
             if target.exists() and not force:
                 return False

@@ -1,6 +1,6 @@
-"""Every option of a run: `ppo.py` and `sections.py` document them, `run.py` joins them, `file.py` reads them."""
+"""Every option of a run: `ppo.py` and `sections.py` define them, `run.py` joins them, `file.py` reads them."""
 
-from ppo_ray.config.ppo import PPOConfig
+from ppo_ray.config.ppo import UpdateConfig
 from ppo_ray.config.run import Config, load_config, to_yaml
 from ppo_ray.config.sections import (
     NO_TRUST,
@@ -12,9 +12,11 @@ from ppo_ray.config.sections import (
     RayConfig,
     RewardConfig,
     RolloutConfig,
+    Transport,
     Trust,
+    in_job,
 )
-from ppo_ray.config.transport import Transport, transport_problems, weight_transport
+from ppo_ray.config.transport import transport_problems, weight_transport
 
 __all__ = [
     "NO_TRUST",
@@ -23,13 +25,14 @@ __all__ = [
     "EvaluationConfig",
     "LearnerConfig",
     "ModelConfig",
-    "PPOConfig",
     "PromptsConfig",
     "RayConfig",
     "RewardConfig",
     "RolloutConfig",
     "Transport",
     "Trust",
+    "UpdateConfig",
+    "in_job",
     "load_config",
     "to_yaml",
     "transport_problems",

@@ -1,4 +1,4 @@
-"""A YAML file and `key=value` overrides read into a pydantic model; whatever is wrong is said at once, a line a key."""
+"""The reader of a YAML file and `key=value` overrides into a pydantic model; it reports every mistake by its key."""
 
 import contextlib
 import copy
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from ppo_ray.errors import InputError
+from ppo_ray.errors import InputError, first_line
 
 _OVERRIDE = re.compile(r"\w+(\.\w+)*=")
 _SHOWN = 20  # problems; a file of another program has thousands
@@ -38,10 +38,10 @@ class Contradiction:
 
 
 class Contradictions(ValueError):
-    """What a model's own validator raises so that `load` can report each contradiction under its key."""
+    """Raised by a model's own validator, so that `load` can report each contradiction under its key."""
 
     def __init__(self, found: Sequence[Contradiction]) -> None:
-        """Keep what was found; the text is for those who build the model without a file."""
+        """Keep the contradictions; the error's text is for code that builds the model without a file."""
         super().__init__("; ".join(f"{item.keys[0]}: {item.message}" for item in found))
         self.found = tuple(found)
 
@@ -50,10 +50,10 @@ def load(model: type[Model], path: Path | None, overrides: Sequence[str]) -> Mod
     """Read a YAML file (None: an empty one), apply the overrides and validate.
 
     Raises:
-        InputError: the file cannot be read, or anything in it or in the overrides is wrong: a line for each violation.
+        InputError: the file cannot be read, or something in it or in the overrides is wrong; a line for each violation.
     """
     options, problems = _merge(model, _read(path), overrides)
-    raw = _with_all_sections(model, options)
+    raw = _add_missing_sections(model, options)
     try:
         config = model.model_validate(raw)
     except ValidationError as error:
@@ -62,13 +62,13 @@ def load(model: type[Model], path: Path | None, overrides: Sequence[str]) -> Mod
         source = f" in {path}" if path else ""
         heading = f"{len(problems):,} problems" if len(problems) > 1 else "1 problem"
         more = [f"... and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
-        shown = [_bounded(line) for line in problems[:_SHOWN]] + more
+        shown = [_shorten(line) for line in problems[:_SHOWN]] + more
         raise InputError("\n".join([f"{heading}{source}", *(f"  {line}" for line in shown)]))
     return config
 
 
-def _bounded(line: str) -> str:
-    """Cut a line that is too long to be read, and escape what is no letter: it may move a terminal's cursor."""
+def _shorten(line: str) -> str:
+    """Cut a line that is too long to be read, and escape what cannot be printed: it could move a terminal's cursor."""
     more = f"... ({len(line):,} characters)" if len(line) > _LONGEST_LINE else ""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line[:_LONGEST_LINE]) + more
 
@@ -79,7 +79,7 @@ def _read(path: Path | None) -> Any:
         return OmegaConf.create({})
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else None
-        if text is not None and _too_deep(text):
+        if text is not None and _is_too_deep(text):
             raise InputError(f"config file {path}: more than {_DEEPEST} levels, one in another; a config has two")
         options = None if text is None else OmegaConf.create(text, max_yaml_expanded_nodes=_MOST_NODES)
     except yaml.YAMLError as error:
@@ -97,8 +97,8 @@ def _read(path: Path | None) -> Any:
     return options
 
 
-def _too_deep(text: str) -> bool:
-    """Say whether a YAML text nests deeper than any config; what is no YAML at all is found later."""
+def _is_too_deep(text: str) -> bool:
+    """Say whether a YAML text nests deeper than any config; text that is no YAML is reported later."""
     if len(text) <= _DEEPEST:
         return False
     depth = 0
@@ -111,9 +111,9 @@ def _too_deep(text: str) -> bool:
 
 
 def _merge(model: type[BaseModel], options: Any, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Apply overrides and resolve interpolations; return the options as plain containers and what was malformed."""
+    """Apply overrides, resolve interpolations; return the options as plain containers, and a line for each problem."""
     known = set(dict(_options(model)))
-    whole: list[str] = []
+    well_formed: list[str] = []
     problems: list[str] = []
     unknown: dict[str, None] = {}
     for override in overrides:
@@ -123,15 +123,15 @@ def _merge(model: type[BaseModel], options: Any, overrides: Sequence[str]) -> tu
         elif key not in known:
             section = key.partition(".")[0]
             unknown[key if section in known else section] = None
-        elif _too_deep(value):
+        elif _is_too_deep(value):
             problems.append(f"{key}: more than {_DEEPEST} levels, one in another; no option has two")
         else:
-            whole.append(override)
-    problems += [f"{key}: {_unknown(model, key)}" for key in list(unknown)[:_SHOWN]]
+            well_formed.append(override)
+    problems += [f"{key}: {_explain_unknown(model, key)}" for key in list(unknown)[:_SHOWN]]
     problems += [f"{key}: unknown option" for key in list(unknown)[_SHOWN:]]  # counted, not shown
     with contextlib.suppress(yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError):
-        options, whole = OmegaConf.merge(options, OmegaConf.from_dotlist(whole)), []
-    for override in whole:  # one of them is wrong: which? Each is put in its place: merging anew copies all options
+        options, well_formed = OmegaConf.merge(options, OmegaConf.from_dotlist(well_formed)), []
+    for override in well_formed:  # one of them is wrong: each is set by itself, as merging again would copy all options
         key, _, value = override.partition("=")
         try:
             options.merge_with_dotlist([override])
@@ -142,11 +142,11 @@ def _merge(model: type[BaseModel], options: Any, overrides: Sequence[str]) -> tu
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             section = key.rpartition(".")[0]
             in_list = section and OmegaConf.is_list(options.get(section))
-            problems.append(f"{key}: {section + ' is a list, not a section' if in_list else _first_line(error)}")
+            problems.append(f"{key}: {section + ' is a list, not a section' if in_list else first_line(error)}")
     try:
         resolved = OmegaConf.to_container(options, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise InputError(_bounded(f"{error.full_key or 'config'}: {_first_line(error)}")) from error
+        raise InputError(_shorten(f"{error.full_key or 'config'}: {first_line(error)}")) from error
     return {str(key): value for key, value in resolved.items()}, problems  # type: ignore[union-attr]
 
 
@@ -154,8 +154,8 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _with_all_sections(model: type[BaseModel], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what is absent or empty as an empty section, so that what it lacks is reported by its full name."""
+def _add_missing_sections(model: type[BaseModel], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Add absent and empty sections as empty ones, so that a missing option in them is reported by its full name."""
     sections = [name for name, field in model.model_fields.items() if _section(field)]
     return {**options, **{name: {} for name in sections if options.get(name) is None}}
 
@@ -165,20 +165,21 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _describe(model: type[BaseModel], raw: dict[str, Any], error: ValidationError) -> list[str]:
-    """Say what is wrong, a line for each violation, contradictions among the options that are right included."""
+    """Return a line for each violation, and for each contradiction among the options that are right."""
     details = error.errors()
-    contradictions = _contradictions(error)
+    contradictions = _find_contradictions(error)
     if not contradictions:
-        contradictions = _contradictions_of_the_rest(model, raw, details)
+        contradictions = _find_more_contradictions(model, raw, details)
     wrong = {_key(detail) for detail in details}
     located = [detail for detail in details if detail["loc"]]
-    lines = [f"{_key(detail)}: {_say(model, detail)}" for detail in located[:_SHOWN]]
+    lines = [f"{_key(detail)}: {_explain(model, detail)}" for detail in located[:_SHOWN]]
     lines += [f"{_key(detail)}: {detail['msg']}" for detail in located[_SHOWN:]]  # counted, not shown
     lines += [f"{item.keys[0]}: {item.message}" for item in contradictions if not wrong.intersection(item.keys)]
     return lines
 
 
-def _contradictions(error: ValidationError) -> tuple[Contradiction, ...]:
+def _find_contradictions(error: ValidationError) -> tuple[Contradiction, ...]:
+    """Return the contradictions that a model's own validator has found."""
     for detail in error.errors():
         cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, Contradictions):
@@ -186,10 +187,10 @@ def _contradictions(error: ValidationError) -> tuple[Contradiction, ...]:
     return ()
 
 
-def _contradictions_of_the_rest(
+def _find_more_contradictions(
     model: type[BaseModel], raw: dict[str, Any], details: Sequence[ErrorDetails]
 ) -> tuple[Contradiction, ...]:
-    """Validate once more without the wrong options: pydantic compares options only when each is right by itself."""
+    """Validate again without the wrong options: pydantic compares options only where each is right by itself."""
     rest = copy.deepcopy(raw)
     for detail in details:
         *sections, name = [str(part) for part in detail["loc"]]
@@ -205,7 +206,7 @@ def _contradictions_of_the_rest(
     try:
         model.model_validate(rest)
     except ValidationError as error:
-        return _contradictions(error)
+        return _find_contradictions(error)
     return ()
 
 
@@ -213,12 +214,12 @@ def _key(detail: ErrorDetails) -> str:
     return ".".join(str(part) for part in detail["loc"])
 
 
-def _say(model: type[BaseModel], detail: ErrorDetails) -> str:
-    """Word one violation for people: the value, the limit, the remedy."""
+def _explain(model: type[BaseModel], detail: ErrorDetails) -> str:
+    """Return the message of one violation: the value, the limit, the remedy."""
     kind, value, context = detail["type"], _show(detail["input"]), detail.get("ctx", {})
     match kind:
         case "extra_forbidden":
-            return _unknown(model, _key(detail))
+            return _explain_unknown(model, _key(detail))
         case "missing":
             return "required, but not given"
         case "int_type" | "int_parsing" | "int_from_float":
@@ -250,19 +251,19 @@ def _say(model: type[BaseModel], detail: ErrorDetails) -> str:
 
 
 def _show(value: Any) -> str:
-    """Write a value as it would stand in YAML, except that text is in quotes."""
+    """Write a value as in YAML, except that text is in quotes."""
     return str(value).lower().replace("none", "null") if value is None or isinstance(value, bool) else repr(value)
 
 
-def _unknown(model: type[BaseModel], key: str) -> str:
-    """Say of an option that is not there why, or which was most likely meant."""
+def _explain_unknown(model: type[BaseModel], key: str) -> str:
+    """Say why there is no such option, or which one was most likely meant."""
     if len(key) > _LONGEST_KEY:
         return "unknown option"
     return _refusal(model, key) or "unknown option" + _suggest(model, key)
 
 
 def _refusal(model: type[BaseModel], key: str) -> str | None:
-    """Say why an option that people look for is not there."""
+    """Return why an option that people look for is refused; None for any other."""
     section, _, leaf = key.rpartition(".")
     holder = _section(model.model_fields[section]) if section in model.model_fields else model
     reason: str | None = getattr(holder, "refused", {}).get(leaf)
@@ -284,7 +285,7 @@ def _suggest(model: type[BaseModel], key: str) -> str:
 
 
 def _trl_names(field: FieldInfo) -> list[str]:
-    """Return the names of TRL's that an option is documented to stand for, the chief one first."""
+    """Return the names that TRL has for an option, by the option's documentation; the main one first."""
     return re.findall(r"`(\w+)`", (field.description or "").partition("TRL:")[2])
 
 

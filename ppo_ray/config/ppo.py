@@ -7,7 +7,7 @@ from pydantic import Field
 from ppo_ray.config.sections import Section
 
 
-class PPOConfig(Section):
+class UpdateConfig(Section):
     """The update."""
 
     learning_rate: float = Field(default=1.41e-5, gt=0)

@@ -1,4 +1,4 @@
-"""Every option as a row of a table: name, values, default and meaning, read off the very models that validate it."""
+"""Tables of all options: name, values, default and meaning, read from the models that validate them."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ class Option:
     name: str
     """Dotted, as it is given on the command line."""
     values: str
-    """What it may be."""
+    """The values that it may have."""
     default: str
     """As it is written in YAML; empty for one that must be given."""
     meaning: str
@@ -32,7 +32,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Group:
+class OptionTable:
     """The options of a section, or those of no section."""
 
     name: str
@@ -42,23 +42,26 @@ class Group:
     options: tuple[Option, ...]
 
 
-def groups() -> list[Group]:
-    """Return all options of a run, in the order of `Config`; those of no section first, what is trusted last."""
+def make_tables() -> list[OptionTable]:
+    """Return the options of each section, in the order of `Config`, those of no section first.
+
+    In a section the options of what is trusted come last.
+    """
     schema = Config.model_json_schema()
     sections = {name: schema["$defs"][target] for name, target in _sections(schema).items()}
-    found = [Group("", "The run.", tuple(_options("", schema)))]
+    found = [OptionTable("", "The run.", tuple(_options("", schema)))]
     return found + [
-        Group(name, _line(section), tuple(_options(f"{name}.", section))) for name, section in sections.items()
+        OptionTable(name, _line(section), tuple(_options(f"{name}.", section))) for name, section in sections.items()
     ]
 
 
-def find_group(section: str) -> Group:
-    """Return a section's options.
+def find_table(section: str) -> OptionTable:
+    """Return the options of one section.
 
     Raises:
         InputError: there is no such section.
     """
-    found = {group.name: group for group in groups() if group.name}
+    found = {table.name: table for table in make_tables() if table.name}
     if section not in found:
         raise InputError(f"{section} is no section of a config; there are {', '.join(found)}")
     return found[section]
@@ -67,13 +70,13 @@ def find_group(section: str) -> Group:
 def to_markdown() -> str:
     """Return docs/options.md."""
     parts = [_PAGE]
-    for group in groups():
+    for table in make_tables():
         rows = [
             f"| `{option.name}` | {option.values} | {f'`{option.default}`' if option.default else 'required'} "
             f"| {option.meaning.replace('|', chr(92) + '|')} |"
-            for option in group.options
+            for option in table.options
         ]
-        heading = f"## {group.name or 'The run'}\n\n" + (f"{group.meaning}\n\n" if group.name else "")
+        heading = f"## {table.name or 'The run'}\n\n" + (f"{table.meaning}\n\n" if table.name else "")
         parts.append(heading + "\n".join(["| option | values | default | |", "|---|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
 

@@ -1,14 +1,15 @@
 """The sections of a config but `ppo`: who does what, with which models and data, on what machine."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from ppo_ray.assets.cache import asset_path
+from ppo_ray.assets.cache import AssetName, asset_path
 
-_ASSETS: tuple[Literal["policy", "classifier", "prompts"], ...] = ("policy", "classifier", "prompts")
+_ASSETS: tuple[AssetName, ...] = get_args(AssetName)
 
 
 def _resolve(source: str) -> str:
@@ -19,17 +20,32 @@ def _resolve(source: str) -> str:
             if name == asset:
                 return str(asset_path(asset))
         raise ValueError(f"{source!r} is no asset; there are {', '.join(f'asset:{asset}' for asset in _ASSETS)}")
-    return str(Path(source).expanduser()) if source.startswith("~") else source
+    return _expand(source)
+
+
+def _expand(path: str) -> str:
+    """Turn `~` into the home folder."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _resolve_folder(path: str) -> str:
+    """Refuse `asset:NAME`, which would be a folder of that name; turn `~` into the home folder."""
+    if path.startswith("asset:"):
+        raise ValueError(f"{path!r} is an asset, which is only read; give a folder that the run may write to")
+    return _expand(path)
 
 
 Source = Annotated[str, Field(min_length=1), AfterValidator(_resolve)]
 """A folder, a file, a hub name, or `asset:policy`, `asset:classifier`, `asset:prompts` (`ppo-ray assets imdb`)."""
+Folder = Annotated[str, Field(min_length=1), AfterValidator(_resolve_folder)]
+"""A folder that is written to."""
 DType = Literal["float32", "bfloat16"]
+Transport = Literal["object_store", "nccl", "ipc"]
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What a model's folder may do beyond being read; nothing, unless its owner is trusted."""
+    """Permissions of a model's folder beyond being read: none, unless its owner is trusted."""
 
     remote_code: bool = False
     """Run Python code that lies with the model."""
@@ -66,7 +82,7 @@ class ModelSource(Section):
 
     @property
     def trust(self) -> Trust:
-        """Both."""
+        """What the model's folder may do."""
         return Trust(self.trust_remote_code, self.allow_pickled_weights)
 
 
@@ -118,9 +134,23 @@ class RolloutConfig(Section):
 
     refused: ClassVar[dict[str, str]] = dict.fromkeys(
         (
-            *("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams", "do_sample"),
-            *("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size"),
-            *("logit_bias", "bad_words", "suppress_tokens", "length_penalty", "min_new_tokens"),
+            "top_k",
+            "top_p",
+            "min_p",
+            "typical_p",
+            "epsilon_cutoff",
+            "eta_cutoff",
+            "num_beams",
+            "do_sample",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "no_repeat_ngram_size",
+            "logit_bias",
+            "bad_words",
+            "suppress_tokens",
+            "length_penalty",
+            "min_new_tokens",
         ),
         _OTHER_SAMPLING,
     )
@@ -155,7 +185,7 @@ class RolloutConfig(Section):
     """How many updates old the policy that samples may be. 0: the engines wait for each update. 1: they sample the next
     batch while the learner works on this one; the batch is then of the policy before the last update, which
     `ppo.importance_cap` (required) corrects. See docs/overlap.md."""
-    weight_transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
+    weight_transport: Literal["auto", Transport] = "auto"
     """How new weights reach the engines: through Ray's object store, by NCCL from GPU to GPU, or by CUDA IPC where they
     share one; auto: the fastest of them that fits (`docs/weights.md`). Verified and acknowledged in the same way."""
     wire_dtype: Literal["bfloat16"] | None = None
@@ -241,6 +271,16 @@ class RayConfig(Section):
     having made a step more than before); then the run ends."""
     stop_timeout_s: float = Field(default=120.0, gt=0)
     """Longest end of a run after SIGTERM or Ctrl-C, seconds, the checkpoint included; then it is ended at once."""
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the run starts a Ray of its own: no address is given, and this process belongs to no cluster."""
+        return self.address is None and not os.environ.get("RAY_ADDRESS") and not in_job()
+
+
+def in_job() -> bool:
+    """Say whether this process was started by `ray job submit`, which sets this variable."""
+    return bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
 
 
 class CheckpointConfig(Section):

@@ -1,15 +1,13 @@
-"""By which way weights travel from the learner to the engines."""
+"""The choice of the way that weights travel from the learner to the engines."""
 
 from collections.abc import Iterator
-from typing import Literal
 
 from ppo_ray.config.run import Config
-
-Transport = Literal["object_store", "nccl", "ipc"]
+from ppo_ray.config.sections import Transport
 
 
 def weight_transport(config: Config) -> Transport:
-    """Return the transport that `rollout.weight_transport` names, or the fastest that works."""
+    """Return the transport that `rollout.weight_transport` names; for auto, the fastest that works."""
     asked = config.rollout.weight_transport
     if asked != "auto":
         return asked
@@ -21,7 +19,7 @@ def weight_transport(config: Config) -> Transport:
 
 
 def transport_problems(config: Config) -> Iterator[str]:
-    """Yield why the transport that was asked for cannot work."""
+    """Yield the reasons why the transport that was asked for cannot work."""
     rollout, learner = config.rollout, config.learner
     asked = rollout.weight_transport
     if asked in ("auto", "object_store"):
@@ -46,6 +44,6 @@ def transport_problems(config: Config) -> Iterator[str]:
 
 
 def _are_apart(config: Config) -> bool:
-    """Say whether no GPU is shared: actors that ask for a part of one may find themselves on the same."""
+    """Say whether engines and learner share no GPU: actors that ask for a part of one may be put on the same one."""
     whole = config.rollout.gpus >= 1 and config.learner.gpus >= 1
     return whole and config.ray.placement == "apart"

@@ -1,1 +1,1 @@
-"""A run as a job on a Ray cluster: what is sent, how it is followed, and what arrives there."""
+"""Runs as jobs on a Ray cluster: the request, the package that is sent, the job server, and `ppo-ray submit`."""

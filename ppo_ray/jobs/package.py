@@ -1,4 +1,4 @@
-"""What travels with a job: the files of a folder that Ray would send, and the config, as one zip archive."""
+"""The package that is sent with a job: the files of a folder that Ray would send, and the config, as a zip archive."""
 
 import logging
 import os
@@ -35,8 +35,8 @@ class Package:
     """Paths below the folder, with their bytes."""
 
     @classmethod
-    def of(cls, folder: Path) -> Self:
-        """Find what Ray would send of a folder, by Ray's own walk.
+    def scan(cls, folder: Path) -> Self:
+        """List the files that Ray would send of a folder, by Ray's own code.
 
         Raises:
             InputError: there is no such folder, or something in it cannot be read.
@@ -59,7 +59,7 @@ class Package:
 
     @property
     def size(self) -> int:
-        """Bytes, as Ray counts them: what it packs it does not compress."""
+        """Bytes as Ray counts them: before compression."""
         return sum(self.files.values())
 
     def holds(self, path: str) -> bool:
@@ -68,7 +68,7 @@ class Package:
         return wanted in self.files or any(name.startswith(f"{wanted}/") for name in self.files)
 
     def problem(self) -> str | None:
-        """Say that it is too large, and what makes it so."""
+        """Return that the package is too large, and what makes it so; None if it is not."""
         if self.size <= LIMIT:
             return None
         folders = Counter[str]()
@@ -100,7 +100,7 @@ class Package:
 
 
 def _gitignore_counts() -> bool:
-    """Say what Ray makes of .gitignore: it follows it, unless told not to."""
+    """Say whether Ray follows .gitignore: it does, unless it is told not to."""
     return os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
 
 

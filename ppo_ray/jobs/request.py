@@ -1,4 +1,4 @@
-"""A run that is to be submitted as a job: what can be found wrong with it here, before a cluster is asked."""
+"""The request to run a config as a job, and the checks of it that need no cluster."""
 
 import re
 import secrets
@@ -19,7 +19,7 @@ _LEFT_OUT = ".gitignore, .rayignore and Ray itself (.git, .venv, venv, __pycache
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What `ppo-ray submit` was asked for."""
+    """The job that `ppo-ray submit` is asked for."""
 
     config: Config
     """Of the run, as it is to be on the cluster."""
@@ -33,37 +33,19 @@ class JobRequest:
     """Names of the environment variables that go with the job."""
 
 
-def job_name(config: Path) -> str:
+def make_job_name(config: Path) -> str:
     """Return a name that no other job has, e.g. `films-20260102-030405-6f0c` for films.yaml."""
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.stem).strip("-._")[:60] or "job"
     return f"{stem}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def request_problems(
-    request: JobRequest, environment: Mapping[str, str], holds: Callable[[str], bool]
-) -> Iterator[str]:
-    """Find what is wrong, a line each.
+def head_problems(request: JobRequest, environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield why the head of the cluster cannot be asked for anything: a wrong address, or no token.
 
-    Args:
-        request: what was asked for.
-        environment: variables of this process.
-        holds: says whether a path, relative to the working dir, is sent.
+    A token is looked for where Ray does; Ray alone reads it, and no message holds it.
     """
     if not request.address.startswith(("http://", "https://")):
         yield f"--address={request.address}: give the URL of the head's dashboard, e.g. http://HOST:8265"
-    if not _NAME.fullmatch(request.name):
-        yield f"--name={request.name}: may hold letters, digits, `.`, `_` and `-`, 100 at most"
-    yield from _token_problems(environment)
-    yield from _variable_problems(request.variables, environment)
-    yield from _config_problems(request.config)
-    for key, path in _paths(request.config).items():
-        yield from _path_problems(key, path, request.working_dir, holds)
-    if request.config.reward.function is not None:
-        yield from _module_problems(request.config.reward.function, request.working_dir, holds)
-
-
-def _token_problems(environment: Mapping[str, str]) -> Iterator[str]:
-    """Look for a token where Ray does; it is read by Ray alone, and said nowhere."""
     if environment.get("RAY_AUTH_MODE") == "disabled" or environment.get("RAY_ENABLE_K8S_TOKEN_AUTH"):
         return
     if environment.get("RAY_AUTH_TOKEN"):
@@ -75,6 +57,26 @@ def _token_problems(environment: Mapping[str, str]) -> Iterator[str]:
             f"no token for the cluster: RAY_AUTH_TOKEN is not set, and {path} is not there or empty; export the token "
             "that the head was started with (a cluster without tokens: RAY_AUTH_MODE=disabled)"
         )
+
+
+def request_problems(
+    request: JobRequest, environment: Mapping[str, str], holds: Callable[[str], bool]
+) -> Iterator[str]:
+    """Yield what is wrong with the job itself.
+
+    Args:
+        request: what was asked for.
+        environment: variables of this process.
+        holds: says whether a path, relative to the working dir, is sent.
+    """
+    if not _NAME.fullmatch(request.name):
+        yield f"--name={request.name}: may hold letters, digits, `.`, `_` and `-`, 100 at most"
+    yield from _variable_problems(request.variables, environment)
+    yield from _config_problems(request.config)
+    for key, path in _paths(request.config).items():
+        yield from _path_problems(key, path, request.working_dir, holds)
+    if request.config.reward.function is not None:
+        yield from _module_problems(request.config.reward.function, request.working_dir, holds)
 
 
 def _variable_problems(names: tuple[str, ...], environment: Mapping[str, str]) -> Iterator[str]:
@@ -106,7 +108,10 @@ def _paths(config: Config) -> dict[str, str]:
 
 
 def _path_problems(key: str, path: str, working_dir: Path | None, holds: Callable[[str], bool]) -> Iterator[str]:
-    """Look at a path as the job will, from its working directory; absolute ones and hub names are for the cluster."""
+    """Yield the problem of a path as the job sees it, from its working directory.
+
+    Absolute paths and names on the hub are for the cluster to find.
+    """
     if Path(path).is_absolute() or not _is_local(path, working_dir):
         return
     if working_dir is None:
@@ -121,13 +126,13 @@ def _path_problems(key: str, path: str, working_dir: Path | None, holds: Callabl
 
 
 def _is_local(path: str, working_dir: Path | None) -> bool:
-    """Say whether a relative path is one, rather than a name on the hub."""
+    """Say whether what is not absolute is a relative path, rather than a name on the hub."""
     looks = path.startswith(".") or path.count("/") > 1 or Path(path).suffix in _DATA_FILES
     return looks or Path(path).exists() or (working_dir is not None and (working_dir / path).exists())
 
 
 def _module_problems(function: str, working_dir: Path | None, holds: Callable[[str], bool]) -> Iterator[str]:
-    """Refuse a module that lies here and is not sent; one that is installed is for the cluster to have."""
+    """Yield the problem of a module that lies here and is not sent; an installed one is for the cluster to have."""
     package = function.partition(":")[0].partition(".")[0]
     names = (package, f"{package}.py")
     if _is_installed(package):

@@ -1,4 +1,4 @@
-"""Ray's job server at the head of a cluster: what the cluster has, and jobs that are sent to it and followed.
+"""A client of Ray's job server at the head of a cluster: it asks for resources, sends jobs and follows them.
 
 `RAY_AUTH_MODE` must be set before this module is imported: Ray reads it once.
 """
@@ -20,8 +20,8 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from ppo_ray.config import Config
-from ppo_ray.errors import InputError, JobError
-from ppo_ray.plan import ClusterShape, Node, requested
+from ppo_ray.errors import InputError, JobError, first_line
+from ppo_ray.plan import ClusterShape, Node, make_request
 from ppo_ray.plan.assign import assign
 
 _ANSWER_S = (10, 120)  # to connect; between two bytes of an answer: an upload is unpacked before it is answered
@@ -31,12 +31,12 @@ _LONGEST_PAUSE_S = 30.0  # between two looks at a log that cannot be followed
 _MOST_NODES = 10_000
 
 _UNREACHABLE = (OSError, RuntimeError, aiohttp.ClientError, RayError)
-"""What Ray's SDK raises when the head does not answer, or not as it should; all that `requests` raises is `OSError`."""
+"""Errors of Ray's SDK when the head does not answer, or answers wrongly; those of `requests` are `OSError`."""
 
 
 @dataclass(frozen=True)
 class End:
-    """How a job ended."""
+    """The end of a job."""
 
     exit_code: int
     """Of the job's own process, as shells have it; 143 if the job was stopped."""
@@ -55,7 +55,7 @@ class JobServer:
         Raises:
             InputError: nothing answers there, what answers is no Ray, or it refuses the token.
         """
-        for name in ("dashboard_sdk", "job.sdk"):  # they tell of uploads and closed sockets; we say what matters
+        for name in ("dashboard_sdk", "job.sdk"):  # they log every upload and closed socket
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         self._address = address
         try:
@@ -69,11 +69,21 @@ class JobServer:
             ) from error
 
     def knows(self, name: str) -> bool:
-        """Say whether there is, or was, a job of that name: Ray never gives a name twice."""
-        return any(job.submission_id == name for job in self._client.list_jobs())
+        """Say whether there is, or was, a job of that name: Ray never gives a name twice.
+
+        Raises:
+            InputError: the head does not answer, or not as it should.
+        """
+        try:
+            return any(job.submission_id == name for job in self._client.list_jobs())
+        except (*_UNREACHABLE, ValueError) as error:
+            raise InputError(
+                f"--address={self._address}: the head does not say which jobs it has had ({type(error).__name__}: "
+                f"{first_line(error)}); see that it is well, and try again"
+            ) from error
 
     def shortage(self, config: Config) -> str | None:
-        """Say what of the actors has no room on the nodes that the cluster has at this moment."""
+        """Return which actors have no room on the nodes that the cluster has now; None if all have."""
         try:
             nodes = list_nodes(self._address, [("state", "=", "ALIVE")], limit=_MOST_NODES, timeout=_ANSWER_S[0])
         except (RayStateApiException, *_UNREACHABLE) as error:
@@ -82,7 +92,7 @@ class JobServer:
             Node(node.node_ip, node.resources_total.get("CPU", 0.0), int(node.resources_total.get("GPU", 0)))
             for node in nodes
         )
-        shortages = assign(requested(config), ClusterShape(there)).shortages
+        shortages = assign(make_request(config), ClusterShape(there)).shortages
         return "; ".join(map(str, shortages)) or None
 
     def submit(self, name: str, entrypoint: str, package: Path, variables: Mapping[str, str]) -> None:
@@ -91,8 +101,8 @@ class JobServer:
         Args:
             name: of the job, new to the cluster.
             entrypoint: a shell command.
-            package: a zip archive; the job's working directory is what it holds.
-            variables: environment of the job and its actors; whoever may list the cluster's jobs can read it.
+            package: a zip archive of the job's working directory.
+            variables: environment of the job and its actors; everybody who may list the cluster's jobs can read it.
 
         Raises:
             JobError: the server does not take it.
@@ -101,7 +111,7 @@ class JobServer:
         try:
             self._client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=environment)
         except _UNREACHABLE as error:
-            lines = [line for line in str(error).splitlines() if line.strip(" .")]  # a traceback; its end says what
+            lines = [line for line in str(error).splitlines() if line.strip(" .")]  # of a traceback the last one counts
             raise JobError(f"{self._address} did not take the job: {(lines or [type(error).__name__])[-1]}") from error
 
     def follow(self, name: str, write: Callable[[str], object]) -> End:
@@ -136,7 +146,7 @@ class JobServer:
             await asyncio.sleep(pause)
 
     def _ask(self, name: str, log: "_Log") -> JobDetails:
-        """Ask the head how the job is; an answer is a sign of life."""
+        """Ask the head for the job's state, and note when it answered."""
         details = self._client.get_job_info(name)
         log.heard = time.monotonic()
         return details
@@ -173,13 +183,13 @@ class _Client(JobSubmissionClient):
 
 
 class _Log:
-    """What was written of a log: a stream that begins anew repeats none of it."""
+    """A log that is written once, although each stream of it begins anew."""
 
     def __init__(self, write: Callable[[str], object]) -> None:
         self._write = write
         self.written = 0  # characters
         self.heard = time.monotonic()
-        """When the head last had something new to say, or said how the job is."""
+        """When the head last sent something new, or the job's state."""
 
     def add(self, text: str, position: int) -> None:
         """Write what is new of a text that begins at that character of the log."""

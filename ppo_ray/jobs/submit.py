@@ -1,4 +1,4 @@
-"""`ppo-ray submit`: a run as a job on a Ray cluster, checked before anything is sent, and followed to its end."""
+"""`ppo-ray submit`: a run is checked, sent as a job to a Ray cluster, and followed to its end."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError, Interrupted
-from ppo_ray.jobs.request import JobRequest, request_problems
+from ppo_ray.jobs.request import JobRequest, head_problems, request_problems
 from ppo_ray.preflight import refuse
 from ppo_ray.run.folder import config_text
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from ppo_ray.jobs.server import JobServer
 
 _CONFIG_FILE = "submitted.yaml"
-_STOP_MARGIN_S = 10  # from the end of the run's own limit to Ray's: actors are closed, the process ends
+_STOP_MARGIN_S = 10  # that Ray waits beyond the run's own limit: actors are closed, the process ends
 
 Say = Callable[[str], object]
 """Shows a line to whoever submits."""
 
 
-def submitted_config(path: Path, overrides: list[str]) -> Config:
-    """Read the config of a run that is submitted: it goes on if it began already, unless the user says otherwise.
+def load_job_config(path: Path, overrides: list[str]) -> Config:
+    """Read the config of a job: the run goes on if it began already, unless the user says otherwise.
 
     Raises:
         InputError: as `load_config`.
@@ -45,7 +45,7 @@ def submit(request: JobRequest, wait: bool, write: Callable[[str], object], say:
         request: what is submitted.
         wait: whether to follow its log and to return its exit code.
         write: takes the log, piece by piece.
-        say: is told what was sent, and how the job ended.
+        say: shows what was sent, and how the job ended.
 
     Returns:
         The job's exit code, 143 if it was stopped; 0 if it was not waited for.
@@ -57,13 +57,13 @@ def submit(request: JobRequest, wait: bool, write: Callable[[str], object], say:
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's clients do not turn it on, and read it when imported
     os.environ["RAY_API_SERVER_ADDRESS"] = request.address  # what is set there would win over any argument
-    package, server = _checked(request, say)
+    package, server = _check(request, say)
     _send(request, package, server)
-    say(f"submitted {request.name} to {request.address}: the config{_and_files(package)}")
+    say(f"submitted {request.name} to {request.address}: the config{_describe_files(package)}")
     if not wait:
         say(_next_steps(request))
         return 0
-    say(f"its log follows; Ctrl-C leaves it alone, the job goes on. To stop it: {_ray('stop', request)}")
+    say(f"its log follows; Ctrl-C leaves it alone, the job goes on. To stop it: {_ray_command('stop', request)}")
     try:
         end = server.follow(request.name, write)
     except KeyboardInterrupt:
@@ -73,8 +73,8 @@ def submit(request: JobRequest, wait: bool, write: Callable[[str], object], say:
     return end.exit_code
 
 
-def _checked(request: JobRequest, say: Say) -> "tuple[Package, JobServer]":
-    """Find all that is wrong at once, here and at the head.
+def _check(request: JobRequest, say: Say) -> "tuple[Package, JobServer]":
+    """Check a request here and at the head, and report all that is wrong at once.
 
     Raises:
         InputError: a line for everything that cannot be right.
@@ -85,12 +85,13 @@ def _checked(request: JobRequest, say: Say) -> "tuple[Package, JobServer]":
     problems: list[str] = []
     package, server = Package(), None
     try:
-        package = Package.of(request.working_dir) if request.working_dir else package
+        package = Package.scan(request.working_dir) if request.working_dir else package
         problems += filter(None, [package.problem()])
     except InputError as error:
         problems.append(str(error))
-    problems += request_problems(request, os.environ, package.holds)
-    if not any(problem.startswith(("--address", "no token")) for problem in problems):
+    unreachable = list(head_problems(request, os.environ))
+    problems += [*unreachable, *request_problems(request, os.environ, package.holds)]
+    if not unreachable:
         try:
             server = JobServer(request.address)
             if server.knows(request.name):
@@ -105,7 +106,7 @@ def _checked(request: JobRequest, say: Say) -> "tuple[Package, JobServer]":
 
 
 def _send(request: JobRequest, package: "Package", server: "JobServer") -> None:
-    """Send the folder with the resolved config: what was checked is what runs."""
+    """Send the folder with the config that was checked, and start the job."""
     patience = math.ceil(request.config.ray.stop_timeout_s) + _STOP_MARGIN_S
     variables = {name: os.environ[name] for name in request.variables}
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +120,7 @@ def _send(request: JobRequest, package: "Package", server: "JobServer") -> None:
         )
 
 
-def _and_files(package: "Package") -> str:
+def _describe_files(package: "Package") -> str:
     if package.folder is None:
         return ""
     return f" and {len(package.files):,} files of {package.folder}, {package.size / 2**20:.1f} MiB"
@@ -128,13 +129,13 @@ def _and_files(package: "Package") -> str:
 def _next_steps(request: JobRequest) -> str:
     return "\n".join(
         (
-            f"  follow it:                      {_ray('logs --follow', request)}",
-            f"  stop it, with a checkpoint:     {_ray('stop', request)}",
+            f"  follow it:                      {_ray_command('logs --follow', request)}",
+            f"  stop it, with a checkpoint:     {_ray_command('stop', request)}",
             "  go on with it:                  submit it again (a --name must be a new one)",
         )
     )
 
 
-def _ray(command: str, request: JobRequest) -> str:
+def _ray_command(command: str, request: JobRequest) -> str:
     mode = os.environ["RAY_AUTH_MODE"]
     return f"RAY_AUTH_MODE={mode} ray job {command} --address {shlex.quote(request.address)} {request.name}"

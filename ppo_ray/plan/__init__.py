@@ -1,13 +1,22 @@
-"""Where every actor goes, and the memory that takes: known before anything is started, without Ray.
+"""The plan of a run before anything is started, without Ray: where every actor goes, and the memory it takes.
 
-`request` says what Ray is asked for, `assign` where that fits on a cluster, `memory` what each process holds, and
-`plan` all of it together. The launch of a run asks Ray for the same request.
+`request` makes what Ray is asked for, `assign` finds where that fits on a cluster, `memory` estimates what each process
+holds, and `plan` puts all of it together. A run that starts asks Ray for the same request.
 """
 
 from ppo_ray.plan.cluster import ClusterShape, Node
 from ppo_ray.plan.demand import ActorSpec
-from ppo_ray.plan.plan import Plan, plan
-from ppo_ray.plan.request import Request, requested
+from ppo_ray.plan.plan import Plan, make_plan
+from ppo_ray.plan.request import ResourceRequest, make_request
 from ppo_ray.plan.sizes import ModelSizes
 
-__all__ = ["ActorSpec", "ClusterShape", "ModelSizes", "Node", "Plan", "Request", "plan", "requested"]
+__all__ = [
+    "ActorSpec",
+    "ClusterShape",
+    "ModelSizes",
+    "Node",
+    "Plan",
+    "ResourceRequest",
+    "make_plan",
+    "make_request",
+]

@@ -1,7 +1,7 @@
-"""Where on a cluster a request fits, and what does not: Ray's own rules, tried on paper.
+"""Assignment of a request to the nodes of a cluster by Ray's own rules, and what does not fit.
 
-Ray decides when the run starts; on an empty cluster it packs and spreads by the same rules, though among like nodes it
-may choose others.
+It is a forecast: Ray decides when the run starts. On an empty cluster it packs and spreads by the same rules, but may
+choose other nodes among equal ones.
 """
 
 from collections import Counter
@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ppo_ray.plan.cluster import ClusterShape
-from ppo_ray.plan.request import Bundle, Group, Request
+from ppo_ray.plan.request import Bundle, BundleGroup, ResourceRequest
 
 _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one bundle, or an actor without a group, goes."""
+    """The place of one bundle, or of an actor without a placement group."""
 
     node: int
     """Index into the cluster's nodes."""
@@ -26,10 +26,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Shortage:
-    """Something that is needed and is not there."""
+    """A resource of which more is needed than there is."""
 
     what: str
-    """Who needs it, e.g. `rollout-1 on one node`."""
+    """What needs it, e.g. `rollout-1 on one node`."""
     resource: str
     """E.g. `GPUs`, `GiB of GPU memory`."""
     demand: float
@@ -44,35 +44,36 @@ class Shortage:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Where everything of a request goes."""
+    """The places of all actors of a request."""
 
     places: dict[str, tuple[Place, ...]]
-    """By actor: a place for each of its bundles; an actor that has no room is not there."""
+    """By actor: a place for each of its bundles; an actor for which there is no room is left out."""
     shortages: tuple[Shortage, ...]
-    order: tuple[Group, ...]
-    """In which Ray is to be asked for the groups."""
+    order: tuple[BundleGroup, ...]
+    """The order in which Ray is to be asked for the groups."""
 
 
-def assign(request: Request, cluster: ClusterShape) -> Assignment:
+def assign(request: ResourceRequest, cluster: ClusterShape) -> Assignment:
     """Put groups, then the actors without one, onto the nodes of an empty cluster.
 
-    Ray gives each group the emptiest nodes. So the learner is asked for first, while one node may still hold all of it;
-    where that leaves no node whole enough for an engine, the engines are.
+    Ray gives each group the emptiest nodes. So the learner's group is asked for first, while one node may still hold
+    all of it. Where that leaves no node with enough room for an engine, the engines' groups are asked for first.
     """
     packed_first = tuple(sorted(request.groups, key=lambda group: group.strategy != "PACK"))
-    found = _assigned(request, cluster, packed_first)
+    found = _try_order(request, cluster, packed_first)
     if found.shortages and packed_first != request.groups:
-        found = _assigned(request, cluster, request.groups)
+        found = _try_order(request, cluster, request.groups)
     return found
 
 
-def _assigned(request: Request, cluster: ClusterShape, order: tuple[Group, ...]) -> Assignment:
-    nodes = [_Free(node.cpus, (1.0,) * node.gpus) for node in cluster.nodes]
+def _try_order(request: ResourceRequest, cluster: ClusterShape, order: tuple[BundleGroup, ...]) -> Assignment:
+    """Assign the groups in one order, then the actors without a group."""
+    nodes = [_FreeNode(node.cpus, (1.0,) * node.gpus) for node in cluster.nodes]
     shortages = list(_total_shortages(request, cluster))
     reported = bool(shortages)
     bundles: dict[str, tuple[Place, ...]] = {}
     for group in order:
-        found, left = _grouped(group, nodes)
+        found, left = _place_group(group, nodes)
         if len(found) == len(group.bundles):
             bundles[group.name], nodes = found, left
         elif not reported:
@@ -87,24 +88,24 @@ def _assigned(request: Request, cluster: ClusterShape, order: tuple[Group, ...])
         if seat.group is not None:
             continue
         bundle = Bundle(seat.cpus, seat.gpus)
-        place = _spread(bundle, nodes, seat.kind, counts)
+        place = _place_actor(bundle, nodes, seat.kind, counts)
         if place is not None:
             places[seat.actor] = (place,)
         elif not reported:
-            shortages.append(_group_shortage(Group(seat.actor, "PACK", (bundle,)), nodes))
+            shortages.append(_group_shortage(BundleGroup(seat.actor, "PACK", (bundle,)), nodes))
     return Assignment(places, tuple(shortages), order)
 
 
 @dataclass(frozen=True)
-class _Free:
-    """What is left of a node."""
+class _FreeNode:
+    """The free resources of a node."""
 
     cpus: float
     gpus: tuple[float, ...]
     """Of each GPU."""
 
-    def without(self, bundle: Bundle) -> "tuple[_Free, tuple[int, ...]] | None":
-        """Return what a bundle leaves and the GPUs that it takes; None if it does not fit."""
+    def without(self, bundle: Bundle) -> "tuple[_FreeNode, tuple[int, ...]] | None":
+        """Return the node without a bundle, and the GPUs that the bundle takes; None if it does not fit."""
         if bundle.cpus > self.cpus + _TOLERANCE:
             return None
         number, part = (int(bundle.gpus), 1.0) if bundle.gpus >= 1 else (int(bundle.gpus > 0), bundle.gpus)
@@ -113,16 +114,16 @@ class _Free:
         if len(taken) < number:
             return None
         gpus = tuple(max(free - part, 0.0) if index in taken else free for index, free in enumerate(self.gpus))
-        return _Free(self.cpus - bundle.cpus, gpus), taken
+        return _FreeNode(self.cpus - bundle.cpus, gpus), taken
 
     def emptiness(self, bundles: Sequence[Bundle]) -> float:
-        """Return Ray's own score of a node: what share of each resource that is asked for the bundles would leave."""
+        """Return Ray's own score of a node: the sum, over resources, of the share that the bundles would leave free."""
         cpus, gpus = sum(bundle.cpus for bundle in bundles), sum(bundle.gpus for bundle in bundles)
         pairs = ((cpus, self.cpus), (gpus, sum(self.gpus)))
         return sum((free - asked) / free for asked, free in pairs if asked and free)
 
-    def take(self, bundles: Sequence[Bundle]) -> "tuple[_Free, list[tuple[int, ...]]]":
-        """Return what the first of the bundles leave, as many as fit, and the GPUs of each."""
+    def take(self, bundles: Sequence[Bundle]) -> "tuple[_FreeNode, list[tuple[int, ...]]]":
+        """Return the node without as many of the first bundles as fit, and the GPUs of each of these."""
         free, taken = self, []
         for bundle in bundles:
             if (found := free.without(bundle)) is None:
@@ -132,11 +133,11 @@ class _Free:
         return free, taken
 
 
-def _grouped(group: Group, nodes: list[_Free]) -> tuple[tuple[Place, ...], list[_Free]]:
+def _place_group(group: BundleGroup, nodes: list[_FreeNode]) -> tuple[tuple[Place, ...], list[_FreeNode]]:
     """Put a group's bundles, which are alike or on one node, onto the emptiest nodes.
 
     Returns:
-        Where they go, as many as have room, and what they leave of the nodes.
+        The places of the bundles for which there is room, and the nodes without them.
     """
     nodes, places, waiting = list(nodes), [], list(group.bundles)
     while waiting:
@@ -151,8 +152,8 @@ def _grouped(group: Group, nodes: list[_Free]) -> tuple[tuple[Place, ...], list[
     return tuple(places), nodes
 
 
-def _spread(bundle: Bundle, nodes: list[_Free], kind: str, counts: Counter[tuple[str, int]]) -> Place | None:
-    """Put an actor where fewest of its kind are, and most CPUs are free."""
+def _place_actor(bundle: Bundle, nodes: list[_FreeNode], kind: str, counts: Counter[tuple[str, int]]) -> Place | None:
+    """Put an actor where there are fewest of its kind, and then where most CPUs are free."""
     fits = [(index, found) for index, node in enumerate(nodes) if (found := node.without(bundle))]
     if not fits:
         return None
@@ -162,8 +163,8 @@ def _spread(bundle: Bundle, nodes: list[_Free], kind: str, counts: Counter[tuple
     return Place(index, gpus)
 
 
-def _total_shortages(request: Request, cluster: ClusterShape) -> Iterator[Shortage]:
-    """Compare all that is asked for with all that there is."""
+def _total_shortages(request: ResourceRequest, cluster: ClusterShape) -> Iterator[Shortage]:
+    """Yield the resources of which the whole cluster has less than the request."""
     for resource, demand, supply, option in (
         ("CPUs", request.cpus, cluster.cpus, "threads"),
         ("GPUs", request.gpus, float(cluster.gpus), "gpus"),
@@ -172,11 +173,11 @@ def _total_shortages(request: Request, cluster: ClusterShape) -> Iterator[Shorta
             remedy = f"lower workers or {option} of {_kinds(request)}, or add nodes"
             if resource == "GPUs" and any(group.name == "learner" for group in request.groups):
                 remedy += ", or let them share GPUs (ray.placement=colocated)"
-            yield Shortage(f"all actors together ({_parts(request, resource)})", resource, demand, supply, remedy)
+            yield Shortage(f"all actors together ({_describe(request, resource)})", resource, demand, supply, remedy)
 
 
-def _group_shortage(group: Group, nodes: list[_Free]) -> Shortage:
-    """Say what of a group does not fit although there is enough in all; by the node that comes closest."""
+def _group_shortage(group: BundleGroup, nodes: list[_FreeNode]) -> Shortage:
+    """Return the shortage of a group that fits on no node, although the cluster has enough: by the closest node."""
     demand = group.bundles if group.strategy == "STRICT_PACK" else group.bundles[:1]
     cpus, gpus = sum(bundle.cpus for bundle in demand), sum(bundle.gpus for bundle in demand)
     lacks = []
@@ -195,19 +196,19 @@ def _group_shortage(group: Group, nodes: list[_Free]) -> Shortage:
     return Shortage(what, "CPUs", cpus, free_cpus, remedy, where)
 
 
-def _usable(node: _Free, part: float) -> float:
-    """Return how much of a node's GPUs is left for bundles that take `part` of one each."""
+def _usable(node: _FreeNode, part: float) -> float:
+    """Return how much of a node's GPUs is free for bundles that take `part` of one each."""
     if part >= 1:
         return float(sum(free >= 1 - _TOLERANCE for free in node.gpus))
     return max(node.gpus, default=0.0)
 
 
-def _kinds(request: Request) -> str:
+def _kinds(request: ResourceRequest) -> str:
     return ", ".join(dict.fromkeys(seat.kind for seat in request.seats))
 
 
-def _parts(request: Request, resource: str) -> str:
-    """Say what each kind of actor asks for."""
+def _describe(request: ResourceRequest, resource: str) -> str:
+    """Return what each kind of actor asks for, in words."""
     parts = []
     for kind in dict.fromkeys(seat.kind for seat in request.seats):
         seats = [seat for seat in request.seats if seat.kind == kind]

@@ -1,4 +1,4 @@
-"""A cluster as far as a plan needs to know it."""
+"""The nodes of a cluster with the resources that a plan counts."""
 
 import os
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ import psutil
 
 GIB = 1 << 30
 STORE_SHARE = 0.3
-"""Of a node's memory that Ray gives to its object store, unless it is told otherwise."""
+"""Share of a node's memory that Ray gives to its object store by default."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One machine of a cluster. What is None is not known and not checked."""
+    """One machine of a cluster. None: not known, and not checked."""
 
     name: str
     cpus: float
@@ -26,7 +26,7 @@ class Node:
 
     @property
     def store(self) -> int | None:
-        """Bytes of Ray's object store, as it would be by default if it is not known."""
+        """Bytes of Ray's object store: Ray's default if they are not known."""
         if self.object_store is None and self.memory is not None:
             return int(self.memory * STORE_SHARE)
         return self.object_store

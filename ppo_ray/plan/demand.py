@@ -1,4 +1,4 @@
-"""What the actors of each kind need of a machine, and what they reserve of its CPUs."""
+"""Resources that the actors of each kind need, and the CPUs that they reserve."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,10 +18,10 @@ PRECISION = 10_000
 
 @dataclass(frozen=True)
 class ActorSpec:
-    """What one kind of actor needs."""
+    """The resources of one kind of actor."""
 
     key: str
-    """The config section that says so: `rollout`, `reward` or `learner`."""
+    """The config section that sets them: `rollout`, `reward` or `learner`."""
     workers: int
     threads: int
     """CPU threads of each worker's processes."""
@@ -44,7 +44,7 @@ class ActorSpec:
         return int(self.threads / self.turns * PRECISION) / PRECISION
 
     def options(self, name: str) -> dict[str, object]:
-        """Return the `.options(...)` of one actor, which is never restarted behind its caller's back."""
+        """Return the `.options(...)` of one actor; Ray must not restart it by itself."""
         environment = {
             "OMP_NUM_THREADS": str(self.threads),
             "RAYON_NUM_THREADS": "1",
@@ -63,7 +63,7 @@ class ActorSpec:
 
 
 def actor_specs(config: Config, kinds: Sequence[Kind] = KINDS) -> dict[str, ActorSpec]:
-    """Return what the actors of some kinds need; their environments are the launch's business."""
+    """Return what the actors of some kinds need; who launches them adds their environments."""
     rollout, reward, learner = config.rollout, config.reward, config.learner
     ranks, turns = rollout.tensor_parallel, {"rollout": PHASES, "reward": PHASES, "learner": PHASES}
     if rollout.max_staleness:

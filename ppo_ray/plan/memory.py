@@ -1,6 +1,6 @@
-"""What the processes of a run hold in memory: a short table of terms for each actor, from the sizes of the models.
+"""Estimates of the memory that the processes of a run hold: a few terms for each actor, from the sizes of the models.
 
-P are a model's parameters. An estimate, not a promise: how far off it is, is measured in `docs/placement.md`.
+`docs/placement.md` compares them with measurements.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ When = Literal["always", "at work"]
 
 @dataclass(frozen=True)
 class Term:
-    """Something that takes memory."""
+    """One use of memory."""
 
     what: str
     how: str
@@ -30,7 +30,7 @@ class Term:
     num_bytes: int
     device: Device
     when: When = "always"
-    """`at work`: not while the actor's turn is over, where it shares its GPU and gives the memory back."""
+    """`at work`: only while it is the actor's turn; an actor that shares its GPU then gives this memory back."""
 
 
 STATE: tuple[tuple[str, int, When], ...] = (
@@ -38,7 +38,7 @@ STATE: tuple[tuple[str, int, When], ...] = (
     ("gradients", EXACT, "at work"),
     ("Adam's two moments", 2 * EXACT, "always"),
 )
-"""Bytes for each parameter that is trained: on every rank, or shared by them under fsdp2."""
+"""Bytes of each trained parameter: on every rank, or shared by all ranks under fsdp2."""
 _PROCESS_MIB = {"rollout": 750, "hf": 500, "reward": 500, "learner": 550}
 """Python with its libraries, without a model worth mention: measured, see `docs/placement.md`."""
 _NODE_MIB = 1200
@@ -51,21 +51,21 @@ def rollout_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     rollout, policy = config.rollout, sizes.policy
     device: Device = "gpu" if rollout.gpus else "host"
     size = BYTES[rollout.dtype]
-    yield process("rollout" if rollout.engine == "vllm" else "hf", "rollout")
+    yield _process_term("rollout" if rollout.engine == "vllm" else "hf", "rollout")
     if device == "gpu":
-        yield cuda("rollout")
-    yield each("weights", policy.parameters, size, device, "at work", rollout.tensor_parallel)
+        yield _cuda_term("rollout")
+    yield _parameter_term("weights", policy.parameters, size, device, "at work", rollout.tensor_parallel)
     if device == "gpu" and config.ray.placement == "colocated":
         kept = "weights of the sleeping engine"
-        yield each(kept, policy.parameters, size, "host", ranks=rollout.tensor_parallel)
+        yield _parameter_term(kept, policy.parameters, size, "host", ranks=rollout.tensor_parallel)
     if rollout.engine == "vllm":
         kv = rollout.kv_cache_mib * _MIB
         yield Term("KV cache", f"rollout.kv_cache_mib={rollout.kv_cache_mib}", kv, device, "at work")
         if device == "host":
             head = policy.vocabulary * policy.hidden
-            yield each("packed copy of the head", head, size, "host")
-            yield each("weights that are being replaced", policy.parameters, size, "host")
-            yield each("their file, mapped", policy.parameters, size, "host")
+            yield _parameter_term("packed copy of the head", head, size, "host")
+            yield _parameter_term("weights that are being replaced", policy.parameters, size, "host")
+            yield _parameter_term("their file, mapped", policy.parameters, size, "host")
     else:
         tokens = -(-rollout.batch_size // rollout.workers) * (config.prompts.max_tokens + rollout.max_response_tokens)
         kv = tokens * policy.layers * policy.key_values * size
@@ -74,14 +74,14 @@ def rollout_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
 
 
 def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
-    """Yield what a reward worker holds; what a function of the user's holds is not known."""
+    """Yield what a reward worker holds; what a user's own function holds is not known."""
     device: Device = "gpu" if config.reward.gpus else "host"
-    yield process("reward", "reward")
+    yield _process_term("reward", "reward")
     if sizes.classifier is None:
         return
     if device == "gpu":
-        yield cuda("reward")
-    yield each("classifier", sizes.classifier.parameters, 4, device)
+        yield _cuda_term("reward")
+    yield _parameter_term("classifier", sizes.classifier.parameters, 4, device)
     texts = min(config.reward.batch_size, config.rollout.batch_size)
     tokens = texts * (config.prompts.max_tokens + config.rollout.max_response_tokens)
     width = 4 * sizes.classifier.hidden + 2 * sizes.classifier.intermediate
@@ -92,110 +92,110 @@ def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
 def store_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what lies in the object store of a node with a learner or a rollout worker."""
     if weight_transport(config) == "object_store":
-        size = wire_bytes(config)
-        how = f"2 x {count(sizes.policy.parameters)} x {size} bytes: the engines' and the next"
+        size = _wire_bytes(config)
+        how = f"2 x {_format_count(sizes.policy.parameters)} x {size} bytes: the engines' and the next"
         yield Term("weights on their way", how, 2 * sizes.policy.parameters * size, "host")
-    tokens = batch_tokens(config)
+    tokens = _batch_tokens(config)
     how = f"{tokens} tokens x 32 bytes, before and after they are scored"
     yield Term("trajectories of a step", how, 2 * tokens * 32, "host")
 
 
 def node_terms() -> Iterator[Term]:
-    """Yield what is on every node, whoever works there."""
+    """Yield what every node holds, whichever actors it has."""
     yield Term("Ray", "its own processes, and the driver's where that runs", _NODE_MIB * _MIB, "host")
 
 
 def disk_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
-    """Yield what the run writes: checkpoints, those that are kept and the one that is written."""
+    """Yield what the run writes to disk: the checkpoints that are kept, and the one that is being written."""
     values = sizes.critic.parameters if sizes.critic else sizes.policy.hidden + 1
     trained = sizes.policy.parameters + values
     copies = config.checkpoint.keep_last + 1 + config.checkpoint.keep_best
     size = 3 * EXACT
-    how = f"{copies} x {count(trained)} x {size} bytes: weights and Adam's moments, checkpoint.keep_last and one more"
-    how += ", and the best" if config.checkpoint.keep_best else ""
+    how = f"{copies} x {_format_count(trained)} x {size} bytes: weights and Adam's moments, "
+    how += "checkpoint.keep_last and one more" + (", and the best" if config.checkpoint.keep_best else "")
     yield Term("checkpoints", how, copies * trained * size, "host")
 
 
-def count(number: int) -> str:
-    """Write a number of parameters as people do, e.g. `134.5M`."""
+def _format_count(number: int) -> str:
+    """Format a number of parameters, e.g. `134.5M`."""
     for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= unit:
             return f"{number / unit:.4g}{name}"
     return str(number)
 
 
-def wire_bytes(config: Config) -> int:
+def _wire_bytes(config: Config) -> int:
     """Return the bytes of a parameter on its way to the engines."""
     return BYTES[config.rollout.wire_dtype or config.model.dtype]
 
 
-def batch_tokens(config: Config) -> int:
+def _batch_tokens(config: Config) -> int:
     """Return the tokens of a step's prompts and responses, at most."""
     return config.rollout.batch_size * (config.prompts.max_tokens + config.rollout.max_response_tokens)
 
 
-def each(what: str, number: int, size: int, device: Device, when: When = "always", ranks: int = 1) -> Term:
-    """Return the term of so many parameters of so many bytes, shared by ranks."""
+def _parameter_term(what: str, number: int, size: int, device: Device, when: When = "always", ranks: int = 1) -> Term:
+    """Return the term of a number of parameters, each of `size` bytes, shared by ranks."""
     share = f" / {ranks} ranks" if ranks > 1 else ""
-    return Term(what, f"{count(number)} x {size} bytes{share}", -(-number * size // ranks), device, when)
+    return Term(what, f"{_format_count(number)} x {size} bytes{share}", -(-number * size // ranks), device, when)
 
 
-def process(kind: str, name: str) -> Term:
+def _process_term(kind: str, name: str) -> Term:
     """Return what a process holds without a model."""
     return Term("process", f"Python and the libraries of a {name} worker", _PROCESS_MIB[kind] * _MIB, "host")
 
 
-def cuda(kind: str) -> Term:
+def _cuda_term(kind: str) -> Term:
     """Return what a process holds on its GPU without a model."""
     return Term("CUDA", "context, kernels and workspace, assumed", _CUDA_MIB[kind] * _MIB, "gpu")
 
 
 def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term]:
-    """Yield what a learner rank holds; the first one also copies what it publishes and saves."""
+    """Yield what a learner rank holds; rank 0 also copies what it publishes and saves."""
     device: Device = "gpu" if config.learner.gpus else "host"
-    yield process("learner", "learner")
+    yield _process_term("learner", "learner")
     if device == "gpu":
-        yield cuda("learner")
-    yield from _state(config, sizes, device)
-    yield from _passes(config, sizes, device)
+        yield _cuda_term("learner")
+    yield from _state_terms(config, sizes, device)
+    yield from _pass_terms(config, sizes, device)
     if rank == 0 and weight_transport(config) == "object_store":
-        yield each("weights to publish", sizes.policy.parameters, wire_bytes(config), "host")
+        yield _parameter_term("weights to publish", sizes.policy.parameters, _wire_bytes(config), "host")
     if rank == 0 and device == "gpu":
-        yield each("a checkpoint on its way to the disk", _trained(sizes), 3 * EXACT, "host")
+        yield _parameter_term("a checkpoint on its way to the disk", _trained(sizes), 3 * EXACT, "host")
 
 
-def _state(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
+def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
     """Yield models, gradients and optimizer."""
     size, ranks = BYTES[config.model.dtype], config.learner.workers
     shared = config.learner.sharding == "fsdp2" and ranks > 1
     by = ranks if shared else 1
     for what, number, when in STATE:
-        yield each(what, _trained(sizes), number, device, when, by)
-    yield each("reference", sizes.reference.parameters, size, device, ranks=by)
+        yield _parameter_term(what, _trained(sizes), number, device, when, by)
+    yield _parameter_term("reference", sizes.reference.parameters, size, device, ranks=by)
     if shared:
         models = [model for model in (sizes.policy, sizes.reference, sizes.critic) if model]
         layer = max((model.parameters - model.embeddings) // model.layers for model in models)
         gathered = sum(model.embeddings for model in models) + 2 * layer
-        yield each("gathered: embeddings, two layers", gathered, size, device, "at work")
+        yield _parameter_term("gathered: embeddings, two layers", gathered, size, device, "at work")
         whole = _trained(sizes) + sizes.reference.parameters
-        yield each("whole models, before they are shared", whole, EXACT, "host")
+        yield _parameter_term("whole models, before they are shared", whole, EXACT, "host")
     elif size != EXACT:
-        yield each(f"{config.model.dtype} weights", _trained(sizes), size, device)
+        yield _parameter_term(f"{config.model.dtype} weights", _trained(sizes), size, device)
 
 
-def _passes(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
-    """Yield what a backward pass needs of a forward pass."""
-    tokens = min(config.learner.microbatch_tokens, batch_tokens(config))
+def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
+    """Yield what a forward pass keeps for the backward pass."""
+    tokens = min(config.learner.microbatch_tokens, _batch_tokens(config))
     size, recomputed = BYTES[config.model.dtype], config.learner.gradient_checkpointing
-    yield _activations("activations", sizes.policy, tokens, size, device, recomputed)
+    yield _activation_term("activations", sizes.policy, tokens, size, device, recomputed)
     if sizes.critic:
-        yield _activations("the critic's activations", sizes.critic, tokens, size, device, recomputed)
+        yield _activation_term("the critic's activations", sizes.critic, tokens, size, device, recomputed)
     how = f"{tokens} tokens x {sizes.policy.vocabulary} entries x 4 bytes, at most"
     yield Term("probabilities", how, tokens * sizes.policy.vocabulary * 4, device, "at work")
 
 
-def _activations(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:
-    """Count 12 hidden and 4 feed-forward widths a token and layer; recomputed, a layer's input, and one layer whole."""
+def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:
+    """Count 12 hidden and 4 feed-forward widths per token and layer; recomputed: each layer's input, and one layer."""
     width, figures = 12 * model.hidden + 4 * model.intermediate, f"12 x {model.hidden} + 4 x {model.intermediate}"
     each_token, how = model.layers * width, f"{model.layers} layers x ({figures})"
     if recomputed:

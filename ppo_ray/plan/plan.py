@@ -1,4 +1,4 @@
-"""The plan of a run: who goes where, what memory that takes, what does not fit."""
+"""The plan of a run: where each actor goes, the memory it takes, and what does not fit."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ppo_ray.plan.memory import (
     rollout_terms,
     store_terms,
 )
-from ppo_ray.plan.request import Request, Seat, requested
+from ppo_ray.plan.request import ResourceRequest, Seat, make_request
 from ppo_ray.plan.sizes import ModelSizes
 
 _REMEDIES = {
@@ -28,7 +28,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Need:
-    """Memory that is needed somewhere, beside what is there."""
+    """Memory that is needed in one place, and what is there."""
 
     name: str
     """E.g. `node-0`, `node-0 GPU 1`, `node-0: object store`."""
@@ -41,10 +41,10 @@ class Need:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known before a run."""
+    """A run on a cluster, before it is started."""
 
     cluster: ClusterShape
-    request: Request
+    request: ResourceRequest
     """What Ray will be asked for."""
     assignment: Assignment
     terms: dict[str, tuple[Term, ...]]
@@ -66,15 +66,15 @@ class Plan:
         return not self.shortages
 
 
-def plan(config: Config, cluster: ClusterShape, sizes: ModelSizes) -> Plan:
-    """Plan a run.
+def make_plan(config: Config, cluster: ClusterShape, sizes: ModelSizes) -> Plan:
+    """Plan a run on a cluster.
 
     Args:
         config: of the run.
         cluster: empty.
         sizes: of the config's models.
     """
-    request = requested(config)
+    request = make_request(config)
     assignment = assign(request, cluster)
     terms = {seat.actor: tuple(_terms(config, sizes, seat)) for seat in request.seats}
     stored = tuple(store_terms(config, sizes))
@@ -101,11 +101,14 @@ def _terms(config: Config, sizes: ModelSizes, seat: Seat) -> Iterable[Term]:
 def _gpu_needs(
     cluster: ClusterShape,
     assignment: Assignment,
-    request: Request,
+    request: ResourceRequest,
     terms: dict[str, tuple[Term, ...]],
     takes_turns: bool,
 ) -> Iterator[Need]:
-    """Add up every GPU: who shares one by turns counts with what it keeps, and the hungriest of all at its work."""
+    """Yield the need of each GPU: what its actors keep, and what they use at work.
+
+    Of actors that take turns only the largest use at work counts.
+    """
     users: dict[tuple[int, int], list[str]] = {}
     for seat in request.seats:
         for place in assignment.places.get(seat.actor, ()):
@@ -121,7 +124,7 @@ def _gpu_needs(
 
 def _store_needs(cluster: ClusterShape, assignment: Assignment, stored: tuple[Term, ...]) -> Iterator[Need]:
     for index, node in enumerate(cluster.nodes):
-        actors = _on(index, assignment)
+        actors = _actors_on(index, assignment)
         uses = any(not actor.startswith("reward-") for actor in actors)
         yield Need(f"{node.name}: object store", total(stored, "host") if uses else 0, node.store, actors)
 
@@ -132,15 +135,15 @@ def _node_needs(
     terms: dict[str, tuple[Term, ...]],
     stores: tuple[Need, ...],
 ) -> Iterator[Need]:
-    """Add up every node: memory that a process frees on the host it mostly keeps, so nobody takes turns."""
+    """Yield the need of each node; a process mostly keeps host memory that it has freed, so nobody takes turns."""
     for index, (node, store) in enumerate(zip(cluster.nodes, stores, strict=True)):
         ranks = [actor for actor, places in assignment.places.items() for place in places if place.node == index]
         needed = sum(total(terms[actor], "host") for actor in ranks) + store.needed
         needed += total(node_terms(), "host")
-        yield Need(node.name, needed, node.memory, _on(index, assignment))
+        yield Need(node.name, needed, node.memory, _actors_on(index, assignment))
 
 
-def _on(node: int, assignment: Assignment) -> tuple[str, ...]:
+def _actors_on(node: int, assignment: Assignment) -> tuple[str, ...]:
     return tuple(actor for actor, places in assignment.places.items() if any(place.node == node for place in places))
 
 

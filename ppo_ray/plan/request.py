@@ -1,4 +1,4 @@
-"""What Ray is asked for: placement groups, and each actor's seat in one of them or anywhere.
+"""The resources that Ray is asked for: placement groups, and each actor's seat in one of them or on any node.
 
 Apart, every rollout worker has a placement group of its own, one bundle a rank, all on one node; the learner's ranks
 share one that is packed; reward workers are spread and need none. Colocated, learner ranks and reward workers sit in
@@ -25,13 +25,13 @@ class Bundle:
     gpus: float
 
     def resources(self) -> dict[str, float]:
-        """Return it as Ray's placement groups take it."""
+        """Return the bundle in the form that Ray's placement groups take."""
         return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount}
 
 
 @dataclass(frozen=True)
-class Group:
-    """A placement group: its bundles are reserved all or none."""
+class BundleGroup:
+    """The bundles of one placement group, which Ray reserves all together or not at all."""
 
     name: str
     strategy: Strategy
@@ -41,7 +41,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where one actor sits, and what it takes there."""
+    """The bundles or the node that one actor runs in, and what it takes there."""
 
     actor: str
     """Its name, e.g. `rollout-0`."""
@@ -49,21 +49,21 @@ class Seat:
     gpus: float
     """Of each bundle that it has, or of a node."""
     group: str | None = None
-    """None: in no group, on whichever node has the fewest of its kind."""
+    """None: in no group, on the node that has fewest actors of its kind."""
     bundles: tuple[int, ...] = ()
     """Of the group: one, or one a rank."""
 
     @property
     def kind(self) -> str:
-        """The config section that it comes from."""
+        """The config section of the actor: `rollout`, `reward` or `learner`."""
         return self.actor.rpartition("-")[0]
 
 
 @dataclass(frozen=True)
-class Request:
-    """All that Ray is asked for."""
+class ResourceRequest:
+    """All resources that Ray is asked for."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[BundleGroup, ...]
     """Those that need most of one node first."""
     seats: tuple[Seat, ...]
 
@@ -87,7 +87,7 @@ class Request:
         return [bundle for group in self.groups for bundle in group.bundles] + spread
 
 
-def requested(config: Config, kinds: Sequence[Kind] = KINDS) -> Request:
+def make_request(config: Config, kinds: Sequence[Kind] = KINDS) -> ResourceRequest:
     """Return what the actors of a config ask Ray for.
 
     Args:
@@ -95,27 +95,27 @@ def requested(config: Config, kinds: Sequence[Kind] = KINDS) -> Request:
         kinds: of actors that are started; an evaluation has no learner.
     """
     specs = actor_specs(config, kinds)
-    return _colocated(specs) if config.ray.placement == "colocated" else _apart(specs)
+    return _request_colocated(specs) if config.ray.placement == "colocated" else _request_apart(specs)
 
 
-def _apart(specs: dict[str, ActorSpec]) -> Request:
-    groups: list[Group] = []
+def _request_apart(specs: dict[str, ActorSpec]) -> ResourceRequest:
+    groups: list[BundleGroup] = []
     seats: list[Seat] = []
     for spec in specs.values():
         part = Bundle(spec.rank_cpus, spec.gpus / spec.ranks)
         if spec.key == "reward":
             seats += [Seat(name, part.cpus, part.gpus) for name in _names(spec)]
         elif spec.key == "learner":
-            groups.append(Group("learner", "PACK", (part,) * spec.workers))
+            groups.append(BundleGroup("learner", "PACK", (part,) * spec.workers))
             seats += [Seat(name, part.cpus, part.gpus, "learner", (rank,)) for rank, name in enumerate(_names(spec))]
         else:
             ranks = tuple(range(spec.ranks))
-            groups += [Group(name, "STRICT_PACK", (part,) * spec.ranks) for name in _names(spec)]
+            groups += [BundleGroup(name, "STRICT_PACK", (part,) * spec.ranks) for name in _names(spec)]
             seats += [Seat(name, part.cpus, part.gpus, name, ranks) for name in _names(spec)]
-    return Request(tuple(groups), tuple(seats))
+    return ResourceRequest(tuple(groups), tuple(seats))
 
 
-def _colocated(specs: dict[str, ActorSpec]) -> Request:
+def _request_colocated(specs: dict[str, ActorSpec]) -> ResourceRequest:
     """Put learner ranks, and reward workers that use a GPU, into the bundles of the rollout workers."""
     rollout, reward = specs["rollout"], specs.get("reward")
     slots = [(name, rank) for name in _names(rollout) for rank in range(rollout.ranks)]
@@ -133,18 +133,21 @@ def _colocated(specs: dict[str, ActorSpec]) -> Request:
         number = max(sum(bool(spec.gpus) for spec in users(slot)) for slot in own)
         return int(PRECISION / number) / PRECISION
 
-    groups = [Group(name, "STRICT_PACK", tuple(bundle(slot) for slot in own)) for name, _, own in engines]
+    groups = [BundleGroup(name, "STRICT_PACK", tuple(bundle(slot) for slot in own)) for name, _, own in engines]
     seats = [
         Seat(name, spec.rank_cpus, share(own) if spec.gpus else 0.0, own[0][0], tuple(rank for _, rank in own))
         for name, spec, own in seated
     ]
     if reward and not reward.gpus:
         seats += [Seat(name, reward.rank_cpus, 0.0) for name in _names(reward)]
-    return Request(tuple(groups), tuple(seats))
+    return ResourceRequest(tuple(groups), tuple(seats))
 
 
 def _guests(specs: dict[str, ActorSpec], slots: list[Slot]) -> Iterator[tuple[str, ActorSpec, list[Slot]]]:
-    """Yield who sits beside the engines: learner ranks slot after slot, rewards engine after engine."""
+    """Yield the actors that share the engines' bundles, with their slots.
+
+    Learner ranks take one slot after another, reward workers one engine after another.
+    """
     if learner := specs.get("learner"):
         for name, slot in zip(_names(learner), slots, strict=False):
             yield name, learner, [slot]

@@ -1,16 +1,16 @@
-"""How large the models of a config are, from their own configs alone: no weights are read, none need be there."""
+"""The sizes of a config's models, from the models' own configs alone: weights are not read, and need not be there."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ppo_ray.config import Config, Trust
-from ppo_ray.errors import InputError
+from ppo_ray.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What of a model's shape its memory depends on."""
+    """The part of a model's shape that its memory depends on."""
 
     parameters: int
     """A tied head is counted once."""
@@ -70,8 +70,8 @@ def _read(key: str, path: str, trust: Trust, auto_class: Any) -> ModelSize:
             model = auto_class.from_config(config, trust_remote_code=trust.remote_code)
     except Exception as error:  # OSError, ValueError, whatever a hub client raises, or the model's own code
         hint = "; `ppo-ray assets imdb` builds the demo's models" if not Path(path).exists() else ""
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{key}={path}: its size is not known, its config cannot be read: {reason}{hint}") from error
+        problem = f"its size is not known, its config cannot be read: {first_line(error)}{hint}"
+        raise InputError(f"{key}={path}: {problem}") from error
     text = config.get_text_config()
     hidden = int(text.hidden_size)
     heads = int(getattr(text, "num_attention_heads", 1))

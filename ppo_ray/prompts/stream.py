@@ -1,7 +1,7 @@
 """The prompt stream: the first tokens of a data set's texts, in an order that is a function of the run's seed.
 
-Nothing is drawn from a running generator: prompt number i is computed from (seed, i), so the stream's whole state is
-its position, and a resumed run continues with the very prompts that the first one would have had.
+Prompt number i is computed from (seed, i), not drawn from a running generator. So the stream's whole state is its
+position, and a resumed run continues with the same prompts that it would have had without the interruption.
 """
 
 import json
@@ -15,15 +15,14 @@ import numpy as np
 import xxhash
 
 from ppo_ray.config import PromptsConfig
-from ppo_ray.errors import InputError
+from ppo_ray.errors import QUOTED, InputError
 from ppo_ray.prompts.texts import is_unicode, read_texts
 from ppo_ray.seeding import derive_seed
 
 _LOG = logging.getLogger(__name__)
-_FINGERPRINTED = 16  # texts whose tokens tell one tokenizer from another,
-_FINGERPRINTED_CHARS = 10_000  # by their beginnings
-_QUOTED = 60  # characters of a text that a message shows
-_HELD_OUT_SEED = 0  # whatever the run's seed: runs are compared on the same prompts
+_FINGERPRINTED = 16  # texts whose tokens tell one tokenizer from another
+_FINGERPRINTED_CHARS = 10_000  # of each of these texts
+_HELD_OUT_SEED = 0  # for every seed of a run: runs are compared on the same prompts
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class PromptBatch:
     max_response_tokens: tuple[int, ...] | None = None
     """Limit of each response; None: drawn by the rollout worker, as the config says."""
     num_skipped: int = 0
-    """Prompts left out because the tokenizer makes nothing of the text, or ids that the model does not know."""
+    """Prompts left out because the tokenizer makes no ids of the text, or ids that the model does not know."""
 
     def split(self, n: int) -> "list[PromptBatch]":
         """Cut into at most n parts, in order, whose sizes differ by one at most; none is empty."""
@@ -74,7 +73,7 @@ class PromptStream:
         Raises:
             InputError: no data set, no such column, or fewer than `num_held_out + 1` texts left after the filter.
         """
-        self._usable = usable_texts(config, num_held_out)
+        self._usable = read_usable_texts(config, num_held_out)
         texts = self._usable.texts
         order = _permutation(len(texts), derive_seed(_HELD_OUT_SEED, "held_out"))
         held_out = order[:num_held_out]
@@ -84,11 +83,11 @@ class PromptStream:
         self._epoch, self._order = -1, np.arange(len(self._texts))
         self.position = 0
         self.fingerprint = self._fingerprint(texts)
-        """Of the texts and the tokenizer, whatever the seed: a run that goes on must find the same."""
+        """Hash of the texts and of the tokenizer, whatever the seed: a resumed run must find the same."""
 
     @property
     def summary(self) -> str:
-        """What was read and what was left out, as the first line of a run says it."""
+        """How many texts there are and how many were left out, as a run prints it when it starts."""
         return f"prompts: {self.describe()}"
 
     def describe(self) -> str:
@@ -110,7 +109,7 @@ class PromptStream:
         return batch
 
     def peek(self, n: int) -> PromptBatch:
-        """Return the next n prompts and stay where it is; see `take`."""
+        """Return the next n prompts without moving on; see `take`."""
         position = self.position
         try:
             return self.take(n)
@@ -150,29 +149,29 @@ class PromptStream:
                 kept.append(sample_id)
                 prompts.append(prompt)
         if not kept:
-            raise InputError(self._why_none(texts, tokens[0]))
+            raise InputError(self._describe_mismatch(texts, tokens[0]))
         return PromptBatch(tuple(kept), tuple(prompts), num_skipped=len(texts) - len(kept))
 
     def _tokenize(self, texts: list[str]) -> list[Sequence[int]]:
-        """Return the ids of each text; none of a text that the tokenizer refuses, whatever it does to the others."""
+        """Return the ids of each text; no ids for a text that the tokenizer refuses, which spoils no other text."""
         try:
             # not verbose, for a whole text may well be longer than the model's context
             return list(self._tokenizer(texts, verbose=False)["input_ids"])
         except Exception:  # the tokenizers library raises no narrower kind
             if len(texts) > 1:
                 return [self._tokenize([text])[0] for text in texts]
-            _LOG.warning("the tokenizer refuses the text %r", texts[0][:_QUOTED], exc_info=True)
+            _LOG.warning("the tokenizer refuses the text %r", texts[0][:QUOTED], exc_info=True)
             return [()]
 
     def _knows(self, prompt: tuple[int, ...]) -> bool:
         return self._vocab_size is None or all(0 <= token < self._vocab_size for token in prompt)
 
-    def _why_none(self, texts: list[str], ids: Sequence[int]) -> str:
-        """Word it that none of the texts makes a prompt, by the example of the first one's ids."""
+    def _describe_mismatch(self, texts: list[str], ids: Sequence[int]) -> str:
+        """Return the message for texts of which none makes a prompt, with the ids of the first as an example."""
         known = "" if self._vocab_size is None else f", and the model knows 0 to {self._vocab_size - 1}"
         return (
             f"prompts.path={self._config.path}: none of {len(texts):,} texts makes a prompt: of "
-            f"{texts[0][:_QUOTED]!r} the tokenizer makes the ids {list(ids[: self._config.max_tokens])[:8]}{known}; "
+            f"{texts[0][:QUOTED]!r} the tokenizer makes the ids {list(ids[: self._config.max_tokens])[:8]}{known}; "
             "tokenizer and model do not fit together: put the model's own tokenizer into model.path"
         )
 
@@ -191,7 +190,7 @@ class PromptStream:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """How many texts make no prompts, each counted under the first of the reasons that it has."""
+    """Counts of the texts that make no prompts; a text is counted under the first reason that it has."""
 
     blank: int = 0
     """White space, or no text at all."""
@@ -212,15 +211,15 @@ class UsableTexts:
     left_out: LeftOut
     """How many others there were."""
     config: PromptsConfig
-    """Where they come from."""
+    """The section of options that names the data set."""
 
     def describe(self) -> str:
-        """Say how many there are, and how many were left out for which reasons: those there are."""
+        """Say how many texts there are, and how many were left out for which reasons."""
         reasons = self._reasons()
         return f"{len(self.texts):,} texts of {self.config.path}" + (f"; left out: {reasons}" if reasons else "")
 
-    def why_none(self) -> str:
-        """Word it that there is none."""
+    def describe_absence(self) -> str:
+        """Return the message for a data set that has no usable text."""
         short, key, remedy = self.left_out.short, f"prompts.path={self.config.path}", "give texts"
         if short:
             key, remedy = f"prompts.min_chars={self.config.min_chars}", "lower it"
@@ -239,7 +238,7 @@ class UsableTexts:
         return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
 
 
-def usable_texts(config: PromptsConfig, num_held_out: int) -> UsableTexts:
+def read_usable_texts(config: PromptsConfig, num_held_out: int) -> UsableTexts:
     """Read the texts longer than `min_chars`, each once, in the order of the data set.
 
     Texts that are blank or not valid Unicode are left out.
@@ -260,7 +259,7 @@ def usable_texts(config: PromptsConfig, num_held_out: int) -> UsableTexts:
     )
     usable = UsableTexts(texts, left_out, config)
     if not texts:
-        raise InputError(usable.why_none())
+        raise InputError(usable.describe_absence())
     if len(texts) <= num_held_out:
         raise InputError(
             f"evaluation.num_prompts={num_held_out}: leaves no prompt for training: {usable.describe()}; "

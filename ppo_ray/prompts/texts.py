@@ -1,4 +1,4 @@
-"""One column of texts out of a file, a folder or a hub data set."""
+"""Reader of one column of texts from a file, a folder or a hub data set."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,19 +7,18 @@ from pathlib import Path
 import pyarrow as pa
 
 from ppo_ray.config import PromptsConfig
-from ppo_ray.errors import InputError
+from ppo_ray.errors import QUOTED, InputError
 
 Texts = list[str | None]
 
 _CSV_BLOCK = 64 << 20  # bytes that pyarrow parses at once; no row may be longer
-_QUOTED = 60  # characters of a bad value that a message shows
 
 
 def read_texts(config: PromptsConfig) -> Texts:
     """Read the texts of `config.column`; None where the data set has none.
 
-    Bytes that are no UTF-8 are kept as lone surrogates (U+DC80 to U+DCFF), so that they cost only their own text, and
-    whoever uses the texts can tell which those are: they cannot be encoded.
+    Bytes that are no UTF-8 are kept as lone surrogates (U+DC80 to U+DCFF): so they spoil only their own text, which can
+    be told by `is_unicode`.
 
     Raises:
         InputError: there is no such data set, it cannot be read, or it has no such column of texts.
@@ -41,7 +40,7 @@ def _read_parquet(path: Path, column: str) -> Texts:
 
     schema = pq.read_schema(path)
     _check_column(path, schema.names, column)
-    return _texts(path, pq.read_table(path, columns=[column]).column(column), column)
+    return _to_texts(path, pq.read_table(path, columns=[column]).column(column), column)
 
 
 def _read_csv(path: Path, column: str) -> Texts:
@@ -51,9 +50,9 @@ def _read_csv(path: Path, column: str) -> Texts:
     parse_options = csv.ParseOptions(newlines_in_values=True)
     with csv.open_csv(path, read_options, parse_options) as reader:
         _check_column(path, reader.schema.names, column)
-    # The other columns are not converted: one of them with a word among its numbers is none of ours.
+    # The other columns are not converted: a word among the numbers of one of them does not matter here.
     convert_options = csv.ConvertOptions(column_types={column: pa.large_binary()}, include_columns=[column])
-    return _decoded(csv.read_csv(path, read_options, parse_options, convert_options).column(column))
+    return _decode(csv.read_csv(path, read_options, parse_options, convert_options).column(column))
 
 
 def _read_jsonl(path: Path, column: str) -> Texts:
@@ -75,7 +74,7 @@ def _read_jsonl(path: Path, column: str) -> Texts:
             seen |= dict.fromkeys(row)
             text = row.get(column)
             if text is not None and not isinstance(text, str):
-                shown = repr(text)[:_QUOTED]
+                shown = repr(text)[:QUOTED]
                 raise InputError(f"prompts.column={column}: line {number} of {path} holds {shown}, not text")
             texts.append(text)
     _check_column(path, list(seen), column)
@@ -103,7 +102,7 @@ def _read_dataset(config: PromptsConfig) -> Texts:
         where = f"prompts.path={config.path}, prompts.split={config.split}"
         raise InputError(f"{where}: {what}: {error}{remedy}") from error
     _check_column(config.path, dataset.column_names, config.column)
-    return _texts(config.path, dataset.with_format("arrow")[config.column], config.column)
+    return _to_texts(config.path, dataset.with_format("arrow")[config.column], config.column)
 
 
 def _check_column(path: Path | str, columns: Sequence[str], column: str) -> None:
@@ -111,21 +110,21 @@ def _check_column(path: Path | str, columns: Sequence[str], column: str) -> None
         raise InputError(f"prompts.column={column}: {path} has no such column; it has {', '.join(columns) or 'none'}")
 
 
-def _texts(path: Path | str, column: pa.ChunkedArray, name: str) -> Texts:
+def _to_texts(path: Path | str, column: pa.ChunkedArray, name: str) -> Texts:
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise InputError(f"prompts.column={name}: the column in {path} holds {column.type}, not text")
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        return _decoded(column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary()))
+        return _decode(column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary()))
 
 
-def _decoded(column: pa.ChunkedArray) -> Texts:
+def _decode(column: pa.ChunkedArray) -> Texts:
     return [None if raw is None else raw.decode(errors="surrogateescape") for raw in column.to_pylist()]
 
 
 def is_unicode(text: str) -> bool:
-    """Say whether a text can be encoded: JSON may hold half of a surrogate pair, and see `read_texts`."""
+    """Say whether a text can be encoded; one that JSON or `read_texts` gave a lone surrogate cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,1 +1,1 @@
-"""Scoring: a classifier or a Python function, the reward worker around it, and the group of all of them."""
+"""Scoring of responses: a classifier or a Python function, the worker around it, and the group of all workers."""

@@ -1,4 +1,4 @@
-"""Reward workers: a shell over a classifier or a reward function that fills in the scores."""
+"""The reward worker: an actor around a classifier or a reward function, which adds scores to trajectories."""
 
 import time
 from typing import Any

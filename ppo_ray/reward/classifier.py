@@ -1,4 +1,4 @@
-"""The reward classifier: texts in, one score a text out, None where there is none to be had."""
+"""The reward classifier: one score per text, None for a text that cannot be scored."""
 
 import logging
 import math
@@ -40,7 +40,7 @@ class Classifier:
             dtype: torch's name.
             device: None takes the GPU if there is one.
             batch_size: texts a forward pass.
-            trust: what its folder may do.
+            trust: what the model's folder may do.
 
         Raises:
             InputError: there is no such model or label, or the transform makes every score the same.
@@ -91,7 +91,7 @@ class Classifier:
         return self._tokenizer(text, **limit)["input_ids"]
 
     def _score_or_split(self, encoded: list[list[int]]) -> list[float | None]:
-        """Score a batch; if that raises, each text by itself, so that only the culprit goes without."""
+        """Score a batch; if that raises, score each text by itself, so that only the bad one has no score."""
         try:
             return list(self._score_batch(encoded))
         except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""A Python function as the reward: `package.module:function`."""
+"""The user's own Python function as the reward, named `package.module:function`."""
 
 import importlib
 import logging
@@ -8,15 +8,14 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.errors import InputError
+from ppo_ray.errors import QUOTED, InputError
 
 _LOG = logging.getLogger(__name__)
 
 Scores = Sequence[float | None]
 
 _RAISED = (Exception, SystemExit, KeyboardInterrupt)
-"""What a function may do instead of returning; neither sys.exit() nor a stray interrupt in it must end the worker."""
-_QUOTED = 60  # characters of a bad score that a message shows
+"""What a function may raise; neither sys.exit() nor a stray interrupt in it must end the worker."""
 
 
 def load_function(name: str) -> Callable[[list[str], list[str]], Scores]:
@@ -67,7 +66,7 @@ class RewardFunction:
             InputError: the function does not return one number (or None) a pair.
         """
         try:
-            return self._checked(self._function(list(prompts), list(responses)), len(prompts))
+            return self._check_scores(self._function(list(prompts), list(responses)), len(prompts))
         except InputError:
             raise
         except _RAISED:
@@ -81,31 +80,31 @@ class RewardFunction:
 
     def _score_alone(self, prompt: str, response: str) -> float | None:
         try:
-            return self._checked(self._function([prompt], [response]), 1)[0]
+            return self._check_scores(self._function([prompt], [response]), 1)[0]
         except InputError:
             raise
         except _RAISED:
             _LOG.warning("reward function %s raised on %r", self._name, prompt + response, exc_info=True)
             return None
 
-    def _checked(self, scores: Any, expected: int) -> list[float | None]:
-        """Return the scores as floats; not finite is None."""
+    def _check_scores(self, scores: Any, expected: int) -> list[float | None]:
+        """Check what the function returned; return the scores as floats, None for those that are not finite."""
         shape = getattr(scores, "shape", None)  # of a numpy array or a torch tensor
         if shape is not None and len(shape) != 1:
-            raise self._wrong(f"an array of shape {tuple(shape)}", expected)
+            raise self._make_error(f"an array of shape {tuple(shape)}", expected)
         if not hasattr(scores, "__len__") or isinstance(scores, Mapping | Set | str | bytes | bytearray):
-            raise self._wrong("None" if scores is None else f"a {type(scores).__name__}", expected)
+            raise self._make_error("None" if scores is None else f"a {type(scores).__name__}", expected)
         if len(scores) != expected:
-            raise self._wrong(f"{len(scores)} scores", expected)
-        return [self._number(score) for score in scores]
+            raise self._make_error(f"{len(scores)} scores", expected)
+        return [self._to_float(score) for score in scores]
 
-    def _wrong(self, returned: str, expected: int) -> InputError:
+    def _make_error(self, returned: str, expected: int) -> InputError:
         return InputError(
             f"reward.function={self._name!r} returned {returned} for {expected} texts; it must return a list (or a "
             "1-D array) of one number or None for each text"
         )
 
-    def _number(self, score: Any) -> float | None:
+    def _to_float(self, score: Any) -> float | None:
         if score is None:
             return None
         try:
@@ -116,6 +115,6 @@ class RewardFunction:
             return None
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"reward.function={self._name!r} returned {repr(score)[:_QUOTED]}, which is neither a number nor None"
+                f"reward.function={self._name!r} returned {repr(score)[:QUOTED]}, which is neither a number nor None"
             ) from error
         return number if math.isfinite(number) else None

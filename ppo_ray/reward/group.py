@@ -1,4 +1,4 @@
-"""The reward workers as the driver sees them: what the loop calls `reward`."""
+"""The group of all reward workers: what the loop calls `actors.reward`."""
 
 from typing import Any
 

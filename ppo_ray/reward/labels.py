@@ -1,4 +1,4 @@
-"""A classifier's labels, by name."""
+"""The labels of a classifier, found by name."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -11,7 +11,7 @@ from ppo_ray import trajectory
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config, RolloutConfig, weight_transport
 from ppo_ray.prompts.stream import PromptBatch
-from ppo_ray.rollout.engine import Engine, Receiver, Request, Sampling
+from ppo_ray.rollout.engine import Engine, GenerationRequest, Receiver, Sampling
 from ppo_ray.seeding import derive_seed
 from ppo_ray.weights.acks import WeightAck
 from ppo_ray.weights.manifest import WeightManifest
@@ -44,7 +44,7 @@ class RolloutWorker(Worker):
         start = time.perf_counter()
         limits = prompts.max_response_tokens or drawn_limits(self._config.rollout, seed, step, prompts.sample_ids)
         requests = [
-            Request(tuple(prompt_ids), limit, derive_seed(seed, "sample", step, sample_id))
+            GenerationRequest(tuple(prompt_ids), limit, derive_seed(seed, "sample", step, sample_id))
             for sample_id, prompt_ids, limit in zip(prompts.sample_ids, prompts.prompt_ids, limits, strict=True)
         ]
         completions = self._engine.generate(requests, self._sampling)

@@ -22,7 +22,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """One response wanted."""
 
     prompt_ids: tuple[int, ...]
@@ -53,7 +53,7 @@ class Engine(Protocol):
     policy_version: int
     """Of the weights in use; -1 until the first `load_weights`."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
         """Sample one response a request, in the order of the requests."""
         ...
 
@@ -92,7 +92,7 @@ class Receiver(Engine, Protocol):
         ...
 
 
-def check_requests(requests: Sequence[Request], vocab_size: int, max_context: int) -> None:
+def check_requests(requests: Sequence[GenerationRequest], vocab_size: int, max_context: int) -> None:
     """Refuse requests that no engine could serve, before any of them is started.
 
     Raises:

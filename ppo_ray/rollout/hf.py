@@ -7,7 +7,7 @@ import torch
 from ppo_ray.config import NO_TRUST, Trust
 from ppo_ray.errors import WorkerError
 from ppo_ray.models.loading import load_causal_lm
-from ppo_ray.rollout.engine import Completion, FinishReason, Request, Sampling, check_requests
+from ppo_ray.rollout.engine import Completion, FinishReason, GenerationRequest, Sampling, check_requests
 from ppo_ray.weights.snapshot import WeightSnapshot
 
 
@@ -25,7 +25,7 @@ class HFEngine:
         self._max_context = max_context
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
         """Sample one response a request, in the order of the requests; see `Engine.generate`.
 
         Raises:
@@ -98,7 +98,7 @@ class HFEngine:
         """Free the model."""
         del self._model
 
-    def _left_padded(self, requests: Sequence[Request], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _left_padded(self, requests: Sequence[GenerationRequest], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids = torch.zeros(len(requests), longest, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for row, request in enumerate(requests):

@@ -14,7 +14,7 @@ import torch
 from ppo_ray.config import NO_TRUST, Transport, Trust
 from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.plan.demand import CPU_ALLOCATION
-from ppo_ray.rollout.engine import Completion, Request, Sampling, check_requests
+from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling, check_requests
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.snapshot import WeightSnapshot
 
@@ -106,7 +106,7 @@ class VLLMEngine:
         self._max_context = max_context
         self._vocab_size = int(config.vocab_size)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
         """Sample one response a request, in the order of the requests; see `Engine.generate`.
 
         Raises:

@@ -115,7 +115,7 @@ class RunFolder:
         """
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(atomic.locked(self.path / ".lock", wait=False))
+                stack.enter_context(atomic.lock(self.path / ".lock", wait=False))
             except BlockingIOError as error:
                 raise InputError(
                     f"output_dir={self.path}: another process is training in this folder; wait for it, or stop it"

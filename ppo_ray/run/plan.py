@@ -9,7 +9,8 @@ from rich.text import Text
 
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
-from ppo_ray.plan import ClusterShape, ModelSizes, Plan, plan
+from ppo_ray.events import say
+from ppo_ray.plan import ClusterShape, ModelSizes, Plan, make_plan
 from ppo_ray.plan.cluster import GIB
 from ppo_ray.plan.memory import Term, node_terms
 
@@ -20,11 +21,11 @@ def print_plan(console: Console, plan: Plan) -> None:
     _print_terms(console, plan)
     _print_needs(console, plan)
     if plan.fits:
-        _say(console, "It fits. Nothing was started.")
+        say(console, "It fits. Nothing was started.")
         return
-    _say(console, "It does not fit:")
+    say(console, "It does not fit:")
     for shortage in plan.shortages:
-        _say(console, f"  {shortage}")
+        say(console, f"  {shortage}")
 
 
 def _print_actors(console: Console, plan: Plan) -> None:
@@ -80,10 +81,6 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}" if num_bytes < 100 * GIB else f"{num_bytes / GIB:.0f}"
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 @dataclass(frozen=True)
 class Described:
     """The cluster as the command line describes it; None: not given."""
@@ -108,7 +105,7 @@ def show(config: Config, described: Described, console: Console) -> bool:
         InputError: the description is not one, no cluster answers at the address, or a model's config cannot be read.
     """
     cluster = _cluster(config, described)
-    found = plan(config, cluster, ModelSizes.read(config))
+    found = make_plan(config, cluster, ModelSizes.read(config))
     print_plan(console, found)
     return found.fits
 

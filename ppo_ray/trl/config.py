@@ -190,10 +190,10 @@ class PPOConfig:
         """Return all options, nested ones flattened with slashes."""
         return _flat(self.__dict__)
 
-    def to_ppo_ray(self) -> ppo_ray_config.PPOConfig:
+    def to_ppo_ray(self) -> ppo_ray_config.UpdateConfig:
         """Return ppo_ray's options under which its learner computes what TRL computes."""
         scaling: Literal["none", "std", "mean_std"] = "mean_std" if self.use_score_norm else "std"
-        return ppo_ray_config.PPOConfig(
+        return ppo_ray_config.UpdateConfig(
             learning_rate=float(self.learning_rate),
             epochs=int(self.ppo_epochs),
             minibatch_size=int(self.mini_batch_size * self.gradient_accumulation_steps),

@@ -18,7 +18,7 @@ from ppo_ray.cli import app
 from ppo_ray.config import Config, load_config, to_yaml
 from ppo_ray.errors import InputError, WorkerLost
 from ppo_ray.learner.group import LearnerGroup
-from ppo_ray.plan import requested
+from ppo_ray.plan import make_request
 from ppo_ray.plan.assign import assign
 from ppo_ray.reward.group import RewardGroup
 from ppo_ray.rollout.group import RolloutGroup
@@ -97,7 +97,7 @@ def really(found: Places, kinds: str) -> dict[str, tuple[object, tuple[int, ...]
 
 
 def planned(config: Config, kinds: str) -> dict[str, tuple[object, tuple[int, ...]]]:
-    found = assign(requested(config), connected_cluster()).places
+    found = assign(make_request(config), connected_cluster()).places
     return {name: (place.node, place.gpus) for name, (place,) in found.items() if name.startswith(tuple(kinds.split()))}
 
 

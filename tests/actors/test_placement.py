@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ppo_ray.actors import placement
 from ppo_ray.actors.placement import Seats, check_fit
 from ppo_ray.errors import InputError
-from ppo_ray.plan import requested
+from ppo_ray.plan import make_request
 from ppo_ray.rollout.group import rollout_spec
 from tests.plan.test_request import configured
 
@@ -32,7 +32,7 @@ def connected(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers(connected: Any) -> None:
-    request = requested(configured("rollout.workers=4", "rollout.gpus=1", "learner.gpus=1"))
+    request = make_request(configured("rollout.workers=4", "rollout.gpus=1", "learner.gpus=1"))
     connected(node("1", CPU=32, GPU=3), node("2", CPU=32, GPU=2))
     check_fit(request)
     connected(node("1", CPU=32, GPU=2), node("2", CPU=32, GPU=2))
@@ -44,11 +44,11 @@ def test_what_cannot_fit_is_refused_with_the_numbers(connected: Any) -> None:
 
 def test_a_cluster_that_grows_is_waited_for(connected: Any) -> None:
     connected(node("1", CPU=2), may_grow_to={"CPU": 64, "GPU": 8})
-    check_fit(requested(configured("rollout.gpus=1")))
+    check_fit(make_request(configured("rollout.gpus=1")))
 
 
 def test_an_actor_and_its_successors_are_sent_to_their_bundle() -> None:
-    request = requested(
+    request = make_request(
         configured("rollout.gpus=1", "rollout.tensor_parallel=2", "learner.gpus=1", "learner.workers=2")
     )
     groups = {group.name: PlacementGroup.empty() for group in request.groups}

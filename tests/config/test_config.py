@@ -1,8 +1,14 @@
+from typing import get_args
+
 import pytest
 import yaml
 
+from ppo_ray.algo.aggregation import Aggregation
+from ppo_ray.algo.kl import KLEstimator
+from ppo_ray.algo.schedule import Schedule
 from ppo_ray.config import Config, load_config, to_yaml, weight_transport
 from ppo_ray.errors import InputError
+from ppo_ray.reward.classifier import Transform
 
 REQUIRED = ["output_dir=runs/x", "model.path=gpt2", "prompts.path=reviews.csv", "reward.path=judge"]
 
@@ -65,6 +71,28 @@ def test_assets_and_home_become_paths(tmp_path, monkeypatch):
     assert violations(*REQUIRED, "model.path=asset:polcy") == [
         "model.path: 'asset:polcy' is no asset; there are asset:policy, asset:classifier, asset:prompts"
     ]
+
+
+def test_an_asset_is_nowhere_to_write_to(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert violations(*REQUIRED, "output_dir=asset:policy") == [
+        "output_dir: 'asset:policy' is an asset, which is only read; give a folder that the run may write to"
+    ]
+    assert load_config(None, [*REQUIRED, "output_dir=~/asset:policy"]).output_dir == "/home/me/asset:policy"
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "known"),
+    [
+        ("ppo", "loss_aggregation", get_args(Aggregation)),
+        ("ppo", "kl_estimator", [*get_args(KLEstimator), "full"]),  # full is computed from the logits, not estimated
+        ("ppo", "learning_rate_schedule", get_args(Schedule)),
+        ("reward", "transform", get_args(Transform)),
+    ],
+)
+def test_an_option_offers_what_the_code_can_do(section, option, known):
+    model = Config.model_fields[section].annotation
+    assert set(get_args(model.model_fields[option].annotation)) == set(known)
 
 
 @pytest.mark.parametrize(

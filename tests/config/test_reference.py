@@ -4,22 +4,22 @@ from pathlib import Path
 
 import pytest
 
-from ppo_ray.config import Config, PPOConfig
-from ppo_ray.config.reference import Group, Option, find_group, groups, to_markdown
+from ppo_ray.config import Config, UpdateConfig
+from ppo_ray.config.reference import Option, OptionTable, find_table, make_tables, to_markdown
 from ppo_ray.errors import InputError
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 
 
 def option(name: str) -> Option:
-    return next(option for group in groups() for option in group.options if option.name == name)
+    return next(option for table in make_tables() for option in table.options if option.name == name)
 
 
 def test_every_option_is_there_once() -> None:
     sections = {name: field.annotation for name, field in Config.model_fields.items()}
     wanted = {name for name, section in sections.items() if not hasattr(section, "model_fields")}
     wanted |= {f"{name}.{leaf}" for name, section in sections.items() for leaf in getattr(section, "model_fields", ())}
-    found = [option.name for group in groups() for option in group.options]
+    found = [option.name for table in make_tables() for option in table.options]
     assert set(found) == wanted and len(found) == len(wanted)
 
 
@@ -35,10 +35,10 @@ def test_values_default_and_meaning_are_those_of_the_model() -> None:
 
 
 def test_a_section_is_found_by_its_name() -> None:
-    found = find_group("ppo")
-    assert isinstance(found, Group) and len(found.options) == len(PPOConfig.model_fields)
+    found = find_table("ppo")
+    assert isinstance(found, OptionTable) and len(found.options) == len(UpdateConfig.model_fields)
     with pytest.raises(InputError, match="pop is no section of a config; there are model, prompts, rollout"):
-        find_group("pop")
+        find_table("pop")
 
 
 def test_the_page_is_up_to_date() -> None:

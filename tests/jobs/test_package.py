@@ -6,8 +6,8 @@ from zipfile import ZipFile
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
-from ppo_ray.actors import package
 from ppo_ray.errors import InputError
+from ppo_ray.jobs import package
 from ppo_ray.jobs.package import LIMIT, Package
 
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_ray_s_own_exclusions_are_left_out(folder: Path) -> None:
-    found = Package.of(folder)
+    found = Package.scan(folder)
     assert found.files == {
         "judge.py": 5,
         "data/films.csv": 7,
@@ -47,12 +47,12 @@ def test_ray_s_own_exclusions_are_left_out(folder: Path) -> None:
 def test_ignore_files_are_followed_wherever_they_lie(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / ".gitignore").write_text("runs/\n*.txt\n")
     (folder / "data" / ".rayignore").write_text("big.*\n")
-    found = Package.of(folder)
+    found = Package.scan(folder)
     assert set(found.files) == {"judge.py", "data/films.csv", "data/.gitignore", "data/.rayignore", ".gitignore"}
     assert found.holds("data") and found.holds("./data/films.csv") and not found.holds("data/big.bin")
     assert not found.holds("dat") and not found.holds("runs") and not found.holds("../job/judge.py")
     monkeypatch.setenv("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
-    assert Package.of(folder).holds("runs")
+    assert Package.scan(folder).holds("runs")
 
 
 def test_it_is_what_ray_would_pack(folder: Path, tmp_path: Path) -> None:
@@ -60,11 +60,11 @@ def test_it_is_what_ray_would_pack(folder: Path, tmp_path: Path) -> None:
     create_package(str(folder), tmp_path / "theirs.zip", True, excludes=[".git", ".venv", "venv", "__pycache__"])
     with ZipFile(tmp_path / "theirs.zip") as theirs:
         names = {info.filename: info.file_size for info in theirs.infolist() if not info.is_dir()}
-    assert Package.of(folder).files == names
+    assert Package.scan(folder).files == names
 
 
 def test_the_archive_holds_the_files_and_the_config(folder: Path, tmp_path: Path) -> None:
-    Package.of(folder).write(tmp_path / "ours.zip", {"submitted.yaml": "steps: 3\n"})
+    Package.scan(folder).write(tmp_path / "ours.zip", {"submitted.yaml": "steps: 3\n"})
     with ZipFile(tmp_path / "ours.zip") as ours:
         assert ours.read("runs/a/model.safetensors") == b"x" * 60
         assert ours.read("submitted.yaml") == b"steps: 3\n"
@@ -76,11 +76,11 @@ def test_the_archive_holds_the_files_and_the_config(folder: Path, tmp_path: Path
 
 def test_what_is_too_large_is_named_largest_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert LIMIT == 100 << 20
-    assert Package.of(folder).problem() is None
+    assert Package.scan(folder).problem() is None
     monkeypatch.setattr(package, "LIMIT", 115)
-    assert Package.of(folder).problem() is None
+    assert Package.scan(folder).problem() is None
     monkeypatch.setattr(package, "LIMIT", 114)
-    problem = Package(folder, {name: size << 20 for name, size in Package.of(folder).files.items()}).problem()
+    problem = Package(folder, {name: size << 20 for name, size in Package.scan(folder).files.items()}).problem()
     assert problem is not None
     assert problem.startswith(
         f"--working-dir={folder}: 115.0 MiB in 6 files, more than the 0.0 MiB that Ray's job server"
@@ -94,8 +94,8 @@ def test_what_is_too_large_is_named_largest_first(folder: Path, monkeypatch: pyt
 
 def test_no_folder_and_a_file_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
-        Package.of(tmp_path / "nowhere")
-    found = Package.of(folder)
+        Package.scan(tmp_path / "nowhere")
+    found = Package.scan(folder)
     (folder / "judge.py").unlink()
     with pytest.raises(InputError, match=r"judge\.py cannot be read: No such file"):
         found.write(tmp_path / "ours.zip", {})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ppo_ray.config import Config, load_config
-from ppo_ray.jobs.request import JobRequest, _paths, job_name, request_problems
+from ppo_ray.jobs.request import JobRequest, _paths, head_problems, make_job_name, request_problems
 
 TOKEN = {"RAY_AUTH_TOKEN": "s" * 40}
 BASE = ("output_dir=/shared/run", "model.path=org/model", "prompts.path=imdb", "reward.path=/models/judge")
@@ -27,7 +27,7 @@ def request(*overrides: str, working_dir: Path | None = None, **fields) -> JobRe
 
 
 def problems(wanted: JobRequest, environment: dict[str, str] = TOKEN, sent: tuple[str, ...] = ()) -> list[str]:
-    return list(request_problems(wanted, environment, sent.__contains__))
+    return [*head_problems(wanted, environment), *request_problems(wanted, environment, sent.__contains__)]
 
 
 def test_what_is_right_passes() -> None:
@@ -39,7 +39,13 @@ def test_everything_is_said_at_once() -> None:
     wanted = request("output_dir=runs/x", "ray.address=10.0.0.1:6379", "model.path=./policy", address="h:8265")
     found = problems(JobRequest(wanted.config, "h:8265", "a/b", None, ("NO_SUCH",)), {"HOME": "/nowhere"})
     assert [line.partition(":")[0].partition("=")[0] for line in found] == [
-        *("--address", "--name", "no token for the cluster", "--env NO_SUCH", "output_dir", "ray.address", "model.path")
+        "--address",
+        "no token for the cluster",
+        "--name",
+        "--env NO_SUCH",
+        "output_dir",
+        "ray.address",
+        "model.path",
     ]
     assert "must be absolute, on storage that all nodes share" in found[4]
 
@@ -126,10 +132,10 @@ def test_every_path_of_a_config_is_looked_at() -> None:
 
 
 def test_names() -> None:
-    assert job_name(Path("/x/my films.yaml")).startswith("my-films-20")
-    assert job_name(Path("...")).startswith("job-20")
-    assert len({job_name(Path("a.yaml")) for _ in range(9)}) > 1  # in one second
-    assert problems(request(name=job_name(Path("a" * 300)))) == []
+    assert make_job_name(Path("/x/my films.yaml")).startswith("my-films-20")
+    assert make_job_name(Path("...")).startswith("job-20")
+    assert len({make_job_name(Path("a.yaml")) for _ in range(9)}) > 1  # in one second
+    assert problems(request(name=make_job_name(Path("a" * 300)))) == []
     assert len(problems(request(name="a/b"))) == len(problems(request(name="-a"))) == 1
 
 

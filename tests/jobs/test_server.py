@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from ppo_ray.actors import jobs
+from ppo_ray.jobs import server as jobs
 
 
 class Head:

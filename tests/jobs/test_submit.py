@@ -13,9 +13,9 @@ from zipfile import ZipFile
 
 import pytest
 
-from ppo_ray.actors import jobs
 from ppo_ray.config import load_config
 from ppo_ray.errors import InputError, JobError
+from ppo_ray.jobs import server as jobs
 from ppo_ray.jobs import submit as submission
 from ppo_ray.jobs.request import JobRequest
 from tests.fake_head import FakeHead, fake_head
@@ -164,13 +164,26 @@ def test_all_that_is_wrong_is_said_at_once(head: FakeHead, tmp_path: Path) -> No
     found = refused(head, "output_dir=x", working_dir=tmp_path / "nowhere", variables=("NO_SUCH",))
     assert found[0] == "4 problems, nothing was sent"
     assert [line.partition("=")[0] for line in found[1:]] == [
-        *("--working-dir", "--env NO_SUCH: is not set here; export it, or leave it out", "output_dir", "--name")
+        "--working-dir",
+        "--env NO_SUCH: is not set here; export it, or leave it out",
+        "output_dir",
+        "--name",
     ]
 
 
 def test_nothing_answers() -> None:
     (_, line) = refused(FakeHead(address="http://127.0.0.1:9"))
     assert line.startswith("--address=http://127.0.0.1:9: no Ray dashboard answers there (ConnectionError)")
+
+
+@pytest.mark.parametrize(("failure", "kind"), [("error", "RuntimeError"), ("hang up", "ConnectionError")])
+def test_a_head_that_cannot_list_its_jobs(head: FakeHead, failure: str, kind: str) -> None:
+    head.list_failure = failure
+    heading, *found = refused(head, "output_dir=runs/x")
+    assert heading == "2 problems, nothing was sent"
+    assert found[0].startswith("output_dir=runs/x: must be absolute")
+    assert found[1].startswith(f"--address={head.address}: the head does not say which jobs it has had ({kind}: ")
+    assert "no store" not in found[1]  # the traceback is not shown
 
 
 def command(config: Path, address: str, *options: str, **variables: str) -> subprocess.Popen[str]:
@@ -224,5 +237,5 @@ def test_ctrl_c_leaves_the_job_alone(head: FakeHead, film_config: Path) -> None:
 
 
 def test_whoever_says_resume_is_heard(film_config: Path) -> None:
-    assert submission.submitted_config(film_config, []).resume == "auto"
-    assert submission.submitted_config(film_config, ["resume=never"]).resume == "never"
+    assert submission.load_job_config(film_config, []).resume == "auto"
+    assert submission.load_job_config(film_config, ["resume=never"]).resume == "never"

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
 from tests.learning import largest_difference, make_learner, make_table, weights
 
@@ -23,7 +23,7 @@ def last(table: pa.Table, name: str) -> list[float]:
 
 def with_other_reference(policy: Path, reference: Path, **ppo: object) -> PPOLearner:
     model = ModelConfig(path=str(policy), reference_path=str(reference))
-    return PPOLearner.load(model, PPOConfig(learning_rate=1e-3, **ppo), LearnerConfig(), device="cpu")
+    return PPOLearner.load(model, UpdateConfig(learning_rate=1e-3, **ppo), LearnerConfig(), device="cpu")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from ppo_ray import trajectory
-from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import InputError, NonFiniteError, WorkerError
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.minibatch import MinibatchUpdater
@@ -118,7 +118,7 @@ def test_mini_batches_take_a_step_each_in_an_order_that_the_seed_addresses(tiny_
 
 
 def weights_after(folder: Path, seed: int, step: int) -> dict[str, torch.Tensor]:
-    options = PPOConfig(learning_rate=1e-3, minibatch_size=2, epochs=1)
+    options = UpdateConfig(learning_rate=1e-3, minibatch_size=2, epochs=1)
     learner = PPOLearner.load(ModelConfig(path=str(folder)), options, LearnerConfig(), seed=seed, device="cpu")
     head = torch.nn.Linear(128, 1).requires_grad_(False)
     learner._policy.value_head.load_state_dict({"weight": head.weight.fill_(0.01), "bias": head.bias.fill_(0)})
@@ -151,7 +151,7 @@ def test_a_table_of_another_schema_is_refused(tiny_policy: Path) -> None:
 
 
 def test_the_learning_rate_follows_its_schedule_and_the_values_have_their_own(tiny_policy: Path) -> None:
-    options = PPOConfig(
+    options = UpdateConfig(
         learning_rate=1e-3,
         value_learning_rate=5e-3,
         learning_rate_schedule="linear",
@@ -187,7 +187,7 @@ def test_in_the_value_warm_up_the_value_head_alone_learns(tiny_policy: Path) -> 
 
 def test_a_separate_critic_takes_the_value_gradient_off_the_policy(tiny_policy: Path, tmp_path: Path) -> None:
     model = ModelConfig(path=str(tiny_policy), critic="separate")
-    options = PPOConfig(learning_rate=1e-3)
+    options = UpdateConfig(learning_rate=1e-3)
 
     def load(model: ModelConfig, **changes: float) -> PPOLearner:
         return PPOLearner.load(model, options.model_copy(update=changes), LearnerConfig(), device="cpu")
@@ -213,18 +213,18 @@ def test_a_critic_may_be_another_decoder(tiny_policy: Path, tiny_classifier: Pat
     config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_labels=1)
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     model = ModelConfig(path=str(tiny_policy), critic="separate", critic_path=str(tmp_path))
-    learner = PPOLearner.load(model, PPOConfig(), LearnerConfig(), device="cpu")
+    learner = PPOLearner.load(model, UpdateConfig(), LearnerConfig(), device="cpu")
     assert learner._policy.value_head.in_features == 32
     encoder = model.model_copy(update={"critic_path": str(tiny_classifier)})
     with pytest.raises(InputError, match="looks ahead at later tokens"):
-        PPOLearner.load(encoder, PPOConfig(), LearnerConfig(), device="cpu")
+        PPOLearner.load(encoder, UpdateConfig(), LearnerConfig(), device="cpu")
     assert np.isfinite(learner.update(make_table(8), 0).metrics["value/mean"])
 
 
 def test_a_value_head_belongs_to_the_decoder_that_it_lies_with(tiny_policy: Path, tmp_path: Path) -> None:
     def load(path: Path, critic_path: Path | None) -> PPOLearner:
         model = ModelConfig(path=str(path), critic="separate", critic_path=critic_path and str(critic_path))
-        return PPOLearner.load(model, PPOConfig(), LearnerConfig(), device="cpu")
+        return PPOLearner.load(model, UpdateConfig(), LearnerConfig(), device="cpu")
 
     def head(learner: PPOLearner) -> list[float]:
         return learner._policy.value_head.weight.detach().flatten().tolist()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import NonFiniteError
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.ranks import Ranks
@@ -135,7 +135,7 @@ def test_the_loss_of_a_rank_at_work_is_told_from_other_errors(tiny_policy: Path)
     assert second == "gone"
 
 
-OPTIONS = PPOConfig(learning_rate=1e-6, epochs=2)
+OPTIONS = UpdateConfig(learning_rate=1e-6, epochs=2)
 
 
 def load(folder: Path, critic: str = "shared", checkpoint: Path | None = None) -> PPOLearner:

@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
 from ppo_ray.learner.learner import PPOLearner
 from tests.learning import largest_difference, make_table, weights
 
-OPTIONS = PPOConfig(
+OPTIONS = UpdateConfig(
     learning_rate=1e-3, score_scaling="mean_std", kl_horizon=50.0, warmup_steps=3, value_warmup_steps=1, epochs=2
 )
 
 
-def load(model: ModelConfig, checkpoint: Path | None = None, ppo: PPOConfig = OPTIONS) -> PPOLearner:
+def load(model: ModelConfig, checkpoint: Path | None = None, ppo: UpdateConfig = OPTIONS) -> PPOLearner:
     return PPOLearner.load(model, ppo, LearnerConfig(), device="cpu", num_steps=9, checkpoint=checkpoint)
 
 

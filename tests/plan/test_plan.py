@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from ppo_ray.cli import app
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError
-from ppo_ray.plan import ClusterShape, ModelSizes, Plan, plan
+from ppo_ray.plan import ClusterShape, ModelSizes, Plan, make_plan
 from ppo_ray.plan.cluster import GIB
 from ppo_ray.plan.memory import Term
 from tests.learning import make_learner, make_table
@@ -32,7 +32,7 @@ def configured(tiny_policy: Path, tiny_classifier: Path, tiny_prompts: Path) -> 
 
 
 def planned(config: Config, cluster: ClusterShape) -> Plan:
-    return plan(config, cluster, ModelSizes.read(config))
+    return make_plan(config, cluster, ModelSizes.read(config))
 
 
 def amounts(terms: tuple[Term, ...]) -> dict[str, int]:

@@ -6,8 +6,8 @@ import pytest
 
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError
-from ppo_ray.plan import ActorSpec, requested
-from ppo_ray.plan.request import Bundle, Group, Seat
+from ppo_ray.plan import ActorSpec, make_request
+from ppo_ray.plan.request import Bundle, BundleGroup, Seat
 
 REQUIRED = ["output_dir=x", "model.path=m", "prompts.path=p", "reward.path=r", "rollout.batch_size=64"]
 FOUR_ENGINES = ["rollout.workers=4", "rollout.gpus=1", "rollout.tensor_parallel=2", "learner.gpus=1"]
@@ -18,12 +18,12 @@ def configured(*overrides: str) -> Config:
 
 
 def seats(*overrides: str, **kinds: Any) -> dict[str, Seat]:
-    return {seat.actor: seat for seat in requested(configured(*overrides), **kinds).seats}
+    return {seat.actor: seat for seat in make_request(configured(*overrides), **kinds).seats}
 
 
 def test_phases_share_the_cores() -> None:
     """Two cores hold two workers of one thread, one of two and a learner of two: they take turns."""
-    request = requested(configured("rollout.workers=2", "reward.threads=2"))
+    request = make_request(configured("rollout.workers=2", "reward.threads=2"))
     assert [(seat.actor, seat.cpus) for seat in request.seats] == [
         ("rollout-0", 0.3333),
         ("rollout-1", 0.3333),
@@ -35,16 +35,16 @@ def test_phases_share_the_cores() -> None:
 
 
 def test_a_learner_that_works_beside_the_others_shares_no_core() -> None:
-    request = requested(configured("rollout.max_staleness=1", "ppo.importance_cap=2", "learner.threads=1"))
+    request = make_request(configured("rollout.max_staleness=1", "ppo.importance_cap=2", "learner.threads=1"))
     assert [seat.cpus for seat in request.seats] == [0.5, 0.5, 1.0]
 
 
 def test_apart_each_engine_has_a_group_and_the_learner_one() -> None:
-    request = requested(configured(*FOUR_ENGINES, "learner.workers=3", "learner.threads=3", "reward.workers=2"))
+    request = make_request(configured(*FOUR_ENGINES, "learner.workers=3", "learner.threads=3", "reward.workers=2"))
     engine = (Bundle(0.3333, 1.0),) * 2
     assert request.groups == (
-        *(Group(f"rollout-{index}", "STRICT_PACK", engine) for index in range(4)),
-        Group("learner", "PACK", (Bundle(1.0, 1.0),) * 3),
+        *(BundleGroup(f"rollout-{index}", "STRICT_PACK", engine) for index in range(4)),
+        BundleGroup("learner", "PACK", (Bundle(1.0, 1.0),) * 3),
     )
     assert request.seat("rollout-2") == Seat("rollout-2", 0.3333, 1.0, "rollout-2", (0, 1))
     assert request.seat("learner-2") == Seat("learner-2", 1.0, 1.0, "learner", (2,))
@@ -62,7 +62,7 @@ def test_colocated_all_share_the_bundles_of_the_engines() -> None:
         "learner.gpus=1",
         "learner.workers=3",
     )
-    request = requested(configured(*options, "reward.workers=3", "reward.gpus=1", "ray.placement=colocated"))
+    request = make_request(configured(*options, "reward.workers=3", "reward.gpus=1", "ray.placement=colocated"))
     third = 0.3333
     first, second = request.groups
     assert [bundle.gpus for bundle in first.bundles + second.bundles] == [1.0] * 4

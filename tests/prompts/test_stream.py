@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import InputError
-from ppo_ray.prompts.stream import LeftOut, PromptBatch, PromptStream, usable_texts
+from ppo_ray.prompts.stream import LeftOut, PromptBatch, PromptStream, read_usable_texts
 
 NUM_TEXTS = 20
 
@@ -250,7 +250,7 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path, tokenizer):
     assert stream.describe() == (
         f"2 texts of {path}; left out: 1 of at most 3 characters, 2 blank, 1 repeated, 2 not valid Unicode"
     )
-    assert usable_texts(config(path), 0).left_out == LeftOut(blank=2, invalid=2, short=1, repeated=1)
+    assert read_usable_texts(config(path), 0).left_out == LeftOut(blank=2, invalid=2, short=1, repeated=1)
     path.write_text(json.dumps({"text": text(1)}))
     assert PromptStream(config(path), tokenizer, seed=0).describe() == f"1 texts of {path}"
 

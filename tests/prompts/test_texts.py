@@ -6,7 +6,7 @@ import pytest
 
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import InputError
-from ppo_ray.prompts.stream import usable_texts
+from ppo_ray.prompts.stream import read_usable_texts
 
 
 def config(path, **options):
@@ -16,17 +16,17 @@ def config(path, **options):
 def test_other_columns_of_a_csv_may_hold_anything(tmp_path):
     rows = "".join(f"{number},0\n" for number in range(200_000))  # more than the block whose types are guessed
     (tmp_path / "t.csv").write_bytes(b"text,label\n" + rows.encode() + b"999 9,none\n999 8,\xff\n")
-    usable = usable_texts(config(tmp_path / "t.csv", min_chars=4), 0)
+    usable = read_usable_texts(config(tmp_path / "t.csv", min_chars=4), 0)
     assert len(usable.texts) == 190_002 and usable.texts[-2:] == ["999 9", "999 8"]
     with pytest.raises(InputError, match="prompts.column=review: .* it has text, label"):
-        usable_texts(config(tmp_path / "t.csv", column="review"), 0)
+        read_usable_texts(config(tmp_path / "t.csv", column="review"), 0)
 
 
 def test_a_data_set_without_a_usable_text_says_why(tmp_path):
     def message(*texts):
         (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
         with pytest.raises(InputError) as caught:
-            usable_texts(config(tmp_path / "t.jsonl"), 0)
+            read_usable_texts(config(tmp_path / "t.jsonl"), 0)
         return str(caught.value)
 
     where = f"prompts.path={tmp_path / 't.jsonl'}: no prompt left: of"
@@ -36,7 +36,7 @@ def test_a_data_set_without_a_usable_text_says_why(tmp_path):
     assert message("1", "\ud800").endswith("left out: 1 of at most 3 characters, 1 not valid Unicode; lower it")
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "t.parquet")
     with pytest.raises(InputError, match=r"of 0 texts in .*t\.parquet; give texts"):
-        usable_texts(config(tmp_path / "t.parquet"), 0)
+        read_usable_texts(config(tmp_path / "t.parquet"), 0)
 
 
 def bad_bytes(folder, kind):
@@ -57,15 +57,15 @@ def bad_bytes(folder, kind):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "large.parquet"])
 def test_bytes_that_are_no_utf8_cost_only_their_own_text(kind, tmp_path):
-    usable = usable_texts(config(bad_bytes(tmp_path, kind)), 0)
+    usable = read_usable_texts(config(bad_bytes(tmp_path, kind)), 0)
     assert usable.texts == ["1 1 1 1", "3 3 3 3", "5 5 5 5"]
     assert usable.describe().endswith("left out: 2 not valid Unicode")
 
 
 def test_a_line_that_is_neither_json_nor_unicode_costs_only_itself(tmp_path):
     (tmp_path / "t.jsonl").write_bytes(b'{"text": "1 1 1"}\n{"text": \xff\n{"text": "2 2 2"}\n')
-    usable = usable_texts(config(tmp_path / "t.jsonl"), 0)
+    usable = read_usable_texts(config(tmp_path / "t.jsonl"), 0)
     assert usable.texts == ["1 1 1", "2 2 2"] and usable.left_out.invalid == 1
     (tmp_path / "t.jsonl").write_text('{"text": "1 1 1"}\n' + "[" * 100_000)
     with pytest.raises(InputError, match="line 2 is not JSON"):
-        usable_texts(config(tmp_path / "t.jsonl"), 0)
+        read_usable_texts(config(tmp_path / "t.jsonl"), 0)

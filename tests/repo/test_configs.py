@@ -36,6 +36,10 @@ def test_the_demo_with_overlap_is_the_same_task_on_the_same_cores():
     demo, overlap = (load_config(CONFIGS[0].parent / f"{name}.yaml", []) for name in ("imdb", "imdb_overlap"))
     assert cpu_demand(demo) == cpu_demand(overlap) == 2
     assert [difference.key for difference in differences(demo, overlap)] == [
-        *("output_dir", "rollout.threads", "rollout.max_staleness", "reward.threads"),
-        *("ppo.importance_cap", "learner.threads"),
+        "output_dir",
+        "rollout.threads",
+        "rollout.max_staleness",
+        "reward.threads",
+        "ppo.importance_cap",
+        "learner.threads",
     ]

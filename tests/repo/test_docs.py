@@ -33,11 +33,32 @@ def test_every_metric_is_explained_and_nothing_else(tiny_policy: Path) -> None:
 def test_every_option_of_trls_update_has_a_row() -> None:
     documented = first_column(TRL) | {"steps"}
     not_of_the_update = {
-        *("exp_name", "seed", "log_with", "task_name", "model_name", "query_dataset", "reward_model", "steps"),
-        *("remove_unused_columns", "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "tracker_project_name"),
-        *("push_to_hub_if_best_kwargs", "forward_batch_size", "world_size", "optimize_cuda_cache", "compare_steps"),
-        *("optimize_device_cache", "gradient_checkpointing", "is_encoder_decoder", "is_peft_model"),
-        *("backward_batch_size", "global_backward_batch_size", "global_batch_size", "dataset_num_proc"),
+        "exp_name",
+        "seed",
+        "log_with",
+        "task_name",
+        "model_name",
+        "query_dataset",
+        "reward_model",
+        "steps",
+        "remove_unused_columns",
+        "tracker_kwargs",
+        "accelerator_kwargs",
+        "project_kwargs",
+        "tracker_project_name",
+        "push_to_hub_if_best_kwargs",
+        "forward_batch_size",
+        "world_size",
+        "optimize_cuda_cache",
+        "compare_steps",
+        "optimize_device_cache",
+        "gradient_checkpointing",
+        "is_encoder_decoder",
+        "is_peft_model",
+        "backward_batch_size",
+        "global_backward_batch_size",
+        "global_batch_size",
+        "dataset_num_proc",
     }
     assert {field.name for field in dataclasses.fields(PPOConfig)} - not_of_the_update <= documented
 

@@ -9,7 +9,7 @@ from ppo_ray.actors import rollout
 from ppo_ray.config import load_config
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.rollout.actor import RolloutWorker
-from ppo_ray.rollout.engine import Completion, Request, Sampling
+from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.snapshot import WeightSnapshot
 
@@ -22,7 +22,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
         self.calls.append("generate")
         return [Completion((5,), (-1.0,), "length") for _ in requests]
 

@@ -9,13 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ppo_ray.errors import WorkerError
-from ppo_ray.rollout.engine import Completion, Engine, Request, Sampling
+from ppo_ray.rollout.engine import Completion, Engine, GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
 from ppo_ray.weights.snapshot import WeightSnapshot
 from ppo_ray.weights.wire import Wire
 
 REQUESTS = [
-    Request(tuple((7 * i + 13 * k) % 500 + 5 for k in range(2 + i % 7)), max_tokens=4 + i % 13, seed=10**18 + i)
+    GenerationRequest(
+        tuple((7 * i + 13 * k) % 500 + 5 for k in range(2 + i % 7)), max_tokens=4 + i % 13, seed=10**18 + i
+    )
     for i in range(24)
 ]
 GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(temperature=1.0)
@@ -60,7 +62,7 @@ def largest_difference(model: torch.nn.Module, completions: list[Completion], te
 
 
 @torch.inference_mode()
-def greedy(model: torch.nn.Module, request: Request) -> tuple[int, ...]:
+def greedy(model: torch.nn.Module, request: GenerationRequest) -> tuple[int, ...]:
     ids = list(request.prompt_ids)
     for _ in range(request.max_tokens):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -154,9 +156,9 @@ def test_both_engines_give_the_same_greedy_responses(vllm_engine: Engine, tiny_p
 
 def test_prompts_that_cannot_be_generated_for(engine: Engine) -> None:
     with pytest.raises(WorkerError, match="token ids"):
-        engine.generate([Request((3, 600), 4, 0)], SAMPLED)
+        engine.generate([GenerationRequest((3, 600), 4, 0)], SAMPLED)
     with pytest.raises(WorkerError, match="max_context=128"):
-        engine.generate([Request((3,) * 120, 20, 0)], SAMPLED)
+        engine.generate([GenerationRequest((3,) * 120, 20, 0)], SAMPLED)
 
 
 def test_sleep_changes_no_answer(engine: Engine, tiny_policy: Path) -> None:
