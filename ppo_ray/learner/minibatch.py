@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ppo_ray.algo.aggregation import token_weights
+from ppo_ray.algo.losses import token_weights
 from ppo_ray.config import PPOConfig
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.learner.experience import Experience, Forward
