@@ -23,13 +23,13 @@ def kl_estimate(
 
     - k1 = d: unbiased, noisy, negative where the reference likes the token better (TRL 0.11: "kl"). Its gradient
       does not depend on the reference: in a loss it teaches nothing on the policy's own samples, and misleads on
-      those of another.
+      those of another policy.
     - k2 = d^2 / 2: biased, never negative; its gradient is that of the KL divergence (TRL 0.11: "mse").
     - k3 = exp(-d) - 1 + d: unbiased, never negative.
     - abs = |d| (TRL 0.11: "abs"); no estimate of the KL divergence, but of the distance in log-probability.
 
     Schulman 2020, "Approximating KL divergence". The divergence itself, over the whole vocabulary, needs the logits:
-    `models.token_logprobs.full_kl`.
+    `models.response_lm.full_kl`.
 
     Args:
         logprobs: `[B, R]` floating point, of the policy.
