@@ -104,7 +104,7 @@ class PPOLearner:
         ppo: PPOConfig,
         learner: LearnerConfig,
         *,
-        temperature: float = 1.0,
+        temperature: float,
         seed: int = 0,
         num_steps: int = 1,
         device: str | None = None,
