@@ -88,7 +88,7 @@ def measure(shape: str, options: argparse.Namespace, peak: Peak, folder: Path) -
     try:
         write_model(shape, folder, torch.bfloat16, str(device))
         engine = HFEngine(str(folder), dtype="bfloat16", max_context=config.rollout.max_context)
-        learner = PPOLearner.load(config.model, config.ppo, config.learner)
+        learner = PPOLearner.load(config.model, config.ppo, config.learner, temperature=config.rollout.temperature)
         buffers, taken, lengths = Buffers(), [], []
         for step in range(1 + options.steps):
             if step == 1:

@@ -17,7 +17,11 @@ def make_learner(folder: Path, budget: int = 1024, **ppo: Any) -> PPOLearner:
     """Load a float32 learner; options are not checked: tests go beyond what is allowed."""
     options = UpdateConfig(learning_rate=1e-3).model_copy(update=ppo)
     return PPOLearner.load(
-        ModelConfig(path=str(folder)), options, LearnerConfig(microbatch_tokens=budget), device="cpu"
+        ModelConfig(path=str(folder)),
+        options,
+        LearnerConfig(microbatch_tokens=budget),
+        temperature=1.0,
+        device="cpu",
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.flops import DecoderShape
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
-from ppo_ray.models.value_head import VALUE_HEAD_FILE, new_value_head, save_value_head
+from ppo_ray.models.actor_critic import VALUE_HEAD_FILE, make_value_head, save_value_head
 from ppo_ray.rollout.actor import drawn_limits
 from ppo_ray.run.evaluation import prompt_stream
 from ppo_ray.seeding import derive_seed
@@ -56,7 +56,9 @@ def trl_work(config: Config, mode: str, threads: int, folder: Path) -> dict[str,
     """
     assert config.reward.path is not None
     policy, value_head = Path(config.model.path), folder / VALUE_HEAD_FILE
-    first_head = new_value_head(DecoderShape.read(policy).hidden, torch.float32, derive_seed(config.seed, "value_head"))
+    first_head = make_value_head(
+        DecoderShape.read(policy).hidden, torch.float32, derive_seed(config.seed, "value_head")
+    )
     save_value_head(value_head, first_head.state_dict())
     return {
         "policy": str(older_copy(policy, folder / "policy")),

@@ -71,7 +71,9 @@ class Subject:
         """Write the model and load it into both."""
         config = write_model(shape, folder)
         self.shape = decoder_shape(config)
-        self.learner = PPOLearner.load(ModelConfig(path=str(folder)), UpdateConfig(epochs=EPOCHS), LearnerConfig())
+        self.learner = PPOLearner.load(
+            ModelConfig(path=str(folder)), UpdateConfig(epochs=EPOCHS), LearnerConfig(), temperature=1.0
+        )
         self.engine = _start(scale.engine, str(folder), max_context)
         self.parameters = sum(tensor.numel() for _, tensor in self.learner.named_weights())
         self._scale, self._buffers = scale, Buffers()

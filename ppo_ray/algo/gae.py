@@ -1,8 +1,11 @@
-"""Generalised advantage estimation over responses of different lengths."""
+"""Generalised advantage estimation over responses of different lengths.
+
+Dimensions: B sequences, R response tokens.
+"""
 
 import torch
 
-from ppo_ray.algo.shapes import check_prefix, check_tokens
+from ppo_ray.algo.masked import check_prefix, check_tokens
 
 
 def gae(

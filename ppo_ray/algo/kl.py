@@ -1,4 +1,7 @@
-"""How far the policy has moved from the reference, and the controllers of the penalty for it."""
+"""KL divergence of policy and reference: estimates per token, and controllers of the penalty's coefficient.
+
+Dimensions: B sequences, R response tokens.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,10 +9,9 @@ from typing import Literal
 
 import torch
 
-from ppo_ray.algo.shapes import check_tokens
+from ppo_ray.algo.masked import check_tokens
 
 _MAX_RELATIVE_ERROR = 0.2  # Ziegler et al. 2019, sec. 2.2: the coefficient moves by at most 20% * n / horizon at once
-
 
 KLEstimator = Literal["k1", "k2", "k3", "abs"]
 
@@ -20,19 +22,20 @@ def kl_estimate(
     """Estimate KL(policy || reference) from each sampled token, with d = log p(token) - log p_ref(token).
 
     - k1 = d: unbiased, noisy, negative where the reference likes the token better (TRL 0.11: "kl"). Its gradient
-      does not depend on the reference: in a loss it teaches nothing on the policy's own samples, and does harm after.
+      does not depend on the reference: in a loss it teaches nothing on the policy's own samples, and misleads on
+      those of another policy.
     - k2 = d^2 / 2: biased, never negative; its gradient is that of the KL divergence (TRL 0.11: "mse").
     - k3 = exp(-d) - 1 + d: unbiased, never negative.
     - abs = |d| (TRL 0.11: "abs"); no estimate of the KL divergence, but of the distance in log-probability.
 
     Schulman 2020, "Approximating KL divergence". The divergence itself, over the whole vocabulary, needs the logits:
-    `models.token_logprobs.full_kl`.
+    `models.response_lm.full_kl`.
 
     Args:
         logprobs: `[B, R]` floating point, of the policy.
         ref_logprobs: `[B, R]`, of the reference.
         mask: `[B, R]` bool.
-        estimator: which of the four.
+        estimator: one of the four.
 
     Returns:
         `[B, R]`, zero outside the mask.
@@ -65,7 +68,7 @@ class AdaptiveKLController:
     def updated(self, kl_per_sequence: float, num_sequences: int) -> "AdaptiveKLController":
         """Return the controller after a batch: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
 
-        A KL that is no number says nothing: the controller stays.
+        A KL of NaN leaves the controller as it is.
         """
         if math.isnan(kl_per_sequence):
             return self

@@ -1,49 +1,86 @@
 """PPO's losses, as weighted sums over tokens.
 
-The weights are the caller's (`aggregation.token_weights`) and add up to one over the mini-batch, so the losses and
-gradients of its micro-batches add up to those of the mini-batch, however it is split.
+The weights of a mini-batch are known before its forward pass, are the same for all tokens of a sequence and add up to
+one over all tokens. So a mini-batch may be split into micro-batches, and over ranks, in any way: the losses and
+gradients of its parts add up to its own.
 
 Dimensions: B sequences, R response tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from ppo_ray.algo.masked import weighted_sum
-from ppo_ray.algo.shapes import check_tokens
+from ppo_ray.algo.masked import check_tokens, weighted_sum
+
+Aggregation = Literal["token_mean", "sequence_mean", "microbatch_mean"]
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """The policy's part of a micro-batch. Only `loss` has a gradient; figures are weighted sums, as the loss is."""
+    """Policy loss of a micro-batch, and diagnostics: weighted sums over its tokens. Only `loss` has a gradient."""
 
     loss: torch.Tensor
-    """The clipped surrogate's share."""
+    """The clipped surrogate."""
     ratio: torch.Tensor
-    """`[B, R]`, exp(logprob - old_logprob), 1 outside the mask."""
+    """`[B, R]`, not summed: exp(logprob - old_logprob); 1 outside the mask."""
     clipped: torch.Tensor
     """Share of tokens that the clipping holds back."""
     dual_clipped: torch.Tensor
     """Share of tokens whose loss the dual clip bounds."""
     approx_kl: torch.Tensor
-    """Of (logprob - old_logprob)^2 / 2."""
+    """Sum of (logprob - old_logprob)^2 / 2."""
     kl: torch.Tensor
-    """Of old_logprob - logprob."""
+    """Sum of old_logprob - logprob."""
 
 
 @dataclass(frozen=True)
 class ValueLoss:
-    """The values' part of a micro-batch. Only `loss` has a gradient; figures are weighted sums, as the loss is."""
+    """Value loss of a micro-batch, and diagnostics: weighted sums over its tokens. Only `loss` has a gradient."""
 
     loss: torch.Tensor
-    """The clipped loss's share, the factor 1/2 included."""
+    """The clipped loss, the factor 1/2 included."""
     clipped: torch.Tensor
     """Share of tokens that the clipping holds back."""
     error: torch.Tensor
-    """Of (value - return)^2."""
+    """Sum of (value - return)^2."""
     value: torch.Tensor
-    """Of the values."""
+    """Sum of the values."""
+
+
+def token_weights(num_tokens: Sequence[int], aggregation: Aggregation, num_parts: int = 1) -> torch.Tensor:
+    """Return the weight of each token of each sequence of a mini-batch; over all tokens the weights add up to one.
+
+    - token_mean: 1 / N, with N the tokens of the mini-batch. All tokens count alike.
+    - sequence_mean: 1 / (B * R_i). All sequences count alike, whatever their length.
+    - microbatch_mean: 1 / (P * N_p), with N_p the tokens of the sequence's part. All parts count alike, so a token
+      counts less among longer neighbours: TRL 0.11's mean of means under gradient accumulation.
+
+    Args:
+        num_tokens: `[B]`, response tokens of each sequence, at least 1, in the mini-batch's order.
+        aggregation: one of the three.
+        num_parts: P, equal runs of consecutive sequences; only microbatch_mean reads it.
+
+    Returns:
+        `[B]` float64.
+
+    Raises:
+        ValueError: there is no sequence, one without a token, or fewer sequences than parts.
+    """
+    tokens = torch.as_tensor(num_tokens, dtype=torch.float64)
+    if not 1 <= num_parts <= len(tokens) or (tokens < 1).any():
+        raise ValueError(f"{len(tokens)} sequences of {list(num_tokens)} tokens cannot be weighed in {num_parts} parts")
+    match aggregation:
+        case "token_mean":
+            return torch.full_like(tokens, 1 / float(tokens.sum()))
+        case "sequence_mean":
+            return 1 / (len(tokens) * tokens)
+        case "microbatch_mean":
+            parts = tokens.tensor_split(num_parts)
+            return torch.cat([torch.full_like(part, 1 / (num_parts * float(part.sum()))) for part in parts])
+    raise ValueError(f"aggregation={aggregation!r}; it must be token_mean, sequence_mean or microbatch_mean")
 
 
 def clipped_surrogate(
@@ -71,7 +108,7 @@ def clipped_surrogate(
         weights: `[B]`, of each token of a sequence.
         clip_range: eps.
         clip_range_high: eps_high; None: eps. A larger one lets unlikely tokens rise (DAPO, arXiv 2503.14476, sec. 3.1).
-        dual_clip: c; where A_t < 0 the loss is at most -c A_t, so that a ratio that has run away cannot dominate (Ye et
+        dual_clip: c; where A_t < 0 the loss is at most -c A_t, so that a very large ratio cannot dominate (Ye et
             al. 2020, arXiv 1912.09729, eq. 5); None: no bound.
         log_ratio_clamp: holds the log-ratio within plus and minus this, against overflow; beyond it there is no
             gradient. None: as it is.

@@ -1,10 +1,64 @@
-"""Sums, means, variances and whitening over the True entries of a mask."""
+"""Tensors under a mask: checks of ranks, shapes and dtypes; sums, means, variances and whitening of the True entries.
+
+Public functions of this package check their arguments here in their first lines: a tensor of a wrong shape would be
+broadcast without an error. Dimensions: B sequences, R response tokens.
+"""
 
 import torch
 
-from ppo_ray.algo.shapes import check_rows, check_tokens
-
 _WHITEN_EPS = 1e-8  # TRL 0.11, core.py `masked_whiten`
+
+
+def check_tokens(mask: torch.Tensor, **tensors: torch.Tensor) -> None:
+    """Check per-token tensors against their mask.
+
+    Args:
+        mask: `[B, R]` bool.
+        **tensors: by the name to use in the message; each `[B, R]`, floating point.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a rank or shape is wrong.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}; it must be torch.bool")
+    if mask.ndim != 2:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; it must be [B, R]")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}; it must be floating point")
+        if tensor.shape != mask.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be the mask's, {tuple(mask.shape)}")
+
+
+def check_rows(mask: torch.Tensor, **tensors: torch.Tensor) -> None:
+    """Check per-sequence tensors against the mask of their tokens.
+
+    Args:
+        mask: `[B, R]` bool.
+        **tensors: by the name to use in the message; each `[B]`, floating point.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a rank or shape is wrong.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}; it must be floating point")
+        if tensor.shape != mask.shape[:1]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [B], ({len(mask)},)")
+
+
+def check_prefix(mask: torch.Tensor) -> None:
+    """Check that every row's True entries come first and number at least one.
+
+    Raises:
+        ValueError: a row is empty or has a hole; the message names the row.
+    """
+    wrong = ~mask.any(1) | (mask[:, 1:] & ~mask[:, :-1]).any(1)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"mask row {row} must be some True, then only False; it is {mask[row].int().tolist()}")
 
 
 def masked_sum(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -22,7 +76,7 @@ def weighted_sum(x: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> 
     Args:
         x: `[B, R]` floating point.
         mask: `[B, R]` bool.
-        weights: `[B]`, of each token of a row; see `aggregation.token_weights`.
+        weights: `[B]`, of each token of a row; see `losses.token_weights`.
     """
     check_tokens(mask, x=x)
     check_rows(mask, weights=weights)
@@ -76,10 +130,10 @@ def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) 
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0)
 
 
-def whitened_zero(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return what `masked_whiten(x, mask, shift_mean=False)` would make of a zero: mean - mean / sqrt(var + 1e-8).
+def whiten_zero(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Whiten a zero as `masked_whiten(x, mask, shift_mean=False)` whitens `x`: mean - mean / sqrt(var + 1e-8).
 
-    TRL 0.11 leaves it in the padding.
+    TRL 0.11 leaves this scalar in the padding.
     """
     mean = masked_mean(x, mask)
     return mean - mean * torch.rsqrt(masked_var(x, mask) + _WHITEN_EPS)

@@ -1,11 +1,14 @@
-"""Per-token rewards of a scored response."""
+"""Scores of responses and the per-token rewards made of them.
+
+Dimensions: B sequences, R response tokens.
+"""
 
 import math
 from dataclasses import dataclass
 
 import torch
 
-from ppo_ray.algo.shapes import check_prefix, check_tokens
+from ppo_ray.algo.masked import check_prefix, check_tokens
 
 
 def token_rewards(
@@ -73,7 +76,7 @@ def scale_scores(scores: torch.Tensor, moments: RunningMoments, subtract_mean: b
     """Divide `[B]` scores by the running standard deviation: s / (std + eps), or (s - mean) / (std + eps).
 
     eps is the dtype's machine epsilon. TRL 0.11's `use_score_scaling` and `use_score_norm` (its 0.11.3 crashes in
-    both). Where all scores so far are equal their scale is unknown, and they are not divided; TRL would divide by eps.
+    both). Where all scores so far are equal, their scale is unknown: they are not divided. TRL would divide by eps.
     """
     centred = scores - moments.mean if subtract_mean else scores
     return centred / (moments.std + torch.finfo(scores.dtype).eps) if moments.std else centred

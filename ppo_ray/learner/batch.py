@@ -14,7 +14,7 @@ import torch
 from ppo_ray import trajectory
 from ppo_ray.errors import WorkerError
 from ppo_ray.learner.ranks import Ranks
-from ppo_ray.models.packing import PackedRows, Row, balanced, empty_rows, microbatches, pack
+from ppo_ray.models.packing import PackedRows, Row, balance, make_microbatches, pack
 from ppo_ray.seeding import derive_seed
 
 
@@ -124,7 +124,7 @@ class Layout:
             yield pack(named, batch.prompt_ids, batch.response_ids, self.device)
         num_passes = max(map(len, shares)) if self.in_lockstep else 1
         for _ in range(len(mine), num_passes):
-            yield empty_rows(self.device)
+            yield PackedRows.empty(self.device)
 
     def num_passes(self, batch: ResponseBatch) -> int:
         """Return how many passes over all sequences a rank makes at most."""
@@ -136,8 +136,8 @@ class Layout:
         Every rank sees all lengths, so each knows how many passes the others make.
         """
         shares = []
-        for share in balanced(lengths.tolist(), self.ranks.size):
-            micro = microbatches(lengths[share].tolist(), self.microbatch_tokens, self.row_width)
+        for share in balance(lengths.tolist(), self.ranks.size):
+            micro = make_microbatches(lengths[share].tolist(), self.microbatch_tokens, self.row_width)
             shares.append([[[share[index] for index in row] for row in rows] for rows in micro])
         return shares
 

@@ -11,7 +11,7 @@ import torch
 from ppo_ray.algo.gae import gae, padding_advantages
 from ppo_ray.algo.kl import kl_estimate
 from ppo_ray.algo.losses import truncated_importance
-from ppo_ray.algo.masked import masked_whiten, whitened_zero
+from ppo_ray.algo.masked import masked_whiten, whiten_zero
 from ppo_ray.algo.rewards import RunningMoments, clip_scores, penalise_missing_eos, scale_scores, token_rewards
 from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.batch import Layout, ResponseBatch
@@ -126,7 +126,7 @@ def estimate(
         whitened = masked_whiten(rewards, mask, shift_mean=False)
     if ppo.whiten_rewards == "padded":
         num_padding = torch.from_numpy(batch.num_tokens.max() - batch.num_tokens).to(kl.device)
-        beyond = padding_advantages(whitened_zero(rewards, mask), num_padding, ppo.gamma, ppo.gae_lambda)
+        beyond = padding_advantages(whiten_zero(rewards, mask), num_padding, ppo.gamma, ppo.gae_lambda)
     advantages, returns = gae(whitened, values, mask, ppo.gamma, ppo.gae_lambda, beyond)
     if ppo.whiten_advantages:
         advantages = masked_whiten(advantages, mask)

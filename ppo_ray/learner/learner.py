@@ -95,7 +95,7 @@ class PPOLearner:
         ppo: UpdateConfig,
         learner: LearnerConfig,
         *,
-        temperature: float = 1.0,
+        temperature: float,
         seed: int = 0,
         num_steps: int = 1,
         device: str | None = None,

@@ -1,24 +1,30 @@
-"""The learner's models as they are loaded and laid out over its ranks."""
+"""Loading of the learner's models, as the config says, and their layout over its ranks."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from transformers import AutoModel
 
 from ppo_ray.config import LearnerConfig, ModelConfig
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
-from ppo_ray.models.actor_critic import ActorCritic, compute_dtype, load_actor_critic, load_reference
-from ppo_ray.models.layers import recompute_layers
+from ppo_ray.models.actor_critic import CRITIC_FOLDER, ActorCritic, CausalLMWithCritic, CausalLMWithValueHead
+from ppo_ray.models.decoder import recompute_layers
+from ppo_ray.models.loading import cast, load_causal_lm, load_pretrained
 from ppo_ray.models.response_lm import ResponseLM
 
 
 @dataclass(frozen=True)
 class LearnerModels:
-    """What a learner works with."""
+    """The models of a learner, on this rank."""
 
     policy: ActorCritic
+    """With what estimates its values."""
     reference: ResponseLM
+    """Frozen."""
     sharding: Sharding
+    """How the policy lies on the ranks."""
 
 
 def load_models(
@@ -33,11 +39,11 @@ def load_models(
     """Load policy, values and reference onto a device; under `fsdp2` this rank's share of them.
 
     Args:
-        model: which.
+        model: which models.
         learner: how they lie on the ranks.
-        temperature: that responses are sampled at.
-        value_head_seed: of the values' initial weights.
-        device: where they go. Shares go there layer by layer: it never holds a whole model.
+        temperature: at which responses are sampled.
+        value_head_seed: of the initial weights of the value head.
+        device: where they go. FullySharded go there layer by layer: it never holds a whole model.
         ranks: the processes that share the update.
         checkpoint: where policy and values are taken from instead; the reference stays that of `model`.
 
@@ -51,6 +57,56 @@ def load_models(
     reference = load_reference(model, temperature, loaded_on)
     if learner.gradient_checkpointing:
         recompute_layers(policy)
+    dtype = _compute_dtype(model)
     if shared:
-        return LearnerModels(policy, reference, FullySharded(policy, reference, ranks, compute_dtype(model), device))
-    return LearnerModels(policy, reference, Replicated(policy, ranks, compute_dtype(model)))
+        return LearnerModels(policy, reference, FullySharded(policy, reference, ranks, dtype, device))
+    return LearnerModels(policy, reference, Replicated(policy, ranks, dtype))
+
+
+def load_actor_critic(
+    model: ModelConfig, temperature: float, value_head_seed: int, device: torch.device
+) -> ActorCritic:
+    """Load the policy with its value head or critic; a value head that lies with its decoder is loaded too.
+
+    If the policy computes in bfloat16, its parameters are float32: the masters are made of them.
+
+    Raises:
+        InputError: a model cannot be loaded or is not supported.
+    """
+    causal_lm = load_causal_lm(model.path, dtype=_master_dtype(model), device=device, trust=model.trust)
+    actor_critic: ActorCritic
+    if model.critic == "separate":
+        trained = Path(model.path) / CRITIC_FOLDER
+        path = model.critic_path or (str(trained) if trained.is_dir() else model.path)
+        critic = load_pretrained(AutoModel, path, dtype=_master_dtype(model), device=device, trust=model.trust)
+        actor_critic = CausalLMWithCritic(causal_lm, critic, temperature=temperature, value_head_seed=value_head_seed)
+    else:
+        path = model.path
+        actor_critic = CausalLMWithValueHead(causal_lm, temperature=temperature, value_head_seed=value_head_seed)
+    actor_critic.load_value_head(Path(path))
+    return actor_critic
+
+
+def load_reference(model: ModelConfig, temperature: float, device: torch.device) -> ResponseLM:
+    """Load the frozen reference, in the type it computes in: `model.reference_path`, or the policy as it starts.
+
+    Raises:
+        InputError: it cannot be loaded or is not supported.
+    """
+    path = model.reference_path or model.path
+    causal_lm = load_causal_lm(path, dtype=_master_dtype(model), device=device, trust=model.trust)
+    reference = ResponseLM(causal_lm, temperature=temperature)  # checked in float32, where rounding hides nothing
+    reference.requires_grad_(False)
+    for parameter in reference.parameters():
+        cast(parameter, _compute_dtype(model))
+    return reference
+
+
+def _compute_dtype(model: ModelConfig) -> torch.dtype:
+    """Return the type of the parameters that forward passes use."""
+    return getattr(torch, model.dtype)
+
+
+def _master_dtype(model: ModelConfig) -> str:
+    """Return the type of the parameters that the optimizer steps: float32 under bfloat16, which would lose 1e-5."""
+    return "float32" if model.dtype == "bfloat16" else model.dtype

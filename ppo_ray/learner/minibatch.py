@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ppo_ray.algo.aggregation import token_weights
+from ppo_ray.algo.losses import token_weights
 from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.learner.experience import Experience, Forward

@@ -43,7 +43,7 @@ def objective(
         experience: of the whole batch.
         place: where in it the micro-batch is: rows and columns.
         mask: `[B, R]` bool.
-        weights: `[B]`, of each token of a sequence; see `algo.aggregation`.
+        weights: `[B]`, of each token of a sequence; see `algo.losses`.
         ppo: the algorithm.
         kl_coef: weight of the KL in the loss.
     """

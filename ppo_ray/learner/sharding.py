@@ -16,10 +16,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
-from ppo_ray.models.actor_critic import ActorCritic, cast
-from ppo_ray.models.layers import decoder_layers
+from ppo_ray.models.actor_critic import ActorCritic, State
+from ppo_ray.models.decoder import decoder_layers
+from ppo_ray.models.loading import cast
 from ppo_ray.models.response_lm import ResponseLM
-from ppo_ray.models.value_head import State
 
 
 class MasterWeights:

@@ -12,8 +12,7 @@ import torch
 from ppo_ray.algo.rewards import RunningMoments
 from ppo_ray.errors import CheckpointError
 from ppo_ray.learner.sharding import Sharding, gather_full, shard_like
-from ppo_ray.models.actor_critic import ActorCritic
-from ppo_ray.models.value_head import State
+from ppo_ray.models.actor_critic import ActorCritic, State
 
 _FOLDER = "learner"  # of its own: vLLM takes every safetensors file beside a model for a part of it
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"

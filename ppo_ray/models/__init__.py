@@ -1,1 +1,1 @@
-"""The models: the policy with its value head, the frozen reference, the reward classifier."""
+"""Networks of the learner, packing of sequences, and loading."""

@@ -1,67 +1,190 @@
-"""The models of a learner, loaded as the config says: the policy with what estimates its values, and the reference."""
+"""The policy and what estimates its values: a value head on its own decoder, or on a critic beside it.
 
+Dimensions: B sequences, R response tokens, N response tokens in all, H hidden units.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
-from transformers import AutoModel
 
-from ppo_ray.config import ModelConfig
-from ppo_ray.models.critic import CRITIC_FOLDER, CausalLMWithCritic
-from ppo_ray.models.loading import load_causal_lm, load_pretrained
-from ppo_ray.models.response_lm import ResponseLM
-from ppo_ray.models.value_head import CausalLMWithValueHead
+from ppo_ray.errors import InputError
+from ppo_ray.models.decoder import Decoder
+from ppo_ray.models.packing import PackedRows
+from ppo_ray.models.response_lm import ResponseLM, ResponseOutput, unflatten
 
-ActorCritic = CausalLMWithValueHead | CausalLMWithCritic
+State = dict[str, torch.Tensor]
+"""A module's parameters and buffers by name, as `state_dict` has them."""
+VALUE_HEAD_FILE = Path("value_head") / "value_head.safetensors"
+"""Lies in a checkpoint below its decoder: `weight` `[1, H]` and `bias` `[1]`. In a folder of its own, because vLLM
+loads every safetensors file of a model's folder as a part of the model."""
+CRITIC_FOLDER = "critic"
+"""Lies in a checkpoint beside the policy: the critic's decoder, for `AutoModel.from_pretrained`, and its value head."""
 
 
-def load_actor_critic(
-    model: ModelConfig, temperature: float, value_head_seed: int, device: torch.device
-) -> ActorCritic:
-    """Load the policy and its value head or critic; a value head that lies with the decoder it is for is taken.
+class ActorCritic(ResponseLM):
+    """A causal LM, the policy, with a linear value head; no dropout in either.
 
-    Where the policy computes in bfloat16, this is what its float32 master weights are made of.
-
-    Raises:
-        InputError: a model cannot be loaded or is not supported.
+    Subclasses say which hidden states the value head reads. Their `forward` returns values too.
     """
-    causal_lm = load_causal_lm(model.path, dtype=master_dtype(model), device=device, trust=model.trust)
-    actor_critic: ActorCritic
-    if model.critic == "separate":
-        trained = Path(model.path) / CRITIC_FOLDER
-        path = model.critic_path or (str(trained) if trained.is_dir() else model.path)
-        critic = load_pretrained(AutoModel, path, dtype=master_dtype(model), device=device, trust=model.trust)
-        actor_critic = CausalLMWithCritic(causal_lm, critic, temperature, value_head_seed)
-    else:
-        path = model.path
-        actor_critic = CausalLMWithValueHead(causal_lm, temperature, value_head_seed=value_head_seed)
-    actor_critic.load_values(Path(path))
-    return actor_critic
+
+    value_head: torch.nn.Linear
+    """From H to 1; float32 or better."""
+
+    def forward_values(self, rows: PackedRows) -> torch.Tensor:
+        """Compute the values `[B, R]` alone, with no gradient for the policy."""
+        raise NotImplementedError
+
+    def policy_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yield the causal LM's parameters."""
+        return self.causal_lm.parameters()
+
+    def value_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yield the parameters that estimate values and are no part of the policy."""
+        return self.value_head.parameters()
+
+    def load_value_head(self, folder: Path) -> None:
+        """Load the value head that lies in a folder with its decoder, if there is one.
+
+        Raises:
+            InputError: the file is not a value head of this hidden size.
+        """
+        path = folder / VALUE_HEAD_FILE
+        if not path.is_file():
+            return
+        wanted = {name: tuple(tensor.shape) for name, tensor in self.value_head.state_dict().items()}
+        tensors = safetensors.torch.load_file(path)
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != wanted:
+            raise InputError(f"{path} holds {found}, this model needs {wanted}; remove the file to start a new head")
+        self.value_head.load_state_dict(tensors)
+
+    def save(self, folder: Path, state: State) -> None:
+        """Write the models into a checkpoint, from a whole state of this module; subclasses add what is theirs."""
+        _save_model(self.causal_lm, folder, _select(state, "causal_lm"))
+
+    def _apply_value_head(self, states: torch.Tensor, rows: PackedRows) -> torch.Tensor:
+        """Compute values `[B, R]` from hidden states `[N, H]`; zero outside the mask."""
+        return unflatten(self.value_head(states.to(self.value_head.weight.dtype))[:, 0], rows)
 
 
-def load_reference(model: ModelConfig, temperature: float, device: torch.device) -> ResponseLM:
-    """Load the frozen reference, in the type it computes in: `model.reference_path`, or the policy as it starts.
+class CausalLMWithValueHead(ActorCritic):
+    """A causal LM with a value head on its last hidden state."""
 
-    Raises:
-        InputError: it cannot be loaded or is not supported.
-    """
-    path = model.reference_path or model.path
-    causal_lm = load_causal_lm(path, dtype=master_dtype(model), device=device, trust=model.trust)
-    reference = ResponseLM(causal_lm, temperature).requires_grad_(False)  # looked at in float32: rounding hides nothing
-    for parameter in reference.parameters():
-        cast(parameter, compute_dtype(model))
-    return reference
+    def __init__(
+        self,
+        causal_lm: Any,
+        *,
+        temperature: float,
+        value_head: torch.nn.Linear | None = None,
+        value_head_seed: int = 0,
+    ) -> None:
+        """Add a value head, the caller's or a new one.
+
+        Args:
+            causal_lm: a transformers causal LM, on its device, in eval mode.
+            temperature: divides the logits, never the values.
+            value_head: from H to 1; None: a new one, see `make_value_head`.
+            value_head_seed: of its initial weights.
+
+        Raises:
+            InputError: the model is not supported; see `ResponseLM`.
+        """
+        super().__init__(causal_lm, temperature=temperature)
+        weight = causal_lm.get_output_embeddings().weight
+        self.value_head = value_head or make_value_head(weight.shape[1], weight.dtype, value_head_seed)
+        self.value_head.to(self.device)
+
+    def forward(self, rows: PackedRows) -> ResponseOutput:
+        """Compute the log-probability and entropy of each response token and the value of the prefix before it."""
+        output = super().forward(rows)
+        return replace(output, values=self._apply_value_head(output.states, rows))
+
+    def forward_values(self, rows: PackedRows) -> torch.Tensor:
+        """Compute the values `[B, R]` alone, with a gradient for the value head alone."""
+        with torch.no_grad():
+            states = self.decoder.run(rows)
+        return self._apply_value_head(states, rows)
+
+    def save(self, folder: Path, state: State) -> None:
+        """Write policy and value head into a checkpoint, from a whole state of this module."""
+        super().save(folder, state)
+        save_value_head(folder / VALUE_HEAD_FILE, _select(state, "value_head"))
 
 
-def compute_dtype(model: ModelConfig) -> torch.dtype:
-    """Return the type of the parameters that forward passes use."""
-    return getattr(torch, model.dtype)
+class CausalLMWithCritic(ActorCritic):
+    """A causal LM, and a decoder of its own with the value head, out of the policy gradient's way."""
+
+    def __init__(self, causal_lm: Any, critic: Any, *, temperature: float, value_head_seed: int = 0) -> None:
+        """Put the two beside one another.
+
+        Args:
+            causal_lm: the policy, a transformers causal LM, on its device, in eval mode.
+            critic: a transformers model without a head that reads the policy's tokens, on the same device.
+            temperature: divides the logits, never the values.
+            value_head_seed: of its initial weights.
+
+        Raises:
+            InputError: the policy is not supported (see `ResponseLM`), or the critic looks ahead.
+        """
+        super().__init__(causal_lm, temperature=temperature)
+        self.critic = critic
+        self._critic_decoder = Decoder(critic)
+        dtype = critic.get_input_embeddings().weight.dtype
+        self.value_head = make_value_head(self._critic_decoder.hidden_size, dtype, value_head_seed).to(self.device)
+
+    @property
+    def packs(self) -> bool:
+        """Whether several sequences may share a row, in both decoders."""
+        return self.decoder.packs and self._critic_decoder.packs
+
+    def forward(self, rows: PackedRows) -> ResponseOutput:
+        """Compute the log-probability and entropy of each response token and the value of the prefix before it."""
+        return replace(super().forward(rows), values=self._estimate_values(rows))
+
+    def forward_values(self, rows: PackedRows) -> torch.Tensor:
+        """Compute the values `[B, R]` alone, with a gradient for the critic and its value head."""
+        return self._estimate_values(rows)
+
+    def value_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yield the parameters of the critic and of its value head."""
+        yield from self.critic.parameters()
+        yield from self.value_head.parameters()
+
+    def save(self, folder: Path, state: State) -> None:
+        """Write policy, critic and value head into a checkpoint, from a whole state of this module."""
+        super().save(folder, state)
+        _save_model(self.critic, folder / CRITIC_FOLDER, _select(state, "critic"))
+        save_value_head(folder / CRITIC_FOLDER / VALUE_HEAD_FILE, _select(state, "value_head"))
+
+    def _estimate_values(self, rows: PackedRows) -> torch.Tensor:
+        """Compute the values; `forward` cannot call `forward_values`, which fsdp2 hooks as a pass of its own."""
+        return self._apply_value_head(self._critic_decoder.run(rows), rows)
 
 
-def master_dtype(model: ModelConfig) -> str:
-    """Return what the optimizer steps: float32 even under bfloat16, whose steps of 1e-5 would be lost."""
-    return "float32" if model.dtype == "bfloat16" else model.dtype
+def make_value_head(hidden_size: int, dtype: torch.dtype, seed: int) -> torch.nn.Linear:
+    """Make a linear map with torch's default initialisation, drawn from a seed of its own; float32 or better."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.nn.Linear(hidden_size, 1).to(torch.promote_types(dtype, torch.float32))
 
 
-def cast(parameter: torch.nn.Parameter, dtype: torch.dtype) -> None:
-    """Change a parameter's type in place. Buffers are left alone: rotary frequencies need float32."""
-    parameter.data = parameter.data.to(dtype)
+def save_value_head(path: Path, state: State) -> None:
+    """Write a value head's state as a safetensors file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, path)
+
+
+def _save_model(model: Any, folder: Path, state: State) -> None:
+    """Write a transformers model's state for `from_pretrained`; the config names the type of what is written."""
+    model.save_pretrained(folder, state_dict=dict(state))
+    model.config.dtype = next(iter(state.values())).dtype
+    model.config.save_pretrained(folder)
+
+
+def _select(state: State, module: str) -> State:
+    """Select the state of a submodule, by its own names."""
+    return {name.removeprefix(f"{module}."): tensor for name, tensor in state.items() if name.startswith(f"{module}.")}

@@ -1,25 +1,27 @@
-"""A transformers decoder over packed rows: hidden states where a response token is predicted, and nowhere else.
+"""A transformers decoder over packed rows: hidden states at the tokens before response tokens, and nowhere else.
 
-Dimensions: S rows, W tokens a row, N response tokens, H hidden.
+Dimensions: S rows, W tokens per row, N response tokens in all, H hidden units.
 """
 
 import inspect
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ppo_ray.errors import InputError
 from ppo_ray.models.packing import PackedRows, pack
 
-_AGREEMENT = 1e-3  # relative; a model that computes something else is off by the figures' own size
+_AGREEMENT = 1e-3  # relative; a model that computes something else is off by the values' own size
 
 
 class Decoder:
     """Runs a model's layers; holds no parameters of its own."""
 
     def __init__(self, base_model: Any) -> None:
-        """Look at what the model can do.
+        """Find out what the model can do.
 
         Args:
             base_model: a transformers model without its head, on its device, in eval mode.
@@ -29,7 +31,6 @@ class Decoder:
         """
         self._base_model = base_model
         self._takes_positions = "position_ids" in inspect.signature(base_model.forward).parameters
-        self.packs = False
         self._check_causal()
         self.packs = self._can_pack()
 
@@ -43,15 +44,21 @@ class Decoder:
         """H."""
         return int(self._base_model.config.get_text_config().hidden_size)
 
-    def states(self, rows: PackedRows) -> torch.Tensor:
-        """Return `[N, H]`, the last hidden state of the token before each response token."""
-        packed = int(rows.segment_ids.max()) > 0
-        if packed and not self.packs:
+    def run(self, rows: PackedRows) -> torch.Tensor:
+        """Run the layers; return `[N, H]`, the last hidden state of the token before each response token.
+
+        Raises:
+            ValueError: a row holds several sequences, which this model cannot keep apart.
+        """
+        if rows.packed and not self.packs:
             raise ValueError("this model cannot have several sequences in a row; lay them out with row_width=0")
+        return self._run(rows, block_diagonal=self.packs)
+
+    def _run(self, rows: PackedRows, block_diagonal: bool) -> torch.Tensor:
         positions = {"position_ids": rows.position_ids} if self._takes_positions else {}
         states = self._base_model(
             input_ids=rows.input_ids,
-            attention_mask=rows.attention_mask(packed=self.packs),
+            attention_mask=rows.attention_mask(block_diagonal),
             use_cache=False,
             **positions,
         ).last_hidden_state
@@ -59,12 +66,11 @@ class Decoder:
 
     @torch.no_grad()
     def _check_causal(self) -> None:
-        """Check that a later token changes no earlier state: a figure of a prefix must not know what follows it."""
+        """Check that a later token changes no earlier state: a prefix's value must not depend on what follows it."""
         tokens = np.arange(1, 7) % self._base_model.config.get_text_config().vocab_size
-        first, second = (  # that of the later token itself, the last one, left out
-            self.states(pack([[0]], [tokens[:2]], [np.append(tokens[2:4], [later, 0])], self.device))[:-1]
-            for later in tokens[4:]
-        )
+        inputs = (pack([[0]], [tokens[:2]], [np.append(tokens[2:4], [later, 0])], self.device) for later in tokens[4:])
+        # all states but that of the later token itself, the last one
+        first, second = (self._run(rows, block_diagonal=False)[:-1] for rows in inputs)
         if not agree(first, second):
             name = self._base_model.config.name_or_path or type(self._base_model).__name__
             raise InputError(
@@ -75,8 +81,8 @@ class Decoder:
     def _can_pack(self) -> bool:
         """Tell whether several sequences may share a row: the model attends, and only where the mask lets it.
 
-        Sliding windows, recurrent states and positions taken from the mask rule it out. Where nothing speaks against
-        it, two short sequences are tried, together and alone.
+        Sliding windows, recurrent states and positions taken from the mask rule it out. If nothing rules it out, two
+        short sequences are tried, together and alone.
         """
         config = self._base_model.config.get_text_config()
         layer_types = getattr(config, "layer_types", None)
@@ -85,15 +91,43 @@ class Decoder:
             return False
         tokens = np.arange(1, 9) % config.vocab_size
         prompts, responses = [tokens[:2], tokens[3:5]], [tokens[2:3], tokens[5:8]]
-        alone = [self.states(pack([[index]], prompts, responses, self.device)) for index in (0, 1)]
-        self.packs = True
+        alone = [self._run(pack([[i]], prompts, responses, self.device), block_diagonal=False) for i in (0, 1)]
         try:
-            together = self.states(pack([[0, 1]], prompts, responses, self.device))
+            together = self._run(pack([[0, 1]], prompts, responses, self.device), block_diagonal=True)
         except (RuntimeError, ValueError, IndexError, TypeError):  # it cannot take a mask of four dimensions
             return False
         return agree(together, torch.cat(alone))
 
 
 def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Tell whether two computations of the same figures differ by no more than rounding."""
+    """Tell whether two computations of the same values differ by no more than rounding."""
     return bool(torch.allclose(found, wanted, rtol=_AGREEMENT, atol=_AGREEMENT * float(wanted.abs().mean())))
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers of every transformers model in a module, in their order.
+
+    Raises:
+        InputError: there are none that transformers knows of.
+    """
+    layers: list[torch.nn.Module] = []
+    for part in model.modules():
+        names = getattr(part, "_no_split_modules", None) or ()
+        stacks = [child for child in part.children() if isinstance(child, torch.nn.ModuleList)]
+        layers += [layer for stack in stacks for layer in stack if type(layer).__name__ in names]
+    if not layers:
+        raise InputError(
+            f"the layers of {type(model).__name__} cannot be told (transformers' _no_split_modules): leave out "
+            "learner.sharding=fsdp2 and learner.gradient_checkpointing, or choose another model"
+        )
+    return layers
+
+
+def recompute_layers(model: torch.nn.Module) -> None:
+    """Keep only the input of every decoder layer, and compute the rest again in the backward pass.
+
+    transformers' own switch works in training mode alone, which would turn dropout on. This one is torch's, inside each
+    layer's hooks. Without dropout there is no state of random generators to keep.
+    """
+    for layer in decoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

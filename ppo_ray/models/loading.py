@@ -1,4 +1,7 @@
-"""Loading from a folder or a hub: dropout off; safetensors only and no code of the model's own unless trusted."""
+"""Loading of models and tokenizers from a folder or a hub.
+
+Dropout is off. Pickled weights and a model's own code are refused unless the config trusts them.
+"""
 
 import pickle
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ from ppo_ray.errors import InputError
 def load_causal_lm(
     path: str, *, dtype: str = "float32", device: str | torch.device = "cpu", trust: Trust = NO_TRUST
 ) -> Any:
-    """Load a causal language model in eval mode (dropout is off in PPO, in training passes too).
+    """Load a causal language model in eval mode: PPO runs without dropout, in training passes too.
 
     Attention is torch's fused one (sdpa) in every model that has it: transformers' own choice.
 
@@ -30,8 +33,8 @@ def load_causal_lm(
         The transformers model.
 
     Raises:
-        InputError: there is no such model, its weights are damaged or none that the trust allows, or it is not a causal
-            language model.
+        InputError: there is no such model, it is not a causal language model, or its weights are damaged or not
+            trusted.
     """
     return load_pretrained(AutoModelForCausalLM, path, dtype=dtype, device=device, trust=trust)
 
@@ -41,7 +44,7 @@ def load_pretrained(
 ) -> Any:
     """Load a model by one of transformers' Auto classes; see `load_causal_lm`."""
     try:
-        with _no_progress_bar():
+        with _hide_progress_bar():
             model = auto_class.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
@@ -51,36 +54,36 @@ def load_pretrained(
             )
     except Exception as error:  # transformers, safetensors, pickle and a model's own code: each has errors of its own
         raise InputError(
-            f"cannot load the model {path!r} with {auto_class.__name__}: {_reason(error)}. Give a folder or hub "
+            f"cannot load the model {path!r} with {auto_class.__name__}: {_explain(error)}. Give a folder or hub "
             "name with config.json and model.safetensors; `ppo-ray assets imdb` makes the offline models."
-            + _untrusted(trust)
+            + _name_refused_options(trust)
         ) from error
     return model.to(device).eval()
 
 
 def load_tokenizer(path: str, trust: Trust = NO_TRUST) -> Any:
-    """Load the tokenizer that lies with a model.
+    """Load the tokenizer in a model's folder.
 
-    Code of its own is not run unless it is trusted. For some models transformers then makes what it can of the other
-    files without a word, which may be another tokenizer: `preflight` refuses that.
+    Its own code is not run unless it is trusted. For some models transformers then silently makes a tokenizer of the
+    other files, which may be another one: `preflight` refuses that.
 
     Raises:
-        InputError: there is none, or none that the trust allows.
+        InputError: there is none, or it is not trusted.
     """
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code)
     except Exception as error:  # the tokenizers library raises no narrower kind
         raise InputError(
-            f"cannot load a tokenizer from {path!r}: {_reason(error)}. It must lie in the model's folder "
-            "(tokenizer.json)." + _untrusted(trust)
+            f"cannot load a tokenizer from {path!r}: {_explain(error)}. It must lie in the model's folder "
+            "(tokenizer.json)." + _name_refused_options(trust)
         ) from error
 
 
 def load_vocab_size(path: str, trust: Trust = NO_TRUST) -> int:
-    """Return how many token ids a model knows: its ids are below that.
+    """Return the size of a model's vocabulary: its token ids are below that.
 
     Raises:
-        InputError: it has no config, or one of no language model.
+        InputError: it has no config, or not one of a language model.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code)
@@ -89,8 +92,13 @@ def load_vocab_size(path: str, trust: Trust = NO_TRUST) -> int:
         raise InputError(f"the config of {path!r} has no vocab_size; give a language model") from error
     except Exception as error:  # as in `load_pretrained`
         raise InputError(
-            f"cannot load the config of the model {path!r}: {_reason(error)}.{_untrusted(trust)}"
+            f"cannot load the config of the model {path!r}: {_explain(error)}.{_name_refused_options(trust)}"
         ) from error
+
+
+def cast(parameter: torch.nn.Parameter, dtype: torch.dtype) -> None:
+    """Change a parameter's type in place. Leave buffers alone: rotary frequencies need float32."""
+    parameter.data = parameter.data.to(dtype)
 
 
 def default_device() -> torch.device:
@@ -99,7 +107,7 @@ def default_device() -> torch.device:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def _hide_progress_bar() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -109,16 +117,16 @@ def _no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _reason(error: Exception) -> str:
-    """Say in a line why something cannot be loaded."""
+def _explain(error: Exception) -> str:
+    """Give the reason of a failed load in one line."""
     if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to load it all the same
         return "its pickled weights are damaged or hold more than tensors"
     line = str(error).strip().partition("\n")[0].rstrip(".")
     return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
 
 
-def _untrusted(trust: Trust) -> str:
-    """Name the options that allow what was not tried."""
+def _name_refused_options(trust: Trust) -> str:
+    """Name the options that would allow what was not tried."""
     refused = {"trust_remote_code (its own Python code)": trust.remote_code}
     refused |= {"allow_pickled_weights (.bin)": trust.pickles}
     names = " and ".join(name for name, allowed in refused.items() if not allowed)

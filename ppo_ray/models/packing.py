@@ -1,14 +1,16 @@
-"""Sequences laid out in rows for a forward pass, and where in the rows the responses are predicted.
+"""Packing: sequences laid out in rows for a forward pass, and rows in micro-batches.
 
-Dimensions: S rows, W tokens a row, B sequences, R response tokens (the longest here), N response tokens in all.
 Positions and masks come from lengths, never from token ids. A response's last token is not among the inputs: nothing is
 predicted from it.
+
+Dimensions: S rows, W tokens per row, B sequences, R response tokens of the longest, N of all.
 """
 
 import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -19,10 +21,12 @@ Row = list[int]
 
 @dataclass(frozen=True)
 class PackedRows:
-    """One forward pass's worth of sequences."""
+    """The inputs of one forward pass."""
 
     sequences: np.ndarray
     """`[B]` int64, the caller's indices of the sequences, ascending; the rows of every `[B, R]` below."""
+    packed: bool
+    """Whether a row holds several sequences; known on the host, so that a forward pass need not ask the device."""
     input_ids: torch.Tensor
     """`[S, W]` int64."""
     position_ids: torch.Tensor
@@ -36,19 +40,24 @@ class PackedRows:
     response_mask: torch.Tensor
     """`[B, R]` bool; its True entries in order are the N."""
 
-    def attention_mask(self, packed: bool) -> torch.Tensor:
-        """Return `[S, 1, W, W]` bool, causal within each sequence; or `[S, W]` int64 for one sequence a row."""
-        if not packed:
+    def attention_mask(self, block_diagonal: bool) -> torch.Tensor:
+        """Return a mask for any rows, or one that is for unpacked rows alone.
+
+        Args:
+            block_diagonal: True: `[S, 1, W, W]` bool, causal within each sequence; False: `[S, W]` int64, 0 at padding.
+        """
+        if not block_diagonal:
             return (self.segment_ids >= 0).long()
         same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
         return same.tril()[:, None]
 
-
-def empty_rows(device: torch.device | str = "cpu") -> PackedRows:
-    """Return a pass over no sequence: one token, from which nothing is predicted. Its loss and gradients are zero."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    nothing = token.new_empty(0)
-    return PackedRows(np.empty(0, np.int64), token, token, token, nothing, nothing, nothing.bool().reshape(0, 1))
+    @classmethod
+    def empty(cls, device: torch.device | str = "cpu") -> Self:
+        """Make a pass over no sequence: one token, from which nothing is predicted. Its loss and gradients are zero."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        nothing = token.new_empty(0)
+        mask = nothing.bool().reshape(0, 1)
+        return cls(np.empty(0, np.int64), False, token, token, token, nothing, nothing, mask)
 
 
 def pack(
@@ -57,7 +66,7 @@ def pack(
     response_ids: Sequence[np.ndarray],
     device: torch.device | str = "cpu",
 ) -> PackedRows:
-    """Lay out the named sequences, prompt and response but for its last token, row by row.
+    """Lay sequences out row by row, each as its prompt and its response without the last token.
 
     Args:
         rows: indices into `prompt_ids` and `response_ids`; each at most once.
@@ -96,21 +105,22 @@ def pack(
         "target_ids": np.concatenate([response_ids[index] for index in sequences]).astype(np.int64),
         "response_mask": np.arange(response_lengths.max())[None] < response_lengths[:, None],
     }
-    return PackedRows(sequences, **{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return PackedRows(sequences, packed=any(len(row) > 1 for row in rows), **tensors)
 
 
-def balanced(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Deal sequences out so that every share has nearly the same number of tokens.
+def balance(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Deal sequences out to shares of nearly the same number of tokens.
 
-    The longest first, each to the share that has the fewest tokens yet (Graham, "Bounds on multiprocessing timing
-    anomalies", 1969: the largest share is at most 4/3 of the smallest possible). Ties are broken by index.
+    The longest is dealt first, each to the share with the fewest tokens so far (Graham 1969, "Bounds on multiprocessing
+    timing anomalies": the largest share is at most 4/3 of the smallest possible). Ties are broken by index.
 
     Args:
         lengths: tokens of each sequence.
-        num_shares: at least 1; there may be more of them than sequences.
+        num_shares: at least 1; may exceed the number of sequences.
 
     Returns:
-        Indices into `lengths` in ascending order, a list for each share; each index occurs once.
+        For each share, indices into `lengths` in ascending order; each index occurs once.
     """
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     loads = [(0, share) for share in range(num_shares)]
@@ -121,17 +131,18 @@ def balanced(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def microbatches(lengths: Sequence[int], budget: int, row_width: int = 0) -> list[list[Row]]:
+def make_microbatches(lengths: Sequence[int], budget: int, row_width: int = 0) -> list[list[Row]]:
     """Lay sequences out in rows and the rows in micro-batches, longest first, with little padding.
 
-    The layout depends on the lengths alone, ties broken by index: the same sequences always meet the same neighbours.
+    The layout depends on the lengths alone, and ties are broken by index: the same sequences always have the same
+    neighbours.
 
     Args:
         lengths: tokens of each sequence, at least 1.
-        budget: tokens, padding included, of a micro-batch: rows times the longest row. A row that exceeds it alone is
-            a micro-batch of its own.
+        budget: tokens of a micro-batch, padding included: rows times the longest row. A row that exceeds it alone is a
+            micro-batch of its own.
         row_width: rows are filled up to this many tokens (or to the longest sequence if that is more), or up to a
-            quarter more if that makes fewer micro-batches or less padding; 0 means one sequence a row.
+            quarter more if that makes fewer micro-batches or less padding; 0: one sequence per row.
 
     Returns:
         Micro-batches of rows of indices into `lengths`; each index occurs once.
@@ -143,16 +154,16 @@ def microbatches(lengths: Sequence[int], budget: int, row_width: int = 0) -> lis
         raise ValueError(f"budget {budget} and shortest length {min(lengths, default=1)}; both must be at least 1")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     if not row_width:
-        return _filled([[index] for index in order], lengths, budget)
+        return _fill_microbatches([[index] for index in order], lengths, budget)
     narrowest = max([row_width, *lengths])
     widest = max(narrowest, min(budget, narrowest + narrowest // 4))
     widths = range(narrowest, widest + 1, max(1, narrowest // 64))
-    layouts = (_filled(packed_rows(order, lengths, width), lengths, budget) for width in widths)
-    return min(layouts, key=lambda batches: (len(batches), _num_tokens(batches, lengths)))  # the narrowest of equals
+    layouts = (_fill_microbatches(_fill_rows(order, lengths, width), lengths, budget) for width in widths)
+    return min(layouts, key=lambda batches: (len(batches), _count_tokens(batches, lengths)))  # the narrowest of equals
 
 
-def packed_rows(order: Sequence[int], lengths: Sequence[int], width: int) -> list[Row]:
-    """Put each sequence, in the given order, into the fullest row with room for it (best fit); a row holds `width`."""
+def _fill_rows(order: Sequence[int], lengths: Sequence[int], width: int) -> list[Row]:
+    """Put each sequence, in the given order, into the fullest row with room for it (best fit); rows hold `width`."""
     rows: list[Row] = []
     room: list[tuple[int, int]] = []  # free tokens and number of each row, ascending
     for index in order:
@@ -165,7 +176,7 @@ def packed_rows(order: Sequence[int], lengths: Sequence[int], width: int) -> lis
     return rows
 
 
-def _filled(rows: list[Row], lengths: Sequence[int], budget: int) -> list[list[Row]]:
+def _fill_microbatches(rows: list[Row], lengths: Sequence[int], budget: int) -> list[list[Row]]:
     """Fill micro-batches with rows, the longest first."""
     batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: _width(row, lengths), reverse=True):  # stable
@@ -175,8 +186,8 @@ def _filled(rows: list[Row], lengths: Sequence[int], budget: int) -> list[list[R
     return batches
 
 
-def _num_tokens(batches: list[list[Row]], lengths: Sequence[int]) -> int:
-    """Return how many tokens are computed, padding included."""
+def _count_tokens(batches: list[list[Row]], lengths: Sequence[int]) -> int:
+    """Count the tokens of all micro-batches, padding included."""
     return sum(len(batch) * _width(batch[0], lengths) for batch in batches)
 
 

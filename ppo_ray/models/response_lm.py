@@ -1,24 +1,31 @@
-"""A causal language model that is asked about given responses only: the decoder runs, the head is applied where needed.
+"""A causal language model over given responses: log-probabilities and entropies of their tokens.
 
-Dimensions: B sequences, R response tokens, N response tokens in all, H hidden.
+The decoder runs over packed rows. The output embedding is applied only where a response token is predicted.
+
+Dimensions: B sequences, R response tokens, N response tokens in all, H hidden units, V vocabulary.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ppo_ray.errors import InputError
 from ppo_ray.models.decoder import Decoder, agree
 from ppo_ray.models.packing import PackedRows
-from ppo_ray.models.token_logprobs import full_kl, token_logprobs
 
+_BLOCK_TOKENS = 512
+_CHUNK_TOKENS = 64
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+Logits = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Factors of logits: hidden states `[N, H]`, weight `[V, H]`, bias `[V]` or None."""
 
 
 @dataclass(frozen=True)
 class ResponseOutput:
-    """Figures of the response tokens of one forward pass; all zero outside the mask."""
+    """Outputs of one forward pass for its response tokens; all `[B, R]` are zero outside the mask."""
 
     logprobs: torch.Tensor
     """`[B, R]`, float32 or better."""
@@ -27,29 +34,29 @@ class ResponseOutput:
     states: torch.Tensor
     """`[N, H]`, the decoder's last hidden state of the token before each response token."""
     values: torch.Tensor | None = None
-    """`[B, R]`, of the prefix before each token; None where nothing estimates values."""
+    """`[B, R]`, of the prefix before each token; None for a model without values."""
 
 
 class ResponseLM(torch.nn.Module):
     """A transformers causal LM with a forward pass over `PackedRows`.
 
-    Works for decoders whose logits are the output embedding applied to the last hidden state.
+    The logits must be the output embedding applied to the last hidden state.
     """
 
-    def __init__(self, causal_lm: Any, temperature: float = 1.0) -> None:
+    def __init__(self, causal_lm: Any, *, temperature: float) -> None:
         """Wrap a loaded model.
 
         Args:
             causal_lm: on its device, in eval mode.
-            temperature: divides the logits; the one that responses were sampled at.
+            temperature: divides the logits; the one at which the responses were sampled.
 
         Raises:
-            InputError: the model's logits are computed in a way that is not supported.
+            InputError: the model looks ahead, or computes its logits in another way.
         """
         super().__init__()
         self.causal_lm = causal_lm
         self.temperature = temperature
-        check_logits(causal_lm)
+        _check_logits(causal_lm)
         self.decoder = Decoder(causal_lm.base_model)
 
     @property
@@ -64,7 +71,7 @@ class ResponseLM(torch.nn.Module):
 
     def forward(self, rows: PackedRows) -> ResponseOutput:
         """Compute the log-probability and entropy of each response token, both with gradient."""
-        states = self.decoder.states(rows)
+        states = self.decoder.run(rows)
         head = self.causal_lm.get_output_embeddings()
         logprobs, entropies = token_logprobs(states, head.weight, head.bias, rows.target_ids, self.temperature)
         return ResponseOutput(unflatten(logprobs, rows), unflatten(entropies, rows), states)
@@ -85,7 +92,7 @@ def unflatten(flat: torch.Tensor, rows: PackedRows) -> torch.Tensor:
 
 
 @torch.no_grad()
-def check_logits(causal_lm: Any) -> None:
+def _check_logits(causal_lm: Any) -> None:
     """Check on three tokens that the logits are the output embedding applied to the decoder's last hidden state.
 
     Raises:
@@ -104,4 +111,151 @@ def check_logits(causal_lm: Any) -> None:
         raise InputError(
             f"the model {name!r} changes its logits after the output embedding ({found or 'in its forward method'}); "
             "the learner does not. Choose a model without it, such as GPT-2, Llama or Qwen."
+        )
+
+
+def token_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, token_ids: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute log softmax(logits / temperature)[token] and the entropy, with logits = hidden @ weight.T + bias.
+
+    The product is in the weight's type; the softmax is in float32 or better.
+
+    Args:
+        hidden: `[N, H]` floating point.
+        weight: `[V, H]`.
+        bias: `[V]` or None.
+        token_ids: `[N]` int64.
+        temperature: above 0.
+
+    Returns:
+        Log-probabilities `[N]` and entropies `[N]`, both with gradient; float32 or better. The backward pass can be run
+        once.
+
+    Raises:
+        ValueError: a shape or the temperature is wrong.
+    """
+    if hidden.ndim != 2 or weight.shape[1:] != hidden.shape[1:] or token_ids.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, token_ids {tuple(token_ids.shape)}: "
+            "they must be [N, H], [V, H], [N]"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}; it must be above 0")
+    return _TokenLogprobs.apply(hidden, weight, bias, token_ids, temperature, torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def full_kl(policy: Logits, reference: Logits, temperature: float) -> torch.Tensor:
+    """Compute KL(policy || reference) = sum_v p_v (log p_v - log q_v) of each token's distribution.
+
+    TRL 0.11's `kl_penalty="full"`. The two models may differ in H, not in V or N.
+
+    Args:
+        policy: whose distribution is p.
+        reference: whose distribution is q.
+        temperature: divides both models' logits.
+
+    Returns:
+        `[N]` float32 or better, without gradient.
+    """
+    sizes = [(len(hidden), len(weight)) for hidden, weight, _ in (policy, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"(tokens, vocabulary) of policy and reference are {sizes[0]} and {sizes[1]}; they must agree")
+    num_tokens = len(policy[0])
+    kl = policy[0].new_empty(num_tokens, dtype=torch.promote_types(policy[0].dtype, torch.float32))
+    for start in range(0, num_tokens, _CHUNK_TOKENS):
+        chunk = slice(start, start + _CHUNK_TOKENS)
+        logp, logq = (
+            (torch.nn.functional.linear(hidden[chunk], weight, bias).to(kl.dtype) / temperature).log_softmax(1)
+            for hidden, weight, bias in (policy, reference)
+        )
+        kl[chunk] = torch.linalg.vecdot(logp.exp(), logp - logq)
+    return kl
+
+
+def _write_logits(
+    out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float
+) -> None:
+    """Compute logits over temperature into `out`, `[n, V]`, whose memory is there already."""
+    if bias is None and hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.T, out=out)
+    else:
+        out.copy_(torch.nn.functional.linear(hidden, weight, bias))
+    if temperature != 1:
+        out /= temperature
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities and entropies with one tensor of `[N, V]`, the largest of an update.
+
+    Logits are computed in blocks, large enough for a fast product, and turned into probabilities in place, in chunks
+    that stay in cache. The probabilities are kept for the backward pass and there turned into their gradient in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        token_ids: torch.Tensor,
+        temperature: float,
+        keep: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_tokens, dtype = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropies = hidden.new_empty(num_tokens, dtype=dtype), hidden.new_empty(num_tokens, dtype=dtype)
+        probs = hidden.new_empty(num_tokens if keep else min(num_tokens, _BLOCK_TOKENS), len(weight), dtype=dtype)
+        scratch = hidden.new_empty(min(num_tokens, _CHUNK_TOKENS), len(weight), dtype=dtype)
+        for start in range(0, num_tokens, _BLOCK_TOKENS):
+            block = slice(start, min(start + _BLOCK_TOKENS, num_tokens))
+            logits = probs[block] if keep else probs[: block.stop - start]
+            _write_logits(logits, hidden[block], weight, bias, temperature)
+            for begin, rows in zip(range(start, block.stop, _CHUNK_TOKENS), logits.split(_CHUNK_TOKENS), strict=True):
+                chunk = slice(begin, begin + len(rows))
+                rows -= rows.amax(1, keepdim=True)
+                p = torch.exp(rows, out=scratch[: len(rows)])
+                total = p.sum(1)
+                log_total = total.log()
+                logprobs[chunk] = rows.gather(1, token_ids[chunk, None])[:, 0] - log_total
+                entropies[chunk] = log_total - torch.linalg.vecdot(p, rows) / total  # H = log Z - E[logit]
+                if keep:
+                    torch.div(p, total[:, None], out=rows)
+        if keep:
+            ctx.save_for_backward(hidden, weight, bias, token_ids, entropies)
+            ctx.probs, ctx.temperature = probs, temperature
+        ctx.set_materialize_grads(False)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropies: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        if ctx.probs is None:
+            raise RuntimeError("the backward pass of token_logprobs was run before; it can be run once")
+        hidden, weight, _, token_ids, entropies = ctx.saved_tensors
+        grad_logits, ctx.probs = ctx.probs, None
+        scale = torch.zeros_like(entropies) if grad_logprobs is None else grad_logprobs / ctx.temperature
+        if grad_entropies is None:
+            # d logprob / d logit_v = ([v = token] - p_v) / temperature
+            grad_logits *= -scale[:, None]
+        else:
+            # and d entropy / d logit_v = -p_v (log p_v + entropy) / temperature
+            for p, s, h, g in zip(
+                *(x.split(_CHUNK_TOKENS) for x in (grad_logits, scale, entropies, grad_entropies / ctx.temperature)),
+                strict=True,
+            ):
+                surprise = p.clamp(min=torch.finfo(p.dtype).tiny).log_().add_(h[:, None]).mul_(g[:, None])
+                p *= surprise.add_(s[:, None]).neg_()
+        grad_logits.scatter_add_(1, token_ids[:, None], scale[:, None])
+        grad_logits = grad_logits.to(hidden.dtype)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        return (
+            grad_logits @ weight if needs_hidden else None,
+            grad_logits.T @ hidden if needs_weight else None,
+            grad_logits.sum(0) if needs_bias else None,
+            None,
+            None,
+            None,
         )

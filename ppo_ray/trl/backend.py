@@ -9,8 +9,8 @@ import pyarrow as pa
 import torch
 
 from ppo_ray.learner.learner import PPOLearner, Update
+from ppo_ray.models.actor_critic import CausalLMWithValueHead
 from ppo_ray.models.response_lm import ResponseLM
-from ppo_ray.models.value_head import CausalLMWithValueHead
 from ppo_ray.trl.config import PPOConfig
 from ppo_ray.trl.generation import generate_batched, generate_one
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead
@@ -60,8 +60,8 @@ class InProcess:
     ) -> None:
         """Work on models that are on their device, in eval mode."""
         self._model, self._ref_model, self._tokenizer = model, ref_model, tokenizer
-        self._policy = CausalLMWithValueHead(model.pretrained_model, value_head=model.v_head.summary)
-        self._reference = ResponseLM(ref_model.pretrained_model)
+        self._policy = CausalLMWithValueHead(model.pretrained_model, temperature=1.0, value_head=model.v_head.summary)
+        self._reference = ResponseLM(ref_model.pretrained_model, temperature=1.0)
         self._learner = PPOLearner(
             self._policy,
             self._reference,

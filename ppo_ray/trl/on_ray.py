@@ -19,7 +19,7 @@ from ppo_ray.errors import InputError
 from ppo_ray.events import Event
 from ppo_ray.learner.group import LearnerGroup
 from ppo_ray.learner.learner import Update
-from ppo_ray.models.value_head import VALUE_HEAD_FILE, save_value_head
+from ppo_ray.models.actor_critic import VALUE_HEAD_FILE, save_value_head
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.rollout.group import RolloutGroup
 from ppo_ray.trl.config import PPOConfig

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ppo_ray.algo.losses import clipped_surrogate, clipped_value_loss, truncated_importance
+from ppo_ray.algo.losses import clipped_surrogate, clipped_value_loss, token_weights, truncated_importance
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 WEIGHTS = torch.tensor([0.125, 0.25])
@@ -155,17 +155,46 @@ def test_a_figure_that_would_broadcast_is_refused(function: Callable[..., object
         function(LOGPROBS, OLD, ADVANTAGES, MASK, WEIGHTS[:, None])
 
 
-MASK = torch.tensor([[True, True, True, False]])
-
-
-def test_weights_by_hand() -> None:
+def test_truncated_importance_by_hand() -> None:
+    mask = torch.tensor([[True, True, True, False]])
     old = torch.tensor([[-1.0, -1.0, -1.0, math.nan]], requires_grad=True)
     rollout = torch.tensor([[-1.0, -1.0 - math.log(3.0), -1.0 + math.log(4.0), 0.0]])
-    weights = truncated_importance(old, rollout, MASK, cap=2.0)
+    weights = truncated_importance(old, rollout, mask, cap=2.0)
     torch.testing.assert_close(weights, torch.tensor([[1.0, 2.0, 0.25, 0.0]]))
     assert not weights.requires_grad
 
 
 def test_a_cap_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="cap=0"):
-        truncated_importance(torch.zeros(1, 4), torch.zeros(1, 4), MASK, cap=0)
+        truncated_importance(torch.zeros(2, 3), torch.zeros(2, 3), MASK, cap=0)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "parts", "expected"),
+    [
+        ("token_mean", 2, [1 / 8, 1 / 8, 1 / 8, 1 / 8]),
+        ("sequence_mean", 2, [1 / 4, 1 / 12, 1 / 8, 1 / 8]),
+        ("microbatch_mean", 2, [1 / 8, 1 / 8, 1 / 8, 1 / 8]),  # both parts have four tokens
+        ("microbatch_mean", 4, [1 / 4, 1 / 12, 1 / 8, 1 / 8]),  # one part per sequence
+        ("microbatch_mean", 3, [1 / 12, 1 / 12, 1 / 6, 1 / 6]),  # the first part takes two
+    ],
+)
+def test_token_weights_by_hand(aggregation: str, parts: int, expected: list[float]) -> None:
+    weights = token_weights([1, 3, 2, 2], aggregation, parts)
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=12),
+    st.sampled_from(["token_mean", "sequence_mean", "microbatch_mean"]),
+    st.data(),
+)
+def test_all_tokens_together_weigh_one(lengths: list[int], aggregation: str, data: st.DataObject) -> None:
+    weights = token_weights(lengths, aggregation, data.draw(st.integers(1, len(lengths))))
+    assert float(weights @ torch.tensor(lengths, dtype=torch.float64)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("lengths", "parts"), [([], 1), ([2, 0], 1), ([2, 1], 3)])
+def test_what_cannot_be_weighed_is_refused(lengths: list[int], parts: int) -> None:
+    with pytest.raises(ValueError, match="cannot be weighed"):
+        token_weights(lengths, "token_mean", parts)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_ray.algo.masked import masked_mean, masked_sum, masked_var, masked_whiten, weighted_sum, whitened_zero
+from ppo_ray.algo.masked import masked_mean, masked_sum, masked_var, masked_whiten, weighted_sum, whiten_zero
 
 NAN = math.nan
 X = torch.tensor([[1.0, 2.0, NAN], [6.0, NAN, NAN]])
@@ -28,7 +28,7 @@ def test_whiten_by_hand() -> None:
 
 
 def test_what_whitening_would_make_of_a_zero_by_hand() -> None:
-    assert float(whitened_zero(X, MASK)) == pytest.approx(3 - 3 / math.sqrt(7))
+    assert float(whiten_zero(X, MASK)) == pytest.approx(3 - 3 / math.sqrt(7))
 
 
 def test_whiten_leaves_equal_figures_at_zero() -> None:

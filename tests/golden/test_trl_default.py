@@ -19,7 +19,7 @@ from ppo_ray.algo.masked import masked_sum, masked_whiten
 from ppo_ray.algo.rewards import token_rewards
 from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
 from ppo_ray.learner.learner import PPOLearner
-from ppo_ray.models.value_head import VALUE_HEAD_FILE
+from ppo_ray.models.actor_critic import VALUE_HEAD_FILE
 
 RECORD = Path(__file__).parent / "trl_default"
 STEPS = json.loads((RECORD / "golden.json").read_text())["steps"]
@@ -99,6 +99,7 @@ def replay(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         ModelConfig(path=str(policy), reference_path=str(RECORD / "reference")),
         PPOConfig(learning_rate=OPTIONS["learning_rate"]),
         LearnerConfig(microbatch_tokens=request.param),
+        temperature=1.0,
         device="cpu",
     )
     return learner, [(learner.kl_coef, learner.update(make_table(step), step["step"])) for step in STEPS]

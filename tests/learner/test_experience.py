@@ -23,7 +23,9 @@ def last(table: pa.Table, name: str) -> list[float]:
 
 def with_other_reference(policy: Path, reference: Path, **ppo: object) -> PPOLearner:
     model = ModelConfig(path=str(policy), reference_path=str(reference))
-    return PPOLearner.load(model, UpdateConfig(learning_rate=1e-3, **ppo), LearnerConfig(), device="cpu")
+    return PPOLearner.load(
+        model, UpdateConfig(learning_rate=1e-3, **ppo), LearnerConfig(), temperature=1.0, device="cpu"
+    )
 
 
 @pytest.fixture

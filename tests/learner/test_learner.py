@@ -119,7 +119,9 @@ def test_mini_batches_take_a_step_each_in_an_order_that_the_seed_addresses(tiny_
 
 def weights_after(folder: Path, seed: int, step: int) -> dict[str, torch.Tensor]:
     options = UpdateConfig(learning_rate=1e-3, minibatch_size=2, epochs=1)
-    learner = PPOLearner.load(ModelConfig(path=str(folder)), options, LearnerConfig(), seed=seed, device="cpu")
+    learner = PPOLearner.load(
+        ModelConfig(path=str(folder)), options, LearnerConfig(), temperature=1.0, seed=seed, device="cpu"
+    )
     head = torch.nn.Linear(128, 1).requires_grad_(False)
     learner._policy.value_head.load_state_dict({"weight": head.weight.fill_(0.01), "bias": head.bias.fill_(0)})
     learner.update(make_table(), step)
@@ -159,7 +161,9 @@ def test_the_learning_rate_follows_its_schedule_and_the_values_have_their_own(ti
         learning_rate_final_factor=0.5,
         epochs=1,
     )
-    learner = PPOLearner.load(ModelConfig(path=str(tiny_policy)), options, LearnerConfig(), num_steps=3, device="cpu")
+    learner = PPOLearner.load(
+        ModelConfig(path=str(tiny_policy)), options, LearnerConfig(), temperature=1.0, num_steps=3, device="cpu"
+    )
     rates, moves, value_moves = [], [], []
     for step in range(3):
         before, head = weights(learner), learner._policy.value_head.bias.clone()
@@ -190,7 +194,9 @@ def test_a_separate_critic_takes_the_value_gradient_off_the_policy(tiny_policy: 
     options = UpdateConfig(learning_rate=1e-3)
 
     def load(model: ModelConfig, **changes: float) -> PPOLearner:
-        return PPOLearner.load(model, options.model_copy(update=changes), LearnerConfig(), device="cpu")
+        return PPOLearner.load(
+            model, options.model_copy(update=changes), LearnerConfig(), temperature=1.0, device="cpu"
+        )
 
     learner, other = load(model), load(model, value_coef=3.0)
     critic = {name: tensor.detach().clone() for name, tensor in learner._policy.critic.named_parameters()}
@@ -213,18 +219,18 @@ def test_a_critic_may_be_another_decoder(tiny_policy: Path, tiny_classifier: Pat
     config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_labels=1)
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     model = ModelConfig(path=str(tiny_policy), critic="separate", critic_path=str(tmp_path))
-    learner = PPOLearner.load(model, UpdateConfig(), LearnerConfig(), device="cpu")
+    learner = PPOLearner.load(model, UpdateConfig(), LearnerConfig(), temperature=1.0, device="cpu")
     assert learner._policy.value_head.in_features == 32
     encoder = model.model_copy(update={"critic_path": str(tiny_classifier)})
     with pytest.raises(InputError, match="looks ahead at later tokens"):
-        PPOLearner.load(encoder, UpdateConfig(), LearnerConfig(), device="cpu")
+        PPOLearner.load(encoder, UpdateConfig(), LearnerConfig(), temperature=1.0, device="cpu")
     assert np.isfinite(learner.update(make_table(8), 0).metrics["value/mean"])
 
 
 def test_a_value_head_belongs_to_the_decoder_that_it_lies_with(tiny_policy: Path, tmp_path: Path) -> None:
     def load(path: Path, critic_path: Path | None) -> PPOLearner:
         model = ModelConfig(path=str(path), critic="separate", critic_path=critic_path and str(critic_path))
-        return PPOLearner.load(model, UpdateConfig(), LearnerConfig(), device="cpu")
+        return PPOLearner.load(model, UpdateConfig(), LearnerConfig(), temperature=1.0, device="cpu")
 
     def head(learner: PPOLearner) -> list[float]:
         return learner._policy.value_head.weight.detach().flatten().tolist()

@@ -140,7 +140,7 @@ OPTIONS = UpdateConfig(learning_rate=1e-6, epochs=2)
 
 def load(folder: Path, critic: str = "shared", checkpoint: Path | None = None) -> PPOLearner:
     model = ModelConfig(path=str(folder), dtype="bfloat16", critic=critic)
-    return PPOLearner.load(model, OPTIONS, LearnerConfig(), device="cpu", checkpoint=checkpoint)
+    return PPOLearner.load(model, OPTIONS, LearnerConfig(), temperature=1.0, device="cpu", checkpoint=checkpoint)
 
 
 def test_small_steps_add_up_where_rounding_would_lose_each() -> None:

@@ -20,7 +20,9 @@ OPTIONS = UpdateConfig(
 
 
 def load(model: ModelConfig, checkpoint: Path | None = None, ppo: UpdateConfig = OPTIONS) -> PPOLearner:
-    return PPOLearner.load(model, ppo, LearnerConfig(), device="cpu", num_steps=9, checkpoint=checkpoint)
+    return PPOLearner.load(
+        model, ppo, LearnerConfig(), temperature=1.0, device="cpu", num_steps=9, checkpoint=checkpoint
+    )
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_ray.models.packing import balanced, microbatches, pack
+from ppo_ray.models.packing import PackedRows, balance, make_microbatches, pack
 
 PROMPTS = [np.array([1, 2]), np.array([9]), np.array([5, 6])]
 RESPONSES = [np.array([3, 0, 0]), np.array([8]), np.array([7])]
@@ -13,6 +13,7 @@ RESPONSES = [np.array([3, 0, 0]), np.array([8]), np.array([7])]
 def test_layout_by_hand() -> None:
     rows = pack([[2, 1], [0]], PROMPTS, RESPONSES)
     assert rows.sequences.tolist() == [0, 1, 2]
+    assert rows.packed
     assert rows.input_ids.tolist() == [[5, 6, 9, 0], [1, 2, 3, 0]]
     assert rows.position_ids.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3]]
     assert rows.segment_ids.tolist() == [[0, 0, 1, -1], [0, 0, 0, 0]]
@@ -22,7 +23,7 @@ def test_layout_by_hand() -> None:
 
 
 def test_attention_is_causal_within_a_sequence_and_nil_between() -> None:
-    mask = pack([[2, 0]], PROMPTS, RESPONSES).attention_mask(packed=True)
+    mask = pack([[2, 0]], PROMPTS, RESPONSES).attention_mask(block_diagonal=True)
     assert mask.shape == (1, 1, 6, 6)
     assert mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
@@ -36,8 +37,18 @@ def test_attention_is_causal_within_a_sequence_and_nil_between() -> None:
 
 def test_padding_is_on_the_right_and_masked_by_length() -> None:
     rows = pack([[0], [1]], PROMPTS, RESPONSES)
-    assert rows.attention_mask(packed=False).tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
-    assert rows.attention_mask(packed=True)[1, 0].any(1).all()  # no token attends to nothing: softmax would be NaN
+    assert not rows.packed
+    assert rows.attention_mask(block_diagonal=False).tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
+    # no token attends to nothing: its softmax would be NaN
+    assert rows.attention_mask(block_diagonal=True)[1, 0].any(1).all()
+
+
+def test_a_pass_over_no_sequence_predicts_nothing() -> None:
+    rows = PackedRows.empty()
+    assert not rows.packed
+    assert rows.attention_mask(block_diagonal=True).tolist() == [[[[True]]]]
+    assert (len(rows.sequences), len(rows.predict_at), len(rows.target_ids)) == (0, 0, 0)
+    assert rows.response_mask.shape == (0, 1)
 
 
 @pytest.mark.parametrize("empty", ["prompt", "response"])
@@ -50,28 +61,28 @@ def test_an_empty_part_is_refused(empty: str) -> None:
 
 def test_one_sequence_a_row_by_hand() -> None:
     # longest first: 7, 5, 5, 2; 2 rows of 7 fit into 15, then 2 rows of 5
-    assert microbatches([5, 2, 7, 5], budget=15) == [[[2], [0]], [[3], [1]]]
+    assert make_microbatches([5, 2, 7, 5], budget=15) == [[[2], [0]], [[3], [1]]]
 
 
 def test_packed_rows_by_hand() -> None:
     # rows of 10: 7 + 2, 5 + 5; both fit into 20
-    assert microbatches([5, 2, 7, 5], budget=20, row_width=10) == [[[0, 3], [2, 1]]]
+    assert make_microbatches([5, 2, 7, 5], budget=20, row_width=10) == [[[0, 3], [2, 1]]]
 
 
 def test_rows_are_as_wide_as_leaves_the_least_padding() -> None:
     # rows of 8 would hold 7 | 5 | 5, 21 tokens for 17; of 10, 7 | 5 + 5, 20 for 17
-    assert microbatches([7, 5, 5], budget=100, row_width=8) == [[[1, 2], [0]]]
+    assert make_microbatches([7, 5, 5], budget=100, row_width=8) == [[[1, 2], [0]]]
 
 
 def test_a_sequence_longer_than_everything_goes_alone() -> None:
-    assert microbatches([3, 50, 3], budget=8) == [[[1]], [[0], [2]]]
+    assert make_microbatches([3, 50, 3], budget=8) == [[[1]], [[0], [2]]]
     # ... and, packed, makes the rows as wide as itself
-    assert microbatches([3, 50, 3], budget=8, row_width=6) == [[[1]], [[0, 2]]]
+    assert make_microbatches([3, 50, 3], budget=8, row_width=6) == [[[1]], [[0, 2]]]
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 200), st.sampled_from([0, 16, 64]))
 def test_every_sequence_once_within_the_budget(lengths: list[int], budget: int, row_width: int) -> None:
-    batches = microbatches(lengths, budget, row_width)
+    batches = make_microbatches(lengths, budget, row_width)
     assert sorted(index for batch in batches for row in batch for index in row) == list(range(len(lengths)))
     for batch in batches:
         widths = [sum(lengths[index] for index in row) for row in batch]
@@ -84,7 +95,7 @@ def test_packing_wastes_little_where_length_sorting_wastes_much() -> None:
     lengths = [2 + index % 23 for index in range(128)]
     padded, packed = (
         sum(len(batch) * max(sum(lengths[index] for index in row) for row in batch) for batch in batches)
-        for batches in (microbatches(lengths, 10**6), microbatches(lengths, 10**6, 64))
+        for batches in (make_microbatches(lengths, 10**6), make_microbatches(lengths, 10**6, 64))
     )
     assert padded > 1.6 * sum(lengths)
     assert packed < 1.02 * sum(lengths)
@@ -93,18 +104,18 @@ def test_packing_wastes_little_where_length_sorting_wastes_much() -> None:
 @pytest.mark.parametrize(("lengths", "budget"), [([1, 0], 10), ([1], 0)])
 def test_nothing_below_one_token(lengths: list[int], budget: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        microbatches(lengths, budget)
+        make_microbatches(lengths, budget)
 
 
 def test_shares_by_hand() -> None:
     # 8 | 7; 5 to the second (12), 4 to the first (12), 3 to the first (tie: lower number), 1 to the second
-    assert balanced([3, 8, 5, 1, 7, 4], 2) == [[0, 1, 5], [2, 3, 4]]
-    assert balanced([2, 9], 3) == [[1], [0], []]
+    assert balance([3, 8, 5, 1, 7, 4], 2) == [[0, 1, 5], [2, 3, 4]]
+    assert balance([2, 9], 3) == [[1], [0], []]
 
 
 @given(st.lists(st.integers(1, 500), max_size=80), st.integers(1, 9))
 def test_shares_are_balanced_by_tokens(lengths: list[int], num_shares: int) -> None:
-    shares = balanced(lengths, num_shares)
+    shares = balance(lengths, num_shares)
     assert sorted(index for share in shares for index in share) == list(range(len(lengths)))
     loads = [sum(lengths[index] for index in share) for share in shares]
     assert max(loads) - min(loads) <= max(lengths, default=0)  # the last given was given to who had least

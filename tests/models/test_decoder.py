@@ -1,13 +1,13 @@
-"""Activations that are computed again instead of kept, with dropout off as ever."""
+"""Decoder layers: found by their names, and computed again in the backward pass with dropout off."""
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from ppo_ray.errors import InputError
-from ppo_ray.models.layers import decoder_layers, recompute_layers
+from ppo_ray.models.actor_critic import CausalLMWithValueHead
+from ppo_ray.models.decoder import decoder_layers, recompute_layers
 from ppo_ray.models.packing import PackedRows, pack
-from ppo_ray.models.value_head import CausalLMWithValueHead
 
 
 def policy(family: str) -> CausalLMWithValueHead:
@@ -18,7 +18,7 @@ def policy(family: str) -> CausalLMWithValueHead:
     else:  # its layers themselves apply dropout, in training mode
         sizes = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.5}
         model = OPTForCausalLM(OPTConfig(vocab_size=50, num_hidden_layers=3, num_attention_heads=2, **sizes))
-    return CausalLMWithValueHead(model.eval())
+    return CausalLMWithValueHead(model.eval(), temperature=1.0)
 
 
 def rows() -> PackedRows:
@@ -26,7 +26,7 @@ def rows() -> PackedRows:
     return pack([[0, 1], [2]], sequences, [list(reversed(ids)) for ids in sequences])
 
 
-def learnt(model: CausalLMWithValueHead) -> tuple[dict[str, torch.Tensor], int, int]:
+def backpropagate(model: CausalLMWithValueHead) -> tuple[dict[str, torch.Tensor], int, int]:
     """Return the gradients, how often a layer was computed, and how many figures were kept for the backward pass."""
     calls, kept = 0, 0
 
@@ -52,10 +52,10 @@ def learnt(model: CausalLMWithValueHead) -> tuple[dict[str, torch.Tensor], int, 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_the_gradients_are_the_same_and_less_is_kept(family: str) -> None:
-    wanted, calls, kept = learnt(policy(family))
+    wanted, calls, kept = backpropagate(policy(family))
     model = policy(family)
     recompute_layers(model)
-    found, more_calls, less_kept = learnt(model)
+    found, more_calls, less_kept = backpropagate(model)
     assert (calls, more_calls) == (1, 2)
     assert less_kept < kept / 2
     for name, gradient in wanted.items():

@@ -1,6 +1,6 @@
 import pytest
 
-from ppo_ray.algo.schedule import learning_rate_factor
+from ppo_ray.learner.optimizer import learning_rate_factor
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,8 @@ def test_warm_up_of_two_steps_and_four_to_fall_by_hand(schedule: str, expected: 
 def test_a_run_that_goes_on_stays_at_the_end_of_its_schedule() -> None:
     assert learning_rate_factor(100, 6, "linear") == 0
     assert learning_rate_factor(0, 1, "cosine") == 1
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="schedule='step'; it must be constant, linear or cosine"):
+        learning_rate_factor(1, 6, "step")
