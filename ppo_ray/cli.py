@@ -196,7 +196,7 @@ def assets(
 ) -> None:
     """Build the offline models and data of the reference task into the cache."""
     with _report_errors():
-        from ppo_ray.assets import build_imdb
+        from ppo_ray.assets.build import build_imdb
 
         build_imdb(force=force)
 

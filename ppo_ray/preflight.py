@@ -216,7 +216,7 @@ def _tokenizer_problems(key: str, path: str, trust: Trust) -> Iterator[str]:
 
 def _asset_hint(path: str) -> str:
     """Return how to build what is missing, if it is one of our own assets."""
-    from ppo_ray.assets.cache import asset_path
+    from ppo_ray.assets.cache import ASSETS, asset_path
 
-    ours = {str(asset_path("policy")), str(asset_path("classifier")), str(asset_path("prompts"))}
+    ours = {str(asset_path(name)) for name in ASSETS}
     return "; build it with `ppo-ray assets imdb`" if path in ours and not Path(path).exists() else ""

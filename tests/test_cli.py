@@ -80,7 +80,7 @@ def test_evaluate_hands_over_checkpoint_and_overrides(driver, tmp_path):
 
 def test_assets(monkeypatch):
     calls = []
-    monkeypatch.setattr("ppo_ray.assets.build_imdb", lambda force: calls.append(force), raising=False)
+    monkeypatch.setattr("ppo_ray.assets.build.build_imdb", lambda force: calls.append(force))
     assert run("assets", "imdb").exit_code == run("assets", "imdb", "--force").exit_code == 0
     assert calls == [False, True]
     assert run("assets", "mnist").exit_code == 2

@@ -1,17 +1,16 @@
-"""Where the offline assets lie, and how one is built whole or not at all."""
+"""The cache of the demo's assets: their names and paths, and building one whole or not at all."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from platformdirs import user_cache_path
 
 from ppo_ray import atomic
 from ppo_ray.errors import AssetError
 
-AssetName = Literal["policy", "classifier", "prompts"]
-_PATHS: dict[AssetName, str] = {"policy": "policy", "classifier": "classifier", "prompts": "prompts.parquet"}
+ASSETS = {"policy": "policy", "classifier": "classifier", "prompts": "prompts.parquet"}
+"""Every asset's name, as in `asset:NAME`, and its file or folder in the cache."""
 _VERSION = "imdb-v1"  # another recipe is another folder, so that a run never meets half of each
 
 
@@ -21,17 +20,21 @@ def cache_folder() -> Path:
     return (Path(root) if root else user_cache_path("ppo-ray")) / _VERSION
 
 
-def asset_path(name: AssetName) -> Path:
-    """Return where an asset lies once it is built."""
-    return cache_folder() / _PATHS[name]
+def asset_path(name: str) -> Path:
+    """Return where an asset lies once it is built.
+
+    Raises:
+        KeyError: the name is not one of `ASSETS`.
+    """
+    return cache_folder() / ASSETS[name]
 
 
 def build_once(target: Path, build: Callable[[Path], None], force: bool = False) -> bool:
-    """Build a file or folder unless it is there; whatever happens, it is never there half-made.
+    """Build a file or folder unless it is there; it is never there half-made.
 
-    `build` writes to a path beside the target, which is synced and renamed at the end. What a failed build left is
-    removed at once, what a killed one left by the next; of two builds at once the second waits for the first and
-    finds its work done.
+    `build` writes to a path beside the target, which is synced and renamed at the end. What a failed build leaves is
+    removed at once; what a killed build leaves is removed by the next one. Of two builds at the same time, the second
+    waits for the first and finds its work done.
 
     Args:
         target: the file or folder wanted.

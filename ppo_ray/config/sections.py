@@ -3,23 +3,20 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from ppo_ray.assets.cache import AssetName, asset_path
-
-_ASSETS: tuple[AssetName, ...] = get_args(AssetName)
+from ppo_ray.assets.cache import ASSETS, asset_path
 
 
 def _resolve(source: str) -> str:
     """Turn `asset:NAME` into the asset's path in the cache and `~` into the home folder; leave the rest as it is."""
     prefix, colon, name = source.partition(":")
     if prefix == "asset" and colon:
-        for asset in _ASSETS:
-            if name == asset:
-                return str(asset_path(asset))
-        raise ValueError(f"{source!r} is no asset; there are {', '.join(f'asset:{asset}' for asset in _ASSETS)}")
+        if name not in ASSETS:
+            raise ValueError(f"{source!r} is no asset; there are {', '.join(f'asset:{asset}' for asset in ASSETS)}")
+        return str(asset_path(name))
     return _expand(source)
 
 

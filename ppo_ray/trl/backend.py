@@ -1,6 +1,8 @@
-"""Where a trainer's work is done: what the trainer asks of it, and the one that does it in this process."""
+"""The trainer's backends: their interface, the trajectories that they learn from, and the backend of this process.
 
-from collections.abc import Callable
+Dimensions: P prompt tokens, R response tokens.
+"""
+
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -8,16 +10,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ppo_ray import trajectory
 from ppo_ray.learner.learner import PPOLearner, Update
 from ppo_ray.models.actor_critic import CausalLMWithValueHead
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.trl.config import PPOConfig
-from ppo_ray.trl.generation import generate_batched, generate_one
+from ppo_ray.trl.generation import GenerateCall, TokenIds, generate
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead
 
 _MICROBATCH_TOKENS = 2048
-
-Answer = torch.Tensor | list[torch.Tensor]
 
 
 class Backend(Protocol):
@@ -26,16 +27,8 @@ class Backend(Protocol):
     kl_coef: float
     """Weight of the KL penalty in the next update; may be set."""
 
-    def generate(
-        self,
-        queries: Answer,
-        length_sampler: Callable[[], int] | None,
-        batch_size: int,
-        return_prompt: bool,
-        by_reference: bool,
-        arguments: dict[str, Any],
-    ) -> Answer:
-        """Answer one prompt, `[P]` to `[1, T]`, or a list of such; see `PPOTrainer.generate`."""
+    def generate(self, call: GenerateCall, by_reference: bool = False) -> TokenIds:
+        """Answer prompts with the policy or with the reference; see `PPOTrainer.generate`."""
         ...
 
     def update(self, table: pa.Table, orders: list[np.ndarray], temperature: float) -> Update:
@@ -48,7 +41,7 @@ class Backend(Protocol):
 
 
 class InProcess:
-    """Everything in this process, on the caller's own models and optimizer."""
+    """The backend that works in this process, on the caller's own models and optimizer."""
 
     def __init__(
         self,
@@ -58,7 +51,7 @@ class InProcess:
         tokenizer: Any,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Work on models that are on their device, in eval mode."""
+        """Make a learner of models that are on their device, in eval mode."""
         self._model, self._ref_model, self._tokenizer = model, ref_model, tokenizer
         self._policy = CausalLMWithValueHead(model.pretrained_model, temperature=1.0, value_head=model.v_head.summary)
         self._reference = ResponseLM(ref_model.pretrained_model, temperature=1.0)
@@ -80,23 +73,11 @@ class InProcess:
     def kl_coef(self, value: float) -> None:
         self._learner.controller = replace(self._learner.controller, kl_coef=value)
 
-    def generate(
-        self,
-        queries: Answer,
-        length_sampler: Callable[[], int] | None,
-        batch_size: int,
-        return_prompt: bool,
-        by_reference: bool,
-        arguments: dict[str, Any],
-    ) -> Answer:
+    def generate(self, call: GenerateCall, by_reference: bool = False) -> TokenIds:
         """Sample by transformers' `generate`, dropout off."""
         model = self._ref_model if by_reference else self._model
         model.eval()
-        if isinstance(queries, list):
-            return generate_batched(
-                model, self._tokenizer, queries, length_sampler, batch_size, return_prompt, arguments
-            )
-        return generate_one(model, queries, length_sampler, return_prompt, arguments)
+        return generate(model, self._tokenizer, call)
 
     def update(self, table: pa.Table, orders: list[np.ndarray], temperature: float) -> Update:
         """Make one update; the model is in eval mode after it as before."""
@@ -105,4 +86,74 @@ class InProcess:
         return self._learner.update(table, self._learner.policy_version, orders.__getitem__)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
+
+
+def build_trajectories(
+    queries: list[torch.Tensor],
+    responses: list[torch.Tensor],
+    scores: list[torch.Tensor],
+    response_masks: list[torch.Tensor] | None,
+    batch_size: int,
+    eos_token_id: int | None,
+) -> pa.Table:
+    """Check what a script gives to `step`, and build a table of `trajectory.SCHEMA` from it.
+
+    The rollout log-probabilities are NaN: they are unknown.
+
+    Args:
+        queries: `[P]` token ids each.
+        responses: `[R]` token ids each.
+        scores: one number each.
+        response_masks: None, or all ones.
+        batch_size: how many of each there must be.
+        eos_token_id: a response that ends with it ended by itself.
+
+    Raises:
+        ValueError: something is not as said, and the message names the sample; or there is one response token in all.
+    """
+    for name, tensors in (("queries", queries), ("responses", responses), ("scores", scores)):
+        if not isinstance(tensors, list) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+            raise ValueError(f"{name} must be a list of tensors")
+        if len(tensors) != batch_size:
+            raise ValueError(f"{name} has {len(tensors)} tensors, but batch_size={batch_size}")
+    numbers = []
+    for index, score in enumerate(scores):
+        if score.dim() > 1 or score.numel() != 1:
+            raise ValueError(f"scores[{index}] has shape {tuple(score.shape)}; it must be one number")
+        if not torch.isfinite(score).all():
+            raise ValueError(f"scores[{index}] is {float(score)}; a score must be finite")
+        numbers.append(float(score))
+    if response_masks is not None and not all(bool(mask.all()) for mask in response_masks):
+        raise ValueError("response_masks cannot be honoured: every token of a response is learnt from; leave them out")
+    rows = [
+        _make_row(index, query, response, eos_token_id)
+        for index, (query, response) in enumerate(zip(queries, responses, strict=True))
+    ]
+    if sum(len(row["response_ids"]) for row in rows) < 2:
+        raise ValueError(
+            f"batch_size={batch_size} and responses[0] has one token: advantages are whitened over the response tokens "
+            "of a step, which takes at least two of them; use a larger batch_size"
+        )
+    return trajectory.with_scores(trajectory.from_rows(rows), numbers)
+
+
+def _make_row(index: int, query: torch.Tensor, response: torch.Tensor, eos_token_id: int | None) -> dict[str, Any]:
+    """Make a row of the table; raises ValueError if it has not at least one token of each."""
+    for name, ids in (("queries", query), ("responses", response)):
+        if ids.dim() != 1 or not len(ids) or ids.is_floating_point():
+            raise ValueError(f"{name}[{index}] is {ids.dtype} {tuple(ids.shape)}; it must be [tokens], at least one")
+    response_ids = response.tolist()
+    return {
+        "sample_id": index,
+        "step": 0,
+        "policy_version": 0,
+        "worker": "trl",
+        "seed": 0,
+        "prompt": "",
+        "response": "",
+        "prompt_ids": query.tolist(),
+        "response_ids": response_ids,
+        "rollout_logprobs": [float("nan")] * len(response_ids),
+        "finish_reason": "stop" if response_ids[-1] == eos_token_id else "length",
+    }

@@ -1,4 +1,4 @@
-"""Saved models with a value head: `v_head.*` beside the model's own tensors in safetensors, one file or shards."""
+"""Saved models with a value head: `v_head.*` among the model's own tensors, in one safetensors file or shards."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 VALUE_HEAD = "v_head."
-"""Begins the names of a value head's tensors."""
+"""Prefix of the names of a value head's tensors."""
 _PLACE = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 _CONVERT = (
     "import glob, torch, safetensors.torch; "
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_with_value_head(path: str, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Load a causal LM, safetensors only, no code of its folder, and the value head saved with it.
+    """Load a causal LM and the value head saved with it; only safetensors, and no code of its folder.
 
     Args:
         path: folder or hub name.
@@ -44,7 +44,7 @@ def load_with_value_head(path: str, *args: Any, **kwargs: Any) -> tuple[Any, dic
     _refuse_pickled(Path(path, kwargs.get("subfolder") or ""))
     given = (kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
     dtype = next((dtype for dtype in given if dtype is not None), torch.float32)
-    with _no_report():
+    with _silence_report():
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             *args,
@@ -72,14 +72,14 @@ def _read_value_head(path: str, variant: str | None, place: dict[str, Any]) -> d
     """Read the `v_head.*` tensors from the file or shards that transformers takes, which prefers the single file."""
     quiet = {"_raise_exceptions_for_missing_entries": False}
 
-    def variant_of(name: str) -> str:
+    def add_variant(name: str) -> str:
         stem, _, suffix = name.rpartition(".")
         return f"{stem}.{variant}.{suffix}" if variant else name
 
-    whole = cached_file(path, variant_of("model.safetensors"), **quiet, **place)
+    whole = cached_file(path, add_variant("model.safetensors"), **quiet, **place)
     files = [whole]
     if whole is None:
-        index = cached_file(path, variant_of("model.safetensors.index.json"), **quiet, **place)
+        index = cached_file(path, add_variant("model.safetensors.index.json"), **quiet, **place)
         shards = json.loads(Path(index).read_text())["weight_map"] if index is not None else {}
         names = {file for name, file in shards.items() if name.startswith(VALUE_HEAD)}
         files = [cached_file(path, name, **place) for name in sorted(names)]
@@ -92,10 +92,10 @@ def _read_value_head(path: str, variant: str | None, place: dict[str, Any]) -> d
 
 
 def _refuse_pickled(folder: Path) -> None:
-    """Say how to convert a local model that has pickled weights only.
+    """Refuse a local model that has pickled weights only, and say how to convert it.
 
     Raises:
-        OSError: it has.
+        OSError: it has pickled weights only.
     """
     pickled = sorted(folder.glob("pytorch_model*.bin"))
     if pickled and not list(folder.glob("*.safetensors")):
@@ -106,8 +106,8 @@ def _refuse_pickled(folder: Path) -> None:
 
 
 @contextmanager
-def _no_report() -> Iterator[None]:
-    """Keep transformers from reporting the value head as something unexpected; what else is wrong is logged here."""
+def _silence_report() -> Iterator[None]:
+    """Keep transformers from reporting the value head as unexpected; `load_with_value_head` logs what else is wrong."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -1,4 +1,4 @@
-"""TRL 0.11's PPOConfig: the same fields, defaults and derived figures, and ppo_ray's options of the same meaning."""
+"""TRL 0.11's PPOConfig: the same fields, defaults and derived values, and their translation into ppo_ray's options."""
 
 import math
 import os
@@ -28,12 +28,12 @@ _LIMITS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = 
 
 @dataclass
 class PPOConfig:
-    """Options of `PPOTrainer`, ppo_ray's name of each in brackets; what cannot be honoured raises ValueError."""
+    """Options of `PPOTrainer`, with ppo_ray's names in brackets; what cannot be honoured raises ValueError."""
 
     exp_name: str = os.path.basename(sys.argv[0]).removesuffix(".py")
     """Name of the experiment, for trackers: the script's."""
     seed: int = 0
-    """Of `random`, numpy and torch, set when the trainer is made."""
+    """Seed of `random`, numpy and torch, set when the trainer is made."""
     log_with: Literal["wandb", "tensorboard"] | None = None
     """Tracker that `log_stats` writes to, by way of accelerate."""
     task_name: str | None = None
@@ -57,9 +57,9 @@ class PPOConfig:
     push_to_hub_if_best_kwargs: dict[str, Any] = field(default_factory=dict)
     """Cannot be honoured: call `push_to_hub` yourself."""
     steps: int = 20000
-    """Sizes `total_ppo_epochs` and nothing else, as in TRL."""
+    """Determines `total_ppo_epochs` and nothing else, as in TRL."""
     learning_rate: float = 1.41e-5
-    """Of Adam, if no optimizer is given [ppo.learning_rate]."""
+    """Learning rate of Adam, if no optimizer is given [ppo.learning_rate]."""
     adap_kl_ctrl: bool = True
     """Adaptive or fixed KL controller [ppo.kl_controller]."""
     init_kl_coef: float = 0.2
@@ -67,27 +67,27 @@ class PPOConfig:
     kl_penalty: Literal["kl", "abs", "mse", "full"] = "kl"
     """How the KL is estimated [ppo.kl_estimator: k1, abs, k2, full]."""
     target: float = 6.0
-    """Of the adaptive controller, nats a sequence [ppo.kl_target]."""
+    """KL that the adaptive controller aims at, nats per sequence [ppo.kl_target]."""
     horizon: float = 10000.0
-    """Of the adaptive controller, sequences [ppo.kl_horizon]."""
+    """Horizon of the adaptive controller, sequences [ppo.kl_horizon]."""
     gamma: float = 1.0
     """Discount [ppo.gamma]."""
     lam: float = 0.95
     """Lambda of GAE [ppo.gae_lambda]."""
     cliprange: float = 0.2
-    """Of the policy's ratio [ppo.clip_range]."""
+    """Clip range of the policy's ratio [ppo.clip_range]."""
     cliprange_value: float = 0.2
-    """Of the values [ppo.value_clip_range]."""
+    """Clip range of the values [ppo.value_clip_range]."""
     vf_coef: float = 0.1
     """Weight of the value loss [ppo.value_coef]."""
     batch_size: int = 128
-    """Samples a `step` [rollout.batch_size]."""
+    """Samples per `step` [rollout.batch_size]."""
     forward_batch_size: int | None = None
     """Deprecated: overrides mini_batch_size."""
     mini_batch_size: int = 128
-    """Samples a forward and backward pass in TRL [ppo.minibatch_size / ppo.gradient_accumulation]."""
+    """Samples per forward and backward pass in TRL [ppo.minibatch_size / ppo.gradient_accumulation]."""
     gradient_accumulation_steps: int = 1
-    """Of these an optimizer step [ppo.gradient_accumulation]."""
+    """Forward and backward passes per optimizer step [ppo.gradient_accumulation]."""
     world_size: int | None = None
     """Filled in by the trainer: always 1. More processes: `ppo-ray train`."""
     ppo_epochs: int = 4
@@ -101,15 +101,15 @@ class PPOConfig:
     early_stopping: bool = False
     """Whether a step ends after an epoch whose KL exceeds 1.5 target_kl [ppo.early_stopping=after_epoch]."""
     target_kl: float = 1.0
-    """Of early stopping [ppo.early_stopping_kl]."""
+    """KL of early stopping [ppo.early_stopping_kl]."""
     compare_steps: int = 1
-    """Of push_to_hub_if_best_kwargs; nothing else uses it."""
+    """For push_to_hub_if_best_kwargs; nothing else uses it."""
     ratio_threshold: float = 10.0
     """Mini-batches with a larger mean ratio are multiplied by zero [ppo.ratio_threshold, ppo.ratio_exceeded]."""
     use_score_scaling: bool = False
-    """Divide scores by their running standard deviation [ppo.score_scaling=std]; it crashes in TRL 0.11.3."""
+    """Divides scores by their running standard deviation [ppo.score_scaling=std]; it crashes in TRL 0.11.3."""
     use_score_norm: bool = False
-    """And subtract their running mean before [ppo.score_scaling=mean_std]."""
+    """Subtracts their running mean before [ppo.score_scaling=mean_std]."""
     score_clip: float | None = None
     """Limit of scores [ppo.score_clip]."""
     whiten_rewards: bool = False
@@ -121,7 +121,7 @@ class PPOConfig:
     is_peft_model: bool | None = None
     """Filled in by the trainer: always False."""
     backward_batch_size: int | None = None
-    """Derived: samples an optimizer step."""
+    """Derived: samples per optimizer step."""
     global_backward_batch_size: int | None = None
     """Filled in by the trainer."""
     global_batch_size: int | None = None
@@ -130,7 +130,7 @@ class PPOConfig:
     """For the script's own use."""
 
     def __post_init__(self) -> None:
-        """Check the options and derive figures.
+        """Check the options and derive others.
 
         Raises:
             ValueError: an option is out of bounds or cannot be honoured.
@@ -144,7 +144,7 @@ class PPOConfig:
                 raise ValueError("optimize_cuda_cache is the old name of optimize_device_cache; give one of them")
             warnings.warn("optimize_cuda_cache is deprecated; use optimize_device_cache", FutureWarning, stacklevel=3)
             self.optimize_device_cache = self.optimize_cuda_cache
-        wrong = [*self._out_of_bounds(), *self._not_honoured()]
+        wrong = [*self._find_out_of_bounds(), *self._find_not_honoured()]
         if wrong:
             raise ValueError("\n".join(wrong))
         if self.log_with == "wandb" and find_spec("wandb") is None:
@@ -158,7 +158,7 @@ class PPOConfig:
             )
         self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
 
-    def _out_of_bounds(self) -> Iterator[str]:
+    def _find_out_of_bounds(self) -> Iterator[str]:
         """Yield a line for each value that its option cannot have."""
         for names, kind, fits, wanted in _LIMITS:
             for name in names:
@@ -172,7 +172,7 @@ class PPOConfig:
         if self.log_with not in (None, "wandb", "tensorboard"):
             yield f"log_with={self.log_with!r} is not one of wandb, tensorboard"
 
-    def _not_honoured(self) -> Iterator[str]:
+    def _find_not_honoured(self) -> Iterator[str]:
         """Yield a line for each option that is not offered, with what to do instead."""
         reasons = {
             "push_to_hub_if_best_kwargs": "look at stats['ppo/mean_scores'] and call push_to_hub yourself",
@@ -187,8 +187,8 @@ class PPOConfig:
             yield f"world_size={self.world_size} cannot be honoured: this is one process; see `ppo-ray train`"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all options, nested ones flattened with slashes."""
-        return _flat(self.__dict__)
+        """Return all options by name; nested ones are flattened, with slashes in their names."""
+        return _flatten(self.__dict__)
 
     def to_ppo_ray(self) -> ppo_ray_config.UpdateConfig:
         """Return ppo_ray's options under which its learner computes what TRL computes."""
@@ -220,8 +220,8 @@ class PPOConfig:
         )
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= _flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
     return flat

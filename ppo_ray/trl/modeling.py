@@ -177,7 +177,7 @@ class AutoModelForCausalLMWithValueHead(torch.nn.Module):
             del self.pretrained_model.v_head
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Turn it on in the wrapped model; it has no effect in eval mode, in which PPO runs."""
+        """Enable it in the wrapped model; it has no effect in eval mode, in which PPO runs."""
         self.pretrained_model.gradient_checkpointing_enable(*args, **kwargs)
 
 
@@ -188,10 +188,10 @@ def create_reference_model(
 
     Args:
         model: whose copy is wanted.
-        num_shared_layers: so many first layers, and all that the model lists before them (its embeddings, and with
-            them a tied head), become the same tensors in both models, frozen; None: nothing is shared, and `model` is
-            left as it is.
-        pattern: how a layer is named, e.g. `"transformer.h.{layer}"`; None: found by the model's names.
+        num_shared_layers: how many of the first layers become the same tensors in both models, frozen, with all that
+            the model lists before them (its embeddings, and with them a tied head); None: nothing is shared, and
+            `model` is left as it is.
+        pattern: the name of a layer, e.g. `"transformer.h.{layer}"`; None: found by the model's names.
 
     Raises:
         ValueError: no layer is named so.

@@ -1,9 +1,9 @@
-"""A trainer's work on Ray actors: vLLM engines generate, a learner updates, weights come back after each step."""
+"""The trainer's backend on Ray: vLLM engines generate, a learner updates, its weights go back to engines and model."""
 
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ppo_ray.models.actor_critic import VALUE_HEAD_FILE, save_value_head
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.rollout.group import RolloutGroup
 from ppo_ray.trl.config import PPOConfig
+from ppo_ray.trl.generation import GenerateCall, TokenIds
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead
 
 _LOG = logging.getLogger(__name__)
@@ -37,11 +38,11 @@ _ARGUMENTS = {
     "pad_token_id",
     "eos_token_id",
 }
-"""Arguments of `generate` that engines honour: those of the full softmax, and how long."""
+"""Arguments of `generate` that engines honour: those of the full softmax, and of the length."""
 
 
 class OnRay:
-    """Rollout workers and a learner as Ray actors; the caller's model is a copy that follows theirs."""
+    """The backend of rollout workers and a learner as Ray actors; the caller's model is a copy that follows theirs."""
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class OnRay:
         self.kl_coef, self._version = config.init_kl_coef, 0
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ppo_ray-"))
-            self._config = _ray_config(config, folder, options)
+            self._config = _make_config(config, folder, options)
             _write_models(self._config, model, ref_model, tokenizer)
             stack.enter_context(ray_session(self._config.ray))
             seats = stack.enter_context(reserved(self._config, ["rollout", "learner"]))
@@ -86,33 +87,26 @@ class OnRay:
             self._rollout.load_weights(self._learner.weights())
             self._stack = stack.pop_all()
 
-    def generate(
-        self,
-        queries: torch.Tensor | list[torch.Tensor],
-        length_sampler: Callable[[], int] | None,
-        batch_size: int,
-        return_prompt: bool,
-        by_reference: bool,
-        arguments: dict[str, Any],
-    ) -> torch.Tensor | list[torch.Tensor]:
-        """Sample by the engines, all prompts at once; lengths are drawn as in process, once a `batch_size` prompts.
+    def generate(self, call: GenerateCall, by_reference: bool = False) -> TokenIds:
+        """Sample with the engines, all prompts at once; lengths are drawn as in process, once per `batch_size` prompts.
 
         Raises:
             ValueError: an argument is not for engines, the temperature is not theirs, or the reference is asked.
         """
-        self._check(arguments, by_reference)
-        prompts = queries if isinstance(queries, list) else [queries]
-        default = arguments.get("max_new_tokens", 20)  # transformers' default
-        drawn = [length_sampler() if length_sampler else default for _ in range(0, len(prompts), batch_size)]
-        limits = tuple(drawn[index // batch_size] for index in range(len(prompts)))
+        self._check(call.arguments, by_reference)
+        prompts = call.queries if isinstance(call.queries, list) else [call.queries]
+        default = call.arguments.get("max_new_tokens", 20)  # transformers' default
+        starts = range(0, len(prompts), call.batch_size)
+        drawn = [call.length_sampler() if call.length_sampler else default for _ in starts]
+        limits = tuple(drawn[index // call.batch_size] for index in range(len(prompts)))
         sample_ids = tuple(range(self._sampled, self._sampled + len(prompts)))
         self._sampled += len(prompts)
         batch = PromptBatch(sample_ids, tuple(tuple(prompt.tolist()) for prompt in prompts), limits)
         table = self._rollout.generate(batch, self._version).fetch()
         responses = [torch.from_numpy(ids.astype(np.int64)) for ids in trajectory.ragged(table, "response_ids")]
-        if return_prompt:
+        if call.return_prompt:
             responses = [torch.cat([prompt.cpu(), ids]) for prompt, ids in zip(prompts, responses, strict=True)]
-        return responses if isinstance(queries, list) else responses[0][None]
+        return responses if isinstance(call.queries, list) else responses[0][None]
 
     def update(self, table: pa.Table, orders: list[np.ndarray], temperature: float) -> Update:
         """Make one update in the learner, send its weights to the engines, verified, and into the caller's model."""
@@ -132,6 +126,7 @@ class OnRay:
         self._stack.close()
 
     def _check(self, arguments: dict[str, Any], by_reference: bool) -> None:
+        """Raise ValueError for what the engines cannot honour."""
         if by_reference:
             raise ValueError("generate_ref_response cannot be honoured on Ray: the engines hold the policy alone")
         unknown = sorted(set(arguments) - _ARGUMENTS)
@@ -152,8 +147,12 @@ def _log_event(event: Event) -> None:
     _LOG.warning("%s", event.message)
 
 
-def _ray_config(config: PPOConfig, folder: str, options: Sequence[str]) -> Config:
-    """Make a config of ppo_ray's; it has prompts and rewards of its own, which a trainer does without."""
+def _make_config(config: PPOConfig, folder: str, options: Sequence[str]) -> Config:
+    """Make a config of ppo_ray's; its prompts and rewards are placeholders, which a trainer does not use.
+
+    Raises:
+        InputError: an option is wrong or cannot be set here.
+    """
     others = [option for option in options if option.partition("=")[0].partition(".")[0] not in _SECTIONS]
     if others:
         raise InputError(

@@ -1,4 +1,4 @@
-"""TRL 0.11's statistics of a step, under TRL's names, from what our learner returns.
+"""TRL 0.11's statistics of a step, computed from the learner's update, and the trackers they are logged to.
 
 Dimensions: B sequences, R response tokens, T prompt and response tokens of the longest.
 """
@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from ppo_ray import trajectory
 from ppo_ray.learner.learner import Update
+from ppo_ray.trl.config import PPOConfig
 
 
 def step_statistics(update: Update, orders: Sequence[np.ndarray], mini_batch_size: int) -> dict[str, Any]:
@@ -94,3 +98,56 @@ def _frame(table: pa.Table, rows: Sequence[np.ndarray]) -> np.ndarray:
     for row, start, stop, figures in zip(frame, starts, stops, rows, strict=True):
         row[start:stop] = figures
     return frame
+
+
+def make_accelerator(config: PPOConfig) -> Accelerator:
+    """Set up accelerate for its trackers and its device; it neither wraps models nor scales losses here.
+
+    Raises:
+        ValueError: accelerate was started with several processes.
+    """
+    accelerator = Accelerator(
+        log_with=config.log_with,
+        project_config=ProjectConfiguration(**config.project_kwargs),
+        **config.accelerator_kwargs,
+    )
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"{accelerator.num_processes} processes: PPOTrainer is one process. On several GPUs use `ppo-ray train`."
+        )
+    if config.log_with is not None:
+        flat = config.to_dict()
+        options = {name: value for name, value in flat.items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers(config.tracker_project_name, options, config.tracker_kwargs)
+    return accelerator
+
+
+def make_log_entries(
+    stats: dict[str, Any], batch: dict[str, Any], scores: torch.Tensor, columns: list[str], log_with: str | None
+) -> dict[str, Any]:
+    """Put together what is logged of a step: statistics, scores, and for wandb a table of texts.
+
+    Args:
+        stats: of `PPOTrainer.step`.
+        batch: texts and whatever else, by column.
+        scores: `[B]`.
+        columns: of the batch, for the table.
+        log_with: the tracker; TensorBoard takes scalars only.
+
+    Raises:
+        ValueError: a column is not in the batch (wandb only).
+    """
+    entries = dict(stats)
+    if log_with == "wandb":
+        missing = [column for column in columns if column not in batch]
+        if missing:
+            raise ValueError(f"columns_to_log: {missing} are not in the batch, which has {sorted(batch)}")
+        import wandb
+
+        rows = [list(row) for row in zip(*(batch[column] for column in columns), scores.tolist(), strict=True)]
+        entries["game_log"] = wandb.Table(columns=[*columns, "reward"], rows=rows)
+    entries["env/reward_mean"], entries["env/reward_std"] = float(scores.mean()), float(scores.std())
+    entries["env/reward_dist"] = scores.numpy()
+    if log_with == "tensorboard":
+        return {name: value for name, value in entries.items() if np.ndim(value) == 0}
+    return entries

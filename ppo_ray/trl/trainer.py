@@ -1,4 +1,4 @@
-"""TRL 0.11's PPOTrainer over our learner: `generate`, `step(queries, responses, scores)`, `log_stats`."""
+"""TRL 0.11's PPOTrainer on ppo_ray's learner: `generate`, `step(queries, responses, scores)`, `log_stats`."""
 
 import inspect
 import random
@@ -14,20 +14,18 @@ import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from ppo_ray.learner.learner import Update
-from ppo_ray.trl.backend import Backend, InProcess
+from ppo_ray.trl.backend import Backend, InProcess, build_trajectories
 from ppo_ray.trl.config import PPOConfig
+from ppo_ray.trl.generation import GenerateCall, sampling_temperature
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead, create_reference_model
-from ppo_ray.trl.sampling import sampling_temperature
-from ppo_ray.trl.statistics import step_statistics
-from ppo_ray.trl.tracking import log_entries, make_accelerator
-from ppo_ray.trl.trajectories import scored_trajectories
+from ppo_ray.trl.statistics import make_accelerator, make_log_entries, step_statistics
 
 
 class KLControl:
     """The KL controller as TRL shows it: `value` is the penalty's weight in the next step, and may be set."""
 
     def __init__(self, backend: Backend) -> None:
-        """Show and change a backend's controller."""
+        """Show and set a backend's `kl_coef`."""
         self._backend = backend
 
     @property
@@ -72,7 +70,7 @@ class PPOTrainer:
             optimizer: of the model's parameters; None: Adam with `config.learning_rate`.
             data_collator: of the dataloader.
             num_shared_layers: first layers that model and reference share and that stay as they are.
-            lr_scheduler: of the optimizer; it steps once a `step`.
+            lr_scheduler: of the optimizer; it steps once per `step`.
             training_data_collator: cannot be honoured: sequences are laid out in rows without padding.
             on_ray: None: everything in this process. Options of ppo_ray, e.g. `["rollout.workers=2"]`: vLLM engines
                 generate and a learner updates, as Ray actors; `model` follows them. End with `close`.
@@ -95,6 +93,9 @@ class PPOTrainer:
             raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, not {type(lr_scheduler)}")
         if ref_model is not None and num_shared_layers is not None:
             warnings.warn("num_shared_layers is ignored: a ref_model is given", UserWarning, stacklevel=2)
+        for name, own in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
+            if on_ray is not None and own is not None:
+                raise ValueError(f"{name} cannot be honoured on Ray: the learner makes its own Adam with learning_rate")
         set_seed(config.seed)
         self.config, self.tokenizer, self.dataset = config, tokenizer, dataset
         self.accelerator = make_accelerator(config)
@@ -111,15 +112,19 @@ class PPOTrainer:
         self.lr_scheduler = lr_scheduler
         self.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.dataloader = self.prepare_dataloader(dataset, data_collator) if dataset is not None else None
-        self._backend: Backend = InProcess(config, self.model, self.ref_model, tokenizer, self.optimizer)
-        if on_ray is not None:
-            self._backend = _on_ray(config, self.model, self.ref_model, tokenizer, optimizer, lr_scheduler, on_ray)
+        self._backend: Backend
+        if on_ray is None:
+            self._backend = InProcess(config, self.model, self.ref_model, tokenizer, self.optimizer)
+        else:
+            from ppo_ray.trl.on_ray import OnRay  # Ray is not needed otherwise
+
+            self._backend = OnRay(config, self.model, self.ref_model, tokenizer, on_ray)
         self.kl_ctl = KLControl(self._backend)
         self.current_step = 0
         self._temperature: float | None = None
 
     def prepare_dataloader(self, dataset: Any, data_collator: Callable[..., Any] | None = None) -> Any:
-        """Make a shuffling dataloader of whole batches; columns nobody takes are dropped from a datasets Dataset."""
+        """Make a shuffling dataloader of whole batches; a datasets Dataset loses the columns that nothing takes."""
         if hasattr(dataset, "column_names") and self.config.remove_unused_columns:
             taken = {*inspect.signature(self.model.forward).parameters, "label", "query", "response"}
             dataset = dataset.remove_columns([name for name in dataset.column_names if name not in taken])
@@ -141,10 +146,10 @@ class PPOTrainer:
 
         Args:
             query_tensor: `[P]` token ids of one prompt, or a list of such.
-            length_sampler: draws `max_new_tokens`, once a call or once a batch.
+            length_sampler: draws `max_new_tokens`, once per `batch_size` prompts.
             batch_size: prompts of a list that are sampled together.
             return_prompt: whether the prompt is part of what is returned.
-            generate_ref_response: whether the reference answers too.
+            generate_ref_response: whether the reference model answers too.
             **generation_kwargs: for `generate`; it must sample from the full softmax.
 
         Returns:
@@ -162,13 +167,9 @@ class PPOTrainer:
                 f"{self._temperature:g}; the responses of a step must share one temperature"
             )
         self._temperature = temperature
-        answers = [
-            self._backend.generate(
-                query_tensor, length_sampler, batch_size, return_prompt, reference, generation_kwargs
-            )
-            for reference in ((False, True) if generate_ref_response else (False,))
-        ]
-        return tuple(answers) if generate_ref_response else answers[0]
+        call = GenerateCall(query_tensor, length_sampler, batch_size, return_prompt, generation_kwargs)
+        answer = self._backend.generate(call)
+        return (answer, self._backend.generate(call, by_reference=True)) if generate_ref_response else answer
 
     def step(
         self,
@@ -193,11 +194,11 @@ class PPOTrainer:
             NonFiniteError: the loss or its gradient is not finite; the weights are as before that mini-batch.
         """
         started = time.perf_counter()
-        table = scored_trajectories(
+        table = build_trajectories(
             queries, responses, scores, response_masks, self.config.batch_size, self.tokenizer.eos_token_id
         )
         temperature, self._temperature = self._temperature or 1.0, None
-        update, orders = self._updated(table, temperature)
+        update, orders = self._update(table, temperature)
         counted = time.perf_counter()
         stats = step_statistics(update, orders, self.config.mini_batch_size)
         if stats["objective/kl"] < -1:
@@ -221,7 +222,7 @@ class PPOTrainer:
             "time/ppo/total": now - started,
         }
 
-    def _updated(self, table: pa.Table, temperature: float) -> tuple[Update, list[np.ndarray]]:
+    def _update(self, table: pa.Table, temperature: float) -> tuple[Update, list[np.ndarray]]:
         """Update with the rows in the orders that TRL would draw, and leave numpy's generator where TRL would."""
         size, state = self.config.batch_size, np.random.get_state()
         orders = [np.random.permutation(size) for _ in range(self.config.ppo_epochs)]
@@ -249,7 +250,7 @@ class PPOTrainer:
             ValueError: a column is not in the batch (wandb only).
         """
         scores = torch.tensor([float(reward) for reward in rewards])
-        logs = log_entries(stats, batch, scores, list(columns_to_log), self.config.log_with)
+        logs = make_log_entries(stats, batch, scores, list(columns_to_log), self.config.log_with)
         step = None
         if self.config.log_with == "tensorboard":
             step = self.current_step = self.current_step + 1
@@ -275,20 +276,3 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _on_ray(
-    config: PPOConfig,
-    model: AutoModelForCausalLMWithValueHead,
-    ref_model: AutoModelForCausalLMWithValueHead,
-    tokenizer: Any,
-    optimizer: Any,
-    lr_scheduler: Any,
-    options: Sequence[str],
-) -> Backend:
-    from ppo_ray.trl.on_ray import OnRay
-
-    for name, given in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
-        if given is not None:
-            raise ValueError(f"{name} cannot be honoured on Ray: the learner makes its own Adam with learning_rate")
-    return OnRay(config, model, ref_model, tokenizer, options)

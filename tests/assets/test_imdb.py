@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ppo_ray.assets.build import read_reviews
 from ppo_ray.assets.cache import asset_path
 from ppo_ray.assets.classifier import MIN_ACCURACY, split
-from ppo_ray.assets.prompts import read_source
 from ppo_ray.reward.classifier import Classifier
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def test_classifier() -> None:
 
 
 def test_held_out_sentences_are_not_trained_on() -> None:
-    train, held_out = split(read_source("rotten_tomatoes"))
+    train, held_out = split(read_reviews("rotten_tomatoes"))
     assert held_out.num_rows == 800
     texts = [{text.strip().lower() for text in table.column("text").to_pylist()} for table in (train, held_out)]
     assert not texts[0] & texts[1]

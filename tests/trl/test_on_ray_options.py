@@ -1,16 +1,19 @@
-"""What of ppo_ray's options a trainer over Ray actors takes. Starts nothing."""
+"""What a trainer over Ray actors takes, and what it makes. Starts no actor."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from ppo_ray.errors import InputError
-from ppo_ray.trl import PPOConfig
-from ppo_ray.trl.on_ray import _ray_config
+from ppo_ray.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_ray.trl.on_ray import _make_config
 
 
 def test_options_of_the_actors_are_taken(tmp_path: Path) -> None:
-    config = _ray_config(
+    config = _make_config(
         PPOConfig(batch_size=6, mini_batch_size=3), str(tmp_path), ["rollout.workers=3", "learner.threads=1"]
     )
     assert (config.rollout.workers, config.learner.threads, config.rollout.batch_size) == (3, 1, 6)
@@ -21,4 +24,45 @@ def test_options_of_the_actors_are_taken(tmp_path: Path) -> None:
 )
 def test_what_is_the_scripts_own_is_refused_not_overwritten(tmp_path: Path, option: str) -> None:
     with pytest.raises(InputError, match=f"on_ray: {option} cannot be set here"):
-        _ray_config(PPOConfig(), str(tmp_path), ["rollout.workers=2", option])
+        _make_config(PPOConfig(), str(tmp_path), ["rollout.workers=2", option])
+
+
+class Remote:
+    """Stands in for the backend on Ray: keeps what it is given."""
+
+    kl_coef = 0.25
+
+    def __init__(self, *given: Any) -> None:
+        self.given = given
+
+
+@pytest.fixture
+def make(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def refuse(*given: Any) -> None:
+        pytest.fail("a learner is made in this process too")
+
+    monkeypatch.setattr("ppo_ray.trl.on_ray.OnRay", Remote)
+    monkeypatch.setattr("ppo_ray.trl.trainer.InProcess", refuse)
+
+    def make(**arguments: Any) -> PPOTrainer:
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_policy)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+        return PPOTrainer(PPOConfig(), model, tokenizer=tokenizer, on_ray=["rollout.workers=3"], **arguments)
+
+    return make
+
+
+def test_only_the_backend_on_ray_is_made(make: Any) -> None:
+    trainer = make()
+    assert trainer.kl_ctl.value == 0.25
+    config, model, ref_model, tokenizer, options = trainer._backend.given
+    assert (config, model, ref_model) == (trainer.config, trainer.model, trainer.ref_model)
+    assert (tokenizer, options) == (trainer.tokenizer, ["rollout.workers=3"])
+
+
+def test_an_optimizer_and_a_scheduler_are_refused(make: Any) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with pytest.raises(ValueError, match="optimizer cannot be honoured on Ray"):
+        make(optimizer=optimizer)
+    with pytest.raises(ValueError, match="lr_scheduler cannot be honoured on Ray"):
+        make(lr_scheduler=torch.optim.lr_scheduler.StepLR(optimizer, step_size=1))

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_ray.errors import NonFiniteError
 from ppo_ray.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+from ppo_ray.trl.generation import GenerateCall, generate
 
 SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6, "pad_token_id": 0}
 STATISTICS = {  # every key of TRL 0.11.3's step
@@ -117,9 +118,7 @@ def test_left_padding_changes_no_distribution(make: Any) -> None:
     prompts = [torch.tensor([5]), torch.tensor([7, 8, 9, 10, 11, 12])]
     greedy = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
     alone = [trainer.model.generate(p[None], attention_mask=torch.ones_like(p)[None], **greedy)[0] for p in prompts]
-    from ppo_ray.trl.generation import generate_batched
-
-    beside = generate_batched(trainer.model, trainer.tokenizer, prompts, None, 2, True, greedy)
+    beside = generate(trainer.model, trainer.tokenizer, GenerateCall(prompts, None, 2, True, greedy))
     for found, wanted in zip(beside, alone, strict=True):
         assert found.tolist() == wanted[: len(found)].tolist()
 
@@ -158,6 +157,18 @@ def test_a_wrong_batch_is_refused_and_nothing_is_learnt(make: Any, change: Any, 
     with pytest.raises(ValueError, match=message):
         trainer.step(*change(*batch(trainer)))
     assert torch.equal(before, trainer.model.v_head.summary.weight)
+
+
+def test_a_single_response_token_is_refused_and_nothing_is_learnt(make: Any) -> None:
+    trainer = make({"batch_size": 1, "mini_batch_size": 1})
+    before = trainer.model.v_head.summary.weight.clone()
+    query, score = torch.tensor([5, 6]), torch.tensor(1.0)
+    with pytest.raises(ValueError, match="batch_size=1 and responses.0. has one token.*larger batch_size"):
+        trainer.step([query], [torch.tensor([7])], [score])
+    assert torch.equal(before, trainer.model.v_head.summary.weight)
+    stats = trainer.step([query], [torch.tensor([7, 8])], [score])  # two tokens are enough
+    assert stats["objective/kl"] == 0 and stats["tokens/responses_len_mean"] == 2
+    assert not torch.equal(before, trainer.model.v_head.summary.weight)
 
 
 def test_masks_of_ones_are_fine(make: Any) -> None:

@@ -1,9 +1,11 @@
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import GenerationConfig
 
-from ppo_ray.trl.sampling import sampling_temperature
+from ppo_ray.trl import LengthSampler
+from ppo_ray.trl.generation import sampling_temperature
 
 FULL = {"do_sample": True, "top_k": 0.0, "top_p": 1.0, "min_length": -1, "pad_token_id": 0, "max_new_tokens": 4}
 
@@ -42,3 +44,20 @@ def test_transformers_own_defaults_and_the_models_count() -> None:
     with pytest.raises(ValueError, match=r"repetition_penalty=1\.2"):
         sampling_temperature(GenerationConfig(repetition_penalty=1.2), FULL)
     assert sampling_temperature(GenerationConfig(temperature=0.5), FULL) == 0.5
+
+
+def test_the_range_is_half_open() -> None:
+    np.random.seed(0)
+    sampler = LengthSampler(2, 8)
+    assert {sampler() for _ in range(500)} == {2, 3, 4, 5, 6, 7}
+
+
+def test_a_seeded_script_draws_trls_lengths() -> None:
+    np.random.seed(0)
+    sampler = LengthSampler(4, 16)
+    assert [sampler() for _ in range(8)] == [9, 4, 7, 15, 7, 11, 13, 7]  # drawn by TRL 0.11.3
+
+
+def test_an_empty_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_value itself is never drawn"):
+        LengthSampler(4, 4)
