@@ -5,29 +5,53 @@ Each check yields a line for everything that cannot be used, so that all of it i
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, Trust, in_job, transport_problems
+from ppo_ray.config import Config, ModelConfig, RewardConfig, Trust, in_job, transport_problems
 from ppo_ray.errors import InputError, first_line
-from ppo_ray.prompts.stream import read_usable_texts
+from ppo_ray.prompts.stream import PromptStream, UsableTexts, read_usable_texts
 from ppo_ray.reward.function import load_function
 from ppo_ray.reward.labels import find_label
 
 
-def check(config: Config) -> None:
+@dataclass
+class Inputs:
+    """What the checks have read and the run works with, so that it is read once."""
+
+    tokenizer: Any = None
+    """The policy's own, of transformers."""
+    vocab_size: int = 0
+    """Of the policy."""
+    texts: UsableTexts | None = None
+
+    def open_prompts(self, config: Config) -> PromptStream:
+        """Return the run's prompts, from their beginning."""
+        held_out, vocab_size = config.evaluation.num_prompts, self.vocab_size
+        return PromptStream(
+            config.prompts, self.tokenizer, config.seed, held_out, vocab_size=vocab_size, texts=self.texts
+        )
+
+
+def check(config: Config) -> Inputs:
     """Check what the config names; neither Ray nor vLLM is started or imported.
 
     Whether a cluster has enough CPUs and GPUs is checked when they are reserved: only Ray knows it.
 
+    Returns:
+        What was read.
+
     Raises:
         InputError: a line for everything that cannot be used.
     """
-    problems = [*_cpu_problems(config), *transport_problems(config), *_policy_problems(config)]
-    problems += [*_reward_problems(config), *_prompt_problems(config)]
+    inputs = Inputs()
+    problems = [*_cpu_problems(config), *transport_problems(config), *_policy_problems(config, inputs)]
+    problems += [*_reward_problems(config), *_prompt_problems(config, inputs)]
     if in_job():
         problems = [*output_problems(config), *problems]
     refuse(problems, "nothing was started")
+    return inputs
 
 
 def refuse(problems: Sequence[str], consequence: str) -> None:
@@ -90,12 +114,17 @@ def _cpu_problems(config: Config) -> Iterator[str]:
             yield f"{options}: {phase} wants {threads} CPU threads, but this machine has {cpus} CPUs; lower it"
 
 
-def _policy_problems(config: Config) -> Iterator[str]:
+def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
     model, problem = _load_model_config("model.path", config.model.path, config.model.trust)
     if problem:
         yield problem
     else:
-        yield from _tokenizer_problems("model.path", config.model.path, config.model.trust)
+        inputs.tokenizer, problem = _load_tokenizer("model.path", config.model)
+        inputs.vocab_size = _num_tokens(model) or 0
+        if problem:
+            yield problem
+        if not inputs.vocab_size:
+            yield f"model.path={config.model.path}: its config has no vocab_size; give a language model"
         positions = getattr(model.get_text_config(), "max_position_embeddings", None)
         if positions and config.rollout.max_context > positions:
             yield (
@@ -133,16 +162,18 @@ def _reward_problems(config: Config) -> Iterator[str]:
     if problem:
         yield problem
         return
-    yield from _tokenizer_problems("reward.path", str(reward.path), reward.trust)
+    _, problem = _load_tokenizer("reward.path", reward)
+    if problem:
+        yield problem
     try:
         find_label(classifier.id2label or {}, reward.label, str(reward.path))
     except InputError as error:
         yield str(error)
 
 
-def _prompt_problems(config: Config) -> Iterator[str]:
+def _prompt_problems(config: Config, inputs: Inputs) -> Iterator[str]:
     try:
-        read_usable_texts(config.prompts, config.evaluation.num_prompts)
+        inputs.texts = read_usable_texts(config.prompts, config.evaluation.num_prompts)
     except InputError as error:
         yield str(error) + _asset_hint(config.prompts.path)
 
@@ -196,8 +227,8 @@ def _code_problem(key: str, path: str, what: str) -> str:
     )
 
 
-def _tokenizer_problems(key: str, path: str, trust: Trust) -> Iterator[str]:
-    """Yield the problem of a tokenizer that is missing, or that is not the one its authors meant.
+def _load_tokenizer(key: str, model: ModelConfig | RewardConfig) -> tuple[Any, str | None]:
+    """Load a tokenizer; return it, or None and what is wrong: it is missing, or not the one its authors meant.
 
     Where transformers must not run a tokenizer's own code it may silently build another tokenizer from the other files,
     which can split texts in another way than the model was trained on.
@@ -205,13 +236,13 @@ def _tokenizer_problems(key: str, path: str, trust: Trust) -> Iterator[str]:
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    path, trust = str(model.path), model.trust
     if not trust.remote_code and _has_code(get_tokenizer_config, path):
-        yield _code_problem(key, path, "the tokenizer (auto_map in tokenizer_config.json)")
-        return
+        return None, _code_problem(key, path, "the tokenizer (auto_map in tokenizer_config.json)")
     try:
-        AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code), None
     except Exception as error:  # each tokenizer library has its own errors
-        yield f"{key}={path}: its tokenizer cannot be loaded: {first_line(error)}"
+        return None, f"{key}={path}: its tokenizer cannot be loaded: {first_line(error)}"
 
 
 def _asset_hint(path: str) -> str:

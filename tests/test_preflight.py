@@ -67,6 +67,23 @@ def problems(config):
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
+def test_a_model_without_vocabulary_is_no_language_model(configured, home, tmp_path):
+    shutil.copytree(home / "policy", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    lines = problems(configured(f"model.path={tmp_path}"))
+    assert f"model.path={tmp_path}: its config has no vocab_size; give a language model" in lines
+
+
+def test_what_is_read_is_what_the_run_works_with(configured):
+    config = configured()
+    inputs = check(config)
+    assert inputs.vocab_size == 8 and len(inputs.texts.texts) == 5
+    prompts = inputs.open_prompts(config)
+    film = inputs.tokenizer("film")["input_ids"][0]
+    assert {ids[0] for ids in prompts.take(3).prompt_ids} == {film}
+    assert len(prompts.held_out().sample_ids) == 2
+
+
 def test_what_is_right_passes(configured):
     check(configured())
     check(configured("rollout.workers=2", "reward.threads=2", "rollout.batch_size=4"))  # each phase fills both CPUs

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from benchmarks.flops import DecoderShape
+from ppo_ray import preflight
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
 from ppo_ray.models.actor_critic import VALUE_HEAD_FILE, make_value_head, save_value_head
 from ppo_ray.rollout.actor import drawn_limits
-from ppo_ray.run.evaluation import prompt_stream
 from ppo_ray.seeding import derive_seed
 
 _LINKED = ("model.safetensors", "tokenizer.json", "generation_config.json")
@@ -33,7 +33,7 @@ def portions(config: Config) -> list[Portion]:
     Raises:
         InputError: prompts would be left out, so that the batches of the arms were of different sizes.
     """
-    stream, found = prompt_stream(config), []
+    stream, found = preflight.check(config).open_prompts(config), []
     for step in range(config.steps):
         batch = stream.take(config.rollout.batch_size)
         if batch.num_skipped:

@@ -17,7 +17,6 @@ from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config
 from ppo_ray.errors import CheckpointError, NonFiniteError, WorkerError
-from ppo_ray.learner.batch import check_staleness
 from ppo_ray.learner.publisher import WeightPublisher
 from ppo_ray.learner.reports import Agreement, UpdateReport
 from ppo_ray.weights.acks import WeightAck
@@ -103,6 +102,8 @@ class LearnerWorker(Worker):
                 a trajectory is staler than it may be.
             PeersLost: another rank is gone.
         """
+        from ppo_ray.learner.batch import check_staleness
+
         start = time.perf_counter()
         table, self._held = trajectory.concat(shards) if shards else self._held, None
         metrics = check_staleness(table, self._learner.policy_version, self._max_staleness)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ppo_ray.config import NO_TRUST, Trust
@@ -76,23 +76,6 @@ def load_tokenizer(path: str, trust: Trust = NO_TRUST) -> Any:
         raise InputError(
             f"cannot load a tokenizer from {path!r}: {_explain(error)}. It must lie in the model's folder "
             "(tokenizer.json)." + _name_refused_options(trust)
-        ) from error
-
-
-def load_vocab_size(path: str, trust: Trust = NO_TRUST) -> int:
-    """Return the size of a model's vocabulary: its token ids are below that.
-
-    Raises:
-        InputError: it has no config, or not one of a language model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code)
-        return int(config.get_text_config().vocab_size)
-    except AttributeError as error:
-        raise InputError(f"the config of {path!r} has no vocab_size; give a language model") from error
-    except Exception as error:  # as in `load_pretrained`
-        raise InputError(
-            f"cannot load the config of the model {path!r}: {_explain(error)}.{_name_refused_options(trust)}"
         ) from error
 
 

@@ -60,6 +60,7 @@ class PromptStream:
         num_held_out: int = 0,
         *,
         vocab_size: int | None = None,
+        texts: UsableTexts | None = None,
     ) -> None:
         """Read the texts and hold some out.
 
@@ -69,20 +70,20 @@ class PromptStream:
             seed: the run's; the order and the lengths follow from it, what is held out does not.
             num_held_out: texts that `take` never uses.
             vocab_size: of the policy: prompts with ids not in [0, vocab_size) are left out; None: not checked.
+            texts: what `read_usable_texts` returned for these arguments; None: read them.
 
         Raises:
             InputError: no data set, no such column, or fewer than `num_held_out + 1` texts left after the filter.
         """
-        self._usable = read_usable_texts(config, num_held_out)
-        texts = self._usable.texts
-        order = _permutation(len(texts), derive_seed(_HELD_OUT_SEED, "held_out"))
-        held_out = order[:num_held_out]
+        self._usable = texts or read_usable_texts(config, num_held_out)
+        usable = self._usable.texts
+        order = _permutation(len(usable), derive_seed(_HELD_OUT_SEED, "held_out"))
         self._config, self._tokenizer, self._seed, self._vocab_size = config, tokenizer, seed, vocab_size
-        self._held_out = [texts[index] for index in held_out]
-        self._texts = [texts[index] for index in np.sort(order[num_held_out:])]
+        self._held_out = [usable[index] for index in order[:num_held_out]]
+        self._texts = [usable[index] for index in np.sort(order[num_held_out:])]
         self._epoch, self._order = -1, np.arange(len(self._texts))
         self.position = 0
-        self.fingerprint = self._fingerprint(texts)
+        self.fingerprint = self._fingerprint(usable)
         """Hash of the texts and of the tokenizer, whatever the seed: a resumed run must find the same."""
 
     @property

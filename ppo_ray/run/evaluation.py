@@ -1,22 +1,21 @@
-"""Held-out prompts: what a policy makes of them, in a run and of a checkpoint."""
+"""Evaluation of a policy on held-out prompts."""
 
 import json
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from ppo_ray import atomic
 from ppo_ray.config import Config
-from ppo_ray.models.loading import load_tokenizer, load_vocab_size
-from ppo_ray.prompts.stream import PromptBatch, PromptStream
+from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.reward.group import RewardGroup
 from ppo_ray.rollout.group import RolloutGroup
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out prompt and what the policy made of it."""
+    """One held-out prompt with the policy's response."""
 
     prompt: str
     response: str
@@ -34,11 +33,9 @@ class Evaluation:
     """Sample standard deviation over them; NaN if there are fewer than two."""
     num_prompts: int
     num_unscored: int
-    """Prompts whose response could not be scored; they are in neither figure above."""
-    kl_per_sequence: float | None
-    """KL to the reference, nats summed over a response; None: not measured."""
+    """Prompts whose response could not be scored; mean and deviation leave them out."""
     samples: tuple[Sample, ...]
-    """The first prompts, to be looked at."""
+    """The first prompts, to be read by people."""
 
     def write(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
@@ -48,10 +45,11 @@ class Evaluation:
     def read(cls, path: Path) -> Self:
         """Read what `write` wrote."""
         fields = json.loads(path.read_text(encoding="utf-8"))
+        fields.pop("kl_per_sequence", None)  # of runs of version 0.1
         return cls(**fields | {"samples": tuple(Sample(**sample) for sample in fields["samples"])})
 
 
-EVALUATION_SEED = -1  # no run has it: held-out responses are drawn alike before and after, and in every run
+EVALUATION_SEED = -1  # no run has this seed: held-out responses are sampled alike before and after, and in every run
 
 
 def evaluate(rollout: RolloutGroup, reward: RewardGroup, held_out: PromptBatch, config: Config) -> Evaluation | None:
@@ -66,13 +64,5 @@ def evaluate(rollout: RolloutGroup, reward: RewardGroup, held_out: PromptBatch, 
         std_score=statistics.stdev(known) if len(known) > 1 else float("nan"),
         num_prompts=len(scores),
         num_unscored=len(scores) - len(known),
-        kl_per_sequence=None,
         samples=tuple(Sample(**row) for row in rows),
     )
-
-
-def prompt_stream(config: Config) -> PromptStream:
-    """Open the prompts with the policy's own tokenizer."""
-    tokenizer: Any = load_tokenizer(config.model.path, config.model.trust)
-    vocab_size = load_vocab_size(config.model.path, config.model.trust)
-    return PromptStream(config.prompts, tokenizer, config.seed, config.evaluation.num_prompts, vocab_size=vocab_size)

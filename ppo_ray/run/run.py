@@ -13,7 +13,6 @@ from ppo_ray.events import Event
 from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.run.checkpoints import Checkpoints
-from ppo_ray.run.evaluation import prompt_stream
 from ppo_ray.run.folder import RunFolder, config_text
 from ppo_ray.run.gauges import Gauges
 from ppo_ray.run.log import MetricsLog
@@ -56,8 +55,7 @@ class Run:
             InputError: something in the config cannot be used; nothing was started or written.
         """
         if prompts is None:
-            preflight.check(config)
-            prompts = prompt_stream(config)
+            prompts = preflight.check(config).open_prompts(config)
         folder = open_folder(config)
         with folder.lock(), MetricsLog(folder.path) as log:
             run = cls(config, prompts, folder, log, console)

@@ -109,10 +109,8 @@ def _seconds(history: Sequence[Mapping[str, float]], key: str) -> list[float]:
 
 
 def _mean(evaluation: Evaluation) -> str:
-    kl = evaluation.kl_per_sequence
-    distance = "" if kl is None else f", KL to the reference {kl:.2f} nats a sequence"
     spread = f"standard deviation {evaluation.std_score:.2f}"
-    return f"{signed(evaluation.mean_score)} ({spread}, {evaluation.num_prompts} prompts{distance})"
+    return f"{signed(evaluation.mean_score)} ({spread}, {evaluation.num_prompts} prompts)"
 
 
 def _unscored(evaluation: Evaluation) -> str:

@@ -16,7 +16,7 @@ from ppo_ray.errors import InputError, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event
 from ppo_ray.run.actors import Actors, check_engines, launch, launch_scorers
 from ppo_ray.run.curves import draw_curves
-from ppo_ray.run.evaluation import Evaluation, evaluate, prompt_stream
+from ppo_ray.run.evaluation import Evaluation, evaluate
 from ppo_ray.run.loop import run_overlapped, run_steps
 from ppo_ray.run.run import Run
 from ppo_ray.run.samples import write_samples
@@ -63,8 +63,7 @@ def check(config: Config, console: Console) -> None:
         InputError: something in the config cannot be used.
         WorkerError: an actor failed, or an engine does not compute with what it was sent; names it.
     """
-    preflight.check(config)
-    prompts = prompt_stream(config).peek(_CHECK_PROMPTS)
+    prompts = preflight.check(config).open_prompts(config).peek(_CHECK_PROMPTS)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     with (
         ray_session(config.ray),
@@ -87,8 +86,7 @@ def evaluate_checkpoint(checkpoint: Path, overrides: list[str], console: Console
             "give a folder like RUN/checkpoints/final"
         )
     config = load_config(source, [*overrides, f"model.path={checkpoint}"])
-    preflight.check(config)
-    held_out = prompt_stream(config).held_out()
+    held_out = preflight.check(config).open_prompts(config).held_out()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     with ray_session(config.ray), launch_scorers(config, say, lambda event: say(event.message)) as (rollout, reward):
         evaluation = evaluate(rollout, reward, held_out, config)

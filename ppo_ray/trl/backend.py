@@ -11,7 +11,8 @@ import pyarrow as pa
 import torch
 
 from ppo_ray import trajectory
-from ppo_ray.learner.learner import PPOLearner, Update
+from ppo_ray.learner.learner import PPOLearner
+from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.models.actor_critic import CausalLMWithValueHead
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.trl.config import PPOConfig
@@ -31,7 +32,7 @@ class Backend(Protocol):
         """Answer prompts with the policy or with the reference; see `PPOTrainer.generate`."""
         ...
 
-    def update(self, table: pa.Table, orders: list[np.ndarray], temperature: float) -> Update:
+    def update(self, table: pa.Table, orders: list[np.ndarray], temperature: float) -> UpdateReport:
         """Make one update on trajectories sampled at a temperature, rows in the given order in each epoch."""
         ...
 
@@ -79,7 +80,7 @@ class InProcess:
         model.eval()
         return generate(model, self._tokenizer, call)
 
-    def update(self, table: pa.Table, orders: list[np.ndarray], temperature: float) -> Update:
+    def update(self, table: pa.Table, orders: list[np.ndarray], temperature: float) -> UpdateReport:
         """Make one update; the model is in eval mode after it as before."""
         self._model.eval()
         self._policy.temperature = self._reference.temperature = temperature

@@ -12,13 +12,13 @@ import pyarrow as pa
 import torch
 
 from ppo_ray import trajectory
-from ppo_ray.actors.placement import reserved
+from ppo_ray.actors.placement import reserve
 from ppo_ray.actors.session import ray_session
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError
 from ppo_ray.events import Event
 from ppo_ray.learner.group import LearnerGroup
-from ppo_ray.learner.learner import Update
+from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.models.actor_critic import VALUE_HEAD_FILE, save_value_head
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.rollout.group import RolloutGroup
@@ -77,14 +77,14 @@ class OnRay:
             self._config = _make_config(config, folder, options)
             _write_models(self._config, model, ref_model, tokenizer)
             stack.enter_context(ray_session(self._config.ray))
-            seats = stack.enter_context(reserved(self._config, ["rollout", "learner"]))
+            seats = stack.enter_context(reserve(self._config, ["rollout", "learner"]))
             self._rollout = RolloutGroup(self._config, _log_event, seats)
             stack.callback(self._rollout.close)
             self._rollout.setup()
             self._learner = LearnerGroup(self._config, None, _log_event, seats)
             stack.callback(self._learner.close)
             self._learner.setup()
-            self._rollout.load_weights(self._learner.weights())
+            self._rollout.load_weights(self._learner.publish())
             self._stack = stack.pop_all()
 
     def generate(self, call: GenerateCall, by_reference: bool = False) -> TokenIds:
@@ -108,18 +108,19 @@ class OnRay:
             responses = [torch.cat([prompt.cpu(), ids]) for prompt, ids in zip(prompts, responses, strict=True)]
         return responses if isinstance(call.queries, list) else responses[0][None]
 
-    def update(self, table: pa.Table, orders: list[np.ndarray], temperature: float) -> Update:
+    def update(self, table: pa.Table, orders: list[np.ndarray], temperature: float) -> UpdateReport:
         """Make one update in the learner, send its weights to the engines, verified, and into the caller's model."""
-        done, weights = self._learner.step(table, self._version, orders, self.kl_coef)
-        self.kl_coef, self._version = done.kl_coef, done.policy_version
+        report = self._learner.step(table, self._version, orders, self.kl_coef)
+        weights, value_head = self._learner.publish(), self._learner.value_head()
+        self.kl_coef, self._version = report.kl_coef, weights.policy_version
         self._rollout.load_weights(weights)
         parameters = dict(self._model.pretrained_model.named_parameters())
         with torch.no_grad():
             for name, tensor in self._learner.fetch_weights(weights).tensors():
                 parameters[name].copy_(tensor)
             for name, parameter in self._model.v_head.summary.named_parameters():
-                parameter.copy_(torch.from_numpy(done.value_head[name].copy()))
-        return done.update
+                parameter.copy_(torch.from_numpy(value_head[name].copy()))
+        return report
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""

@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from ppo_ray import trajectory
-from ppo_ray.learner.learner import Update
+from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.trl.config import PPOConfig
 
 
-def step_statistics(update: Update, orders: Sequence[np.ndarray], mini_batch_size: int) -> dict[str, Any]:
+def step_statistics(update: UpdateReport, orders: Sequence[np.ndarray], mini_batch_size: int) -> dict[str, Any]:
     """Return every figure of TRL's `step`, but for its times; scalars are floats, the rest are arrays.
 
     Figures are means over TRL's mini-batches, each of them a mean over its tokens. Some arrays differ: log-probs and
@@ -39,7 +39,7 @@ def step_statistics(update: Update, orders: Sequence[np.ndarray], mini_batch_siz
         return float(np.mean([figure(np.concatenate([columns[name][row] for row in part])) for part in parts]))
 
     returns_var = mean_of_parts("returns", _variance)
-    error = _mean(update, "value_error")
+    error = _mean(update, "value/error")
     return {
         "objective/kl": metrics["kl/per_sequence"],
         "objective/kl_dist": np.array([kl.sum() for kl in columns["kl"]], np.float32),
@@ -56,21 +56,21 @@ def step_statistics(update: Update, orders: Sequence[np.ndarray], mini_batch_siz
         "tokens/responses_len_mean": float(num_response.mean()),
         "tokens/responses_len_std": _std(num_response),
         "tokens/responses_dist": num_response,
-        "ppo/loss/policy": _mean(update, "policy_loss"),
-        "ppo/loss/value": _mean(update, "value_loss"),
-        "ppo/loss/total": _mean(update, "total_loss"),
-        "ppo/policy/entropy": _mean(update, "entropy"),
-        "ppo/policy/approxkl": _mean(update, "approx_kl"),
-        "ppo/policy/policykl": _mean(update, "kl"),
-        "ppo/policy/clipfrac": _mean(update, "clip_fraction"),
+        "ppo/loss/policy": _mean(update, "loss/policy"),
+        "ppo/loss/value": _mean(update, "loss/value"),
+        "ppo/loss/total": _mean(update, "loss/total"),
+        "ppo/policy/entropy": _mean(update, "policy/entropy"),
+        "ppo/policy/approxkl": _mean(update, "policy/approx_kl"),
+        "ppo/policy/policykl": _mean(update, "policy/kl"),
+        "ppo/policy/clipfrac": _mean(update, "policy/clip_fraction"),
         "ppo/policy/advantages": np.concatenate([_frame(table, columns["advantages"])[part].ravel() for part in parts]),
         "ppo/policy/advantages_mean": mean_of_parts("advantages", np.mean),
         "ppo/policy/ratio": np.concatenate([report.ratios for report in update.minibatches]),
         "ppo/returns/mean": mean_of_parts("returns", np.mean),
         "ppo/returns/var": returns_var,
-        "ppo/val/vpred": _mean(update, "value_mean"),
+        "ppo/val/vpred": _mean(update, "value/updated_mean"),
         "ppo/val/error": error,
-        "ppo/val/clipfrac": _mean(update, "value_clip_fraction"),
+        "ppo/val/clipfrac": _mean(update, "value/clip_fraction"),
         "ppo/val/mean": mean_of_parts("values", np.mean),
         "ppo/val/var": mean_of_parts("values", _variance),
         "ppo/val/var_explained": 1 - error / returns_var,
@@ -78,8 +78,8 @@ def step_statistics(update: Update, orders: Sequence[np.ndarray], mini_batch_siz
     }
 
 
-def _mean(update: Update, name: str) -> float:
-    return float(np.mean([getattr(report, name) for report in update.minibatches]))
+def _mean(update: UpdateReport, name: str) -> float:
+    return float(np.mean([report.metrics[name] for report in update.minibatches]))
 
 
 def _variance(figures: np.ndarray) -> float:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from ppo_ray.learner.learner import Update
+from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.trl.backend import Backend, InProcess, build_trajectories
 from ppo_ray.trl.config import PPOConfig
 from ppo_ray.trl.generation import GenerateCall, sampling_temperature
@@ -222,7 +222,7 @@ class PPOTrainer:
             "time/ppo/total": now - started,
         }
 
-    def _update(self, table: pa.Table, temperature: float) -> tuple[Update, list[np.ndarray]]:
+    def _update(self, table: pa.Table, temperature: float) -> tuple[UpdateReport, list[np.ndarray]]:
         """Update with the rows in the orders that TRL would draw, and leave numpy's generator where TRL would."""
         size, state = self.config.batch_size, np.random.get_state()
         orders = [np.random.permutation(size) for _ in range(self.config.ppo_epochs)]

@@ -12,11 +12,11 @@ from benchmarks.compare import rounds, work
 from benchmarks.compare.arms import Step
 from benchmarks.compare.rounds import Round
 from benchmarks.compare.settings import ROOT, Settings
+from ppo_ray import preflight
 from ppo_ray.errors import InputError
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.rollout.actor import RolloutWorker
 from ppo_ray.rollout.engine import Completion
-from ppo_ray.run.evaluation import prompt_stream
 
 SCRIPT = ROOT / "benchmarks/compare/trl_loop.py"
 
@@ -32,7 +32,7 @@ def test_the_work_is_what_rollout_workers_would_do(config):
     worker._config, worker._name, worker._sampling = config, "rollout-0", None
     worker._engine = SimpleNamespace(generate=generate, policy_version=0)
     worker._tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "text")
-    stream = prompt_stream(config)
+    stream = preflight.check(config).open_prompts(config)
     for step in range(config.steps):
         worker.generate(stream.take(4), step, config.seed)
     portions = work.portions(config)

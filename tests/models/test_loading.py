@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from ppo_ray.config import ModelConfig, Trust
 from ppo_ray.errors import InputError
 from ppo_ray.learner.load import load_actor_critic, load_reference
-from ppo_ray.models.loading import load_causal_lm, load_tokenizer, load_vocab_size
+from ppo_ray.models.loading import load_causal_lm, load_tokenizer
 from ppo_ray.rollout.hf import HFEngine
 
 
@@ -130,12 +130,6 @@ def test_code_that_lies_with_a_tokenizer_is_not_run_unasked(tiny_policy: Path, t
     assert (folder / "ran").exists()
 
 
-def test_a_config_of_no_language_model_is_the_users_mistake(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(InputError, match="has no vocab_size"):
-        load_vocab_size(str(tmp_path))
-
-
 def test_code_that_lies_with_a_model_is_not_run_unasked(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     (tmp_path / "own.py").write_text(
@@ -151,8 +145,6 @@ def test_code_that_lies_with_a_model_is_not_run_unasked(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
     with pytest.raises(InputError, match=r"cannot load the model.*trust_remote_code"):
         load_causal_lm(str(tmp_path))
-    with pytest.raises(InputError, match=r"cannot load the config.*trust_remote_code"):
-        load_vocab_size(str(tmp_path))
     assert not ran.exists()
     assert type(load_causal_lm(str(tmp_path), trust=Trust(remote_code=True))).__name__ == "Own"
     assert ran.exists()

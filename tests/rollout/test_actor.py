@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ppo_ray.actors import rollout
 from ppo_ray.config import load_config
 from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.rollout import actor
 from ppo_ray.rollout.actor import RolloutWorker
 from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling
 from ppo_ray.weights.manifest import WeightManifest
@@ -44,7 +44,7 @@ def test_an_engine_sleeps_when_its_turn_is_over(
     placement: str, calls: list[str], tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Recorder()
-    monkeypatch.setattr(rollout, "_start_engine", lambda config: engine)
+    monkeypatch.setattr(actor, "_start_engine", lambda config: engine)
     base = ["output_dir=x", f"model.path={tiny_policy}", "prompts.path=p", "reward.path=r"]
     worker = RolloutWorker.__ray_metadata__.modified_class("rollout-0")
     worker.setup(load_config(None, [*base, f"ray.placement={placement}"]))

@@ -17,7 +17,7 @@ import torch
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.learner.learner import PPOLearner
-from ppo_ray.learner.publisher import WeightSender
+from ppo_ray.learner.publisher import WeightPublisher
 from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT, VLLMEngine
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.nccl_sender import new_group_id
@@ -115,7 +115,7 @@ def test_an_id_is_the_whole_of_ncclGetUniqueId(monkeypatch: pytest.MonkeyPatch) 
 def test_a_broadcast_is_served(engine: VLLMEngine, learner: PPOLearner, tiny_policy: Path, wire: str) -> None:
     """One of two engines; the other is a group alone. Small buffers, so that there are some."""
     config = config_of(tiny_policy, "rollout.weight_transport=nccl", f"rollout.wire_dtype={wire}")
-    sender = WeightSender(config, leads=True)
+    sender = WeightPublisher(config, leads=True)
     sender.abort()  # nothing to abort yet
     for version in (1, 2):
         model = moved(learner, tiny_policy, 0.05 * version)
@@ -149,9 +149,9 @@ def test_a_broadcast_is_served(engine: VLLMEngine, learner: PPOLearner, tiny_pol
 def test_moved_weights_are_sent_after_they_are_moved_back(
     engine: VLLMEngine, learner: PPOLearner, tiny_policy: Path
 ) -> None:
-    sender = WeightSender(config_of(tiny_policy, "rollout.weight_transport=nccl"), leads=True)
-    with learner.probe(sender.wire).moved():
-        manifest, _ = sender.publish(learner, passing=True)
+    sender = WeightPublisher(config_of(tiny_policy, "rollout.weight_transport=nccl"), leads=True)
+    with learner.probe(sender.wire).move():
+        manifest, _ = sender.publish(learner, keep=True)
     own = WeightManifest.of(learner.named_weights(), 0, "sums")
     assert own.checksum != manifest.checksum
     assert WeightManifest.of(sender._tensors(), 0, "sums").checksum == manifest.checksum
@@ -161,7 +161,7 @@ def test_cuda_ipc(learner: PPOLearner, tiny_policy: Path, no_gpu: pytest.MonkeyP
     """Two learner ranks on two GPUs; the engine maps what is on its own."""
     from vllm.distributed.weight_transfer import ipc_engine
 
-    from ppo_ray.weights import nccl_sender as vllm_sender
+    from ppo_ray.weights import nccl_sender
 
     class Properties:
         uuid = "GPU-b"
@@ -176,14 +176,14 @@ def test_cuda_ipc(learner: PPOLearner, tiny_policy: Path, no_gpu: pytest.MonkeyP
         assert rest[-1] is None  # the engine's own device, which is not the sender's
         return memory[place]
 
-    no_gpu.setattr(vllm_sender, "reduce_tensor", lend)
+    no_gpu.setattr(nccl_sender, "reduce_tensor", lend)
     no_gpu.setattr(ipc_engine, "rebuild_cuda_tensor", map_again)
     no_gpu.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     no_gpu.setattr(torch.cuda, "current_device", lambda: 7)
     no_gpu.setattr(torch.cuda, "synchronize", lambda device=None: None)
     engine = VLLMEngine(str(tiny_policy), max_context=128, max_num_seqs=32, kv_cache_mib=32, transport="ipc")
     engine.connect({"packed": False})
-    sender = WeightSender(config_of(tiny_policy, "rollout.weight_transport=ipc"), leads=True)
+    sender = WeightPublisher(config_of(tiny_policy, "rollout.weight_transport=ipc"), leads=True)
     model = moved(learner, tiny_policy, 0.1)
     learner.policy_version = 4
     manifest, _ = sender.publish(learner)
@@ -199,7 +199,7 @@ def test_a_stale_tensor_is_found_and_the_engine_is_lost(
     engine: VLLMEngine, learner: PPOLearner, tiny_policy: Path
 ) -> None:
     """Last: nothing can be done with the engine afterwards."""
-    sender = WeightSender(config_of(tiny_policy, "rollout.weight_transport=nccl"), leads=True)
+    sender = WeightPublisher(config_of(tiny_policy, "rollout.weight_transport=nccl"), leads=True)
     learner.policy_version = 9
     manifest, _ = sender.publish(learner)
     sender.join(GROUP_ID, 2)

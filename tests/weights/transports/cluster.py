@@ -40,7 +40,7 @@ class Cluster:
         self.waits: list[tuple[str, tuple[str, ...], float]] = []
         self.faults: dict[tuple[str, str], Exception] = {}
         self.revived: list[str] = []
-        self.brought_up: Callable[[Member], Any] = lambda member: None
+        self.catch_up: Callable[[Member], Any] = lambda member: None
         self._answers: dict[object, Any] = {}
         self.members = [self.started(f"rollout-{index}") for index in range(num_engines)]
         self.learner = self.started("learner-0")
@@ -73,7 +73,7 @@ class Cluster:
         index = next(index for index, member in enumerate(self.members) if member.name == lost.name)
         self.revived.append(lost.name)
         self.members[index] = self.started(lost.name)
-        self.brought_up(self.members[index])
+        self.catch_up(self.members[index])
         return self.members[index]
 
     def weights(self, version: int) -> PublishedWeights:

@@ -89,7 +89,7 @@ def test_they_meet_once_and_again_when_one_is_another(cluster: Cluster) -> None:
 @pytest.mark.parametrize("step", ["connect", "receive_weights"])
 def test_an_engine_that_is_lost_takes_the_others_with_it_but_not_the_learner(cluster: Cluster, step: str) -> None:
     transport, caught_up = NCCLTransport(CONFIG), []
-    cluster.brought_up = lambda member: caught_up.append(transport.send_to(cluster.weights(1), cluster, member))
+    cluster.catch_up = lambda member: caught_up.append(transport.send_to(cluster.weights(1), cluster, member))
     cluster.faults["rollout-1", step] = WorkerLost("rollout-1: its process died", "rollout-1")
     assert transport.send(cluster.weights(1), cluster) == ["rollout-0 has it", "rollout-1 has it"]
     assert sorted(cluster.revived) == ["rollout-0", "rollout-1"]
