@@ -11,7 +11,8 @@ from typing import Any
 
 from ppo_ray.config import Config, ModelConfig, RewardConfig, Trust, in_job, transport_problems
 from ppo_ray.errors import InputError, first_line
-from ppo_ray.prompts.stream import PromptStream, UsableTexts, read_usable_texts
+from ppo_ray.prompts.stream import PromptStream
+from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
 from ppo_ray.reward.function import load_function
 from ppo_ray.reward.labels import find_label
 

@@ -7,7 +7,7 @@ position, and a resumed run continues with the same prompts that it would have h
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ import xxhash
 
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import QUOTED, InputError
-from ppo_ray.prompts.texts import is_unicode, read_texts
+from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
 from ppo_ray.seeding import derive_seed
 
 _LOG = logging.getLogger(__name__)
@@ -187,86 +187,6 @@ class PromptStream:
         ids = [[int(token) for token in row] for row in self._tokenize(beginnings)]
         state.update(json.dumps(ids).encode())
         return state.hexdigest()
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Counts of the texts that make no prompts; a text is counted under the first reason that it has."""
-
-    blank: int = 0
-    """White space, or no text at all."""
-    invalid: int = 0
-    """Not valid Unicode: bytes that are no UTF-8, or half a surrogate pair."""
-    short: int = 0
-    """Of at most `prompts.min_chars` characters."""
-    repeated: int = 0
-    """The same as an earlier one."""
-
-
-@dataclass(frozen=True)
-class UsableTexts:
-    """The texts that prompts are made of."""
-
-    texts: list[str]
-    """Each once, in the order of the data set."""
-    left_out: LeftOut
-    """How many others there were."""
-    config: PromptsConfig
-    """The section of options that names the data set."""
-
-    def describe(self) -> str:
-        """Say how many texts there are, and how many were left out for which reasons."""
-        reasons = self._reasons()
-        return f"{len(self.texts):,} texts of {self.config.path}" + (f"; left out: {reasons}" if reasons else "")
-
-    def describe_absence(self) -> str:
-        """Return the message for a data set that has no usable text."""
-        short, key, remedy = self.left_out.short, f"prompts.path={self.config.path}", "give texts"
-        if short:
-            key, remedy = f"prompts.min_chars={self.config.min_chars}", "lower it"
-        total, reasons = sum(astuple(self.left_out)), self._reasons()
-        left_out = f", left out: {reasons}" if reasons else ""
-        return f"{key}: no prompt left: of {total:,} texts in {self.config.path}{left_out}; {remedy}"
-
-    def _reasons(self) -> str:
-        left_out = self.left_out
-        reasons = {
-            f"of at most {self.config.min_chars} characters": left_out.short,
-            "blank": left_out.blank,
-            "repeated": left_out.repeated,
-            "not valid Unicode": left_out.invalid,
-        }
-        return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
-
-
-def read_usable_texts(config: PromptsConfig, num_held_out: int) -> UsableTexts:
-    """Read the texts longer than `min_chars`, each once, in the order of the data set.
-
-    Texts that are blank or not valid Unicode are left out.
-
-    Raises:
-        InputError: no data set, no such column, or fewer than `num_held_out + 1` texts left.
-    """
-    read = read_texts(config)
-    worded = [text for text in read if text is not None and text.strip()]
-    valid = [text for text in worded if is_unicode(text)]
-    longer = [text for text in valid if len(text) > config.min_chars]
-    texts = list(dict.fromkeys(longer))
-    left_out = LeftOut(
-        blank=len(read) - len(worded),
-        invalid=len(worded) - len(valid),
-        short=len(valid) - len(longer),
-        repeated=len(longer) - len(texts),
-    )
-    usable = UsableTexts(texts, left_out, config)
-    if not texts:
-        raise InputError(usable.describe_absence())
-    if len(texts) <= num_held_out:
-        raise InputError(
-            f"evaluation.num_prompts={num_held_out}: leaves no prompt for training: {usable.describe()}; "
-            f"set it to {len(texts) - 1} or less"
-        )
-    return usable
 
 
 def _permutation(size: int, seed: int) -> np.ndarray:

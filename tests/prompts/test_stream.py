@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import InputError
-from ppo_ray.prompts.stream import LeftOut, PromptBatch, PromptStream, read_usable_texts
+from ppo_ray.prompts.stream import PromptBatch, PromptStream
+from ppo_ray.prompts.texts import LeftOut, read_usable_texts
 
 NUM_TEXTS = 20
 

@@ -6,7 +6,7 @@ import pytest
 
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import InputError
-from ppo_ray.prompts.stream import read_usable_texts
+from ppo_ray.prompts.texts import read_usable_texts
 
 
 def config(path, **options):
