@@ -3,11 +3,11 @@ from typing import get_args
 import pytest
 import yaml
 
-from ppo_ray.algo.aggregation import Aggregation
 from ppo_ray.algo.kl import KLEstimator
-from ppo_ray.algo.schedule import Schedule
+from ppo_ray.algo.losses import Aggregation
 from ppo_ray.config import Config, load_config, to_yaml, weight_transport
 from ppo_ray.errors import InputError
+from ppo_ray.learner.optimizer import Schedule
 from ppo_ray.reward.classifier import Transform
 
 REQUIRED = ["output_dir=runs/x", "model.path=gpt2", "prompts.path=reviews.csv", "reward.path=judge"]

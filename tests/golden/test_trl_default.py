@@ -17,7 +17,7 @@ from ppo_ray.algo.gae import gae
 from ppo_ray.algo.kl import AdaptiveKLController, kl_estimate
 from ppo_ray.algo.masked import masked_sum, masked_whiten
 from ppo_ray.algo.rewards import token_rewards
-from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.actor_critic import VALUE_HEAD_FILE
 
@@ -97,7 +97,7 @@ def replay(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     shutil.copy(RECORD / "value_head.safetensors", policy / VALUE_HEAD_FILE)
     learner = PPOLearner.load(
         ModelConfig(path=str(policy), reference_path=str(RECORD / "reference")),
-        PPOConfig(learning_rate=OPTIONS["learning_rate"]),
+        UpdateConfig(learning_rate=OPTIONS["learning_rate"]),
         LearnerConfig(microbatch_tokens=request.param),
         temperature=1.0,
         device="cpu",

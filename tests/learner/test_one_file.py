@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
 from ppo_ray import trajectory
-from ppo_ray.config import LearnerConfig, ModelConfig, PPOConfig
+from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
 from tests.learning import largest_difference, make_table
 
@@ -30,7 +30,7 @@ def page() -> Any:
 
 
 def test_the_page_has_the_options_defaults(page: Any) -> None:
-    assert {name: getattr(page, name.upper()) for name in SHARED} == PPOConfig().model_dump(include=SHARED)
+    assert {name: getattr(page, name.upper()) for name in SHARED} == UpdateConfig().model_dump(include=SHARED)
 
 
 @pytest.mark.parametrize("options", [{}, {"learning_rate": 1e-4}])  # the larger one takes most tokens to the clip
@@ -44,9 +44,9 @@ def test_three_updates_come_to_the_learners_weights(
     options: dict[str, float],
 ) -> None:
     model = ModelConfig.model_construct(path=str(tiny_policy), dtype=dtype)
-    ppo = PPOConfig(minibatch_size=4, **options)
+    ppo = UpdateConfig(minibatch_size=4, **options)
     monkeypatch.setattr(page, "MINIBATCH_SIZE", ppo.minibatch_size)
-    learner = PPOLearner.load(model, ppo, LearnerConfig(microbatch_tokens=64), device="cpu")
+    learner = PPOLearner.load(model, ppo, LearnerConfig(microbatch_tokens=64), temperature=1.0, device="cpu")
     policy, reference = (
         LlamaForCausalLM.from_pretrained(tiny_policy, dtype=getattr(torch, dtype), attention_dropout=0.5).train()
         for _ in range(2)
@@ -73,7 +73,7 @@ def test_three_updates_come_to_the_learners_weights(
     assert largest_difference(found, before) > 1e-4
     assert kl_coef == pytest.approx(learner.kl_coef, rel=1e-12)
     assert len(reports) == ppo.epochs * (2 + 3 + 4) and {report.outcome for report in reports} == {"stepped"}
-    assert max(report.clip_fraction for report in reports) > 0.1
+    assert max(report.metrics["policy/clip_fraction"] for report in reports) > 0.1
     assert float(experience.kl.abs().max()) > 1e-3  # the policy has left the reference
 
 

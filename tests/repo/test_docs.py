@@ -1,12 +1,15 @@
 """The documents name what there is: every metric, every option of TRL's, every recording."""
 
 import dataclasses
+import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from ppo_ray.config import Config, load_config
+from ppo_ray.run.loop import run_steps
 from ppo_ray.trl import PPOConfig
 from tests.learning import make_learner, make_table
 
@@ -15,6 +18,7 @@ DIAGNOSTICS = (ROOT / "docs" / "diagnostics.md").read_text()
 TRL = (ROOT / "docs" / "trl.md").read_text()
 OWN_TASK = (ROOT / "docs" / "own_task.md").read_text()
 WEIGHTS = (ROOT / "docs" / "weights.md").read_text()
+README = (ROOT / "README.md").read_text()
 LOOP = {f"time/{part}_s" for part in ("step", "generate", "score", "learn", "publish", "sync", "wait")}
 LOOP |= {"prompts/num_skipped", "rollout/staleness_mean", "rollout/staleness_max"}
 """What actors and the log add to a learner's metrics; tests/e2e reads them."""
@@ -23,6 +27,12 @@ LOOP |= {"prompts/num_skipped", "rollout/staleness_mean", "rollout/staleness_max
 def first_column(text: str) -> set[str]:
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def test_the_loop_in_the_readme_is_the_loop_that_runs() -> None:
+    source = textwrap.dedent(inspect.getsource(run_steps))
+    loop = source[source.index("    " * 2 + "for step in") :]
+    assert f"```python\n{textwrap.dedent(loop)}```" in README
 
 
 def test_every_metric_is_explained_and_nothing_else(tiny_policy: Path) -> None:

@@ -34,7 +34,7 @@ ROOMS = {
 HOMES = {
     "ray": "actors/*  jobs/*  */actor.py  */group.py  weights/transports/*  run/actors.py  run/gauges.py",
     "vllm": "rollout/vllm*.py  weights/nccl_sender.py",
-    "torch": "algo/*  models/*  learner/*  rollout/*  reward/classifier.py  weights/*  assets/*  trl/*",
+    "torch": "algo/*  models/*  learner/*  rollout/*  reward/classifier.py  weights/*  plan/*  assets/*  trl/*",
     "matplotlib": "run/curves.py",
     "tensorboard": "run/log.py",
     "datasets": "prompts/texts.py  assets/*",
@@ -121,7 +121,7 @@ def test_contributing_shows_this_map():
         ("run.log", "torch ray transformers vllm pyarrow datasets"),
         ("prompts.stream", "torch ray transformers vllm datasets"),
         ("run.folder", "torch ray transformers vllm pyarrow datasets"),
-        ("run.summary", "torch ray transformers vllm datasets matplotlib"),
+        ("run.summary", "torch transformers vllm datasets matplotlib"),
         ("plan", "torch ray transformers vllm pyarrow datasets numpy"),
         ("cli", "torch ray transformers vllm pyarrow datasets pydantic"),
         ("rollout.group", "torch transformers vllm datasets"),

@@ -9,7 +9,7 @@ import pytest
 from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation
 
-BEFORE, AFTER = (Evaluation(mean, 1.0, 64, 0, None, ()) for mean in (0.1, 0.9))
+BEFORE, AFTER = (Evaluation(mean, 1.0, 64, 0, ()) for mean in (0.1, 0.9))
 HISTORY = [{"step": step, "score/mean": 0.1 * step, "kl/per_sequence": 0.2 * step} for step in range(6)]
 BLUE, RED, GREEN = (0x2A, 0x6F, 0x97), (0xD1, 0x49, 0x5B), (0x3A, 0x7D, 0x44)
 

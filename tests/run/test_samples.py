@@ -10,7 +10,7 @@ from ppo_ray.run.samples import escape, write_samples
 
 
 def evaluation(*samples, mean=0.0):
-    return Evaluation(mean, 1.0, 256, 0, None, tuple(Sample(*sample) for sample in samples))
+    return Evaluation(mean, 1.0, 256, 0, tuple(Sample(*sample) for sample in samples))
 
 
 def cells(path):

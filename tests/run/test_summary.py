@@ -40,9 +40,7 @@ def test_summary_says_what_changed_and_where_things_are(console, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     folder = RunFolder.create("runs/a")
     folder.samples.touch()
-    print_summary(
-        console, folder, HISTORY, Evaluation(0.125, 1.3, 64, 0, None, ()), Evaluation(0.875, 1.1, 64, 2, None, ())
-    )
+    print_summary(console, folder, HISTORY, Evaluation(0.125, 1.3, 64, 0, ()), Evaluation(0.875, 1.1, 64, 2, ()))
     output = shown(console)
     assert "held-out mean score +0.12 -> +0.88 (+0.75; 64 prompts" in output
     assert "2 of the responses could not be scored" in output
@@ -61,6 +59,9 @@ def test_summary_without_evaluation_or_steps(console, tmp_path):
 
 def test_evaluation_is_printed_as_plain_text(console):
     sample = Sample("[red]I[/red]", "saw\x1b[31m it", None)
-    print_evaluation(console, Evaluation(0.5, 1.25, 1, 1, 2.5, (sample,)))
+    print_evaluation(console, Evaluation(0.5, 1.25, 1, 1, (sample,)))
     assert "[red]I[/red]" in shown(console) and "\x1b" not in shown(console)
-    assert "held-out mean score +0.50 (standard deviation 1.25, 1 prompts, KL to the reference 2.50" in shown(console)
+    assert (
+        "held-out mean score +0.50 (standard deviation 1.25, 1 prompts); 1 of the responses could not be scored"
+        in shown(console)
+    )
