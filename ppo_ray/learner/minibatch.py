@@ -181,7 +181,7 @@ class _Sums:
     def add(self, micro: Objective) -> None:
         """Add a micro-batch."""
         self._names = tuple(micro.metrics)
-        self._parts[-1] = self._parts[-1] + torch.stack(list(micro.metrics.values()))
+        self._parts[-1] = self._parts[-1] + torch.stack(list(micro.metrics.values())).double()
         self._ratios.append(micro.ratios)
 
     def end_part(self) -> None:
