@@ -61,11 +61,9 @@ def train(
 
         parsed = load_config(config, [*(overrides or []), *(["resume=required"] if resume else [])])
 
-        from rich.console import Console
-
         from ppo_ray.run.train import train
 
-        train(parsed, Console())
+        train(parsed)
 
 
 @app.command()
@@ -77,11 +75,9 @@ def evaluate(
 ) -> None:
     """Score one response of CHECKPOINT to each held-out prompt, by the config of the run it comes from."""
     with _report_errors():
-        from rich.console import Console
+        from ppo_ray.run.train import evaluate
 
-        from ppo_ray.run.train import evaluate_checkpoint
-
-        evaluate_checkpoint(checkpoint, list(overrides or []), Console())
+        evaluate(checkpoint, overrides or [])
 
 
 @app.command()
@@ -95,11 +91,9 @@ def check(
 
         parsed = load_config(config, overrides or [])
 
-        from rich.console import Console
-
         from ppo_ray.run.train import check
 
-        check(parsed, Console())
+        check(parsed)
 
 
 @app.command()

@@ -61,18 +61,19 @@ class Config(Section):
         return self
 
 
-def load_config(path: Path | None, overrides: Sequence[str]) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and `key=value` overrides into a config.
 
     Args:
-        path: the file; None for overrides alone. `${oc.env:NAME}` in it is the environment variable NAME.
+        path: the file; None for overrides alone. `${oc.env:NAME}` in it is the environment variable NAME. Relative
+            paths in it start at the current folder.
         overrides: each `section.option=value`, the value read as YAML; they win over the file, later over earlier.
 
     Raises:
         InputError: the file cannot be read, or options are unknown, ill-typed, out of bounds or contradict one another:
             a line for each, all at once.
     """
-    return load(Config, path, overrides)
+    return load(Config, None if path is None else Path(path), overrides)
 
 
 def to_yaml(config: Config) -> str:

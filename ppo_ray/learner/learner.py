@@ -64,7 +64,7 @@ class PPOLearner:
             policy: with what estimates its values.
             reference: frozen, of the same vocabulary, at the same temperature.
             ppo: the algorithm.
-            microbatch_tokens: prompt and response tokens, padding included, a forward pass.
+            microbatch_tokens: prompt and response tokens, padding included, per forward pass.
             optimizer: of the policy's parameters, its learning rate the caller's; None: Adam as `ppo` says.
             seed: of the run; addresses the order of mini-batches.
             num_steps: of the run; the learning rate's schedule ends with them.
@@ -142,13 +142,13 @@ class PPOLearner:
         return self.controller.kl_coef
 
     def update(self, trajectories: pa.Table, step: int, order: Order | None = None) -> UpdateReport:
-        """Make one PPO update on all scored trajectories of a step.
+        """Make one PPO update on all scored trajectories of a step; returns metrics and the learned columns.
 
         Trajectories without a score are counted and left out. With fewer than two response tokens left nothing is
         learned, the metrics say so (`learner/skipped_update`), and the version advances all the same.
 
         Args:
-            trajectories: of `trajectory.SCHEMA`.
+            trajectories: of `trajectory.SCHEMA`, with scores; `trajectory.from_rows` makes one.
             step: addresses the order of mini-batches and the learning rate.
             order: of the rows in each epoch; None: drawn from the seed, the step and the epoch.
 
@@ -206,7 +206,7 @@ class PPOLearner:
         return {name: gather_full(tensor).cpu().numpy().copy() for name, tensor in state.items()}
 
     def save(self, path: Path) -> None:
-        """Write the whole state of a learner of one rank into a folder; `load` restores it exactly."""
+        """Write the state of a learner of one rank into a folder; `load` restores it exactly. Raises as `gather`."""
         self.gather().write(path)
 
     def gather(self) -> LearnerSnapshot:

@@ -37,7 +37,7 @@ class UpdateReport:
     step: int
     """The step whose trajectories were learned from."""
     metrics: dict[str, float]
-    """By their final names; of all ranks together."""
+    """By the names in docs/diagnostics.md; of all ranks together."""
     kl_coef: float
     """Weight of the KL penalty in the next update."""
     trajectories: pa.Table | None = None

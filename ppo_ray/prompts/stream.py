@@ -32,7 +32,7 @@ class PromptBatch:
     sample_ids: tuple[int, ...]
     """Index in the stream; held-out prompts count down from -1, so that no seed derived from an id is shared."""
     prompt_ids: tuple[tuple[int, ...], ...]
-    """Token ids of each prompt, at least one."""
+    """`[P]` token ids of each prompt, at least one."""
     max_response_tokens: tuple[int, ...] | None = None
     """Limit of each response; None: drawn by the rollout worker, as the config says."""
     num_skipped: int = 0

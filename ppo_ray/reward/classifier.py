@@ -37,9 +37,9 @@ class Classifier:
             path: folder or hub name.
             label: whose score is the reward, by its name in the model's `id2label`.
             transform: the raw logit, or its softmax or sigmoid.
-            dtype: torch's name.
+            dtype: torch's name of what the model computes in, e.g. `"float32"` or `"bfloat16"`.
             device: None takes the GPU if there is one.
-            batch_size: texts a forward pass.
+            batch_size: texts per forward pass.
             trust: what the model's folder may do.
 
         Raises:
@@ -65,10 +65,13 @@ class Classifier:
             self._model.config.pad_token_id = self._tokenizer.pad_token_id
 
     def score(self, texts: Sequence[str | None]) -> list[float | None]:
-        """Score each text, in order.
+        """Score each text, in order: the label's logit, or its probability if the transform makes one.
 
         None stands for a text that is None or empty, that the tokenizer or model refuses, or whose score is not finite;
         it never changes the scores of the others. A text longer than the model takes is cut by the tokenizer.
+
+        Raises:
+            torch.OutOfMemoryError: a batch is too large for the device.
         """
         scores: list[float | None] = [None] * len(texts)
         encoded: dict[int, list[int]] = {}

@@ -50,10 +50,17 @@ def load_function(name: str) -> Callable[[list[str], list[str]], Scores]:
 
 
 class RewardFunction:
-    """The user's own reward: `function(prompts, responses) -> scores`, one float (or None) a pair."""
+    """The user's own reward: `function(prompts, responses) -> scores`, one float (or None) per pair."""
 
     def __init__(self, name: str) -> None:
-        """Import the function; see `load_function`."""
+        """Import the function.
+
+        Args:
+            name: `package.module:function`, as in `load_function`.
+
+        Raises:
+            InputError: it cannot be imported, or is no function.
+        """
         self._name, self._function = name, load_function(name)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float | None]:
@@ -63,7 +70,7 @@ class RewardFunction:
         its score.
 
         Raises:
-            InputError: the function does not return one number (or None) a pair.
+            InputError: the function does not return one number (or None) per pair.
         """
         try:
             return self._check_scores(self._function(list(prompts), list(responses)), len(prompts))

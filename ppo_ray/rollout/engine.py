@@ -16,7 +16,7 @@ class Sampling:
     """How all requests of a call are sampled: from the full softmax at a temperature, nothing cut off."""
 
     temperature: float = 1.0
-    """0 is greedy; log-probabilities are then those of temperature 1."""
+    """At least 0. 0 is greedy; log-probabilities are then those of temperature 1."""
     stop_token_ids: tuple[int, ...] = ()
     """Any of them ends a response and is its last token."""
 
@@ -26,11 +26,11 @@ class GenerationRequest:
     """One response wanted."""
 
     prompt_ids: tuple[int, ...]
-    """At least one token."""
+    """`[P]` token ids of the policy's vocabulary, at least one."""
     max_tokens: int
-    """The response's own limit, at least 1."""
+    """The response's own limit, tokens, at least 1."""
     seed: int
-    """Of this response alone: the same request gives the same response in any batch, on any worker."""
+    """Of this response alone, in `[0, 2**63)`: the same request gives the same response in any batch, on any worker."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class Completion:
     """One response."""
 
     response_ids: tuple[int, ...]
-    """`[R]`, the stop token included."""
+    """`[R]` token ids, the stop token included."""
     logprobs: tuple[float, ...]
-    """`[R]`, of the sampled tokens, at the sampling temperature."""
+    """`[R]`, of the sampled tokens, at the sampling temperature, nats."""
     finish_reason: FinishReason
+    """`"stop"`: a stop token came; `"length"`: the limit did."""
 
 
 class Engine(Protocol):
@@ -51,10 +52,14 @@ class Engine(Protocol):
     """
 
     policy_version: int
-    """Of the weights in use; -1 until the first `load_weights`."""
+    """Of the weights in use; -1 for those that the engine was made with, until the first `load_weights`."""
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
-        """Sample one response a request, in the order of the requests."""
+        """Sample one response per request, in the order of the requests.
+
+        Raises:
+            WorkerError: a request cannot be served; see `check_requests`.
+        """
         ...
 
     def load_weights(self, snapshot: WeightSnapshot) -> None:

@@ -12,13 +12,23 @@ from ppo_ray.weights.snapshot import WeightSnapshot
 
 
 class HFEngine:
-    """An `Engine` over a transformers causal LM: one left-padded batch, a key-value cache, a generator a request.
+    """An `Engine` over a transformers causal LM: one left-padded batch, a key-value cache, a generator per request.
 
     B requests, T tokens so far, V vocabulary.
     """
 
     def __init__(self, path: str, *, dtype: str = "float32", max_context: int = 512, trust: Trust = NO_TRUST) -> None:
-        """Load the model on the GPU if there is one; arguments as in `VLLMEngine`."""
+        """Load the model on the GPU if there is one.
+
+        Args:
+            path: a Hugging Face folder or hub name; weights in safetensors.
+            dtype: torch's name of what the model computes in, e.g. `"float32"` or `"bfloat16"`.
+            max_context: prompt and response tokens of one sequence at most.
+            trust: what the model's folder may do.
+
+        Raises:
+            InputError: the model cannot be loaded.
+        """
         self.policy_version = -1
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_causal_lm(path, dtype=dtype, device=self._device, trust=trust)
@@ -26,7 +36,7 @@ class HFEngine:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
-        """Sample one response a request, in the order of the requests; see `Engine.generate`.
+        """Sample one response per request, in the order of the requests; see `Engine.generate`.
 
         Raises:
             WorkerError: a request cannot be served; see `check_requests`.

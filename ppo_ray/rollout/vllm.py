@@ -1,11 +1,12 @@
 """vLLM, in this very process: the engine of rollout workers on CPU and GPU.
 
 The in-process engine core starts in a third of the time of the multi-process one, takes a third of its memory and lets
-weights be handed over by reference. `ENVIRONMENT` must be set before `vllm` is imported, so actors put it into their
-runtime environment.
+weights be handed over by reference. `ENVIRONMENT` must be set before `vllm` is imported: actors have it in their
+runtime environment, and the engine sets what is still missing.
 """
 
 import gc
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -71,7 +72,12 @@ class VLLMEngine:
             may_sleep: whether `sleep` will be called, for which a GPU's memory is set up in another way.
             trust: what its folder may do.
             transport: by which its weights come: `load_weights` is for buckets, `receive_weights` for the others.
+
+        Raises:
+            ImportError: vLLM is not installed.
         """
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         import vllm
 
         from ppo_ray.rollout.vllm_receiver import BACKENDS, WorkerExtension
@@ -107,7 +113,7 @@ class VLLMEngine:
         self._vocab_size = int(config.vocab_size)
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
-        """Sample one response a request, in the order of the requests; see `Engine.generate`.
+        """Sample one response per request, in the order of the requests; see `Engine.generate`.
 
         Raises:
             WorkerError: a request cannot be served; see `check_requests`.

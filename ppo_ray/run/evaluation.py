@@ -25,17 +25,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one response to each held-out prompt."""
+    """The scores of one response to each held-out prompt, in the unit of the reward."""
 
     mean_score: float
-    """Over the scored responses; NaN if there is none."""
+    """Mean over the scored responses; NaN if there is none."""
     std_score: float
     """Sample standard deviation over them; NaN if there are fewer than two."""
     num_prompts: int
     num_unscored: int
     """Prompts whose response could not be scored; mean and deviation leave them out."""
     samples: tuple[Sample, ...]
-    """The first prompts, to be read by people."""
+    """The first prompts (`evaluation.num_samples`), to be read by people."""
 
     def write(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
@@ -52,7 +52,9 @@ class Evaluation:
 EVALUATION_SEED = -1  # no run has this seed: held-out responses are sampled alike before and after, and in every run
 
 
-def evaluate(rollout: RolloutGroup, reward: RewardGroup, held_out: PromptBatch, config: Config) -> Evaluation | None:
+def score_held_out(
+    rollout: RolloutGroup, reward: RewardGroup, held_out: PromptBatch, config: Config
+) -> Evaluation | None:
     """Score one response to every held-out prompt, each with its own fixed seed; None if none is held out."""
     if not held_out.sample_ids:
         return None

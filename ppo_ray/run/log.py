@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,11 @@ def has_steps(folder: Path) -> bool:
         return False
     with path.open(encoding="utf-8", errors="replace") as lines:
         return any('"event":' not in line for line in lines)
+
+
+def read_steps(folder: Path) -> list[dict[str, float]]:
+    """Read the metrics of the steps that were logged in a folder, as `MetricsLog.go_on` returns them."""
+    return [_figures(record) for _, record in _read_lines(folder / METRICS_FILE) if "event" not in record]
 
 
 class MetricsLog:
@@ -94,15 +99,11 @@ class MetricsLog:
         path = self._folder / METRICS_FILE
         history: list[dict[str, float]] = []
         kept: list[str] = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # the process was killed while it wrote
-                continue
+        for line, record in _read_lines(path):
             if "event" not in record:
                 if record["step"] >= step:
                     continue
-                history.append({name: math.nan if value is None else value for name, value in record.items()})
+                history.append(_figures(record))
             kept.append(line + "\n")
         if path.is_file():
             atomic.write_text(path, "".join(kept))
@@ -139,3 +140,18 @@ class MetricsLog:
             self._lines = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
             self._events = EventFileWriter(str(self._folder / TENSORBOARD_FOLDER))
         return self._lines, self._events
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each line of a file and what it holds, but for one that was cut off; nothing where there is no file."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the process was killed while it wrote
+            continue
+        yield line, record
+
+
+def _figures(record: Mapping[str, float | None]) -> dict[str, float]:
+    """Return a step's metrics with NaN for what was not finite."""
+    return {name: math.nan if value is None else value for name, value in record.items()}

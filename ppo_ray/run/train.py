@@ -1,7 +1,8 @@
-"""The commands that start actors: train a policy, check the engines, evaluate a checkpoint."""
+"""Whole runs of actors: training, the check of the engines, the evaluation of a checkpoint."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -14,9 +15,12 @@ from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event
+from ppo_ray.learner.reports import Agreement
 from ppo_ray.run.actors import Actors, check_engines, launch, launch_scorers
 from ppo_ray.run.curves import draw_curves
-from ppo_ray.run.evaluation import Evaluation, evaluate
+from ppo_ray.run.evaluation import Evaluation, score_held_out
+from ppo_ray.run.folder import RunFolder
+from ppo_ray.run.log import read_steps
 from ppo_ray.run.loop import run_overlapped, run_steps
 from ppo_ray.run.run import Run
 from ppo_ray.run.samples import write_samples
@@ -27,8 +31,31 @@ Result = TypeVar("Result")
 _CHECK_PROMPTS = 8
 
 
-def train(config: Config, console: Console) -> None:
+@dataclass(frozen=True)
+class RunReport:
+    """The result of a run."""
+
+    folder: RunFolder
+    """Paths of what the run wrote, e.g. `final_checkpoint`."""
+    history: Sequence[Mapping[str, float]]
+    """Metrics of each step of the run, by the names in docs/diagnostics.md; a figure that was not finite may be NaN."""
+    before: Evaluation | None
+    """Held-out prompts before the first step; None: none is held out, or the call had no step to make."""
+    after: Evaluation | None
+    """Held-out prompts after the last step; None as above."""
+
+
+def train(config: Config, console: Console | None = None) -> RunReport:
     """Train a policy as the config says, and leave everything about it in `output_dir`.
+
+    Without `ray.address` a Ray of its own is started and stopped, unless the process is connected to one already.
+
+    Args:
+        config: of the run.
+        console: shows progress and results; None: standard output. `Console(quiet=True)` shows nothing.
+
+    Returns:
+        What the run measured, and where it wrote it.
 
     Raises:
         InputError: something in the config cannot be used; nothing was started or written.
@@ -36,10 +63,11 @@ def train(config: Config, console: Console) -> None:
         CheckpointError: a checkpoint could not be written.
         Interrupted: SIGTERM or Ctrl-C; what was done is saved.
     """
+    console = console or Console()
     with Run.open(config, console) as run:
         if run.is_finished:
             run.say(f"the run in {run.folder.path} has made its {config.steps} steps: nothing to do")
-            return
+            return RunReport(run.folder, read_steps(run.folder.path), None, None)
         steps = run_overlapped if config.rollout.max_staleness else run_steps
         with (
             ray_session(config.ray),
@@ -48,38 +76,58 @@ def train(config: Config, console: Console) -> None:
             before = rebuild_on_loss(run, actors, evaluate_before)
             with save_on_exit(run, actors):
                 rebuild_on_loss(run, actors, steps)
-            after = evaluate(actors.rollout, actors.reward, run.prompts.held_out(), config)
+            after = score_held_out(actors.rollout, actors.reward, run.prompts.held_out(), config)
             run.checkpoints.finish_run(run.state.step)
     if before and after:
         write_samples(run.folder.samples, before, after)
     draw_curves(run.folder.curves, run.history, before, after)
     print_summary(console, run.folder, run.history, before, after)
+    return RunReport(run.folder, run.history, before, after)
 
 
-def check(config: Config, console: Console) -> None:
+def check(config: Config, console: Console | None = None) -> list[Agreement]:
     """Start all actors, prove that new weights change what every engine computes, and show by how much.
+
+    Args:
+        config: of the run that would follow; nothing is trained or written.
+        console: as in `train`.
+
+    Returns:
+        What was found of each rollout worker: differences of log-probabilities, nats per token.
 
     Raises:
         InputError: something in the config cannot be used.
         WorkerError: an actor failed, or an engine does not compute with what it was sent; names it.
     """
+    console = console or Console()
     prompts = preflight.check(config).open_prompts(config).peek(_CHECK_PROMPTS)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     with (
         ray_session(config.ray),
         launch(config, None, None, say, lambda event: say(event.message)) as actors,
     ):
-        print_agreements(console, check_engines(actors, config, prompts))
+        agreements = check_engines(actors, config, prompts)
+        print_agreements(console, agreements)
+    return agreements
 
 
-def evaluate_checkpoint(checkpoint: Path, overrides: list[str], console: Console) -> None:
-    """Score the held-out prompts with a checkpoint of a run, by the run's own config, and print them.
+def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> Evaluation:
+    """Score one response of a checkpoint's policy to each held-out prompt, by the config of its run, and show them.
+
+    Args:
+        checkpoint: a folder such as `RUN/checkpoints/final`.
+        overrides: `section.option=value` each; they win over the run's config.
+        console: as in `train`.
+
+    Returns:
+        The scores. Responses are sampled with the same seeds in every run and every evaluation.
 
     Raises:
         InputError: it is no checkpoint of ours, or its config cannot be used here.
         WorkerError: an actor failed, was lost or was late.
     """
-    source = checkpoint / "config.yaml"
+    console = console or Console()
+    source = Path(checkpoint) / "config.yaml"
     if not source.is_file():
         raise InputError(
             f"{checkpoint}: has no config.yaml, so it is no checkpoint of ppo_ray; "
@@ -89,10 +137,11 @@ def evaluate_checkpoint(checkpoint: Path, overrides: list[str], console: Console
     held_out = preflight.check(config).open_prompts(config).held_out()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     with ray_session(config.ray), launch_scorers(config, say, lambda event: say(event.message)) as (rollout, reward):
-        evaluation = evaluate(rollout, reward, held_out, config)
+        evaluation = score_held_out(rollout, reward, held_out, config)
     if evaluation is None:
         raise InputError("evaluation.num_prompts=0: nothing is held out to be scored; set it to 1 or more")
     print_evaluation(console, evaluation)
+    return evaluation
 
 
 def rebuild_on_loss(run: Run, actors: Actors, work: Callable[[Run, Actors], Result]) -> Result:
@@ -178,7 +227,7 @@ def evaluate_before(run: Run, actors: Actors) -> Evaluation | None:
         return Evaluation.read(run.folder.before)
     if run.state.step:
         return None
-    before = evaluate(rollout, actors.reward, run.prompts.held_out(), config)
+    before = score_held_out(rollout, actors.reward, run.prompts.held_out(), config)
     if before:
         before.write(run.folder.before)
     return before

@@ -5,7 +5,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ppo_ray.events import Event
-from ppo_ray.run.log import MetricsLog
+from ppo_ray.run.log import MetricsLog, read_steps
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +99,16 @@ def test_a_run_that_begins_has_nothing_to_make_again(tmp_path):
     with MetricsLog(tmp_path) as log:
         assert log.go_on(0) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_are_read_without_a_change_to_the_files(tmp_path):
+    assert read_steps(tmp_path) == []
+    with MetricsLog(tmp_path) as log:
+        written = [log.write(step, {"a": step / 2}) for step in range(2)]
+        log.event(Event("resumed", "going on"))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 2, "a"')  # cut off
+    before = path.read_bytes()
+    assert read_steps(tmp_path) == written
+    assert [(row["step"], row["a"]) for row in written] == [(0, 0.0), (1, 0.5)]
+    assert path.read_bytes() == before
