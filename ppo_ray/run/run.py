@@ -9,7 +9,7 @@ from rich.console import Console
 from ppo_ray import preflight, stopping
 from ppo_ray.checkpoint import BeginSave, RunState
 from ppo_ray.config import Config
-from ppo_ray.events import Event
+from ppo_ray.events import Event, say
 from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.run.checkpoints import Checkpoints
@@ -115,7 +115,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Print a line as it is."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def _begin(self) -> None:
         """Find the state to begin with, take it up, and say so."""

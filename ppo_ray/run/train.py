@@ -14,7 +14,7 @@ from ppo_ray.actors.session import ray_session
 from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError, PPORayError, WorkerError, WorkerLost
-from ppo_ray.events import Event
+from ppo_ray.events import Event, say
 from ppo_ray.learner.reports import Agreement
 from ppo_ray.run.actors import Actors, check_engines, launch, launch_scorers
 from ppo_ray.run.curves import draw_curves
@@ -101,10 +101,10 @@ def check(config: Config, console: Console | None = None) -> list[Agreement]:
     """
     console = console or Console()
     prompts = preflight.check(config).open_prompts(config).peek(_CHECK_PROMPTS)
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    show = partial(say, console)
     with (
         ray_session(config.ray),
-        launch(config, None, None, say, lambda event: say(event.message)) as actors,
+        launch(config, None, None, show, lambda event: show(event.message)) as actors,
     ):
         agreements = check_engines(actors, config, prompts)
         print_agreements(console, agreements)
@@ -135,8 +135,8 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), console: Con
         )
     config = load_config(source, [*overrides, f"model.path={checkpoint}"])
     held_out = preflight.check(config).open_prompts(config).held_out()
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    with ray_session(config.ray), launch_scorers(config, say, lambda event: say(event.message)) as (rollout, reward):
+    show = partial(say, console)
+    with ray_session(config.ray), launch_scorers(config, show, lambda event: show(event.message)) as (rollout, reward):
         evaluation = score_held_out(rollout, reward, held_out, config)
     if evaluation is None:
         raise InputError("evaluation.num_prompts=0: nothing is held out to be scored; set it to 1 or more")
