@@ -65,7 +65,7 @@ class AdaptiveKLController:
     horizon: float
     """Sequences over which a full error of 20% moves the coefficient by 20%."""
 
-    def updated(self, kl_per_sequence: float, num_sequences: int) -> "AdaptiveKLController":
+    def adapt(self, kl_per_sequence: float, num_sequences: int) -> "AdaptiveKLController":
         """Return the controller after a batch: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
 
         A KL of NaN leaves the controller as it is.
@@ -83,7 +83,7 @@ class FixedKLController:
     kl_coef: float
     """Weight of the KL penalty."""
 
-    def updated(self, kl_per_sequence: float, num_sequences: int) -> "FixedKLController":
+    def adapt(self, kl_per_sequence: float, num_sequences: int) -> "FixedKLController":
         """Return the controller itself."""
         return self
 

@@ -59,7 +59,7 @@ class RunningMoments:
         """Unbiased standard deviation; 0 for fewer than two scores."""
         return math.sqrt(self.var * self.count / (self.count - 1)) if self.count > 1 else 0.0
 
-    def updated(self, scores: torch.Tensor) -> "RunningMoments":
+    def include(self, scores: torch.Tensor) -> "RunningMoments":
         """Return the moments with a batch of `[B]` finite scores added."""
         if scores.ndim != 1 or not scores.isfinite().all():
             raise ValueError(f"scores are {tuple(scores.shape)}, not [B], or not all finite")

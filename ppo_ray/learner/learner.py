@@ -37,8 +37,7 @@ from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.seeding import derive_seed
 from ppo_ray.weights.checksums import weights_checksum
 from ppo_ray.weights.manifest import num_buckets
-from ppo_ray.weights.snapshot import Buffers, WeightSnapshot
-from ppo_ray.weights.wire import Wire
+from ppo_ray.weights.snapshot import Buffers, WeightSnapshot, Wire
 
 _ROW_WIDTH = 64  # tokens; wide enough for little padding, narrow enough for cheap attention
 
@@ -171,7 +170,7 @@ class PPOLearner:
             seconds = Stopwatch()
             outputs, forward = self._run_models(batch, step)
             metrics |= seconds.lap("time/old_s")
-            self._moments = self._moments.updated(batch.scores)
+            self._moments = self._moments.include(batch.scores)
             experience = estimate(outputs, batch, self._ppo, self.kl_coef, self._moments)
             columns = {name: batch.to_lists(getattr(experience, name)) for name in trajectory.LEARNED_FIELDS}
             learned = trajectory.with_learned(trajectories, columns)
@@ -180,7 +179,7 @@ class PPOLearner:
             reports, stopped_early = self._optimize(batch, experience, step, order, learned, forward)
             metrics |= summarize_minibatches(reports, metrics["returns/std"])
             if not self._trains_values_only(step):  # else the KL is that of a policy that must not move
-                self.controller = self.controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
+                self.controller = self.controller.adapt(metrics["kl/per_sequence"], batch.num_sequences)
             metrics |= seconds.lap("time/update_s")
         metrics |= {"policy/early_stopped": float(stopped_early), "learner/skipped_update": 0.0}
         return UpdateReport(step, metrics, self.kl_coef, learned, tuple(reports))

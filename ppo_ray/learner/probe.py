@@ -19,7 +19,7 @@ from ppo_ray.learner.ranks import detect_lost_peers
 from ppo_ray.learner.reports import Agreement
 from ppo_ray.learner.sharding import Sharding, gather_full, shard_like
 from ppo_ray.models.response_lm import ResponseLM
-from ppo_ray.weights.wire import Wire
+from ppo_ray.weights.snapshot import Wire
 
 _RELATIVE_MOVE = 0.1
 _SMALLEST_SIZE = 0.01  # a tensor of zeros is moved too

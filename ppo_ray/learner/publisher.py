@@ -8,8 +8,7 @@ import numpy as np
 from ppo_ray.config import Config, weight_transport
 from ppo_ray.errors import WorkerLost
 from ppo_ray.weights.manifest import WeightManifest
-from ppo_ray.weights.snapshot import Buffers
-from ppo_ray.weights.wire import Wire
+from ppo_ray.weights.snapshot import Buffers, Wire
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +59,9 @@ class WeightPublisher:
             if self._leads:
                 snapshot = learner.weights(self._wire, self._buffers)
                 return snapshot.manifest, list(snapshot.buckets)
-            named = self._wire.rounded(learner.named_weights())
+            named = self._wire.round(learner.named_weights())
             return WeightManifest.of(named, learner.policy_version, "xxh3"), [None] * self.num_buckets(learner)
-        self._tensors = lambda: self._wire.rounded(learner.named_weights())
+        self._tensors = lambda: self._wire.round(learner.named_weights())
         if keep:
             kept = [(name, tensor.clone()) for name, tensor in self._tensors()]
             self._tensors = lambda: kept

@@ -143,7 +143,7 @@ class VLLMEngine:
         Raises:
             WorkerLost: an earlier update broke off; no update can mend the engine.
         """
-        self._update(({"tensors": tensors} for tensors in snapshot.checked()), snapshot.manifest, verified=True)
+        self._update(({"tensors": tensors} for tensors in snapshot.verify_buckets()), snapshot.manifest, verified=True)
 
     def connect(self, init_info: dict[str, Any]) -> None:
         """Make ready to receive by NCCL or CUDA IPC; `init_info` is the backend's own, as vLLM documents it."""

@@ -17,7 +17,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from ppo_ray.config import Transport
 from ppo_ray.errors import WorkerError
-from ppo_ray.weights.checksums import word_sums, written_out
+from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.manifest import WeightManifest
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
@@ -71,7 +71,7 @@ class CheckedModel:
                 f"weights of policy version {manifest.policy_version} arrived damaged: {found or 'nothing'} where "
                 f"{wanted or 'nothing'} was sent"
             )
-        manifest.check(manifest.entries, written_out(self._sums))
+        manifest.check(manifest.entries, format_sums(self._sums))
 
 
 class Receiving:

@@ -81,7 +81,7 @@ class MetricsLog:
         lines.write(json.dumps(record) + "\n")
         lines.flush()
 
-    def go_on(self, step: int) -> list[dict[str, float]]:
+    def resume(self, step: int) -> list[dict[str, float]]:
         """Drop the lines of this step and later ones, and of a step that was cut off: they are made again.
 
         Args:

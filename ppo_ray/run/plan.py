@@ -116,11 +116,11 @@ def _cluster(config: Config, described: Described) -> ClusterShape:
     if described.address is not None:
         if any(size is not None for size in sizes):
             raise InputError("--address asks the cluster itself: leave out --nodes, --cpus, --gpus and --memory")
-        from ppo_ray.actors.placement import connected_cluster
+        from ppo_ray.actors.placement import read_cluster
         from ppo_ray.actors.session import ray_session
 
         with ray_session(config.ray.model_copy(update={"address": described.address})):
-            return connected_cluster(gpu_memory)
+            return read_cluster(gpu_memory)
     if all(size is None for size in (*sizes, gpu_memory)):
         return ClusterShape.this_machine(config.ray.object_store_mib << 20)
     if described.cpus is None:

@@ -75,7 +75,7 @@ def step_line(metrics: Mapping[str, float]) -> str:
     """Write a step's figures on one line, e.g. `score +0.52  KL 1.04  9.3 s: generate 3.1, learn 5.0`."""
     words = []
     if "score/mean" in metrics:
-        words.append(f"score {signed(metrics['score/mean'])}")
+        words.append(f"score {format_score(metrics['score/mean'])}")
     if "kl/per_sequence" in metrics:
         words.append(f"KL {metrics['kl/per_sequence']:.2f}")
     parts = ", ".join(f"{name} {metrics[key]:.1f}" for name, key in PARTS.items() if key in metrics)
@@ -86,7 +86,7 @@ def step_line(metrics: Mapping[str, float]) -> str:
     return "  ".join(words)
 
 
-def signed(score: float | None) -> str:
+def format_score(score: float | None) -> str:
     """Write a score with its sign and two decimals; none where there is no number."""
     return "none" if score is None or math.isnan(score) else f"{score:+.2f}"
 

@@ -38,7 +38,7 @@ class Difference:
         return self.key in MAY_CHANGE or f"{section}.*" in MAY_CHANGE
 
     def __str__(self) -> str:
-        return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}"
+        return f"{self.key}: {_show(self.before)} -> {_show(self.after)}"
 
 
 @dataclass(frozen=True)
@@ -163,5 +163,5 @@ def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + name, value
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -15,12 +15,10 @@ from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event
 from ppo_ray.run.actors import Actors, check_engines, launch, launch_scorers
-from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation, evaluate
 from ppo_ray.run.loop import run_overlapped, run_steps
 from ppo_ray.run.run import Run
-from ppo_ray.run.samples import write_samples
-from ppo_ray.run.summary import print_agreements, print_evaluation, print_summary
+from ppo_ray.run.summary import draw_curves, print_agreements, print_evaluation, print_summary, write_samples
 
 Result = TypeVar("Result")
 

@@ -46,7 +46,7 @@ def word_sums(tensor: "torch.Tensor") -> "torch.Tensor":
     return sums
 
 
-def written_out(sums: "list[torch.Tensor]") -> list[str]:
+def format_sums(sums: "list[torch.Tensor]") -> list[str]:
     """Return what `word_sums` gave, hexadecimal; waits for the device once."""
     import torch
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from ppo_ray.errors import WorkerError
-from ppo_ray.weights.checksums import Method, byte_checksum, word_sums, written_out
+from ppo_ray.weights.checksums import Method, byte_checksum, format_sums, word_sums
 
 if TYPE_CHECKING:  # see `checksums`
     import torch
@@ -68,7 +68,7 @@ class WeightManifest:
             else:
                 sums.append(word_sums(tensor))
             del tensor  # before the next is made
-        found += written_out(sums)
+        found += format_sums(sums)
         entries = map(TensorEntry, names, dtypes, shapes, found)
         return cls(policy_version, method, tuple(entries))
 
@@ -101,7 +101,7 @@ class WeightManifest:
             )
 
 
-class Placement:
+class BucketCursor:
     """Where the next tensor goes: into the bucket at hand if there is room, else into a new one."""
 
     def __init__(self, bucket_bytes: int) -> None:
@@ -120,7 +120,7 @@ class Placement:
 
 def num_buckets(sizes: Iterable[int], bucket_bytes: int) -> int:
     """Return how many buckets a snapshot of tensors of these sizes, in bytes, will have."""
-    placement, placed = Placement(bucket_bytes), 0
+    cursor, placed = BucketCursor(bucket_bytes), 0
     for size in sizes:
-        placed = placement.place(size)[0] + 1
+        placed = cursor.place(size)[0] + 1
     return placed

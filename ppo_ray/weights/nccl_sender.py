@@ -14,7 +14,7 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
 from ppo_ray.weights.manifest import WeightManifest
-from ppo_ray.weights.wire import NUM_BUFFERS
+from ppo_ray.weights.snapshot import NUM_BUFFERS
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 

@@ -62,7 +62,7 @@ def test_algo_reproduces_every_per_token_figure(step: dict[str, Any]) -> None:
         torch.testing.assert_close(figures[mask], padded(step[name])[0][mask], atol=1e-5, rtol=0, msg=name)
     controller = AdaptiveKLController(step["kl_coef_before"], OPTIONS["target"], OPTIONS["horizon"])
     num_sequences = len(step["queries"])
-    updated = controller.updated(float(masked_sum(kl, mask)) / num_sequences, num_sequences)
+    updated = controller.adapt(float(masked_sum(kl, mask)) / num_sequences, num_sequences)
     assert updated.kl_coef == pytest.approx(step["kl_coef_after"], abs=1e-8)  # TRL computes it in float32
 
 
