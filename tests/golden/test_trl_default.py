@@ -13,10 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ppo_ray import trajectory
-from ppo_ray.algo.gae import gae
 from ppo_ray.algo.kl import AdaptiveKLController, kl_estimate
 from ppo_ray.algo.masked import masked_sum, masked_whiten
-from ppo_ray.algo.rewards import token_rewards
+from ppo_ray.algo.rewards import gae, token_rewards
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.actor_critic import VALUE_HEAD_FILE
