@@ -81,7 +81,7 @@ class WeightPublisher:
         Raises:
             WorkerLost: they are not of that version; names the learner.
         """
-        manifest = self._check_published(policy_version)
+        manifest = self._check_version(policy_version)
         if self._nccl is not None:
             self._nccl.send(manifest, self._tensors())
             return
@@ -96,7 +96,7 @@ class WeightPublisher:
         """
         from ppo_ray.weights.nccl_sender import ipc_handles
 
-        self._check_published(policy_version)
+        self._check_version(policy_version)
         self._mapped = [tensor.contiguous() for _, tensor in self._tensors()]
         return ipc_handles(self._mapped)
 
@@ -113,7 +113,7 @@ class WeightPublisher:
         if self._nccl is not None:
             self._nccl.leave()
 
-    def _check_published(self, policy_version: int) -> WeightManifest:
+    def _check_version(self, policy_version: int) -> WeightManifest:
         if self._manifest is None or self._manifest.policy_version != policy_version:
             raise WorkerLost(  # only a learner that is restored from its checkpoint has them again
                 f"weights of policy version {policy_version} are asked for, but the learner has those of version "

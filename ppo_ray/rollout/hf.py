@@ -36,7 +36,7 @@ class HFEngine:
         self._model.to(self._device)
         check_requests(requests, self._model.config.get_text_config().vocab_size, self._max_context)
         longest = max(len(request.prompt_ids) for request in requests)
-        input_ids, attention_mask = self._pad_left(requests, longest)  # [B, P]
+        input_ids, attention_mask = self._pad(requests, longest)  # [B, P]
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         stop_ids = set(sampling.stop_token_ids)
         responses: list[list[int]] = [[] for _ in requests]
@@ -98,7 +98,7 @@ class HFEngine:
         """Free the model."""
         del self._model
 
-    def _pad_left(self, requests: Sequence[GenerationRequest], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pad(self, requests: Sequence[GenerationRequest], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids = torch.zeros(len(requests), longest, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for row, request in enumerate(requests):

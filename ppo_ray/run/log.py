@@ -55,7 +55,7 @@ class MetricsLog:
         from tensorboard.compat.proto.event_pb2 import Event as TensorBoardEvent
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        lines, events = self._opened()
+        lines, events = self._open()
         now = time.monotonic()
         metrics = {**{name: float(value) for name, value in metrics.items()}, "time/step_s": now - self._written}
         self._written, self._next_step = now, step + 1
@@ -75,7 +75,7 @@ class MetricsLog:
 
     def event(self, event: Event) -> None:
         """Log what happened beside the steps: `event` (kind), `message`, `worker`, `step` (the next one), `time`."""
-        lines, _ = self._opened()
+        lines, _ = self._open()
         record = {"event": event.kind, "step": self._next_step, "time": time.time(), **asdict(event)}
         del record["kind"]
         lines.write(json.dumps(record) + "\n")
@@ -113,7 +113,7 @@ class MetricsLog:
 
             # TensorBoard forgets what it was told of this step and later ones
             started = SessionLog(status=SessionLog.START)
-            self._opened()[1].add_event(TensorBoardEvent(wall_time=time.time(), step=step, session_log=started))
+            self._open()[1].add_event(TensorBoardEvent(wall_time=time.time(), step=step, session_log=started))
         return history
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class MetricsLog:
     ) -> None:
         self.close()
 
-    def _opened(self) -> tuple[TextIO, Any]:
+    def _open(self) -> tuple[TextIO, Any]:
         if self._lines is None:
             # tensorboard's own writer: torch.utils.tensorboard would bring torch into the driver
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
