@@ -56,7 +56,10 @@ def kl_estimate(
 
 @dataclass(frozen=True)
 class AdaptiveKLController:
-    """Steer the KL per sequence towards a target (Ziegler et al. 2019, sec. 2.2; TRL 0.11's AdaptiveKLController)."""
+    """A controller that steers the KL per sequence towards a target.
+
+    Ziegler et al. 2019, sec. 2.2; TRL 0.11's AdaptiveKLController.
+    """
 
     kl_coef: float
     """Weight of the KL penalty."""
@@ -78,7 +81,7 @@ class AdaptiveKLController:
 
 @dataclass(frozen=True)
 class FixedKLController:
-    """Keep the coefficient as it is."""
+    """A controller that keeps the coefficient as it is."""
 
     kl_coef: float
     """Weight of the KL penalty."""

@@ -48,11 +48,11 @@ class RunningMoments:
     """Mean and variance of all scores seen so far (Chan et al. 1979's parallel update; TRL 0.11's RunningMoments)."""
 
     count: int = 0
-    """How many scores."""
+    """Number of scores."""
     mean: float = 0.0
-    """Their mean."""
+    """Mean of the scores."""
     var: float = 0.0
-    """Their population variance."""
+    """Population variance of the scores."""
 
     @property
     def std(self) -> float:

@@ -20,7 +20,7 @@ from ppo_ray.seeding import derive_seed
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """The scored trajectories of a table."""
+    """The scored trajectories of a table, as padded tensors."""
 
     num_trajectories: int
     """N."""
@@ -103,9 +103,9 @@ class Layout:
     """The layout of a batch in forward passes, and this rank's share of them."""
 
     microbatch_tokens: int
-    """At most so many tokens, padding included, a pass."""
+    """Largest number of tokens, padding included, per pass."""
     row_width: int
-    """Tokens that rows are filled up to; 0: one sequence a row."""
+    """Tokens that rows are filled up to; 0: one sequence per row."""
     device: torch.device
     ranks: Ranks
     in_lockstep: bool = False

@@ -32,25 +32,25 @@ class ModelOutputs:
     """Outputs of policy and reference for a batch; all `[B, R]`, zero outside the response mask."""
 
     old_logprobs: torch.Tensor
-    """By the policy before the update."""
+    """Log-probabilities by the policy before the update."""
     ref_logprobs: torch.Tensor
-    """By the frozen reference."""
+    """Log-probabilities by the frozen reference."""
     values: torch.Tensor
-    """Of the prefix before each token, before the update."""
+    """Values of the prefix before each token, before the update."""
     kl: torch.Tensor
     """Estimate of the KL between policy and reference per token, by `ppo.kl_estimator`."""
 
 
 @dataclass(frozen=True)
 class Experience(ModelOutputs):
-    """Everything the update needs; all `[B, R]` and zero outside the response mask, except `scores`."""
+    """The input of the update; all `[B, R]` and zero outside the response mask, except `scores`."""
 
     scores: torch.Tensor
     """`[B]`, after scaling, clipping and the penalty for a missing end of sequence."""
     rewards: torch.Tensor
-    """Per token: minus the KL penalty, plus the score on the last token; clipped, not whitened."""
+    """Rewards per token: minus the KL penalty, plus the score on the last token; clipped, not whitened."""
     advantages: torch.Tensor
-    """By GAE; whitened with `ppo.whiten_advantages`."""
+    """Advantages by GAE; whitened with `ppo.whiten_advantages`."""
     returns: torch.Tensor
     """Advantages before whitening, plus values."""
     importance: torch.Tensor | None

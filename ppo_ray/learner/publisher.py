@@ -1,4 +1,4 @@
-"""The learner's end of a weight transport: makes weights ready, and sends those that stay on its GPU."""
+"""The learner's end of the weight transports: weights made ready, and sent where they stay on its GPU."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any

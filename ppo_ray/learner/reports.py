@@ -38,11 +38,11 @@ class UpdateReport:
     step: int
     """The step whose trajectories were learned from."""
     metrics: dict[str, float]
-    """By their final names; of all ranks together."""
+    """Metrics by their final names, of all ranks together."""
     kl_coef: float
     """Weight of the KL penalty in the next update."""
     trajectories: pa.Table | None = None
-    """Of `trajectory.LEARNED_SCHEMA`, in the order given; None where the caller only wants metrics."""
+    """Table of `trajectory.LEARNED_SCHEMA`, in the order given; None where the caller only wants metrics."""
     minibatches: tuple[MinibatchReport, ...] = ()
     """Every mini-batch in order, those without an optimizer step included."""
 

@@ -86,11 +86,11 @@ class LearnerModels:
     """The models of a learner, on this rank."""
 
     policy: ActorCritic
-    """With what estimates its values."""
+    """The policy, with its value head or critic."""
     reference: ResponseLM
-    """Frozen."""
+    """The frozen reference."""
     sharding: Sharding
-    """How the policy lies on the ranks."""
+    """Layout of the policy on the ranks."""
 
 
 def load_models(

@@ -39,7 +39,7 @@ class RolloutWorker(Worker):
 
     @ray.method(num_returns=2)
     def generate(self, prompts: PromptBatch, step: int, seed: int) -> tuple[pa.Table, dict[str, float]]:
-        """Sample one response a prompt; returns a table of `trajectory.SCHEMA`, without scores, and metrics."""
+        """Sample one response per prompt; returns a table of `trajectory.SCHEMA`, without scores, and metrics."""
         start = time.perf_counter()
         limits = prompts.max_response_tokens or draw_limits(self._config.rollout, seed, step, prompts.sample_ids)
         requests = [
@@ -73,7 +73,7 @@ class RolloutWorker(Worker):
         return self._ack(manifest, start)
 
     def connect(self, init_info: dict[str, Any]) -> None:
-        """Make ready to receive weights by NCCL or CUDA IPC; see `Receiver.connect`."""
+        """Prepare to receive weights by NCCL or CUDA IPC; see `Receiver.connect`."""
         cast("Receiver", self._engine).connect(init_info)
 
     def receive_weights(self, manifest: WeightManifest, *exports: list[dict[str, Any]]) -> WeightAck:

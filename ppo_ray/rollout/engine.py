@@ -1,4 +1,4 @@
-"""What every engine does: token ids in, token ids and their log-probabilities out; weights replaced on demand."""
+"""The interface of all engines: token ids in, token ids and their log-probabilities out; weights replaced on demand."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How all requests of a call are sampled: from the full softmax at a temperature, nothing cut off."""
+    """The sampling of all requests of a call: from the full softmax at a temperature, nothing cut off."""
 
     temperature: float = 1.0
     """0 is greedy; log-probabilities are then those of temperature 1."""
@@ -23,44 +23,44 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One response wanted."""
+    """A request for one response."""
 
     prompt_ids: tuple[int, ...]
     """At least one token."""
     max_tokens: int
     """The response's own limit, at least 1."""
     seed: int
-    """Of this response alone: the same request gives the same response in any batch, on any worker."""
+    """Seed of this response alone: the same request gives the same response in any batch, on any worker."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One response."""
+    """The response to one request."""
 
     response_ids: tuple[int, ...]
-    """`[R]`, the stop token included."""
+    """`[R]` token ids, the stop token included."""
     logprobs: tuple[float, ...]
-    """`[R]`, of the sampled tokens, at the sampling temperature."""
+    """`[R]` log-probabilities of the sampled tokens, at the sampling temperature."""
     finish_reason: FinishReason
 
 
 class Engine(Protocol):
-    """A policy that generates.
+    """A policy that generates responses.
 
     Engines know no Ray. They are not thread-safe: one call at a time.
     """
 
     policy_version: int
-    """Of the weights in use; -1 until the first `load_weights`."""
+    """Policy version of the weights in use; -1 until the first `load_weights`."""
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
-        """Sample one response a request, in the order of the requests."""
+        """Sample one response per request, in the order of the requests."""
         ...
 
     def load_weights(self, snapshot: WeightSnapshot) -> None:
         """Verify the snapshot, serve it from now on, and forget everything computed with earlier weights.
 
-        Its buckets are taken one after the other, each verified before anything of it is used. An update that breaks
+        Buckets are loaded one after the other, each verified before any of its tensors is used. An update that breaks
         off leaves weights of two policies behind; `policy_version` is -1 then.
 
         Raises:
@@ -84,11 +84,11 @@ class Receiver(Engine, Protocol):
     """An engine whose weights come from another GPU, or from its own, without passing the host."""
 
     def connect(self, init_info: dict[str, Any]) -> None:
-        """Make ready to receive; meets the sender where the transport wants it."""
+        """Prepare to receive; joins the sender's group where the transport has one."""
         ...
 
     def receive_weights(self, manifest: WeightManifest, handles: dict[str, Any]) -> None:
-        """Receive what the manifest lists, verify and serve it; otherwise as `load_weights`."""
+        """Receive the tensors that the manifest lists, verify and serve them; otherwise as `load_weights`."""
         ...
 
 

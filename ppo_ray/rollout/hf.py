@@ -1,4 +1,4 @@
-"""transformers as an engine: where vLLM cannot be installed, and the reference that tests hold vLLM against."""
+"""An engine on transformers, for machines without vLLM; tests compare vLLM with it."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from ppo_ray.weights.snapshot import WeightSnapshot
 
 
 class HFEngine:
-    """An `Engine` over a transformers causal LM: one left-padded batch, a key-value cache, a generator a request.
+    """An `Engine` over a transformers causal LM: one left-padded batch, a key-value cache, a generator per request.
 
     B requests, T tokens so far, V vocabulary.
     """
@@ -26,7 +26,7 @@ class HFEngine:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
-        """Sample one response a request, in the order of the requests; see `Engine.generate`.
+        """Sample one response per request, in the order of the requests; see `Engine.generate`.
 
         Raises:
             WorkerError: a request cannot be served; see `check_requests`.
@@ -99,6 +99,7 @@ class HFEngine:
         del self._model
 
     def _pad(self, requests: Sequence[GenerationRequest], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pad prompts on the left; returns token ids and attention mask, each `[B, longest]` int64."""
         input_ids = torch.zeros(len(requests), longest, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for row, request in enumerate(requests):

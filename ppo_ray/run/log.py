@@ -1,4 +1,4 @@
-"""A run's metrics: one JSON object a step, and the same figures for TensorBoard."""
+"""The log of a run's metrics: one JSON object per step, and the same for TensorBoard."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def has_steps(folder: Path) -> bool:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and `tensorboard/` in a folder; neither exists before the first step or event.
+    """A log into `metrics.jsonl` and `tensorboard/` of a folder; neither exists before the first step or event.
 
     A line is in the file as soon as `write` returns, so that a run can be followed and a killed one can be read. Lines
     of events have the key `event`, lines of steps have not.
@@ -46,7 +46,7 @@ class MetricsLog:
 
         Args:
             step: counted from 0.
-            metrics: figures by name, e.g. `score/mean`; one that is not finite is `null` in the JSON.
+            metrics: values by name, e.g. `score/mean`; one that is not finite is `null` in the JSON.
 
         Returns:
             The metrics as they were given, with `step` before them and `time/step_s` behind them: seconds since the
@@ -74,7 +74,7 @@ class MetricsLog:
         self._written = time.monotonic()
 
     def event(self, event: Event) -> None:
-        """Log what happened beside the steps: `event` (kind), `message`, `worker`, `step` (the next one), `time`."""
+        """Log an event beside the steps: `event` (kind), `message`, `worker`, `step` (the next one), `time`."""
         lines, _ = self._open()
         record = {"event": event.kind, "step": self._next_step, "time": time.time(), **asdict(event)}
         del record["kind"]
@@ -82,7 +82,7 @@ class MetricsLog:
         lines.flush()
 
     def resume(self, step: int) -> list[dict[str, float]]:
-        """Drop the lines of this step and later ones, and of a step that was cut off: they are made again.
+        """Prepare to go on at a step: drop the lines of this and later steps, and one that was cut off.
 
         Args:
             step: the next one to be written.
@@ -111,7 +111,7 @@ class MetricsLog:
             from tensorboard.compat.proto.event_pb2 import Event as TensorBoardEvent
             from tensorboard.compat.proto.event_pb2 import SessionLog
 
-            # TensorBoard forgets what it was told of this step and later ones
+            # TensorBoard drops its values of this step and later ones
             started = SessionLog(status=SessionLog.START)
             self._open()[1].add_event(TensorBoardEvent(wall_time=time.time(), step=step, session_log=started))
         return history

@@ -1,4 +1,4 @@
-"""What `ppo-ray plan` prints: where every actor goes, the memory that takes and why, what does not fit."""
+"""The output of `ppo-ray plan`: every actor's node, the memory it takes and why, and what does not fit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,12 +87,12 @@ class Described:
 
     nodes: int | None = None
     cpus: float | None = None
-    """Of each node, like all that follows."""
+    """CPUs of each node; the fields below are of each node too."""
     gpus: int | None = None
     memory_gib: float | None = None
     gpu_memory_gib: float | None = None
     address: str | None = None
-    """Of a cluster that runs."""
+    """Address of a running cluster."""
 
 
 def show(config: Config, described: Described, console: Console) -> bool:

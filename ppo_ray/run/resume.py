@@ -1,4 +1,4 @@
-"""Where a run begins: at its first step, or at the newest checkpoint that is whole."""
+"""The start of a run: at its first step, or at the newest checkpoint that is whole."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -43,11 +43,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins, or goes on."""
+    """The start of a run: its beginning, or the checkpoint at which it goes on."""
 
     state: RunState
     checkpoint: Path | None = None
-    """What the learner loads; None: the models that the config names."""
+    """Checkpoint that the learner loads; None: the models that the config names."""
     changed: tuple[Difference, ...] = ()
     """Options that are not as they were."""
 

@@ -51,21 +51,21 @@ class Wire:
 
 
 class Buffers:
-    """Memory for snapshots, used again and again: the first touch of a page costs more than a copy into it.
+    """Memory for snapshots, reused: the first touch of a page costs more than a copy into it.
 
     A snapshot that was taken into buffers is overwritten by the next one.
     """
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Start without buffers."""
         self._buffers: list[torch.Tensor] = []
 
     def get(self, index: int, num_bytes: int, pinned: bool) -> np.ndarray:
-        """Return the buffer of a bucket, of at least `num_bytes`; its contents are whatever they were.
+        """Return the buffer of a bucket, of at least `num_bytes`; its contents are those of its last use.
 
         Args:
-            index: of the bucket, at most one more than the last that was got.
-            num_bytes: wanted.
+            index: of the bucket, at most one more than the largest index so far.
+            num_bytes: smallest size of the buffer.
             pinned: whether a GPU writes to it: page-locked memory takes a GPU's tensors twice as fast.
         """
         import torch
@@ -77,21 +77,20 @@ class Buffers:
 
 @dataclass(frozen=True)
 class WeightSnapshot:
-    """Weights that lie on the host; what engines load, verify and acknowledge."""
+    """Weights on the host; engines load, verify and acknowledge them."""
 
     manifest: WeightManifest
     buckets: Sequence[np.ndarray]
-    """`[bytes]` uint8 each; may be fetched when they are asked for. Those of an object store are read-only: never write
-    to one."""
+    """`[bytes]` uint8 each; may be fetched when they are asked for. Those of an object store are read-only."""
 
     @property
     def policy_version(self) -> int:
-        """How many steps the weights have seen."""
+        """Number of updates that the weights have seen."""
         return self.manifest.policy_version
 
     @property
     def checksum(self) -> str:
-        """Of all tensors; see `WeightManifest.checksum`."""
+        """Checksum of all tensors; see `WeightManifest.checksum`."""
         return self.manifest.checksum
 
     @classmethod
@@ -106,8 +105,8 @@ class WeightSnapshot:
 
         Args:
             named_tensors: may be made as they are asked for; none is kept.
-            policy_version: of them.
-            wire: how they travel; None: as they are, in buckets of the default size.
+            policy_version: number of updates that they have seen.
+            wire: the form in which they travel; None: as they are, in buckets of the default size.
             buffers: memory to take them into; None: new memory.
         """
         wire, buffers = wire or Wire(), buffers or Buffers()

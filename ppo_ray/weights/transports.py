@@ -19,7 +19,7 @@ from ppo_ray.weights.snapshot import NUM_BUFFERS
 
 
 class WeightTransport(Protocol):
-    """Brings weights to engines and returns their word for it; it is for the caller to check that word."""
+    """Sends weights to engines and returns their acknowledgements, which the caller checks."""
 
     def send(self, weights: PublishedWeights, engines: ActorGroup) -> list[WeightAck]:
         """Send weights to all engines at once; one that is lost meanwhile is replaced, and its successor gets them too.
@@ -79,7 +79,7 @@ class ObjectStoreTransport:
 
 
 class RemoteBuckets(Sequence[np.ndarray]):
-    """Buckets that come from the object store when they are asked for, while those behind are on their way already."""
+    """Buckets of the object store, each fetched when it is asked for while the node pulls the next ones."""
 
     def __init__(self, references: Sequence[Any], timeout_s: float) -> None:
         """Let the node pull all of them, without waiting; `timeout_s` is the longest wait for one."""
@@ -113,7 +113,7 @@ class NCCLTransport:
     """
 
     def __init__(self, config: Config) -> None:
-        """Be in no group yet."""
+        """Start outside any group."""
         self._gpus = config.rollout.tensor_parallel
         self._limit_s, self._ping_s = config.ray.transfer_timeout_s, config.ray.ping_timeout_s
         self._buffer_bytes = config.rollout.weight_bucket_mib << 20
@@ -154,7 +154,7 @@ class NCCLTransport:
             raise
 
     def _connect(self, learner: Member, engines: ActorGroup, receivers: list[Member]) -> None:
-        """Let learner and engines meet, unless they are the very ones that met last."""
+        """Join learner and engines in a group, unless they are those of the last one."""
         wanted = [learner, *receivers]
         if len(wanted) == len(self._connected) and all(map(_same, wanted, self._connected)):
             return
@@ -170,10 +170,10 @@ class NCCLTransport:
         self._connected = wanted
 
     def _free(self, learner: Member, engines: ActorGroup) -> None:
-        """Get the learner out of a broadcast that waits in vain.
+        """End the learner's part in a broadcast that waits in vain.
 
         Raises:
-            WorkerLost: it does not come out: its state is out of reach.
+            WorkerLost: the learner stays in it: its state is out of reach.
         """
         doing = "leaving a weight sync by NCCL that broke off"
         for call in (learner.handle.abort_transfer, learner.handle.release_weights):
@@ -181,7 +181,7 @@ class NCCLTransport:
 
 
 def engine_init(group_id: str, first_rank: int, world_size: int, buffer_bytes: int) -> dict[str, Any]:
-    """Return what vLLM's NCCL backend needs to join a group, an engine's first GPU as `first_rank`."""
+    """Return the arguments of vLLM's NCCL backend to join a group, an engine's first GPU as `first_rank`."""
     return {
         "nccl_unique_id_b64": group_id,
         "rank_offset": first_rank,
@@ -242,10 +242,10 @@ class IPCTransport:
 
 
 def merge_handles(exports: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return, for each tensor, its handles on all GPUs, of what every learner rank exports of its own.
+    """Merge the handles that the learner's ranks export: for each tensor, those on all GPUs.
 
     Args:
-        exports: a list a rank, in which each tensor has its handle under the GPU's UUID.
+        exports: per rank, each tensor's handle under the UUID of the rank's GPU.
     """
     return [
         {gpu: handle for of_rank in tensor for gpu, handle in of_rank.items()} for tensor in zip(*exports, strict=True)
