@@ -66,7 +66,7 @@ class ObjectStoreTransport:
         try:
             return engines.call("loading weights", lambda handle: _load(handle, weights), may_stop=False)
         except DependencyLost as error:
-            raise _make_error(error) from error
+            raise _make_weights_error(error) from error
 
     def send_to(self, weights: PublishedWeights, engines: ActorGroup, engine: Member) -> WeightAck:
         """Send weights to one engine; see `WeightTransport.send_to`."""
@@ -74,7 +74,7 @@ class ObjectStoreTransport:
         try:
             engines.watch({answer: engine}, "loading weights", may_stop=False)
         except DependencyLost as error:
-            raise _make_error(error) from error
+            raise _make_weights_error(error) from error
         return ray.get(answer, timeout=self._timeout_s)
 
 
@@ -99,7 +99,7 @@ def _load(handle: Any, weights: PublishedWeights) -> Any:
     return handle.load_weights.remote(weights.manifest, list(weights.buckets))
 
 
-def _make_error(error: DependencyLost) -> WorkerLost:
+def _make_weights_error(error: DependencyLost) -> WorkerLost:
     return WorkerLost(f"the weights that engines were to load are gone with the learner's node: {error}", "learner-0")
 
 
