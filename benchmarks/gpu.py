@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.card import Peak, find_peak, forget_peak_memory, free_bytes, name_of, peak_memory, synchronize
 from benchmarks.flops import forward_flops, update_flops
-from benchmarks.random_batches import Range, lengths_of, random_requests, scored_table
+from benchmarks.random_batches import Range, lengths_of, make_table, random_requests
 from benchmarks.random_models import SHAPES, decoder_shape, write_config, write_model
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
@@ -135,7 +135,7 @@ def _step(
     start = now()
     completions = engine.generate(requests, Sampling())
     generated = now()
-    table = scored_table(requests, completions, step)
+    table = make_table(requests, completions, step)
     made = now()
     update = learner.update(table, step)
     learnt = now()

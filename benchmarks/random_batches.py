@@ -43,7 +43,7 @@ def random_completions(requests: Sequence[GenerationRequest], vocab_size: int, s
     ]
 
 
-def scored_table(
+def make_table(
     requests: Sequence[GenerationRequest], completions: Sequence[Completion], policy_version: int = 0
 ) -> pa.Table:
     """Make trajectories of requests and their completions, with scores drawn at random."""

@@ -20,6 +20,8 @@ LATEST, BEST, FINAL = "latest", "best", "final"
 """Links to a checkpoint: the newest, the one whose policy scored highest, the one after the last step."""
 AHEAD = "ahead.parquet"
 """In a checkpoint: the next step's trajectories, scored, where generation overlaps with learning."""
+LEARNER_FOLDER = "learner"
+"""In a checkpoint: the learner's own files; vLLM would take safetensors files beside the model for a part of it."""
 _CHECKSUMS, _STATE, _CONFIG = "checksums.json", "run.json", "config.yaml"
 _CHUNK = 16 << 20  # bytes
 

@@ -101,7 +101,7 @@ class Round:
         )
         steps = read_steps(folder / "run")
         shutil.rmtree(folder / "run" / "checkpoints")  # some GB
-        return self._checked(ArmRun("ppo-ray", self.seed, steps, memory.peak_mib, memory.peak_processes))
+        return self._check(ArmRun("ppo-ray", self.seed, steps, memory.peak_mib, memory.peak_processes))
 
     def _trl(self, arm: str, folder: Path, tell: Tell) -> ArmRun:
         if not TRL_PYTHON.is_file():
@@ -118,9 +118,9 @@ class Round:
             _QUIET | _threads(threads),
         )
         steps = [step_from(json.loads(line)) for line in lines.read_text(encoding="utf-8").splitlines()]
-        return self._checked(ArmRun(arm, self.seed, steps, memory.peak_mib, memory.peak_processes))
+        return self._check(ArmRun(arm, self.seed, steps, memory.peak_mib, memory.peak_processes))
 
-    def _checked(self, run: ArmRun) -> ArmRun:
+    def _check(self, run: ArmRun) -> ArmRun:
         """Check that an arm did the work: all steps, and each sample's prompt and limit."""
         for step, portion in zip(run.steps, portions(self.config), strict=True):
             _check_step(run.arm, step, portion)

@@ -55,21 +55,21 @@ class Agreement:
         return None if math.isnan(self.spread) else abs(self.difference) <= self.spread
 
 
-def timed(run: ArmRun) -> list[Step]:
+def steps_to_count(run: ArmRun) -> list[Step]:
     """Return the steps whose seconds count."""
     return run.steps[WARM_UP_STEPS:]
 
 
 def phase_medians(runs: Sequence[ArmRun]) -> dict[str, float]:
     """Return the median seconds of each phase, and of the whole step (`total`), over all steps of all rounds."""
-    steps = [step for run in runs for step in timed(run)]
+    steps = [step for run in runs for step in steps_to_count(run)]
     found = {phase: statistics.median(step.phases[phase] for step in steps) for phase in PHASES}
     return found | {"total": statistics.median(step.total_s for step in steps)}
 
 
 def samples_a_second(run: ArmRun) -> float:
     """Return a run's samples a second: the batch over the median step."""
-    steps = timed(run)
+    steps = steps_to_count(run)
     return len(steps[0].lengths) / statistics.median(step.total_s for step in steps)
 
 
@@ -81,7 +81,7 @@ def speedup(rounds: Rounds, arm: str, other: str) -> Spread:
 
 def share_of_step(runs: Sequence[ArmRun], *phases: str) -> float:
     """Return the median share of phases in a step, over all steps of all rounds."""
-    steps = [step for run in runs for step in timed(run)]
+    steps = [step for run in runs for step in steps_to_count(run)]
     return statistics.median(sum(step.phases[phase] for phase in phases) / step.total_s for step in steps)
 
 
@@ -96,7 +96,7 @@ def shares_of_machine(
     """
     found: dict[str, list[float]] = {}
     for run, machine in zip(runs, machines, strict=True):
-        for step in timed(run):
+        for step in steps_to_count(run):
             once, epochs_flops = forward_flops(shape, step.lengths), update_flops(shape, step.lengths, epochs)
             seconds, peak = step.seconds, machine.update_flops
             reached = {
@@ -114,7 +114,7 @@ def sync_share(runs: Sequence[ArmRun], machines: Sequence[Machine], num_bytes: f
     """Return what share of the machine's copy rate a weight sync reaches, if so many bytes must be copied."""
     pairs = zip(runs, machines, strict=True)
     return statistics.median(
-        num_bytes / step.seconds["sync"] / machine.copy_bytes for run, machine in pairs for step in timed(run)
+        num_bytes / step.seconds["sync"] / machine.copy_bytes for run, machine in pairs for step in steps_to_count(run)
     )
 
 

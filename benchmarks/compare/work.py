@@ -12,7 +12,7 @@ from ppo_ray import preflight
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
 from ppo_ray.models.actor_critic import VALUE_HEAD_FILE, make_value_head, save_value_head
-from ppo_ray.rollout.actor import drawn_limits
+from ppo_ray.rollout.actor import draw_limits
 from ppo_ray.seeding import derive_seed
 
 _LINKED = ("model.safetensors", "tokenizer.json", "generation_config.json")
@@ -40,7 +40,7 @@ def portions(config: Config) -> list[Portion]:
             raise InputError(
                 f"step {step}: {batch.num_skipped} texts make no prompts, and TRL takes whole batches only"
             )
-        limits = drawn_limits(config.rollout, config.seed, step, batch.sample_ids)
+        limits = draw_limits(config.rollout, config.seed, step, batch.sample_ids)
         found.append(Portion([list(ids) for ids in batch.prompt_ids], limits))
     return found
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.flops import forward_flops, update_flops
 from benchmarks.growth.series import Point, Series
-from benchmarks.random_batches import Range, lengths_of, random_completions, random_requests, scored_table
+from benchmarks.random_batches import Range, lengths_of, make_table, random_completions, random_requests
 from benchmarks.random_models import decoder_shape, write_model
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
@@ -83,7 +83,7 @@ class Subject:
 
     def learn(self, batches: Batches) -> list[Point]:
         """Measure an update on each batch."""
-        tables = [scored_table(batch, random_completions(batch, self.shape.vocab)) for _, batch in batches]
+        tables = [make_table(batch, random_completions(batch, self.shape.vocab)) for _, batch in batches]
         seconds = self._seconds([partial(self.learner.update, table, 0) for table in tables])
         forward = [forward_flops(self.shape, lengths_of(batch)) for _, batch in batches]
         epochs = [update_flops(self.shape, lengths_of(batch), EPOCHS) for _, batch in batches]

@@ -78,14 +78,14 @@ def check_fit(request: ResourceRequest) -> Assignment:
     Raises:
         InputError: it cannot; names demand, supply and config keys.
     """
-    found = assign(request, connected_cluster())
+    found = assign(request, read_cluster())
     if found.shortages and state.get_max_resources_from_cluster_config() is None:  # no autoscaler
         lines = "\n".join(f"  {shortage}" for shortage in found.shortages)
         raise InputError(f"the cluster cannot hold the actors, nothing was started\n{lines}\n{_describe_supply()}")
     return found
 
 
-def connected_cluster(gpu_memory: int | None = None) -> ClusterShape:
+def read_cluster(gpu_memory: int | None = None) -> ClusterShape:
     """Describe the nodes of the connected cluster that are alive.
 
     Args:

@@ -56,7 +56,10 @@ def kl_estimate(
 
 @dataclass(frozen=True)
 class AdaptiveKLController:
-    """Steer the KL per sequence towards a target (Ziegler et al. 2019, sec. 2.2; TRL 0.11's AdaptiveKLController)."""
+    """A controller that steers the KL per sequence towards a target.
+
+    Ziegler et al. 2019, sec. 2.2; TRL 0.11's AdaptiveKLController.
+    """
 
     kl_coef: float
     """Weight of the KL penalty."""
@@ -65,7 +68,7 @@ class AdaptiveKLController:
     horizon: float
     """Sequences over which a full error of 20% moves the coefficient by 20%."""
 
-    def updated(self, kl_per_sequence: float, num_sequences: int) -> "AdaptiveKLController":
+    def adapt(self, kl_per_sequence: float, num_sequences: int) -> "AdaptiveKLController":
         """Return the controller after a batch: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
 
         A KL of NaN leaves the controller as it is.
@@ -78,12 +81,12 @@ class AdaptiveKLController:
 
 @dataclass(frozen=True)
 class FixedKLController:
-    """Keep the coefficient as it is."""
+    """A controller that keeps the coefficient as it is."""
 
     kl_coef: float
     """Weight of the KL penalty."""
 
-    def updated(self, kl_per_sequence: float, num_sequences: int) -> "FixedKLController":
+    def adapt(self, kl_per_sequence: float, num_sequences: int) -> "FixedKLController":
         """Return the controller itself."""
         return self
 

@@ -1,4 +1,4 @@
-"""A step's trajectories as the learner sees them: those with a score, as padded tensors and back.
+"""A step's scored trajectories: as padded tensors and back, in forward passes, in mini-batches, and in metrics.
 
 Dimensions: N trajectories of the table, B of them with a score, R response tokens (the longest of the batch).
 """
@@ -20,7 +20,7 @@ from ppo_ray.seeding import derive_seed
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """The scored trajectories of a table."""
+    """The scored trajectories of a table, as padded tensors."""
 
     num_trajectories: int
     """N."""
@@ -89,9 +89,9 @@ class ResponseBatch:
         """`[B]` int64, prompt and response."""
         return self.num_response_tokens + np.array([len(ids) for ids in self.prompt_ids], np.int64)
 
-    def to_lists(self, figures: torch.Tensor) -> list[np.ndarray | None]:
-        """Cut `[B, R]` figures to one `[R]` array for each of the table's N rows; None for those left out."""
-        array = figures.float().cpu().numpy()
+    def to_lists(self, values: torch.Tensor) -> list[np.ndarray | None]:
+        """Cut `[B, R]` values to one `[R]` array for each of the table's N rows; None for those left out."""
+        array = values.float().cpu().numpy()
         lists: list[np.ndarray | None] = [None] * self.num_trajectories
         for index, row in enumerate(self.kept):
             lists[row] = array[index, : len(self.response_ids[index])]
@@ -100,12 +100,12 @@ class ResponseBatch:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which sequences are this rank's, and how they are laid out in forward passes."""
+    """The layout of a batch in forward passes, and this rank's share of them."""
 
     microbatch_tokens: int
-    """At most so many tokens, padding included, a pass."""
+    """Largest number of tokens, padding included, per pass."""
     row_width: int
-    """Tokens that rows are filled up to; 0: one sequence a row."""
+    """Tokens that rows are filled up to; 0: one sequence per row."""
     device: torch.device
     ranks: Ranks
     in_lockstep: bool = False
@@ -156,6 +156,30 @@ def split_evenly(order: Sequence[int] | np.ndarray, size: int) -> list[np.ndarra
     return np.array_split(np.asarray(order), -(-len(order) // size))
 
 
+def summarize_table(table: pa.Table, batch: ResponseBatch) -> dict[str, float]:
+    """Summarise all trajectories of a step and their scores, as they were given."""
+    num_rows = max(table.num_rows, 1)
+    num_stopped = table.column("finish_reason").to_pylist().count("stop")
+    tokens = trajectory.lengths(table, "response_ids")
+    metrics = {
+        "score/num_unscored": float(table.num_rows - batch.num_sequences),
+        "response/tokens_mean": float(tokens.sum()) / num_rows,
+        "response/tokens_min": float(tokens.min(initial=tokens.max(initial=0))),
+        "response/tokens_max": float(tokens.max(initial=0)),
+        "response/eos_rate": num_stopped / num_rows,
+        "learner/tokens": float(batch.num_tokens.sum()),
+    }
+    if batch.num_sequences:
+        scores = batch.scores.double()
+        metrics |= {
+            "score/mean": float(scores.mean()),
+            "score/std": float(scores.std()) if len(scores) > 1 else 0.0,
+            "score/min": float(scores.min()),
+            "score/max": float(scores.max()),
+        }
+    return metrics
+
+
 def check_staleness(table: pa.Table, policy_version: int, limit: int) -> dict[str, float]:
     """Check that trajectories are of a policy that the learner had lately.
 
@@ -165,7 +189,7 @@ def check_staleness(table: pa.Table, policy_version: int, limit: int) -> dict[st
         limit: the most updates that may lie between.
 
     Returns:
-        Figures by name: the mean and the largest staleness, in updates.
+        Metrics by name: the mean and the largest staleness, in updates.
 
     Raises:
         WorkerError: a trajectory is staler, or of a policy that the learner has not had yet; names who sampled it.

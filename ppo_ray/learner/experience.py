@@ -8,11 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ppo_ray.algo.gae import gae, padding_advantages
 from ppo_ray.algo.kl import kl_estimate
 from ppo_ray.algo.losses import truncated_importance
-from ppo_ray.algo.masked import masked_whiten, whiten_zero
-from ppo_ray.algo.rewards import RunningMoments, clip_scores, penalise_missing_eos, scale_scores, token_rewards
+from ppo_ray.algo.masked import masked_mean, masked_sum, masked_var, masked_whiten, whiten_zero
+from ppo_ray.algo.rewards import (
+    RunningMoments,
+    clip_scores,
+    gae,
+    padding_advantages,
+    penalise_missing_eos,
+    scale_scores,
+    token_rewards,
+)
 from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.models.actor_critic import ActorCritic
@@ -25,25 +32,25 @@ class ModelOutputs:
     """Outputs of policy and reference for a batch; all `[B, R]`, zero outside the response mask."""
 
     old_logprobs: torch.Tensor
-    """By the policy before the update."""
+    """Log-probabilities by the policy before the update."""
     ref_logprobs: torch.Tensor
-    """By the frozen reference."""
+    """Log-probabilities by the frozen reference."""
     values: torch.Tensor
-    """Of the prefix before each token, before the update."""
+    """Values of the prefix before each token, before the update."""
     kl: torch.Tensor
     """Estimate of the KL between policy and reference per token, by `ppo.kl_estimator`."""
 
 
 @dataclass(frozen=True)
 class Experience(ModelOutputs):
-    """Everything the update needs; all `[B, R]` and zero outside the response mask, except `scores`."""
+    """The input of the update; all `[B, R]` and zero outside the response mask, except `scores`."""
 
     scores: torch.Tensor
     """`[B]`, after scaling, clipping and the penalty for a missing end of sequence."""
     rewards: torch.Tensor
-    """Per token: minus the KL penalty, plus the score on the last token; clipped, not whitened."""
+    """Rewards per token: minus the KL penalty, plus the score on the last token; clipped, not whitened."""
     advantages: torch.Tensor
-    """By GAE; whitened with `ppo.whiten_advantages`."""
+    """Advantages by GAE; whitened with `ppo.whiten_advantages`."""
     returns: torch.Tensor
     """Advantages before whitening, plus values."""
     importance: torch.Tensor | None
@@ -145,3 +152,38 @@ def estimate(
         returns=returns,
         importance=importance,
     )
+
+
+def summarize_experience(
+    experience: Experience, batch: ResponseBatch, ppo: UpdateConfig, kl_coef: float
+) -> dict[str, float]:
+    """Summarise what is known before the update, over response tokens."""
+    mask = batch.response_mask.to(experience.kl.device)
+    kl_coef = kl_coef if ppo.kl_in == "reward" else 0.0
+    log_weights = torch.where(mask, experience.old_logprobs - batch.rollout_logprobs.to(mask.device), 0)
+    returns_var = masked_var(experience.returns, mask)
+    residuals = torch.where(mask, experience.returns - experience.values, 0)
+    metrics = {
+        "score/used_mean": experience.scores.mean(),
+        "score/used_std": experience.scores.std() if batch.num_sequences > 1 else torch.zeros(()),
+        "kl/per_sequence": masked_sum(experience.kl, mask) / batch.num_sequences,
+        "kl/per_token": masked_mean(experience.kl, mask),
+        "reward/kl_penalty_mean": -kl_coef * masked_mean(experience.kl, mask),
+        "value/mean": masked_mean(experience.values, mask),
+        "value/std": masked_var(experience.values, mask).sqrt(),
+        "value/explained_variance_before": 1 - masked_var(residuals, mask) / returns_var.clamp(min=1e-12),
+        "advantages/mean": masked_mean(experience.advantages, mask),
+        "advantages/std": masked_var(experience.advantages, mask).sqrt(),
+        "returns/mean": masked_mean(experience.returns, mask),
+        "returns/std": returns_var.sqrt(),
+        "mismatch/logprob_mean": masked_mean(log_weights.abs(), mask),
+        "mismatch/logprob_max": log_weights.abs().max(),
+        "mismatch/kl": masked_mean(torch.expm1(log_weights) - log_weights, mask),
+    }
+    if experience.importance is not None and ppo.importance_cap is not None:
+        capped = (experience.importance >= ppo.importance_cap).to(log_weights.dtype)
+        metrics |= {
+            "mismatch/importance_mean": masked_mean(experience.importance, mask),
+            "mismatch/capped_fraction": masked_mean(capped, mask),
+        }
+    return {name: float(metric) for name, metric in metrics.items()}

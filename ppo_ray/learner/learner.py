@@ -1,7 +1,7 @@
 """PPOLearner: policy, values, frozen reference, optimizer and KL controller; one PPO update at a time.
 
-Dimensions: B sequences. TRL 0.11's `PPOTrainer.step` is the yardstick (`tests/golden`); where it errs, the default is
-the mended form and TRL's own is an option (`docs/trl.md`).
+Dimensions: B sequences. The reference is TRL 0.11's `PPOTrainer.step` (`tests/golden`). Where that errs, the default is
+correct, and an option gives TRL's own form (`docs/trl.md`).
 """
 
 import contextlib
@@ -20,25 +20,23 @@ from ppo_ray.algo.kl import AdaptiveKLController, FixedKLController, KLControlle
 from ppo_ray.algo.rewards import RunningMoments
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
-from ppo_ray.learner.batch import Layout, Order, ResponseBatch, draw_order, split_evenly
-from ppo_ray.learner.experience import Experience, Forward, ModelOutputs, estimate, run_models
-from ppo_ray.learner.load import load_models
-from ppo_ray.learner.metrics import Stopwatch, summarize_experience, summarize_minibatches, summarize_table
+from ppo_ray.learner.batch import Layout, Order, ResponseBatch, draw_order, split_evenly, summarize_table
+from ppo_ray.learner.experience import Experience, Forward, ModelOutputs, estimate, run_models, summarize_experience
 from ppo_ray.learner.minibatch import MinibatchUpdater
-from ppo_ray.learner.optimizer import make_adam, set_learning_rates
+from ppo_ray.learner.objective import summarize_minibatches
+from ppo_ray.learner.optimizer import gather_optimizer_state, load_optimizer_state, make_adam, set_learning_rates
 from ppo_ray.learner.probe import WeightProbe
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
-from ppo_ray.learner.reports import MinibatchReport, UpdateReport
+from ppo_ray.learner.reports import MinibatchReport, Stopwatch, UpdateReport
 from ppo_ray.learner.sharding import Replicated, Sharding, gather_full
-from ppo_ray.learner.state import LearnerSnapshot, LearnerState, gather_optimizer_state, load_optimizer_state
+from ppo_ray.learner.state import LearnerSnapshot, LearnerState, load_models
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.loading import default_device, load_tokenizer
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.seeding import derive_seed
 from ppo_ray.weights.checksums import weights_checksum
 from ppo_ray.weights.manifest import num_buckets
-from ppo_ray.weights.snapshot import Buffers, WeightSnapshot
-from ppo_ray.weights.wire import Wire
+from ppo_ray.weights.snapshot import Buffers, WeightSnapshot, Wire
 
 _ROW_WIDTH = 64  # tokens; wide enough for little padding, narrow enough for cheap attention
 
@@ -120,8 +118,8 @@ class PPOLearner:
             CheckpointError: the checkpoint does not give back the weights that went into it.
         """
         place = torch.device(device) if device is not None else default_device()
-        head_seed, beginning = derive_seed(seed, "value_head"), None if checkpoint is None else str(checkpoint)
-        models = load_models(model, learner, temperature, head_seed, place, ranks or Ranks(), beginning)
+        head_seed = derive_seed(seed, "value_head")
+        models = load_models(model, learner, temperature, head_seed, place, ranks or Ranks(), checkpoint)
         loaded = cls(
             models.policy,
             models.reference,
@@ -171,7 +169,7 @@ class PPOLearner:
             seconds = Stopwatch()
             outputs, forward = self._run_models(batch, step)
             metrics |= seconds.lap("time/old_s")
-            self._moments = self._moments.updated(batch.scores)
+            self._moments = self._moments.include(batch.scores)
             experience = estimate(outputs, batch, self._ppo, self.kl_coef, self._moments)
             columns = {name: batch.to_lists(getattr(experience, name)) for name in trajectory.LEARNED_FIELDS}
             learned = trajectory.with_learned(trajectories, columns)
@@ -180,7 +178,7 @@ class PPOLearner:
             reports, stopped_early = self._optimize(batch, experience, step, order, learned, forward)
             metrics |= summarize_minibatches(reports, metrics["returns/std"])
             if not self._trains_values_only(step):  # else the KL is that of a policy that must not move
-                self.controller = self.controller.updated(metrics["kl/per_sequence"], batch.num_sequences)
+                self.controller = self.controller.adapt(metrics["kl/per_sequence"], batch.num_sequences)
             metrics |= seconds.lap("time/update_s")
         metrics |= {"policy/early_stopped": float(stopped_early), "learner/skipped_update": 0.0}
         return UpdateReport(step, metrics, self.kl_coef, learned, tuple(reports))
@@ -222,8 +220,7 @@ class PPOLearner:
 
     def probe(self, wire: Wire | None = None) -> WeightProbe:
         """Return a probe of whether engines compute with the weights they are sent; all ranks make its calls."""
-        seed = derive_seed(self._seed, "probe")
-        return WeightProbe(self._policy, self._sharding, self._layout, seed, wire or Wire())
+        return WeightProbe(self._policy, self._sharding, self._layout, derive_seed(self._seed, "probe"), wire or Wire())
 
     def _run_models(self, batch: ResponseBatch, step: int) -> tuple[ModelOutputs, Forward | None]:
         """Run policy and reference, and keep the policy's graph where the first mini-batch can use it."""

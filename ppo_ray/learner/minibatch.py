@@ -128,7 +128,7 @@ class MinibatchUpdater:
                 row_weights = weights[index].to(rows.response_mask.device, experience.values.dtype)
                 place = index.to(rows.response_mask.device), slice(rows.response_mask.shape[1])
                 if values_only:
-                    output = self._frozen_policy(rows, experience.old_logprobs[place])
+                    output = self._forward_values(rows, experience.old_logprobs[place])
                 else:
                     output = forward.output if forward else self._policy(rows)
                 micro = objective(output, experience, place, rows.response_mask, row_weights, ppo, kl_coef)
@@ -153,7 +153,7 @@ class MinibatchUpdater:
             elif parameter.grad is not None and gradient is not None:
                 parameter.grad.sub_(gradient).mul_(0).add_(gradient)
 
-    def _frozen_policy(self, rows: PackedRows, old_logprobs: torch.Tensor) -> ResponseOutput:
+    def _forward_values(self, rows: PackedRows, old_logprobs: torch.Tensor) -> ResponseOutput:
         """Return the policy's output with a gradient for its values only; its log-probabilities are the old ones."""
         values = self._policy.forward_values(rows)
         return ResponseOutput(old_logprobs, torch.zeros_like(old_logprobs), values.new_empty(0), values)

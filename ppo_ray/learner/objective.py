@@ -1,10 +1,12 @@
-"""The objective of a micro-batch: policy loss, value loss, KL and entropy terms, and their metrics.
+"""The objective of a micro-batch: policy loss, value loss, KL and entropy terms; and its metrics over an update.
 
 Dimensions: B sequences of the micro-batch, R response tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ppo_ray.algo.kl import kl_estimate
@@ -12,6 +14,7 @@ from ppo_ray.algo.losses import clipped_surrogate, clipped_value_loss
 from ppo_ray.algo.masked import weighted_sum
 from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.experience import Experience
+from ppo_ray.learner.reports import MinibatchReport, Outcome
 from ppo_ray.models.response_lm import ResponseOutput
 
 
@@ -96,3 +99,31 @@ def objective(
         "value/updated_mean": value.value,
     }
     return Objective(loss, {name: metric.detach() for name, metric in metrics.items()}, policy.ratio[mask])
+
+
+def summarize_minibatches(reports: Sequence[MinibatchReport], returns_std: float) -> dict[str, float]:
+    """Average the metrics of all mini-batches of all epochs, as TRL does, those without an optimizer step included.
+
+    A mini-batch that was not finite only counts as such. With none left every mean is NaN.
+    """
+    finite = [report for report in reports if report.outcome != "nonfinite"]
+    norms = [report.grad_norm for report in finite if report.outcome == "stepped"]
+
+    def count(outcome: Outcome) -> float:
+        return float(sum(report.outcome == outcome for report in reports))
+
+    means = {name: _mean([report.metrics[name] for report in finite]) for name in reports[0].metrics}
+    return means | {
+        "policy/ratio_max": max((report.ratio_max for report in finite), default=float("nan")),
+        "policy/ratio_min": min((report.ratio_min for report in finite), default=float("nan")),
+        "policy/ratio_first": reports[0].metrics["policy/ratio_mean"],
+        "policy/grad_norm": _mean(norms),
+        "policy/optimizer_steps": float(len(norms)),
+        "policy/skipped_minibatches": count("ratio_exceeded"),
+        "policy/nonfinite_minibatches": count("nonfinite"),
+        "value/explained_variance": 1 - means["value/error"] / max(returns_std**2, 1e-12),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")

@@ -1,4 +1,4 @@
-"""Proof that an engine computes with the weights it is sent: weights that differ from the policy's are sent to it.
+"""A probe of whether an engine computes with the weights it is sent: it is sent weights that differ from the policy's.
 
 An engine that acknowledges weights may still compute with others: a packed copy of a tied head, a stale cache, a layer
 that was not reloaded. So the probe moves every tensor by a tenth of its size, lets the engine generate, and compares
@@ -19,7 +19,7 @@ from ppo_ray.learner.ranks import detect_lost_peers
 from ppo_ray.learner.reports import Agreement
 from ppo_ray.learner.sharding import Sharding, gather_full, shard_like
 from ppo_ray.models.response_lm import ResponseLM
-from ppo_ray.weights.wire import Wire
+from ppo_ray.weights.snapshot import Wire
 
 _RELATIVE_MOVE = 0.1
 _SMALLEST_SIZE = 0.01  # a tensor of zeros is moved too
@@ -27,15 +27,15 @@ _SMALLEST_SIZE = 0.01  # a tensor of zeros is moved too
 
 @dataclass(frozen=True)
 class WeightProbe:
-    """The policy, and the policy moved; all ranks make the same calls."""
+    """A policy whose weights can be moved and put back; all ranks make the same calls."""
 
     policy: ResponseLM
     sharding: Sharding
     layout: Layout
     seed: int
-    """Of the move."""
+    """Seed of the move."""
     wire: Wire
-    """What the moved weights are rounded to, as those that engines are sent."""
+    """Precision that the moved weights are rounded to, as those that engines are sent."""
 
     def compare(self, table: pa.Table) -> list[Agreement]:
         """Compare what engines generated, a table of `trajectory.SCHEMA` of all workers; the policy is as it was."""

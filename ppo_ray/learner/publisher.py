@@ -1,4 +1,4 @@
-"""The learner's end of a weight transport: makes weights ready, and sends those that stay on its GPU."""
+"""The learner's end of the weight transports: weights made ready, and sent where they stay on its GPU."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -8,8 +8,7 @@ import numpy as np
 from ppo_ray.config import Config, weight_transport
 from ppo_ray.errors import WorkerLost
 from ppo_ray.weights.manifest import WeightManifest
-from ppo_ray.weights.snapshot import Buffers
-from ppo_ray.weights.wire import Wire
+from ppo_ray.weights.snapshot import Buffers, Wire
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +59,9 @@ class WeightPublisher:
             if self._leads:
                 snapshot = learner.weights(self._wire, self._buffers)
                 return snapshot.manifest, list(snapshot.buckets)
-            named = self._wire.rounded(learner.named_weights())
+            named = self._wire.round(learner.named_weights())
             return WeightManifest.of(named, learner.policy_version, "xxh3"), [None] * self.num_buckets(learner)
-        self._tensors = lambda: self._wire.rounded(learner.named_weights())
+        self._tensors = lambda: self._wire.round(learner.named_weights())
         if keep:
             kept = [(name, tensor.clone()) for name, tensor in self._tensors()]
             self._tensors = lambda: kept
@@ -82,7 +81,7 @@ class WeightPublisher:
         Raises:
             WorkerLost: they are not of that version; names the learner.
         """
-        manifest = self._check_published(policy_version)
+        manifest = self._check_version(policy_version)
         if self._nccl is not None:
             self._nccl.send(manifest, self._tensors())
             return
@@ -97,7 +96,7 @@ class WeightPublisher:
         """
         from ppo_ray.weights.nccl_sender import ipc_handles
 
-        self._check_published(policy_version)
+        self._check_version(policy_version)
         self._mapped = [tensor.contiguous() for _, tensor in self._tensors()]
         return ipc_handles(self._mapped)
 
@@ -114,7 +113,7 @@ class WeightPublisher:
         if self._nccl is not None:
             self._nccl.leave()
 
-    def _check_published(self, policy_version: int) -> WeightManifest:
+    def _check_version(self, policy_version: int) -> WeightManifest:
         if self._manifest is None or self._manifest.policy_version != policy_version:
             raise WorkerLost(  # only a learner that is restored from its checkpoint has them again
                 f"weights of policy version {policy_version} are asked for, but the learner has those of version "

@@ -1,6 +1,7 @@
-"""What the learner reports: records without torch tensors, which the driver reads without loading torch."""
+"""Reports of the learner: records without torch tensors, which the driver reads without loading torch."""
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +42,7 @@ class UpdateReport:
     kl_coef: float
     """Weight of the KL penalty in the next update."""
     trajectories: pa.Table | None = None
-    """Of `trajectory.LEARNED_SCHEMA`, in the order given; None where the caller only wants metrics."""
+    """Table of `trajectory.LEARNED_SCHEMA`, in the order given; None where the caller only wants metrics."""
     minibatches: tuple[MinibatchReport, ...] = ()
     """Every mini-batch in order, those without an optimizer step included."""
 
@@ -73,3 +74,16 @@ class Agreement:
         if self.to_own < 5 * self.to_moved:
             return f"{self.worker} is {seen} and {self.to_own:.1e} off with the ones before: it cannot be told"
         return None
+
+
+class Stopwatch:
+    """Seconds of consecutive laps."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self._began = time.perf_counter()
+
+    def lap(self, name: str) -> dict[str, float]:
+        """End a lap and begin the next; returns the ended one's seconds under a metric's name."""
+        began, self._began = self._began, time.perf_counter()
+        return {name: self._began - began}

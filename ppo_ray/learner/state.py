@@ -1,21 +1,29 @@
-"""The learner's saved state besides its models: optimizer, KL controller, moments; safetensors and JSON, no pickle."""
+"""The learner's state: its models, loaded as the config says, and all that a checkpoint holds of it.
+
+Scalars are written as JSON and tensors as safetensors, with no pickle.
+"""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors
-import safetensors.torch
 import torch
+from transformers import AutoModel
 
 from ppo_ray.algo.rewards import RunningMoments
+from ppo_ray.checkpoint import LEARNER_FOLDER
+from ppo_ray.config import LearnerConfig, ModelConfig
 from ppo_ray.errors import CheckpointError
-from ppo_ray.learner.sharding import Sharding, gather_full, shard_like
-from ppo_ray.models.actor_critic import ActorCritic, State
+from ppo_ray.learner.optimizer import save_optimizer_state
+from ppo_ray.learner.ranks import Ranks
+from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
+from ppo_ray.models.actor_critic import CRITIC_FOLDER, ActorCritic, CausalLMWithCritic, CausalLMWithValueHead, State
+from ppo_ray.models.decoder import recompute_layers
+from ppo_ray.models.loading import cast, load_causal_lm, load_pretrained
+from ppo_ray.models.response_lm import ResponseLM
 
-_FOLDER = "learner"  # of its own: vLLM takes every safetensors file beside a model for a part of it
-_STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
+_FILE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -24,17 +32,17 @@ class LearnerState:
 
     policy_version: int
     kl_coef: float
-    """Of the next update."""
+    """Weight of the KL penalty in the next update."""
     moments: RunningMoments
-    """Of all scores so far."""
+    """Running moments of all scores so far."""
     weights_checksum: str
-    """Of the policy's weights; see `weights_checksum`."""
+    """Checksum of the policy's weights; see `weights_checksum`."""
     reference_checksum: str
-    """Of the reference's weights: another reference would be another run."""
+    """Checksum of the reference's weights: another reference would be another run."""
 
     def write(self, folder: Path) -> None:
         """Write into a checkpoint's folder; floats are written so that the very same are read."""
-        path = folder / _FOLDER / _STATE
+        path = folder / LEARNER_FOLDER / _FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
@@ -46,10 +54,10 @@ class LearnerState:
             CheckpointError: it is not there, or not one of ours.
         """
         try:
-            fields = json.loads((folder / _FOLDER / _STATE).read_text(encoding="utf-8"))
+            fields = json.loads((folder / LEARNER_FOLDER / _FILE).read_text(encoding="utf-8"))
             return cls(**fields | {"moments": RunningMoments(**fields["moments"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{folder / _FOLDER / _STATE} cannot be read: {error}") from error
+            raise CheckpointError(f"{folder / LEARNER_FOLDER / _FILE} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class LearnerSnapshot:
 
     policy: ActorCritic
     models: State
-    """Of the policy and its values, by the policy's names."""
+    """Tensors of policy and values, by the policy's names."""
     optimizer: State
     state: LearnerState
     tokenizer: Any
@@ -70,43 +78,101 @@ class LearnerSnapshot:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         self.state.write(folder)
-        safetensors.torch.save_file(self.optimizer, folder / _FOLDER / _OPTIMIZER)
+        save_optimizer_state(folder, self.optimizer)
 
 
-def gather_optimizer_state(optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding) -> State:
-    """Gather an optimizer's full state, by the policy's names, to the first rank's host memory; all ranks call this.
+@dataclass(frozen=True)
+class LearnerModels:
+    """The models of a learner, on this rank."""
 
-    A parameter that was never stepped has none.
-    """
-    found: State = {}
-    for name, parameter in policy.named_parameters():
-        for stepped in sharding.optimized_parameters([parameter]):
-            for key, tensor in optimizer.state.get(stepped, {}).items():
-                gathered = gather_full(tensor)
-                if sharding.ranks.leads:
-                    found[f"{key}:{name}"] = gathered.cpu().contiguous()
-    return found
+    policy: ActorCritic
+    """The policy, with its value head or critic."""
+    reference: ResponseLM
+    """The frozen reference."""
+    sharding: Sharding
+    """Layout of the policy on the ranks."""
 
 
-def load_optimizer_state(
-    folder: Path, optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding
-) -> None:
-    """Replace an optimizer's state by the one that `LearnerSnapshot` wrote; each rank loads its own shards.
+def load_models(
+    model: ModelConfig,
+    learner: LearnerConfig,
+    temperature: float,
+    value_head_seed: int,
+    device: torch.device,
+    ranks: Ranks,
+    checkpoint: Path | None = None,
+) -> LearnerModels:
+    """Load policy, values and reference onto a device; under `fsdp2` this rank's share of them.
+
+    Args:
+        model: which models.
+        learner: how they lie on the ranks.
+        temperature: at which responses are sampled.
+        value_head_seed: of the initial weights of the value head.
+        device: where they go. `FullySharded` moves them there layer by layer: the device never holds a full model.
+        ranks: the processes that share the update.
+        checkpoint: policy and values are loaded from it instead; the reference stays that of `model`.
 
     Raises:
-        CheckpointError: it is not there, or of other parameters.
+        InputError: a model cannot be loaded or is not supported.
     """
-    named, path = dict(policy.named_parameters()), folder / _FOLDER / _OPTIMIZER
-    optimizer.state.clear()
-    try:
-        with safetensors.safe_open(path, framework="pt") as tensors:
-            for label in tensors.keys():  # noqa: SIM118 (not a mapping)
-                key, _, name = label.partition(":")
-                parameter, tensor = named[name], tensors.get_tensor(label)
-                if tensor.ndim and tensor.shape != parameter.shape:
-                    raise ValueError(f"{label} is {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}")
-                for stepped in sharding.optimized_parameters([parameter]):
-                    placed = shard_like(tensor, stepped) if tensor.ndim else tensor.to(stepped.device, copy=True)
-                    optimizer.state[stepped][key] = placed
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read for this model: {error}") from error
+    shared = learner.sharding == "fsdp2" and ranks.size > 1
+    loaded_on = torch.device("cpu") if shared else device
+    trained = model.model_copy(update={"path": str(checkpoint), "critic_path": None}) if checkpoint else model
+    policy = load_actor_critic(trained, temperature, value_head_seed, loaded_on)
+    reference = load_reference(model, temperature, loaded_on)
+    if learner.gradient_checkpointing:
+        recompute_layers(policy)
+    dtype = _compute_dtype(model)
+    if shared:
+        return LearnerModels(policy, reference, FullySharded(policy, reference, ranks, dtype, device))
+    return LearnerModels(policy, reference, Replicated(policy, ranks, dtype))
+
+
+def load_actor_critic(
+    model: ModelConfig, temperature: float, value_head_seed: int, device: torch.device
+) -> ActorCritic:
+    """Load the policy with its value head or critic; a value head that lies with its decoder is loaded too.
+
+    If the policy computes in bfloat16, its parameters are float32: the masters are made of them.
+
+    Raises:
+        InputError: a model cannot be loaded or is not supported.
+    """
+    causal_lm = load_causal_lm(model.path, dtype=_master_dtype(model), device=device, trust=model.trust)
+    actor_critic: ActorCritic
+    if model.critic == "separate":
+        trained = Path(model.path) / CRITIC_FOLDER
+        path = model.critic_path or (str(trained) if trained.is_dir() else model.path)
+        critic = load_pretrained(AutoModel, path, dtype=_master_dtype(model), device=device, trust=model.trust)
+        actor_critic = CausalLMWithCritic(causal_lm, critic, temperature=temperature, value_head_seed=value_head_seed)
+    else:
+        path = model.path
+        actor_critic = CausalLMWithValueHead(causal_lm, temperature=temperature, value_head_seed=value_head_seed)
+    actor_critic.load_value_head(Path(path))
+    return actor_critic
+
+
+def load_reference(model: ModelConfig, temperature: float, device: torch.device) -> ResponseLM:
+    """Load the frozen reference, in the type it computes in: `model.reference_path`, or the policy as it starts.
+
+    Raises:
+        InputError: it cannot be loaded or is not supported.
+    """
+    path = model.reference_path or model.path
+    causal_lm = load_causal_lm(path, dtype=_master_dtype(model), device=device, trust=model.trust)
+    reference = ResponseLM(causal_lm, temperature=temperature)  # checked in float32, where rounding hides nothing
+    reference.requires_grad_(False)
+    for parameter in reference.parameters():
+        cast(parameter, _compute_dtype(model))
+    return reference
+
+
+def _compute_dtype(model: ModelConfig) -> torch.dtype:
+    """Return the type of the parameters that forward passes use."""
+    return getattr(torch, model.dtype)
+
+
+def _master_dtype(model: ModelConfig) -> str:
+    """Return the type of the parameters that the optimizer steps: float32 under bfloat16, which would lose 1e-5."""
+    return "float32" if model.dtype == "bfloat16" else model.dtype

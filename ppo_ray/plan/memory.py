@@ -161,7 +161,7 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
     if rank == 0 and weight_transport(config) == "object_store":
         yield _parameter_term("weights to publish", sizes.policy.parameters, _wire_bytes(config), "host")
     if rank == 0 and device == "gpu":
-        yield _parameter_term("a checkpoint on its way to the disk", _trained(sizes), 3 * EXACT, "host")
+        yield _parameter_term("a checkpoint on its way to the disk", _actor_critic_parameters(sizes), 3 * EXACT, "host")
 
 
 def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
@@ -170,17 +170,17 @@ def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[
     shared = config.learner.sharding == "fsdp2" and ranks > 1
     by = ranks if shared else 1
     for what, number, when in STATE:
-        yield _parameter_term(what, _trained(sizes), number, device, when, by)
+        yield _parameter_term(what, _actor_critic_parameters(sizes), number, device, when, by)
     yield _parameter_term("reference", sizes.reference.parameters, size, device, ranks=by)
     if shared:
         models = [model for model in (sizes.policy, sizes.reference, sizes.critic) if model]
         layer = max((model.parameters - model.embeddings) // model.layers for model in models)
         gathered = sum(model.embeddings for model in models) + 2 * layer
         yield _parameter_term("gathered: embeddings, two layers", gathered, size, device, "at work")
-        whole = _trained(sizes) + sizes.reference.parameters
+        whole = _actor_critic_parameters(sizes) + sizes.reference.parameters
         yield _parameter_term("whole models, before they are shared", whole, EXACT, "host")
     elif size != EXACT:
-        yield _parameter_term(f"{config.model.dtype} weights", _trained(sizes), size, device)
+        yield _parameter_term(f"{config.model.dtype} weights", _actor_critic_parameters(sizes), size, device)
 
 
 def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
@@ -203,7 +203,7 @@ def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device
     return Term(what, f"{tokens} tokens x {how} x {size} bytes", tokens * each_token * size, device, "at work")
 
 
-def _trained(sizes: ModelSizes) -> int:
+def _actor_critic_parameters(sizes: ModelSizes) -> int:
     """Return the parameters of the policy and of what estimates its values."""
     values = sizes.critic.parameters + sizes.critic.hidden if sizes.critic else sizes.policy.hidden
     return sizes.policy.parameters + values + 1

@@ -1,4 +1,4 @@
-"""The reward worker: an actor around a classifier or a reward function, which adds scores to trajectories."""
+"""Reward workers: a shell over `Classifier` or `RewardFunction` that adds scores to trajectories."""
 
 import time
 from typing import Any

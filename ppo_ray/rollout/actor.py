@@ -16,8 +16,7 @@ from ppo_ray.seeding import derive_seed
 from ppo_ray.weights.acks import WeightAck
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.snapshot import WeightSnapshot
-from ppo_ray.weights.transports.ipc import merged
-from ppo_ray.weights.transports.object_store import Fetched
+from ppo_ray.weights.transports import RemoteBuckets, merge_handles
 
 
 @ray.remote(concurrency_groups=CONTROL)
@@ -40,9 +39,9 @@ class RolloutWorker(Worker):
 
     @ray.method(num_returns=2)
     def generate(self, prompts: PromptBatch, step: int, seed: int) -> tuple[pa.Table, dict[str, float]]:
-        """Sample one response a prompt; returns a table of `trajectory.SCHEMA`, without scores, and metrics."""
+        """Sample one response per prompt; returns a table of `trajectory.SCHEMA`, without scores, and metrics."""
         start = time.perf_counter()
-        limits = prompts.max_response_tokens or drawn_limits(self._config.rollout, seed, step, prompts.sample_ids)
+        limits = prompts.max_response_tokens or draw_limits(self._config.rollout, seed, step, prompts.sample_ids)
         requests = [
             GenerationRequest(tuple(prompt_ids), limit, derive_seed(seed, "sample", step, sample_id))
             for sample_id, prompt_ids, limit in zip(prompts.sample_ids, prompts.prompt_ids, limits, strict=True)
@@ -69,18 +68,18 @@ class RolloutWorker(Worker):
     def load_weights(self, manifest: WeightManifest, buckets: list[Any]) -> WeightAck:
         """Serve the weights in these buckets, references to objects of the store, from now on, and say so."""
         start = time.perf_counter()
-        fetched = Fetched(buckets, self._config.ray.call_timeout_s)
+        fetched = RemoteBuckets(buckets, self._config.ray.call_timeout_s)
         self._engine.load_weights(WeightSnapshot(manifest, fetched))
         return self._ack(manifest, start)
 
     def connect(self, init_info: dict[str, Any]) -> None:
-        """Make ready to receive weights by NCCL or CUDA IPC; see `Receiver.connect`."""
+        """Prepare to receive weights by NCCL or CUDA IPC; see `Receiver.connect`."""
         cast("Receiver", self._engine).connect(init_info)
 
     def receive_weights(self, manifest: WeightManifest, *exports: list[dict[str, Any]]) -> WeightAck:
         """Receive weights by NCCL, or from what learner ranks export by CUDA IPC; serve them, and say so."""
         start = time.perf_counter()
-        handles = {"ipc_handles": merged(exports)} if exports else {}
+        handles = {"ipc_handles": merge_handles(exports)} if exports else {}
         cast("Receiver", self._engine).receive_weights(manifest, handles)
         return self._ack(manifest, start)
 
@@ -107,7 +106,7 @@ class RolloutWorker(Worker):
         return {"prompt": "", "response": text}
 
 
-def drawn_limits(rollout: RolloutConfig, seed: int, step: int, sample_ids: Sequence[int]) -> list[int]:
+def draw_limits(rollout: RolloutConfig, seed: int, step: int, sample_ids: Sequence[int]) -> list[int]:
     """Draw the limit of each response, tokens, from its address."""
     shortest, longest = rollout.min_response_tokens, rollout.max_response_tokens
     draws = [derive_seed(seed, "response_length", step, sample_id) for sample_id in sample_ids]

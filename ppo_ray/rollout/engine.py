@@ -1,4 +1,4 @@
-"""What every engine does: token ids in, token ids and their log-probabilities out; weights replaced on demand."""
+"""The interface of all engines: token ids in, token ids and their log-probabilities out; weights replaced on demand."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How all requests of a call are sampled: from the full softmax at a temperature, nothing cut off."""
+    """The sampling of all requests of a call: from the full softmax at a temperature, nothing cut off."""
 
     temperature: float = 1.0
     """At least 0. 0 is greedy; log-probabilities are then those of temperature 1."""
@@ -23,36 +23,36 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One response wanted."""
+    """A request for one response."""
 
     prompt_ids: tuple[int, ...]
     """`[P]` token ids of the policy's vocabulary, at least one."""
     max_tokens: int
     """The response's own limit, tokens, at least 1."""
     seed: int
-    """Of this response alone, in `[0, 2**63)`: the same request gives the same response in any batch, on any worker."""
+    """Seed of this response alone, in `[0, 2**63)`. The same request gives the same response in any batch."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One response."""
+    """The response to one request."""
 
     response_ids: tuple[int, ...]
     """`[R]` token ids, the stop token included."""
     logprobs: tuple[float, ...]
-    """`[R]`, of the sampled tokens, at the sampling temperature, nats."""
+    """`[R]` log-probabilities of the sampled tokens, at the sampling temperature, nats."""
     finish_reason: FinishReason
     """`"stop"`: a stop token came; `"length"`: the limit did."""
 
 
 class Engine(Protocol):
-    """A policy that generates.
+    """A policy that generates responses.
 
     Engines know no Ray. They are not thread-safe: one call at a time.
     """
 
     policy_version: int
-    """Of the weights in use; -1 for those that the engine was made with, until the first `load_weights`."""
+    """Policy version of the weights in use; -1 until the first `load_weights`, for those of the model's folder."""
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
         """Sample one response per request, in the order of the requests.
@@ -65,7 +65,7 @@ class Engine(Protocol):
     def load_weights(self, snapshot: WeightSnapshot) -> None:
         """Verify the snapshot, serve it from now on, and forget everything computed with earlier weights.
 
-        Its buckets are taken one after the other, each verified before anything of it is used. An update that breaks
+        Buckets are loaded one after the other, each verified before any of its tensors is used. An update that breaks
         off leaves weights of two policies behind; `policy_version` is -1 then.
 
         Raises:
@@ -89,11 +89,11 @@ class Receiver(Engine, Protocol):
     """An engine whose weights come from another GPU, or from its own, without passing the host."""
 
     def connect(self, init_info: dict[str, Any]) -> None:
-        """Make ready to receive; meets the sender where the transport wants it."""
+        """Prepare to receive; joins the sender's group where the transport has one."""
         ...
 
     def receive_weights(self, manifest: WeightManifest, handles: dict[str, Any]) -> None:
-        """Receive what the manifest lists, verify and serve it; otherwise as `load_weights`."""
+        """Receive the tensors that the manifest lists, verify and serve them; otherwise as `load_weights`."""
         ...
 
 

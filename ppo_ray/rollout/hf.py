@@ -1,4 +1,4 @@
-"""transformers as an engine: where vLLM cannot be installed, and the reference that tests hold vLLM against."""
+"""An engine on transformers, for machines without vLLM; tests compare vLLM with it."""
 
 from collections.abc import Sequence
 
@@ -46,7 +46,7 @@ class HFEngine:
         self._model.to(self._device)
         check_requests(requests, self._model.config.get_text_config().vocab_size, self._max_context)
         longest = max(len(request.prompt_ids) for request in requests)
-        input_ids, attention_mask = self._left_padded(requests, longest)  # [B, P]
+        input_ids, attention_mask = self._pad(requests, longest)  # [B, P]
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         stop_ids = set(sampling.stop_token_ids)
         responses: list[list[int]] = [[] for _ in requests]
@@ -92,7 +92,7 @@ class HFEngine:
             raise WorkerError(f"the snapshot is of another model: {len(differing)} names differ, e.g. {differing[:3]}")
         self._model.to(self._device)
         with torch.no_grad():
-            for tensors in snapshot.checked():
+            for tensors in snapshot.verify_buckets():
                 self.policy_version = -1
                 for name, tensor in tensors:
                     parameters[name].copy_(tensor)
@@ -108,7 +108,8 @@ class HFEngine:
         """Free the model."""
         del self._model
 
-    def _left_padded(self, requests: Sequence[GenerationRequest], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pad(self, requests: Sequence[GenerationRequest], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pad prompts on the left; returns token ids and attention mask, each `[B, longest]` int64."""
         input_ids = torch.zeros(len(requests), longest, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for row, request in enumerate(requests):

@@ -1,4 +1,4 @@
-"""vLLM, in this very process: the engine of rollout workers on CPU and GPU.
+"""An engine on vLLM, in this process: the engine of rollout workers on CPU and GPU.
 
 The in-process engine core starts in a third of the time of the multi-process one, takes a third of its memory and lets
 weights be handed over by reference. `ENVIRONMENT` must be set before `vllm` is imported: actors have it in their
@@ -33,9 +33,9 @@ CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
     **CPU_ALLOCATION,  # fresh pages are the cost of a weight update (0.95 -> 0.54 s for 135M)
 }
-"""What to add to `ENVIRONMENT` on a CPU, and never on a GPU."""
+"""Environment variables beside `ENVIRONMENT` on a CPU, and never on a GPU."""
 
-_BLOCK_SIZE = 32  # tokens a KV-cache block; the CPU default of 128 wastes most of a short sequence's block
+_BLOCK_SIZE = 32  # tokens per KV-cache block; the CPU default of 128 wastes most of a short sequence's block
 
 # The KV cache's size is given, yet vLLM still refuses to start on a GPU with less than this share of its memory free:
 # an engine that starts anew beside a learner would never find the default of 0.92.
@@ -70,8 +70,8 @@ class VLLMEngine:
             seed: vLLM's own seed; the responses depend on their requests' seeds alone.
             tensor_parallel: ranks that share the model; above 1 they are Ray actors in this one's placement group.
             may_sleep: whether `sleep` will be called, for which a GPU's memory is set up in another way.
-            trust: what its folder may do.
-            transport: by which its weights come: `load_weights` is for buckets, `receive_weights` for the others.
+            trust: permissions of the model's folder: remote code, pickled weights.
+            transport: the transport of its weights: `load_weights` takes buckets, `receive_weights` the others.
 
         Raises:
             ImportError: vLLM is not installed.
@@ -149,10 +149,10 @@ class VLLMEngine:
         Raises:
             WorkerLost: an earlier update broke off; no update can mend the engine.
         """
-        self._update(({"tensors": tensors} for tensors in snapshot.checked()), snapshot.manifest, verified=True)
+        self._update(({"tensors": tensors} for tensors in snapshot.verify_buckets()), snapshot.manifest, verified=True)
 
     def connect(self, init_info: dict[str, Any]) -> None:
-        """Make ready to receive by NCCL or CUDA IPC; `init_info` is the backend's own, as vLLM documents it."""
+        """Prepare to receive by NCCL or CUDA IPC; `init_info` is the backend's own, as vLLM documents it."""
         self._llm.shutdown_weight_transfer_engine()  # the group before
         self._llm.init_weight_transfer_engine({"init_info": init_info})
 
@@ -175,7 +175,7 @@ class VLLMEngine:
         self._update([update | handles], manifest, verified=False)
 
     def _update(self, updates: Iterable[dict[str, Any]], manifest: WeightManifest, verified: bool) -> None:
-        """Go through an update; nothing is touched before the first part of it is there."""
+        """Apply an update; nothing is changed before its first part has arrived."""
         self._check_whole()
         for update in updates:
             if not self._half_loaded:

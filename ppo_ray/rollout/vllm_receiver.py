@@ -1,8 +1,8 @@
-"""The worker's end of vLLM's weight-transfer API: what vLLM is given, by whichever transport it comes.
+"""The receiving end of vLLM's weight-transfer API: backends for every transport, with a check of every tensor.
 
-An update is a session: start, tensors, finish. Between, vLLM replaces layer after layer as its tensors arrive. The
-transports differ in how they arrive alone: as views of buckets that the host has, broadcast by NCCL, or mapped by CUDA
-IPC. vLLM's own backends check nothing; here every tensor passes a check on its way into the model.
+An update is a session: start, tensors, finish. Meanwhile vLLM replaces layer after layer as its tensors arrive. The
+transports differ only in how tensors arrive: as views of buckets on the host, broadcast by NCCL, or mapped by CUDA IPC.
+vLLM's own backends check nothing; here every tensor passes a check on its way into the model.
 """
 
 from collections.abc import Iterable
@@ -17,17 +17,17 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from ppo_ray.config import Transport
 from ppo_ray.errors import WorkerError
-from ppo_ray.weights.checksums import word_sums, written_out
+from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.manifest import WeightManifest
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 
 
 class CheckedModel:
-    """What vLLM's backends take for the model: hands on to it, and keeps account of, every tensor that is loaded."""
+    """A model that records every tensor it is given to load; it stands in for the model in vLLM's backends."""
 
     def __init__(self, model: Any, tied_head: bool, summed: bool) -> None:
-        """Stand before a model.
+        """Wrap a model.
 
         Args:
             model: vLLM's.
@@ -54,7 +54,7 @@ class CheckedModel:
         return self._model.load_weights(arrived)
 
     def check(self, manifest: WeightManifest) -> None:
-        """Compare what went through with what was sent.
+        """Compare the tensors that arrived with those that were sent.
 
         Raises:
             WorkerError: names the tensors that differ, or the first that is missing or one too many.
@@ -71,17 +71,17 @@ class CheckedModel:
                 f"weights of policy version {manifest.policy_version} arrived damaged: {found or 'nothing'} where "
                 f"{wanted or 'nothing'} was sent"
             )
-        manifest.check(manifest.entries, written_out(self._sums))
+        manifest.check(manifest.entries, format_sums(self._sums))
 
 
-class Receiving:
-    """Mixed into a backend of vLLM's: for the length of an update its model is a `CheckedModel`."""
+class CheckedBackend:
+    """Mixin of vLLM's backends: for the length of an update the backend's model is a `CheckedModel`."""
 
     model: Any
     checked: CheckedModel
 
     def receive_weights(self, update_info: Any) -> None:
-        """Let the backend receive, and load what arrives by way of the check."""
+        """Let the backend receive tensors, and load them through the check."""
         model, self.model = self.model, self.checked
         try:
             super().receive_weights(update_info)  # type: ignore[misc]
@@ -90,22 +90,22 @@ class Receiving:
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker, in whichever process it lives: vLLM imports this module there, which registers us."""
+    """Mixin of vLLM's worker; vLLM imports this module in the worker's process, which registers the backends."""
 
     weight_transfer_engine: Any
 
     def begin_check(self, tied_head: bool, summed: bool) -> None:
-        """Say what the next update needs; see `CheckedModel`."""
+        """Prepare the check of the next update; arguments as in `CheckedModel`."""
         self.weight_transfer_engine.checked = CheckedModel(self.weight_transfer_engine.model, tied_head, summed)
 
     def end_check(self, manifest: WeightManifest) -> None:
-        """Compare what was loaded with what was sent; see `CheckedModel.check`."""
+        """Compare the loaded tensors with those that were sent; see `CheckedModel.check`."""
         self.weight_transfer_engine.checked.check(manifest)
 
 
 @dataclass
 class NoInit(WeightTransferInitInfo):
-    """Buckets need no introduction."""
+    """Empty: buckets need no preparation."""
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Bucket(WeightTransferUpdateInfo):
 
 
 class _Buckets(WeightTransferEngine[NoInit, Bucket]):
-    """A backend whose tensors are handed over by reference, in this very process."""
+    """A backend whose tensors are passed by reference, in this process."""
 
     init_info_cls, update_info_cls = NoInit, Bucket
 
@@ -134,7 +134,7 @@ class _Buckets(WeightTransferEngine[NoInit, Bucket]):
         self.model.load_weights(update_info.tensors)
 
     def finish_weight_update(self) -> None:
-        """Put back what was not replaced."""
+        """Restore the layers that were not replaced."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
@@ -143,20 +143,20 @@ class _Buckets(WeightTransferEngine[NoInit, Bucket]):
         """Do nothing."""
 
 
-class Buckets(Receiving, _Buckets):
+class Buckets(CheckedBackend, _Buckets):
     """A backend for buckets, its tensors checked."""
 
 
-class NCCL(Receiving, NCCLWeightTransferEngine):
+class NCCL(CheckedBackend, NCCLWeightTransferEngine):
     """vLLM's NCCL backend, its tensors checked."""
 
 
-class IPC(Receiving, IPCWeightTransferEngine):
+class IPC(CheckedBackend, IPCWeightTransferEngine):
     """vLLM's CUDA IPC backend, its tensors checked."""
 
 
 BACKENDS: dict[Transport, str] = {"object_store": "ppo_ray_buckets", "nccl": "ppo_ray_nccl", "ipc": "ppo_ray_ipc"}
-"""The names under which vLLM knows them."""
+"""vLLM's name of each transport's backend."""
 
 WeightTransferEngineFactory.register_engine(BACKENDS["object_store"], Buckets)
 WeightTransferEngineFactory.register_engine(BACKENDS["nccl"], NCCL)

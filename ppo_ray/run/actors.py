@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Actors:
-    """What the loop calls."""
+    """The three groups of actors that the loop calls."""
 
     rollout: RolloutGroup
     reward: RewardGroup

@@ -19,7 +19,7 @@ class RunFolder:
     """Paths in a run's folder."""
 
     path: Path
-    """Of the folder itself, absolute."""
+    """Absolute path of the folder itself."""
 
     @property
     def config(self) -> Path:

@@ -1,4 +1,4 @@
-"""A run's metrics: one JSON object a step, and the same figures for TensorBoard."""
+"""The log of a run's metrics: one JSON object per step, and the same for TensorBoard."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def read_steps(folder: Path) -> list[dict[str, float]]:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and `tensorboard/` in a folder; neither exists before the first step or event.
+    """A log into `metrics.jsonl` and `tensorboard/` of a folder; neither exists before the first step or event.
 
     A line is in the file as soon as `write` returns, so that a run can be followed and a killed one can be read. Lines
     of events have the key `event`, lines of steps have not.
@@ -51,7 +51,7 @@ class MetricsLog:
 
         Args:
             step: counted from 0.
-            metrics: figures by name, e.g. `score/mean`; one that is not finite is `null` in the JSON.
+            metrics: values by name, e.g. `score/mean`; one that is not finite is `null` in the JSON.
 
         Returns:
             The metrics as they were given, with `step` before them and `time/step_s` behind them: seconds since the
@@ -60,7 +60,7 @@ class MetricsLog:
         from tensorboard.compat.proto.event_pb2 import Event as TensorBoardEvent
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        lines, events = self._opened()
+        lines, events = self._open()
         now = time.monotonic()
         metrics = {**{name: float(value) for name, value in metrics.items()}, "time/step_s": now - self._written}
         self._written, self._next_step = now, step + 1
@@ -79,15 +79,15 @@ class MetricsLog:
         self._written = time.monotonic()
 
     def event(self, event: Event) -> None:
-        """Log what happened beside the steps: `event` (kind), `message`, `worker`, `step` (the next one), `time`."""
-        lines, _ = self._opened()
+        """Log an event beside the steps: `event` (kind), `message`, `worker`, `step` (the next one), `time`."""
+        lines, _ = self._open()
         record = {"event": event.kind, "step": self._next_step, "time": time.time(), **asdict(event)}
         del record["kind"]
         lines.write(json.dumps(record) + "\n")
         lines.flush()
 
-    def go_on(self, step: int) -> list[dict[str, float]]:
-        """Drop the lines of this step and later ones, and of a step that was cut off: they are made again.
+    def resume(self, step: int) -> list[dict[str, float]]:
+        """Prepare to go on at a step: drop the lines of this and later steps, and one that was cut off.
 
         Args:
             step: the next one to be written.
@@ -112,9 +112,9 @@ class MetricsLog:
             from tensorboard.compat.proto.event_pb2 import Event as TensorBoardEvent
             from tensorboard.compat.proto.event_pb2 import SessionLog
 
-            # TensorBoard forgets what it was told of this step and later ones
+            # TensorBoard drops its values of this step and later ones
             started = SessionLog(status=SessionLog.START)
-            self._opened()[1].add_event(TensorBoardEvent(wall_time=time.time(), step=step, session_log=started))
+            self._open()[1].add_event(TensorBoardEvent(wall_time=time.time(), step=step, session_log=started))
         return history
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ class MetricsLog:
     ) -> None:
         self.close()
 
-    def _opened(self) -> tuple[TextIO, Any]:
+    def _open(self) -> tuple[TextIO, Any]:
         if self._lines is None:
             # tensorboard's own writer: torch.utils.tensorboard would bring torch into the driver
             from tensorboard.summary.writer.event_file_writer import EventFileWriter

@@ -1,4 +1,4 @@
-"""What `ppo-ray plan` prints: where every actor goes, the memory that takes and why, what does not fit."""
+"""The output of `ppo-ray plan`: every actor's node, the memory it takes and why, and what does not fit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,12 +87,12 @@ class Described:
 
     nodes: int | None = None
     cpus: float | None = None
-    """Of each node, like all that follows."""
+    """CPUs of each node; the fields below are of each node too."""
     gpus: int | None = None
     memory_gib: float | None = None
     gpu_memory_gib: float | None = None
     address: str | None = None
-    """Of a cluster that runs."""
+    """Address of a running cluster."""
 
 
 def show(config: Config, described: Described, console: Console) -> bool:
@@ -116,11 +116,11 @@ def _cluster(config: Config, described: Described) -> ClusterShape:
     if described.address is not None:
         if any(size is not None for size in sizes):
             raise InputError("--address asks the cluster itself: leave out --nodes, --cpus, --gpus and --memory")
-        from ppo_ray.actors.placement import connected_cluster
+        from ppo_ray.actors.placement import read_cluster
         from ppo_ray.actors.session import ray_session
 
         with ray_session(config.ray.model_copy(update={"address": described.address})):
-            return connected_cluster(gpu_memory)
+            return read_cluster(gpu_memory)
     if all(size is None for size in (*sizes, gpu_memory)):
         return ClusterShape.this_machine(config.ray.object_store_mib << 20)
     if described.cpus is None:

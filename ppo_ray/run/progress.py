@@ -1,4 +1,4 @@
-"""Progress over the steps: a bar on a terminal, a line a step in a log file."""
+"""Progress over the steps: a bar on a terminal, a line per step in a log file."""
 
 import math
 import time
@@ -16,10 +16,10 @@ STEP_SECONDS = "time/step_s"
 
 
 class StepProgress:
-    """Shows each step's number, mean score, KL and seconds by part."""
+    """A display of each step's number, mean score, KL and seconds by part."""
 
     def __init__(self, num_steps: int, console: Console, done: int = 0) -> None:
-        """Show `num_steps` steps, `done` of them done, on a console; a bar if it is a terminal, else a line a step."""
+        """Show `num_steps` steps, `done` of them done, on a console: a bar on a terminal, else a line per step."""
         self._num_steps, self._console, self._done = num_steps, console, done
         self._started = time.monotonic()
         self._bar = _StepBar(console) if console.is_terminal else None
@@ -50,7 +50,7 @@ class StepProgress:
 
 
 class _StepBar(Progress):
-    """A bar, and below it a line of figures."""
+    """A bar, and below it a line of metrics."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(
@@ -72,10 +72,10 @@ class _StepBar(Progress):
 
 
 def step_line(metrics: Mapping[str, float]) -> str:
-    """Write a step's figures on one line, e.g. `score +0.52  KL 1.04  9.3 s: generate 3.1, learn 5.0`."""
+    """Write a step's metrics on one line, e.g. `score +0.52  KL 1.04  9.3 s: generate 3.1, learn 5.0`."""
     words = []
     if "score/mean" in metrics:
-        words.append(f"score {signed(metrics['score/mean'])}")
+        words.append(f"score {format_score(metrics['score/mean'])}")
     if "kl/per_sequence" in metrics:
         words.append(f"KL {metrics['kl/per_sequence']:.2f}")
     parts = ", ".join(f"{name} {metrics[key]:.1f}" for name, key in PARTS.items() if key in metrics)
@@ -86,7 +86,7 @@ def step_line(metrics: Mapping[str, float]) -> str:
     return "  ".join(words)
 
 
-def signed(score: float | None) -> str:
+def format_score(score: float | None) -> str:
     """Write a score with its sign and two decimals; none where there is no number."""
     return "none" if score is None or math.isnan(score) else f"{score:+.2f}"
 

@@ -1,4 +1,4 @@
-"""Where a run begins: at its first step, or at the newest checkpoint that is whole."""
+"""The start of a run: at its first step, or at the newest checkpoint that is whole."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,16 +38,16 @@ class Difference:
         return self.key in MAY_CHANGE or f"{section}.*" in MAY_CHANGE
 
     def __str__(self) -> str:
-        return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}"
+        return f"{self.key}: {_show(self.before)} -> {_show(self.after)}"
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins, or goes on."""
+    """The start of a run: its beginning, or the checkpoint at which it goes on."""
 
     state: RunState
     checkpoint: Path | None = None
-    """What the learner loads; None: the models that the config names."""
+    """Checkpoint that the learner loads; None: the models that the config names."""
     changed: tuple[Difference, ...] = ()
     """Options that are not as they were."""
 
@@ -163,5 +163,5 @@ def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + name, value
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

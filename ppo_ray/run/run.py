@@ -105,7 +105,7 @@ class Run:
     def go_on_from(self, state: RunState) -> None:
         """Return to a state: prompts, metrics and history are as they were."""
         self.state, self.prompts.position = state, state.prompt_position
-        self.history = self._log.go_on(state.step)
+        self.history = self._log.resume(state.step)
 
     def report(self, event: Event) -> None:
         """Log an event, count it, and show it."""

@@ -1,18 +1,26 @@
-"""What the terminal says at the end: what changed, what a step took, where things are."""
+"""Summary of a run for people: the last lines on the terminal, samples.md and curves.png."""
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ppo_ray import atomic
 from ppo_ray.learner.reports import Agreement
 from ppo_ray.run.evaluation import Evaluation
 from ppo_ray.run.folder import RunFolder
-from ppo_ray.run.progress import PARTS, STEP_SECONDS, signed
+from ppo_ray.run.progress import PARTS, STEP_SECONDS, format_score
+
+# Whatever Markdown, GitHub's dialect of it (tables, strikethrough, mathematics, mentions, bare links) or HTML could
+# read as structure. Character references are text in all of them, in a table's cell too.
+_STRUCTURE = re.compile(r"[\\`*_{}\[\]<>&|#~$!@^=]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+_BATCH, _HELD_OUT, _KL, _GREY = "#2a6f97", "#d1495b", "#3a7d44", "#666666"
 
 
 def print_summary(
@@ -37,19 +45,19 @@ def print_summary(
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, path in outputs.items():
         if path.exists():
-            table.add_row(name, Text(_shown(path), overflow="fold"))
+            table.add_row(name, Text(_show_path(path), overflow="fold"))
     console.print(table)
 
 
 def print_evaluation(console: Console, evaluation: Evaluation) -> None:
-    """Print the figures of one evaluation and its samples."""
+    """Print the metrics of one evaluation and its samples."""
     if evaluation.samples:
         table = Table("prompt", "response", "score", show_lines=True)
         table.columns[2].justify = "right"
         for sample in evaluation.samples:
-            table.add_row(_plain(sample.prompt), _plain(sample.response), signed(sample.score))
+            table.add_row(_plain(sample.prompt), _plain(sample.response), format_score(sample.score))
         console.print(table)
-    _say(console, f"held-out mean score {_mean(evaluation)}{_unscored(evaluation)}")
+    _say(console, f"held-out mean score {_describe_mean(evaluation)}{_describe_failures(evaluation)}")
 
 
 def print_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
@@ -68,19 +76,19 @@ def _print_change(
     console: Console, history: Sequence[Mapping[str, float]], before: Evaluation | None, after: Evaluation | None
 ) -> None:
     if before and after:
-        rise = signed(after.mean_score - before.mean_score)
+        rise = format_score(after.mean_score - before.mean_score)
         _say(
             console,
-            f"held-out mean score {signed(before.mean_score)} -> {signed(after.mean_score)} ({rise}; "
+            f"held-out mean score {format_score(before.mean_score)} -> {format_score(after.mean_score)} ({rise}; "
             f"{after.num_prompts} prompts, standard deviation {before.std_score:.2f} -> {after.std_score:.2f})"
-            f"{_unscored(after)}",
+            f"{_describe_failures(after)}",
         )
     if history:
         first, last = history[0], history[-1]
         kl = last.get("kl/per_sequence", math.nan)
         _say(
             console,
-            f"batch mean score {signed(first.get('score/mean'))} -> {signed(last.get('score/mean'))} "
+            f"batch mean score {format_score(first.get('score/mean'))} -> {format_score(last.get('score/mean'))} "
             f"over {len(history)} steps; KL to the reference {kl:.2f} nats a sequence at the last",
         )
 
@@ -98,9 +106,9 @@ def _print_seconds(console: Console, history: Sequence[Mapping[str, float]]) -> 
         if seconds:
             if name == "whole step":
                 table.add_section()
-            figures = (sum(seconds) / len(seconds), min(seconds), max(seconds))
+            spread = (sum(seconds) / len(seconds), min(seconds), max(seconds))
             share = sum(seconds) / sum(whole) if sum(whole) else math.nan
-            table.add_row(name, *(f"{figure:.2f}" for figure in figures), f"{share:.0%}")
+            table.add_row(name, *(f"{value:.2f}" for value in spread), f"{share:.0%}")
     console.print(table)
 
 
@@ -108,12 +116,12 @@ def _seconds(history: Sequence[Mapping[str, float]], key: str) -> list[float]:
     return [metrics[key] for metrics in history if key in metrics]
 
 
-def _mean(evaluation: Evaluation) -> str:
+def _describe_mean(evaluation: Evaluation) -> str:
     spread = f"standard deviation {evaluation.std_score:.2f}"
-    return f"{signed(evaluation.mean_score)} ({spread}, {evaluation.num_prompts} prompts)"
+    return f"{format_score(evaluation.mean_score)} ({spread}, {evaluation.num_prompts} prompts)"
 
 
-def _unscored(evaluation: Evaluation) -> str:
+def _describe_failures(evaluation: Evaluation) -> str:
     return f"; {evaluation.num_unscored} of the responses could not be scored" if evaluation.num_unscored else ""
 
 
@@ -126,7 +134,120 @@ def _plain(text: str) -> Text:
     return Text("".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text))
 
 
-def _shown(path: Path) -> str:
+def _show_path(path: Path) -> str:
     """Show a path below the current folder as relative to it, any other whole."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
+
+
+def write_samples(path: Path, before: Evaluation, after: Evaluation) -> None:
+    """Write the table of samples before and after; generated text can neither break nor format it.
+
+    Where a run that went on shows another number of them (`evaluation.num_samples`), the table has the fewer.
+
+    Raises:
+        ValueError: the two evaluations are not of the same prompts.
+    """
+    atomic.write_text(path, "\n".join(_sample_lines(before, after)) + "\n")
+
+
+def _sample_lines(before: Evaluation, after: Evaluation) -> Iterator[str]:
+    yield "# Samples"
+    yield ""
+    change = f"{format_score(before.mean_score)} to {format_score(after.mean_score)}"
+    yield (
+        "One response to each held-out prompt, before and after training. "
+        f"Over all {after.num_prompts} of them the mean score went from {change}."
+    )
+    yield ""
+    yield "| | Prompt | Response before | Score before | Response after | Score after |"
+    yield "|--:|---|---|--:|---|--:|"
+    for number, (old, new) in enumerate(zip(before.samples, after.samples, strict=False), 1):
+        if old.prompt != new.prompt:
+            raise ValueError(f"sample {number} is of the prompt {old.prompt!r} before and {new.prompt!r} after")
+        was, now = (f"{escape(sample.response)} | {format_score(sample.score)}" for sample in (old, new))
+        yield f"| {number} | {escape(old.prompt)} | {was} | {now} |"
+
+
+def escape(text: str) -> str:
+    """Make text of one line of a Markdown table's cell that shows as it is; invisible characters become their codes."""
+    visible = "".join(_show_character(character) for character in text)
+    return _STRUCTURE.sub(lambda match: f"&#{ord(match[0])};", visible)
+
+
+def _show_character(character: str) -> str:
+    if character == "\n":
+        return "↵"
+    if character.isprintable():
+        return character
+    # controls, text direction, unpaired surrogates, unusual spaces and ends of lines
+    return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
+
+
+def draw_curves(
+    path: Path, history: Sequence[Mapping[str, float]], before: Evaluation | None, after: Evaluation | None
+) -> None:
+    """Draw the batch's mean score and KL over the steps, and the held-out mean score before and after.
+
+    Args:
+        path: the PNG to write, all of it or nothing.
+        history: each step's metrics, with `step`, `score/mean` and `kl/per_sequence`; missing or NaN ones are gaps.
+        before: held-out prompts before the first step; None: not evaluated.
+        after: held-out prompts after the last step; None: not evaluated.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # steps done when the batch was sampled: the policy of step 0 is the one that "before" scored
+    steps = [float(metrics["step"]) for metrics in history]
+    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    score_axes, kl_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    score_axes.plot(steps, _column(history, "score/mean"), color=_BATCH, marker="o", ms=3, lw=1.5, label="batch mean")
+    _mark_held_out(score_axes, len(history), before, after)
+    score_axes.set_title("PPO: score and KL over the steps", loc="left", fontsize=12, fontweight="bold")
+    score_axes.set_ylabel("score (reward model's output)")
+    score_axes.legend(frameon=False, loc="best", fontsize=9)
+    kl_axes.plot(steps, _column(history, "kl/per_sequence"), color=_KL, marker="o", ms=3, lw=1.5)
+    kl_axes.set_ylabel("KL to the reference\n(nats a sequence)")
+    kl_axes.set_xlabel("steps done")
+    kl_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.align_ylabels()
+    for axes in (score_axes, kl_axes):
+        axes.grid(alpha=0.25, lw=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.axhline(0, color=_GREY, lw=0.6, zorder=0)
+    atomic.write(path, lambda aside: figure.savefig(aside, format="png"))
+
+
+def _mark_held_out(axes: Any, num_steps: int, before: Evaluation | None, after: Evaluation | None) -> None:
+    """Put a diamond and its value where the policy was evaluated: at 0 steps and after the last."""
+    both = ((0, before), (num_steps, after))
+    points = [(step, found) for step, found in both if found and math.isfinite(found.mean_score)]
+    if not points:
+        return
+    axes.plot(
+        [step for step, _ in points],
+        [found.mean_score for _, found in points],
+        color=_HELD_OUT,
+        marker="D",
+        ms=7,
+        ls="none",
+        label=f"held-out mean ({points[-1][1].num_prompts} prompts)",
+    )
+    for step, found in points:
+        axes.annotate(
+            f"{found.mean_score:+.2f}",
+            (step, found.mean_score),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            color=_HELD_OUT,
+            fontweight="bold",
+        )
+    axes.margins(y=0.12)
+
+
+def _column(history: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    return [float(metrics.get(name, math.nan)) for metrics in history]

@@ -17,14 +17,12 @@ from ppo_ray.errors import InputError, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event, say
 from ppo_ray.learner.reports import Agreement
 from ppo_ray.run.actors import Actors, check_engines, launch, launch_scorers
-from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation, score_held_out
 from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.log import read_steps
 from ppo_ray.run.loop import run_overlapped, run_steps
 from ppo_ray.run.run import Run
-from ppo_ray.run.samples import write_samples
-from ppo_ray.run.summary import print_agreements, print_evaluation, print_summary
+from ppo_ray.run.summary import draw_curves, print_agreements, print_evaluation, print_summary, write_samples
 
 Result = TypeVar("Result")
 

@@ -41,7 +41,7 @@ def load_with_value_head(path: str, *args: Any, **kwargs: Any) -> tuple[Any, dic
     Raises:
         OSError: there is no such model, or it has no safetensors weights.
     """
-    _refuse_pickled(Path(path, kwargs.get("subfolder") or ""))
+    _refuse_pickles(Path(path, kwargs.get("subfolder") or ""))
     given = (kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
     dtype = next((dtype for dtype in given if dtype is not None), torch.float32)
     with _silence_report():
@@ -91,7 +91,7 @@ def _read_value_head(path: str, variant: str | None, place: dict[str, Any]) -> d
     return found
 
 
-def _refuse_pickled(folder: Path) -> None:
+def _refuse_pickles(folder: Path) -> None:
     """Refuse a local model that has pickled weights only, and say how to convert it.
 
     Raises:

@@ -135,7 +135,7 @@ def generate(model: Any, tokenizer: Any, call: GenerateCall) -> TokenIds:
         ValueError: a single prompt is not of one dimension.
     """
     if isinstance(call.queries, list):
-        return _generate_batched(model, tokenizer, call, call.queries)
+        return _generate_in_batches(model, tokenizer, call, call.queries)
     query, arguments = call.queries, call.arguments
     if query.dim() != 1:
         raise ValueError(f"query_tensor has shape {tuple(query.shape)}; give [tokens], or a list of such")
@@ -146,7 +146,7 @@ def generate(model: Any, tokenizer: Any, call: GenerateCall) -> TokenIds:
     return output if call.return_prompt else output[:, len(query) :]
 
 
-def _generate_batched(
+def _generate_in_batches(
     model: Any, tokenizer: Any, call: GenerateCall, queries: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Answer a list of prompts in batches padded on the left."""

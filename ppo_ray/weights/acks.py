@@ -1,4 +1,4 @@
-"""The driver's record of weights: version and checksum, where they are, and who acknowledged them."""
+"""Records of published weights and of their acknowledgements, for the driver."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ class WeightAck:
     worker: str
     policy_version: int
     checksum: str
-    """Of all tensors, each verified on arrival."""
+    """Checksum of all tensors, each verified on arrival."""
     seconds: float
-    """From the call to the verified or published weights."""
+    """Seconds from the call until the weights were verified or published."""
 
 
 def check_acks(weights: PublishedWeights, acks: Iterable[WeightAck]) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # whoever only names weights, or passes them on, need not loa
 Method = Literal["xxh3", "sums"]
 
 _WORDS = {1: "uint8", 2: "int16", 4: "int32", 8: "int32"}  # of 64 bits, times a place, the upper ones would be lost
-_PIECE = 1 << 22  # words at a time: what the sums need beside the tensor is 64 MB
+_PIECE = 1 << 22  # words at a time: the sums need 64 MB beside the tensor
 
 
 def byte_checksum(tensor: "torch.Tensor") -> str:
@@ -46,8 +46,8 @@ def word_sums(tensor: "torch.Tensor") -> "torch.Tensor":
     return sums
 
 
-def written_out(sums: "list[torch.Tensor]") -> list[str]:
-    """Return what `word_sums` gave, hexadecimal; waits for the device once."""
+def format_sums(sums: "list[torch.Tensor]") -> list[str]:
+    """Format sums of `word_sums` as hexadecimal numbers; waits for the device once."""
     import torch
 
     pairs = torch.stack(sums).tolist() if sums else []
@@ -55,7 +55,7 @@ def written_out(sums: "list[torch.Tensor]") -> list[str]:
 
 
 def weights_checksum(named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> str:
-    """Return XXH3-64 of all tensors' bytes, each padded to 64, hexadecimal: what a checkpoint knows its weights by."""
+    """Return XXH3-64 of all tensors' bytes, each padded to 64, hexadecimal: a checkpoint's checksum of its weights."""
     state = xxhash.xxh3_64()
     for _, tensor in named_tensors:
         raw = _bytes(tensor)

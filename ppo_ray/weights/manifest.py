@@ -1,4 +1,4 @@
-"""What a set of weights consists of: the name, shape, place and checksum of every tensor."""
+"""The manifest of a set of weights: name, shape, place and checksum of every tensor."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from ppo_ray.errors import WorkerError
-from ppo_ray.weights.checksums import Method, byte_checksum, word_sums, written_out
+from ppo_ray.weights.checksums import Method, byte_checksum, format_sums, word_sums
 
 if TYPE_CHECKING:  # see `checksums`
     import torch
 
 _ALIGNMENT = 64  # bytes; vectorised loads of the engines never straddle a cache line
-_NAMED = 3  # damaged tensors in an error
+_SHOWN = 3  # damaged tensors in an error
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor."""
+    """The entry of one tensor."""
 
     name: str
     """The parameter's name in the Hugging Face causal LM; a tied head is listed once, as the embedding."""
@@ -29,11 +29,11 @@ class TensorEntry:
     """torch's name, e.g. `"float32"`."""
     shape: tuple[int, ...]
     checksum: str
-    """Of the tensor as it is sent, hexadecimal."""
+    """Checksum of the tensor as it is sent, hexadecimal."""
     bucket: int = 0
     """Index of the buffer that it lies in, where weights travel in buffers."""
     offset: int = 0
-    """In that buffer, bytes."""
+    """Place in that buffer, bytes from its start."""
 
     @property
     def num_bytes(self) -> int:
@@ -48,9 +48,9 @@ class WeightManifest:
     """The contents of a set of weights; small, where the weights are not."""
 
     policy_version: int
-    """How many steps the weights have seen."""
+    """Number of updates that the weights have seen."""
     method: Method
-    """Of the checksums."""
+    """Method of the checksums."""
     entries: tuple[TensorEntry, ...]
 
     @classmethod
@@ -68,7 +68,7 @@ class WeightManifest:
             else:
                 sums.append(word_sums(tensor))
             del tensor  # before the next is made
-        found += written_out(sums)
+        found += format_sums(sums)
         entries = map(TensorEntry, names, dtypes, shapes, found)
         return cls(policy_version, method, tuple(entries))
 
@@ -95,22 +95,22 @@ class WeightManifest:
             if one != entry.checksum
         ]
         if wrong:
-            more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+            more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
             raise WorkerError(
-                f"weights of policy version {self.policy_version} arrived damaged: {', '.join(wrong[:_NAMED])}{more}"
+                f"weights of policy version {self.policy_version} arrived damaged: {', '.join(wrong[:_SHOWN])}{more}"
             )
 
 
-class Placement:
-    """Where the next tensor goes: into the bucket at hand if there is room, else into a new one."""
+class BucketCursor:
+    """The place of the next tensor: in the current bucket if there is room, else in a new one."""
 
     def __init__(self, bucket_bytes: int) -> None:
-        """Begin without a bucket."""
+        """Start without a bucket; `bucket_bytes` is the size of each."""
         self._bucket_bytes = bucket_bytes
         self._bucket, self._used = -1, 0
 
     def place(self, num_bytes: int) -> tuple[int, int]:
-        """Return bucket and offset of a tensor."""
+        """Return bucket and offset of the next tensor, and move behind it."""
         if self._bucket < 0 or self._used + num_bytes > self._bucket_bytes:
             self._bucket, self._used = self._bucket + 1, 0
         offset = self._used
@@ -120,7 +120,7 @@ class Placement:
 
 def num_buckets(sizes: Iterable[int], bucket_bytes: int) -> int:
     """Return how many buckets a snapshot of tensors of these sizes, in bytes, will have."""
-    placement, placed = Placement(bucket_bytes), 0
+    cursor, placed = BucketCursor(bucket_bytes), 0
     for size in sizes:
-        placed = placement.place(size)[0] + 1
+        placed = cursor.place(size)[0] + 1
     return placed

@@ -1,7 +1,7 @@
-"""The learner's end of vLLM's weight-transfer API: NCCL broadcasts, and CUDA IPC handles.
+"""The sending end of vLLM's weight-transfer API: NCCL broadcasts, and CUDA IPC handles.
 
 vLLM's trainer classes call the engines themselves, all with the same rank, and wait without a limit. Here the driver
-calls the engines and the learner alike, watches all of them, and names who is late: so the sender's own calls do
+calls the engines and the learner, watches all of them, and names the one that is late. So the sender's own calls do
 nothing, and every engine is given ranks of its own. The group's id goes to the engines through Ray: no port is opened
 for it.
 """
@@ -14,13 +14,13 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
 from ppo_ray.weights.manifest import WeightManifest
-from ppo_ray.weights.wire import NUM_BUFFERS
+from ppo_ray.weights.snapshot import NUM_BUFFERS
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 def new_group_id() -> str:
-    """Return the id of a new NCCL group, base64: who has it may join."""
+    """Return the id of a new NCCL group, base64; any process that has it may join."""
     from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
     return base64.b64encode(bytes(NCCLLibrary().ncclGetUniqueId())).decode()
@@ -30,16 +30,16 @@ class NCCLSender:
     """Rank 0 of a NCCL group whose other ranks are engines."""
 
     def __init__(self) -> None:
-        """Be in no group yet."""
+        """Start outside any group."""
         self._sender: Any = None
 
     def join(self, group_id: str, world_size: int, buffer_bytes: int) -> None:
-        """Meet the engines, which join at the same time; an earlier group is left.
+        """Join a group together with the engines; an earlier group is left.
 
         Args:
             group_id: of the new group.
-            world_size: of it: the engines and this.
-            buffer_bytes: a broadcast, as the engines are told.
+            world_size: ranks of the group: this one and those of the engines.
+            buffer_bytes: bytes per broadcast, as the engines are told.
         """
         from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
@@ -67,14 +67,14 @@ class NCCLSender:
         self._sender.send_weights()
 
     def leave(self) -> None:
-        """Abort the group, from whichever thread: a broadcast that waits for an engine in vain ends."""
+        """Abort the group, from any thread; a broadcast that waits for a lost engine ends."""
         sender, self._sender = self._sender, None
         if sender is not None:
             sender.shutdown()
 
 
 def ipc_handles(tensors: Iterable[torch.Tensor]) -> list[dict[str, Any]]:
-    """Return what an engine on the same GPU maps each tensor's memory by; the tensors must live until it has read them.
+    """Return handles by which an engine on the same GPU maps the tensors, which must live until it has read them.
 
     Returns:
         For each tensor, vLLM's arguments of it under the GPU's UUID.
@@ -86,7 +86,7 @@ def ipc_handles(tensors: Iterable[torch.Tensor]) -> list[dict[str, Any]]:
 
 
 class _DriverCalls:
-    """What vLLM's sender takes for its client: the driver has called the engines."""
+    """A client for vLLM's sender whose calls do nothing: the driver has called the engines."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Do nothing."""
@@ -102,7 +102,7 @@ class _DriverCalls:
 
 
 def _source(manifest: WeightManifest, tensors: NamedTensors) -> Any:
-    """Return what vLLM's sender reads tensors from."""
+    """Return the tensors in the form that vLLM's sender reads."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class Source(WeightSource):

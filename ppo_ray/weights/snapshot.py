@@ -1,4 +1,4 @@
-"""A copy of the policy's weights on the host, in buckets.
+"""Snapshots: copies of the policy's weights on the host, in buckets, and the form in which weights travel.
 
 A dictionary of tensors costs seconds to serialise and to fetch; flat numpy buffers go through Ray's object store
 without a copy, and every engine of a node reads the same pages. A bucket is an object of its own, so that an engine
@@ -14,29 +14,58 @@ import numpy as np
 
 from ppo_ray.errors import WorkerError
 from ppo_ray.weights.checksums import byte_checksum
-from ppo_ray.weights.manifest import Placement, TensorEntry, WeightManifest
-from ppo_ray.weights.wire import Wire
+from ppo_ray.weights.manifest import BucketCursor, TensorEntry, WeightManifest
 
 if TYPE_CHECKING:  # see `checksums`
     import torch
 
+NUM_BUFFERS = 2
+"""Buffers of an NCCL broadcast: one is filled while the other is on its way."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """The form in which tensors travel: their precision, and the size of the buffers that hold them."""
+
+    dtype: str | None = None
+    """torch's name of the dtype that floating-point tensors are rounded to; None: as they are."""
+    bucket_bytes: int = 256 << 20
+    """Largest buffer; a tensor that is larger has one of its own."""
+
+    def dtype_of(self, tensor: "torch.Tensor") -> "torch.dtype":
+        """Return the dtype that a tensor arrives in."""
+        import torch
+
+        return tensor.dtype if self.dtype is None or not tensor.is_floating_point() else getattr(torch, self.dtype)
+
+    def num_bytes(self, tensor: "torch.Tensor") -> int:
+        """Return the size that a tensor arrives with."""
+        return tensor.numel() * self.dtype_of(tensor).itemsize
+
+    def round(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> Iterator[tuple[str, "torch.Tensor"]]:
+        """Yield what arrives of each tensor, one at a time: itself, or a copy in the wire's dtype."""
+        for name, tensor in named_tensors:
+            tensor = tensor.detach().to(self.dtype_of(tensor))
+            yield name, tensor
+            del tensor  # before the next is made
+
 
 class Buffers:
-    """Memory for snapshots, used again and again: the first touch of a page costs more than a copy into it.
+    """Memory for snapshots, reused: the first touch of a page costs more than a copy into it.
 
     A snapshot that was taken into buffers is overwritten by the next one.
     """
 
     def __init__(self) -> None:
-        """Begin with none."""
+        """Start without buffers."""
         self._buffers: list[torch.Tensor] = []
 
     def get(self, index: int, num_bytes: int, pinned: bool) -> np.ndarray:
-        """Return the buffer of a bucket, of at least `num_bytes`; its contents are whatever they were.
+        """Return the buffer of a bucket, of at least `num_bytes`; its contents are those of its last use.
 
         Args:
-            index: of the bucket, at most one more than the last that was got.
-            num_bytes: wanted.
+            index: of the bucket, at most one more than the largest index so far.
+            num_bytes: smallest size of the buffer.
             pinned: whether a GPU writes to it: page-locked memory takes a GPU's tensors twice as fast.
         """
         import torch
@@ -48,21 +77,20 @@ class Buffers:
 
 @dataclass(frozen=True)
 class WeightSnapshot:
-    """Weights that lie on the host; what engines load, verify and acknowledge."""
+    """Weights on the host; engines load, verify and acknowledge them."""
 
     manifest: WeightManifest
     buckets: Sequence[np.ndarray]
-    """`[bytes]` uint8 each; may be fetched when they are asked for. Those of an object store are read-only: never write
-    to one."""
+    """`[bytes]` uint8 each; may be fetched when they are asked for. Those of an object store are read-only."""
 
     @property
     def policy_version(self) -> int:
-        """How many steps the weights have seen."""
+        """Number of updates that the weights have seen."""
         return self.manifest.policy_version
 
     @property
     def checksum(self) -> str:
-        """Of all tensors; see `WeightManifest.checksum`."""
+        """Checksum of all tensors; see `WeightManifest.checksum`."""
         return self.manifest.checksum
 
     @classmethod
@@ -77,16 +105,16 @@ class WeightSnapshot:
 
         Args:
             named_tensors: may be made as they are asked for; none is kept.
-            policy_version: of them.
-            wire: how they travel; None: as they are, in buckets of the default size.
+            policy_version: number of updates that they have seen.
+            wire: the form in which they travel; None: as they are, in buckets of the default size.
             buffers: memory to take them into; None: new memory.
         """
         wire, buffers = wire or Wire(), buffers or Buffers()
-        placement, entries = Placement(wire.bucket_bytes), []
+        cursor, entries = BucketCursor(wire.bucket_bytes), []
         filled: list[np.ndarray] = []
         for name, tensor in named_tensors:
             num_bytes = wire.num_bytes(tensor)
-            bucket, offset = placement.place(num_bytes)
+            bucket, offset = cursor.place(num_bytes)
             if bucket == len(filled):
                 filled.append(buffers.get(bucket, max(wire.bucket_bytes, num_bytes), tensor.is_cuda))
             dtype, shape = str(wire.dtype_of(tensor)).removeprefix("torch."), tuple(tensor.shape)
@@ -100,10 +128,10 @@ class WeightSnapshot:
 
     def tensors(self) -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yield each name and tensor as a view of its bucket: nothing is copied, nothing may be written."""
-        for tensors in self.checked():
+        for tensors in self.verify_buckets():
             yield from tensors
 
-    def checked(self) -> Iterator[list[tuple[str, "torch.Tensor"]]]:
+    def verify_buckets(self) -> Iterator[list[tuple[str, "torch.Tensor"]]]:
         """Yield the tensors of one bucket after the other as views, each checked against its checksum.
 
         Raises:

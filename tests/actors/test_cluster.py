@@ -12,7 +12,7 @@ import ray
 from ray.cluster_utils import Cluster
 from typer.testing import CliRunner
 
-from ppo_ray.actors.placement import connected_cluster, reserve
+from ppo_ray.actors.placement import read_cluster, reserve
 from ppo_ray.actors.watch import Member
 from ppo_ray.cli import app
 from ppo_ray.config import Config, load_config, to_yaml
@@ -97,7 +97,7 @@ def really(found: Places, kinds: str) -> dict[str, tuple[object, tuple[int, ...]
 
 
 def planned(config: Config, kinds: str) -> dict[str, tuple[object, tuple[int, ...]]]:
-    found = assign(make_request(config), connected_cluster()).places
+    found = assign(make_request(config), read_cluster()).places
     return {name: (place.node, place.gpus) for name, (place,) in found.items() if name.startswith(tuple(kinds.split()))}
 
 
@@ -158,5 +158,5 @@ def test_actors_are_where_the_plan_says(cluster: Cluster, configured: Callable[.
     path.write_text(to_yaml(shared))
     result = CliRunner().invoke(app, ["plan", str(path), "--address", cluster.address], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    names = {node.name for node in connected_cluster().nodes}
+    names = {node.name for node in read_cluster().nodes}
     assert len(names) == 4 and all(name in result.output for name in names)

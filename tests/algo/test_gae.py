@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_ray.algo.gae import gae, padding_advantages
+from ppo_ray.algo.rewards import gae, padding_advantages
 
 NAN = math.nan
 REWARDS = torch.tensor([[1.0, 0.0, 2.0], [3.0, NAN, NAN]])

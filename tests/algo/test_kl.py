@@ -81,9 +81,9 @@ def test_gradients_agree_with_finite_differences(estimator: str, seed: int) -> N
 )
 def test_adaptive_controller_by_hand(kl: float, num_sequences: int, expected: float) -> None:
     controller = AdaptiveKLController(kl_coef=0.2, target=6.0, horizon=10000.0)
-    assert controller.updated(kl, num_sequences).kl_coef == pytest.approx(expected, rel=1e-12)
+    assert controller.adapt(kl, num_sequences).kl_coef == pytest.approx(expected, rel=1e-12)
     assert controller.kl_coef == 0.2  # a new controller is returned, this one stays
 
 
 def test_fixed_controller_stays() -> None:
-    assert FixedKLController(0.05).updated(100.0, 128) == FixedKLController(0.05)
+    assert FixedKLController(0.05).adapt(100.0, 128) == FixedKLController(0.05)

@@ -36,10 +36,10 @@ def test_bad_input_is_refused(scores: torch.Tensor, mask: torch.Tensor, message:
 
 
 def test_moments_by_hand() -> None:
-    moments = RunningMoments().updated(torch.tensor([1.0, 3.0]))
+    moments = RunningMoments().include(torch.tensor([1.0, 3.0]))
     assert (moments.count, moments.mean, moments.var) == (2, 2.0, 1.0)
     assert moments.std == pytest.approx(math.sqrt(2))
-    moments = moments.updated(torch.tensor([5.0]))  # 1, 3, 5
+    moments = moments.include(torch.tensor([5.0]))  # 1, 3, 5
     assert (moments.count, moments.mean) == (3, 3.0)
     assert moments.var == pytest.approx(8 / 3)
     assert moments.std == pytest.approx(2.0)
@@ -49,7 +49,7 @@ def test_moments_by_hand() -> None:
 def test_moments_of_batches_are_those_of_all_scores(batches: list[list[float]]) -> None:
     moments = RunningMoments()
     for batch in batches:
-        moments = moments.updated(torch.tensor(batch, dtype=torch.float64))
+        moments = moments.include(torch.tensor(batch, dtype=torch.float64))
     scores = torch.tensor([score for batch in batches for score in batch], dtype=torch.float64)
     assert moments.count == len(scores)
     if len(scores) > 1:
@@ -66,7 +66,7 @@ def test_scaling_by_hand() -> None:
 
 def test_scores_that_are_all_equal_are_not_blown_up() -> None:
     scores = torch.full((4,), 0.25)
-    moments = RunningMoments().updated(scores)
+    moments = RunningMoments().include(scores)
     assert scale_scores(scores, moments).tolist() == [0.25] * 4
     assert scale_scores(scores, moments, subtract_mean=True).tolist() == [0.0] * 4
 
@@ -79,6 +79,6 @@ def test_clipping_and_the_missing_end_by_hand() -> None:
 
 def test_moments_refuse_scores_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="not all finite"):
-        RunningMoments().updated(torch.tensor([1.0, math.nan]))
+        RunningMoments().include(torch.tensor([1.0, math.nan]))
     with pytest.raises(ValueError, match=r"ended is torch.int64 \(2,\), not torch.bool \(3,\)"):
         penalise_missing_eos(torch.zeros(3), torch.tensor([0, 1]), 1.0)

@@ -13,10 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ppo_ray import trajectory
-from ppo_ray.algo.gae import gae
 from ppo_ray.algo.kl import AdaptiveKLController, kl_estimate
 from ppo_ray.algo.masked import masked_sum, masked_whiten
-from ppo_ray.algo.rewards import token_rewards
+from ppo_ray.algo.rewards import gae, token_rewards
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.actor_critic import VALUE_HEAD_FILE
@@ -62,7 +61,7 @@ def test_algo_reproduces_every_per_token_figure(step: dict[str, Any]) -> None:
         torch.testing.assert_close(figures[mask], padded(step[name])[0][mask], atol=1e-5, rtol=0, msg=name)
     controller = AdaptiveKLController(step["kl_coef_before"], OPTIONS["target"], OPTIONS["horizon"])
     num_sequences = len(step["queries"])
-    updated = controller.updated(float(masked_sum(kl, mask)) / num_sequences, num_sequences)
+    updated = controller.adapt(float(masked_sum(kl, mask)) / num_sequences, num_sequences)
     assert updated.kl_coef == pytest.approx(step["kl_coef_after"], abs=1e-8)  # TRL computes it in float32
 
 

@@ -10,7 +10,7 @@ from ppo_ray import trajectory
 from ppo_ray.learner.batch import ResponseBatch
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.reports import Agreement
-from ppo_ray.weights.wire import Wire
+from ppo_ray.weights.snapshot import Wire
 from tests.learning import largest_difference, make_learner, make_table, weights
 
 

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppo_ray.config import ModelConfig, Trust
 from ppo_ray.errors import InputError
-from ppo_ray.learner.load import load_actor_critic, load_reference
+from ppo_ray.learner.state import load_actor_critic, load_reference
 from ppo_ray.models.loading import load_causal_lm, load_tokenizer
 from ppo_ray.rollout.hf import HFEngine
 

@@ -32,10 +32,10 @@ ROOMS = {
 """Rooms and loose modules, a floor per row: each imports only what is on lower floors, and itself."""
 
 HOMES = {
-    "ray": "actors/*  jobs/*  */actor.py  */group.py  weights/transports/*  run/actors.py  run/gauges.py",
+    "ray": "actors/*  jobs/*  */actor.py  */group.py  weights/transports.py  run/actors.py  run/gauges.py",
     "vllm": "rollout/vllm*.py  weights/nccl_sender.py",
     "torch": "algo/*  models/*  learner/*  rollout/*  reward/classifier.py  weights/*  plan/*  assets/*  trl/*",
-    "matplotlib": "run/curves.py",
+    "matplotlib": "run/summary.py",
     "tensorboard": "run/log.py",
     "datasets": "prompts/texts.py  assets/*",
     "typer": "cli.py",

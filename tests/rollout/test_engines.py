@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 from ppo_ray.errors import WorkerError
 from ppo_ray.rollout.engine import Completion, Engine, GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
-from ppo_ray.weights.snapshot import WeightSnapshot
-from ppo_ray.weights.wire import Wire
+from ppo_ray.weights.snapshot import WeightSnapshot, Wire
 
 REQUESTS = [
     GenerationRequest(

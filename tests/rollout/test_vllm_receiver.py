@@ -21,8 +21,8 @@ from ppo_ray.learner.publisher import WeightPublisher
 from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT, VLLMEngine
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.nccl_sender import new_group_id
-from ppo_ray.weights.transports.nccl import engine_init
-from ppo_ray.weights.wire import Wire
+from ppo_ray.weights.snapshot import Wire
+from ppo_ray.weights.transports import engine_init
 from tests.learning import make_learner
 from tests.rollout.test_engines import REQUESTS, SAMPLED, largest_difference, reference
 

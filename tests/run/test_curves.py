@@ -6,8 +6,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation
+from ppo_ray.run.summary import draw_curves
 
 BEFORE, AFTER = (Evaluation(mean, 1.0, 64, 0, ()) for mean in (0.1, 0.9))
 HISTORY = [{"step": step, "score/mean": 0.1 * step, "kl/per_sequence": 0.2 * step} for step in range(6)]
@@ -34,5 +34,5 @@ def test_little_to_draw_is_no_error(history, tmp_path):
 
 
 def test_matplotlib_is_loaded_only_when_something_is_drawn():
-    check = "import ppo_ray.run.curves, sys; sys.exit('matplotlib' in sys.modules)"
+    check = "import ppo_ray.run.summary, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -83,7 +83,7 @@ def test_a_run_that_goes_on_makes_its_steps_again(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "a": 4.')  # killed while it wrote
     with MetricsLog(tmp_path) as log:
-        history = log.go_on(2)
+        history = log.resume(2)
         log.event(Event("resumed", "going on"))
         log.write(2, {"a": 20})
     assert [(record["step"], str(record["a"])) for record in history] == [(0, "0.0"), (1, "nan")]
@@ -97,7 +97,7 @@ def test_a_run_that_goes_on_makes_its_steps_again(tmp_path):
 
 def test_a_run_that_begins_has_nothing_to_make_again(tmp_path):
     with MetricsLog(tmp_path) as log:
-        assert log.go_on(0) == []
+        assert log.resume(0) == []
     assert list(tmp_path.iterdir()) == []
 
 

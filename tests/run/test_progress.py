@@ -3,7 +3,7 @@ import math
 
 from rich.console import Console
 
-from ppo_ray.run.progress import StepProgress, signed, step_line
+from ppo_ray.run.progress import StepProgress, format_score, step_line
 
 METRICS = {
     "score/mean": 0.514,
@@ -43,4 +43,4 @@ def test_a_terminal_gets_a_bar_with_the_figures():
 
 
 def test_signed():
-    assert [signed(score) for score in (1.0, -0.5, None, math.nan)] == ["+1.00", "-0.50", "none", "none"]
+    assert [format_score(score) for score in (1.0, -0.5, None, math.nan)] == ["+1.00", "-0.50", "none", "none"]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from ppo_ray.run.evaluation import Evaluation, Sample
-from ppo_ray.run.samples import escape, write_samples
+from ppo_ray.run.summary import escape, write_samples
 
 
 def evaluation(*samples, mean=0.0):

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppo_ray.weights import checksums
-from ppo_ray.weights.checksums import byte_checksum, weights_checksum, word_sums, written_out
+from ppo_ray.weights.checksums import byte_checksum, format_sums, weights_checksum, word_sums
 
 
 def sums(tensor: torch.Tensor) -> str:
-    return written_out([word_sums(tensor)])[0]
+    return format_sums([word_sums(tensor)])[0]
 
 
 def test_literal_sums() -> None:
@@ -20,7 +20,7 @@ def test_literal_sums() -> None:
     assert sums(torch.tensor(1.0)) == f"{0x3F800000:016x}" * 2  # the bits of a float, not its value
     assert sums(torch.ones(2, dtype=torch.bfloat16)) == f"{2 * 0x3F80:016x}{3 * 0x3F80:016x}"
     assert sums(torch.ones(0)) == "0" * 32
-    assert written_out([]) == []
+    assert format_sums([]) == []
 
 
 def test_sums_are_of_signed_integers() -> None:

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from ppo_ray.errors import WorkerError
 from ppo_ray.weights.manifest import WeightManifest, num_buckets
-from ppo_ray.weights.snapshot import Buffers, WeightSnapshot
-from ppo_ray.weights.wire import Wire
+from ppo_ray.weights.snapshot import Buffers, WeightSnapshot, Wire
 
 SHAPES = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=8)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int8])
@@ -66,7 +65,7 @@ def test_any_changed_byte_is_found(place: int, change: int) -> None:
     bucket, offset = where[place]
     damaged[bucket][offset] ^= change
     name = "layer." + ("0" if bucket == 0 else "3" if bucket == 2 else "1" if offset < 84 else "2")
-    received = replace(snapshot, buckets=damaged).checked()
+    received = replace(snapshot, buckets=damaged).verify_buckets()
     for _ in range(bucket):
         next(received)
     with pytest.raises(WorkerError, match=rf"policy version 3 arrived damaged: {name} \(checksum"):
@@ -102,7 +101,7 @@ def test_the_wire_rounds_to_the_nearest_bfloat16(values: list[float]) -> None:
     assert arrived["w"].dtype == torch.bfloat16
     assert torch.equal(arrived["w"], tensors[0][1].bfloat16())
     assert arrived["steps"].tolist() == [7]
-    assert snapshot.checksum == WeightManifest.of(Wire("bfloat16").rounded(tensors), 0, "xxh3").checksum
+    assert snapshot.checksum == WeightManifest.of(Wire("bfloat16").round(tensors), 0, "xxh3").checksum
 
 
 def test_the_wire_in_bfloat16_has_half_the_bytes() -> None:
@@ -125,8 +124,8 @@ def test_one_tensor_at_a_time(wire: Wire) -> None:
 
     snapshot = WeightSnapshot.take(gathered(), 0, wire)
     assert [tensor[0].item() for _, tensor in snapshot.tensors()] == [0, 1, 2, 3, 4]
-    assert WeightManifest.of(wire.rounded(gathered()), 0, "xxh3").checksum == snapshot.checksum
-    assert len(WeightManifest.of(wire.rounded(gathered()), 0, "sums").entries) == 5
+    assert WeightManifest.of(wire.round(gathered()), 0, "xxh3").checksum == snapshot.checksum
+    assert len(WeightManifest.of(wire.round(gathered()), 0, "sums").entries) == 5
 
 
 def test_non_contiguous_tensors() -> None:

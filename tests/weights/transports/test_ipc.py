@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ppo_ray.errors import WorkerLost
-from ppo_ray.weights.transports.ipc import IPCTransport, merged
+from ppo_ray.weights.transports import IPCTransport, merge_handles
 from tests.weights.transports.cluster import CONFIG, Cluster
 
 
@@ -48,4 +48,4 @@ def test_a_learner_that_is_lost_is_named(cluster: Cluster) -> None:
 
 def test_every_engine_finds_its_own_gpu() -> None:
     ranks = [[{"GPU-a": "w on a"}, {"GPU-a": "v on a"}], [{"GPU-b": "w on b"}, {"GPU-b": "v on b"}]]
-    assert merged(ranks) == [{"GPU-a": "w on a", "GPU-b": "w on b"}, {"GPU-a": "v on a", "GPU-b": "v on b"}]
+    assert merge_handles(ranks) == [{"GPU-a": "w on a", "GPU-b": "w on b"}, {"GPU-a": "v on a", "GPU-b": "v on b"}]

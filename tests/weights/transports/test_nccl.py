@@ -7,7 +7,7 @@ import pytest
 
 from ppo_ray.actors.watch import Member
 from ppo_ray.errors import WorkerError, WorkerLost
-from ppo_ray.weights.transports.nccl import NCCLTransport
+from ppo_ray.weights.transports import NCCLTransport
 from tests.weights.transports.cluster import CONFIG, Cluster
 
 

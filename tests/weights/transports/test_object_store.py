@@ -3,8 +3,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ppo_ray.weights.transports import object_store
-from ppo_ray.weights.transports.object_store import Fetched
+from ppo_ray.weights import transports
+from ppo_ray.weights.transports import RemoteBuckets
 
 
 class Store:
@@ -23,11 +23,11 @@ class Store:
 
 def test_buckets_are_on_their_way_at_once_and_fetched_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store()
-    monkeypatch.setattr(object_store, "ray", store)
-    buckets = Fetched([7, 8], 5.0)
+    monkeypatch.setattr(transports, "ray", store)
+    buckets = RemoteBuckets([7, 8], 5.0)
     assert store.log == [("pull", 7, 8, 2, 0)]
     assert len(buckets) == 2
     assert buckets[1].tolist() == [8, 8, 8]
     assert store.log[1:] == [("get", 8, 5.0)]
     assert [bucket[0] for bucket in buckets] == [7, 8]
-    assert len(Fetched([], 5.0)) == 0
+    assert len(RemoteBuckets([], 5.0)) == 0
