@@ -221,8 +221,8 @@ def show(results: Sequence[Result], card: str, peak: Peak, console: Console) -> 
     console.print(table)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """Make the parser."""
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = ["auto", *SHAPES]
     parser.add_argument("--shape", nargs="+", default=["auto"], choices=shapes, help="auto: notebook 1b, or tiny")
@@ -237,7 +237,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every shape, print, and leave the figures in a file."""
-    parser = parse()
+    parser = make_parser()
     options = parser.parse_args(argv)
     device = default_device()
     peak, card = find_peak(device, options.peak_tflops), name_of(device)

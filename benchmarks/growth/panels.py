@@ -9,13 +9,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.flops import forward_flops, update_flops
-from benchmarks.growth.series import Point, Series
+from benchmarks.growth.series import EPOCHS, FULL, QUICK, Point, Scale, Series
 from benchmarks.random_batches import Range, lengths_of, make_table, random_completions, random_requests
 from benchmarks.random_models import decoder_shape, write_model
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
@@ -23,45 +23,11 @@ from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.rollout.engine import Engine, GenerationRequest, Sampling
 from ppo_ray.weights.snapshot import Buffers
 
-EPOCHS = 1
-"""More would do the same again."""
 ROUNDS = 3
 """In which each call is timed."""
 
 Batches = Sequence[tuple[float, Sequence[GenerationRequest]]]
 """What was varied, and the batch that it makes."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is measured."""
-
-    engine: str
-    """`vllm`, or `hf` where it is to start at once."""
-    shapes: tuple[str, ...]
-    """Of `random_models.SHAPES`, the smallest first; that one is for batch, length and workers too."""
-    batches: tuple[int, ...]
-    lengths: tuple[int, ...]
-    """Of responses, tokens."""
-    workers: tuple[int, ...]
-    length_batch: int = 16
-    size_batch: int = 32
-    workers_batch: int = 32
-    """Trajectories a worker and step."""
-    steps: int = 10
-    """With so many workers, after those that warm up."""
-    round_s: float = 0.5
-    """A call is repeated for so long a round, and made once at least."""
-
-
-FULL = Scale(
-    "vllm",
-    ("16m", "58m", "135m"),
-    (16, 32, 64, 128, 256, 512),
-    (8, 16, 32, 64, 128, 256, 512),
-    (1, 2, 4),
-)
-QUICK = Scale("hf", ("tiny", "16m"), (16, 32, 64), (8, 16, 32), (1, 2), steps=3, round_s=0.05)
 
 
 class Subject:
@@ -205,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     scale = QUICK if options.quick else FULL
     if "workers" in options.panels:
-        from benchmarks.growth.workers import over_workers
+        from benchmarks.growth.workers import over_workers  # the only panel with Ray
 
         series = over_workers(scale)
     else:

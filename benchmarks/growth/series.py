@@ -7,6 +7,41 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+EPOCHS = 1
+"""More would do the same again."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    engine: str
+    """`vllm`, or `hf` where it is to start at once."""
+    shapes: tuple[str, ...]
+    """Of `random_models.SHAPES`, the smallest first; that one is for batch, length and workers too."""
+    batches: tuple[int, ...]
+    lengths: tuple[int, ...]
+    """Of responses, tokens."""
+    workers: tuple[int, ...]
+    length_batch: int = 16
+    size_batch: int = 32
+    workers_batch: int = 32
+    """Trajectories a worker and step."""
+    steps: int = 10
+    """With so many workers, after those that warm up."""
+    round_s: float = 0.5
+    """A call is repeated for so long a round, and made once at least."""
+
+
+FULL = Scale(
+    "vllm",
+    ("16m", "58m", "135m"),
+    (16, 32, 64, 128, 256, 512),
+    (8, 16, 32, 64, 128, 256, 512),
+    (1, 2, 4),
+)
+QUICK = Scale("hf", ("tiny", "16m"), (16, 32, 64), (8, 16, 32), (1, 2), steps=3, round_s=0.05)
+
 TOLERANCE = 1.25
 """How many times the seconds that a unit of work took at any smaller point it may take: the rest is called growth."""
 

@@ -16,8 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.control_plane import stub_cluster
-from benchmarks.growth.panels import EPOCHS, Scale
-from benchmarks.growth.series import Point, Series
+from benchmarks.growth.series import EPOCHS, Point, Scale, Series
 from benchmarks.random_batches import score_by_length
 from benchmarks.random_models import write_model
 from ppo_ray.config import Config

@@ -13,6 +13,7 @@ from ppo_ray.config import RayConfig
 from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.events import Event, Report
 from ppo_ray.plan import ActorSpec
+from ppo_ray.plan.demand import actor_name
 
 _CLOSE_S = 10.0
 
@@ -42,7 +43,7 @@ class ActorGroup:
         """
         self._seats = seats or Seats()
         self._class, self._spec, self._config, self._report = actor_class, spec, config, report
-        self.members = [self._launch(f"{spec.key}-{index}") for index in range(spec.workers)]
+        self.members = [self._launch(actor_name(spec.key, index)) for index in range(spec.workers)]
         self.setup_args: tuple[Any, ...] = ()
         """The arguments of `setup`; a replacement is set up with them."""
         self.catch_up: Callable[[Member], None] = lambda member: None

@@ -31,7 +31,7 @@ class ResponseBatch:
     response_ids: list[np.ndarray]
     """`[R]` int32 each."""
     scores: torch.Tensor
-    """`[B]` float32, finite."""
+    """`[B]` float32, finite if only scored trajectories were taken."""
     ended: torch.Tensor
     """`[B]` bool, whether the response ended by itself and was not cut off."""
     rollout_logprobs: torch.Tensor
@@ -40,15 +40,19 @@ class ResponseBatch:
     """`[B, R]` bool."""
 
     @classmethod
-    def from_table(cls, table: pa.Table) -> "ResponseBatch":
-        """Build the batch from a table of `trajectory.SCHEMA`; rows without a finite score are left out.
+    def from_table(cls, table: pa.Table, scored_only: bool = True) -> "ResponseBatch":
+        """Build the batch from a table of `trajectory.SCHEMA`.
+
+        Args:
+            table: of trajectories.
+            scored_only: leave out rows without a finite score; else these have the score NaN.
 
         Raises:
             ValueError: the table is not what the exchange promises.
         """
         trajectory.validate(table)
         scores = table.column("score").to_numpy().astype(np.float32)  # null becomes NaN
-        kept = np.flatnonzero(np.isfinite(scores))
+        kept = np.flatnonzero(np.isfinite(scores)) if scored_only else np.arange(table.num_rows)
         ended = table.column("finish_reason").to_numpy() == "stop"
         ragged = partial(trajectory.ragged, table)
         prompt_ids, response_ids, logprobs = (

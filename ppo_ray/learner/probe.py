@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ppo_ray import trajectory
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.learner.ranks import detect_lost_peers
 from ppo_ray.learner.reports import Agreement
@@ -39,7 +38,7 @@ class WeightProbe:
 
     def compare(self, table: pa.Table) -> list[Agreement]:
         """Compare what engines generated, a table of `trajectory.SCHEMA` of all workers; the policy is as it was."""
-        batch = ResponseBatch.from_table(trajectory.with_scores(table, [0.0] * table.num_rows))
+        batch = ResponseBatch.from_table(table, scored_only=False)
         own = self._logprobs(batch)
         with self.move():
             moved = self._logprobs(batch)

@@ -7,6 +7,7 @@ import numpy as np
 
 from ppo_ray.config import Config, weight_transport
 from ppo_ray.errors import WorkerLost
+from ppo_ray.plan.demand import actor_name
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.snapshot import Buffers, Wire
 
@@ -119,6 +120,6 @@ class WeightPublisher:
                 f"weights of policy version {policy_version} are asked for, but the learner has those of version "
                 f"{self._manifest.policy_version if self._manifest else 'none'} on its GPU and no others; "
                 "rollout.weight_transport=object_store keeps them for engines that come late",
-                "learner-0",
+                actor_name("learner", 0),
             )
         return self._manifest

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 from ppo_ray.errors import PeersLost, WorkerError
+from ppo_ray.plan.demand import actor_name
 
 _POLL_S = 0.05
+_BUCKET_BYTES = 25 << 20  # as torch's DistributedDataParallel: large enough to hide the latency of a collective
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,33 @@ class Ranks:
         if self.size == 1:
             return
         with detect_lost_peers(self.rank):
-            for work in [dist.all_reduce(tensor, operation, async_op=True) for tensor in tensors]:
+            buckets = [(bucket, _flatten(bucket)) for bucket in _buckets(tensors)]
+            for work in [dist.all_reduce(flat, operation, async_op=True) for _, flat in buckets]:
                 work.wait()
+        for bucket, flat in buckets:
+            if len(bucket) > 1:
+                for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Yield runs of tensors of one dtype and device, of at most `_BUCKET_BYTES` or of one tensor: few collectives."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        alike = not bucket or (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (not alike or size + tensor.nbytes > _BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _flatten(bucket: list[torch.Tensor]) -> torch.Tensor:
+    """Return the tensors one after the other in one; a single tensor as it is."""
+    return bucket[0] if len(bucket) == 1 else torch.cat([tensor.reshape(-1) for tensor in bucket])
 
 
 @contextlib.contextmanager
@@ -140,10 +167,8 @@ def _wait_for_all(store: dist.TCPStore, rank: int, size: int, timeout_s: float) 
     deadline = time.monotonic() + timeout_s
     while missing := [other for other in range(size) if not store.check([f"here/{other}"])]:
         if time.monotonic() > deadline:
-            raise WorkerError(
-                f"{', '.join(f'learner-{other}' for other in missing)} did not join the other ranks within "
-                f"{timeout_s:g} s (ray.start_timeout_s)"
-            )
+            names = ", ".join(actor_name("learner", other) for other in missing)
+            raise WorkerError(f"{names} did not join the other ranks within {timeout_s:g} s (ray.start_timeout_s)")
         time.sleep(_POLL_S)
 
 

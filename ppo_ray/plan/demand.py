@@ -16,6 +16,11 @@ PRECISION = 10_000
 """Ray counts resources in ten-thousandths."""
 
 
+def actor_name(kind: str, index: int) -> str:
+    """Return the name of an actor, e.g. `rollout-0`: errors, logs and trajectories know it by that."""
+    return f"{kind}-{index}"
+
+
 @dataclass(frozen=True)
 class ActorSpec:
     """The resources of one kind of actor."""

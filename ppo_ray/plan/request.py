@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ppo_ray.config import Config
-from ppo_ray.plan.demand import KINDS, PRECISION, ActorSpec, Kind, actor_specs
+from ppo_ray.plan.demand import KINDS, PRECISION, ActorSpec, Kind, actor_name, actor_specs
 
 Strategy = Literal["STRICT_PACK", "PACK"]
 Slot = tuple[str, int]
@@ -158,4 +158,4 @@ def _guests(specs: dict[str, ActorSpec], slots: list[Slot]) -> Iterator[tuple[st
 
 
 def _names(spec: ActorSpec) -> list[str]:
-    return [f"{spec.key}-{index}" for index in range(spec.workers)]
+    return [actor_name(spec.key, index) for index in range(spec.workers)]

@@ -30,7 +30,7 @@ class RolloutWorker(Worker):
         start = time.perf_counter()
         self._config, self._engine = config, _start_engine(config)
         if weight_transport(config) == "ipc":
-            self.connect({"packed": False})
+            self.connect()
         self._tokenizer = load_tokenizer(config.model.path, config.model.trust)
         stop_ids = (self._tokenizer.eos_token_id,) if config.rollout.stop_at_eos else ()
         self._sampling = Sampling(config.rollout.temperature, stop_ids)
@@ -72,7 +72,7 @@ class RolloutWorker(Worker):
         self._engine.load_weights(WeightSnapshot(manifest, fetched))
         return self._ack(manifest, start)
 
-    def connect(self, init_info: dict[str, Any]) -> None:
+    def connect(self, init_info: dict[str, Any] | None = None) -> None:
         """Prepare to receive weights by NCCL or CUDA IPC; see `Receiver.connect`."""
         cast("Receiver", self._engine).connect(init_info)
 

@@ -88,7 +88,7 @@ class Engine(Protocol):
 class Receiver(Engine, Protocol):
     """An engine whose weights come from another GPU, or from its own, without passing the host."""
 
-    def connect(self, init_info: dict[str, Any]) -> None:
+    def connect(self, init_info: dict[str, Any] | None = None) -> None:
         """Prepare to receive; joins the sender's group where the transport has one."""
         ...
 

@@ -10,7 +10,7 @@ from ppo_ray.actors.watch import Member
 from ppo_ray.config import Config
 from ppo_ray.events import Report
 from ppo_ray.plan import ActorSpec, make_request
-from ppo_ray.plan.demand import actor_specs
+from ppo_ray.plan.demand import actor_name, actor_specs
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.rollout.actor import RolloutWorker
 from ppo_ray.weights.acks import PublishedWeights, check_acks
@@ -26,7 +26,7 @@ def rollout_spec(config: Config) -> ActorSpec:
 
     environment = ENVIRONMENT | ({} if config.rollout.gpus else CPU_ENVIRONMENT)
     if spec.ranks > 1:
-        gpus = make_request(config).seat("rollout-0").gpus
+        gpus = make_request(config).seat(actor_name("rollout", 0)).gpus
         bundles = ",".join(map(str, range(spec.ranks)))
         environment |= {"VLLM_RAY_BUNDLE_INDICES": bundles, "VLLM_RAY_PER_WORKER_GPUS": f"{gpus:g}"}
     return replace(spec, environment=environment)

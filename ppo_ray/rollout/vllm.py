@@ -151,10 +151,14 @@ class VLLMEngine:
         """
         self._update(({"tensors": tensors} for tensors in snapshot.verify_buckets()), snapshot.manifest, verified=True)
 
-    def connect(self, init_info: dict[str, Any]) -> None:
-        """Prepare to receive by NCCL or CUDA IPC; `init_info` is the backend's own, as vLLM documents it."""
+    def connect(self, init_info: dict[str, Any] | None = None) -> None:
+        """Prepare to receive weights.
+
+        Args:
+            init_info: of vLLM's NCCL backend, as vLLM documents it; None: by CUDA IPC, which needs no group.
+        """
         self._llm.shutdown_weight_transfer_engine()  # the group before
-        self._llm.init_weight_transfer_engine({"init_info": init_info})
+        self._llm.init_weight_transfer_engine({"init_info": init_info or {"packed": False}})
 
     def receive_weights(self, manifest: WeightManifest, handles: dict[str, Any]) -> None:
         """Receive all tensors by NCCL or CUDA IPC, verify and serve them; see `load_weights`.

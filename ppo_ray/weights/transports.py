@@ -14,6 +14,7 @@ from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.watch import DependencyLost, Member
 from ppo_ray.config import Config, weight_transport
 from ppo_ray.errors import PPORayError, WorkerLost
+from ppo_ray.plan.demand import actor_name
 from ppo_ray.weights.acks import PublishedWeights, WeightAck
 from ppo_ray.weights.snapshot import NUM_BUFFERS
 
@@ -100,7 +101,8 @@ def _load(handle: Any, weights: PublishedWeights) -> Any:
 
 
 def _make_weights_error(error: DependencyLost) -> WorkerLost:
-    return WorkerLost(f"the weights that engines were to load are gone with the learner's node: {error}", "learner-0")
+    message = f"the weights that engines were to load are gone with the learner's node: {error}"
+    return WorkerLost(message, actor_name("learner", 0))
 
 
 class NCCLTransport:

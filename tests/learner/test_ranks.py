@@ -24,7 +24,11 @@ def run(rank: int, size: int, rendezvous: Rendezvous, answers: Connection, dies:
             os._exit(9)
         largest = torch.tensor([rank, -rank])
         joined.max([largest])
-        answers.send((tensor.tolist(), largest.tolist()))
+        ranks._BUCKET_BYTES = 40  # the first two go together, the third does not fit, the fourth is of another type
+        several = [torch.full((2, 3), 1.0 + rank), torch.full((3,), 10.0 * rank), torch.full((4,), 2.0)]
+        several += [torch.full((5, 2), rank).T, torch.full((1,), 100 * rank)]
+        joined.sum(several)
+        answers.send((tensor.tolist(), largest.tolist(), [one.unique().tolist() for one in several]))
         ranks.leave()
     except Exception as error:
         answers.send(f"{type(error).__name__}: {error}")
@@ -48,7 +52,7 @@ def answers(come: list[int], size: int, dies: bool = False) -> list[object]:
 
 
 def test_ranks_meet_and_add_up() -> None:
-    assert answers([0, 1, 2], 3) == [([3.0, 6.0], [2, 0])] * 3
+    assert answers([0, 1, 2], 3) == [([3.0, 6.0], [2, 0], [[6.0], [30.0], [6.0], [3], [300]])] * 3
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
