@@ -4,28 +4,33 @@ import multiprocessing
 import os
 import socket
 from multiprocessing.connection import Connection
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from ppo_ray.learner import ranks
-from ppo_ray.learner.ranks import Rendezvous
+from ppo_ray.learner.ranks import Ranks, Rendezvous
 
 CONTEXT = multiprocessing.get_context("spawn")
 
 
+def add_up(joined: Ranks) -> tuple[list[float], list[int]]:
+    tensor, largest = torch.arange(2.0) + joined.rank, torch.tensor([joined.rank, -joined.rank])
+    joined.sum([tensor])
+    joined.max([largest])
+    return tensor.tolist(), largest.tolist()
+
+
 def run(rank: int, size: int, rendezvous: Rendezvous, answers: Connection, dies: bool) -> None:
+    """Join the others, add up, and let rank 1 die before all add up again."""
     try:
         joined = ranks.join(rendezvous, rank, size, "gloo", 60 if dies else 5, 60)
-        tensor = torch.arange(2.0) + rank
-        joined.sum([tensor])
+        add_up(joined)
         if dies and rank == 1:
             os._exit(9)
-        largest = torch.tensor([rank, -rank])
-        joined.max([largest])
-        answers.send((tensor.tolist(), largest.tolist()))
-        ranks.leave()
+        add_up(joined)
     except Exception as error:
         answers.send(f"{type(error).__name__}: {error}")
 
@@ -47,8 +52,9 @@ def answers(come: list[int], size: int, dies: bool = False) -> list[object]:
     return found
 
 
-def test_ranks_meet_and_add_up() -> None:
-    assert answers([0, 1, 2], 3) == [([3.0, 6.0], [2, 0])] * 3
+def test_ranks_meet_and_add_up(crew: Any) -> None:
+    size = len(crew.processes)
+    assert crew.run(add_up) == [{2: ([1.0, 3.0], [1, 0]), 3: ([3.0, 6.0], [2, 0])}[size]] * size
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
