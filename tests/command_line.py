@@ -82,10 +82,14 @@ class CommandLine:
     def workers(self) -> dict[str, psutil.Process]:
         """Return the processes of this folder's actors by their names."""
         found = {}
-        for process in psutil.process_iter(["environ"]):
-            environment = process.info["environ"] or {}
-            if environment.get("RAY_TMPDIR") == self.environment["RAY_TMPDIR"] and "PPO_RAY_WORKER" in environment:
-                found[environment["PPO_RAY_WORKER"]] = process
+        for process in psutil.process_iter(["cmdline"]):
+            title = " ".join(process.info["cmdline"] or ())
+            if not title.startswith("ray::") or title.startswith("ray::IDLE"):  # Ray may start a process too many
+                continue
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                if environment.get("RAY_TMPDIR") == self.environment["RAY_TMPDIR"] and "PPO_RAY_WORKER" in environment:
+                    found[environment["PPO_RAY_WORKER"]] = process
         return found
 
     def wait_for_workers(self, kind: str, seconds: float = 60) -> list[tuple[str, psutil.Process]]:
