@@ -15,7 +15,7 @@ TRL_STAMP := $(TRL_VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup assets demo benchmark test test-fast test-slow lint types lock clean
+.PHONY: help setup assets demo benchmark test test-fast test-slow test-faults lint types lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -59,6 +59,9 @@ test-fast: setup ## tests that start neither vLLM nor Ray
 
 test-slow: assets ## tests with real vLLM, real Ray, real models
 	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal
+
+test-faults: assets ## tests/faults alone, with ten kills of each kind of worker instead of two
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal --kills 10 tests/faults
 
 lint: setup
 	$(BIN)/ruff check .

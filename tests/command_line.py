@@ -19,6 +19,18 @@ import pytest
 import yaml
 from filelock import FileLock
 
+OPTIONS = (
+    # everything that a learner must remember: running moments, an adaptive coefficient, a learning rate that moves
+    *("ppo.score_scaling=mean_std", "ppo.kl_horizon=50", "ppo.warmup_steps=3", "checkpoint.every_steps=2"),
+    "ray.ping_timeout_s=15",
+)
+"""Of undisturbed runs, and of those that are compared with them."""
+
+STEPS = {"hf": 30, "vllm": 12}
+"""Steps of these runs, for each engine: one run serves all tests that compare with it."""
+
+Undisturbed = Callable[..., Path]
+
 
 @dataclass(frozen=True)
 class CommandLine:
@@ -51,6 +63,12 @@ class CommandLine:
     def train(self, *overrides: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return self.run("train", str(self.config), *overrides, timeout=timeout)
 
+    def put_on_path(self, name: str, text: str) -> None:
+        """Write a module beside the config, which the driver and all actors find before any other of its name."""
+        (self.config.parent / name).write_text(text)
+        paths = [str(self.config.parent), self.environment.get("PYTHONPATH")]
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
     def leftovers(self) -> list[str]:
         """Return the processes that still belong to this folder's Ray."""
         mark = self.environment["RAY_TMPDIR"]
@@ -64,10 +82,14 @@ class CommandLine:
     def workers(self) -> dict[str, psutil.Process]:
         """Return the processes of this folder's actors by their names."""
         found = {}
-        for process in psutil.process_iter(["environ"]):
-            environment = process.info["environ"] or {}
-            if environment.get("RAY_TMPDIR") == self.environment["RAY_TMPDIR"] and "PPO_RAY_WORKER" in environment:
-                found[environment["PPO_RAY_WORKER"]] = process
+        for process in psutil.process_iter(["cmdline"]):
+            title = " ".join(process.info["cmdline"] or ())
+            if not title.startswith("ray::") or title.startswith("ray::IDLE"):  # Ray may start a process too many
+                continue
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                if environment.get("RAY_TMPDIR") == self.environment["RAY_TMPDIR"] and "PPO_RAY_WORKER" in environment:
+                    found[environment["PPO_RAY_WORKER"]] = process
         return found
 
     def wait_for_workers(self, kind: str, seconds: float = 60) -> list[tuple[str, psutil.Process]]:
@@ -100,6 +122,11 @@ def lines(run: Path) -> list[dict[str, Any]]:
     ]
 
 
+def seconds_of_steps(run: Path) -> list[float]:
+    """Read how long each step of a run took."""
+    return [record["time/step_s"] for record in _records(run) if "event" not in record]
+
+
 def events(run: Path) -> list[dict[str, Any]]:
     """Read the events among a run's metrics."""
     return [record for record in _records(run) if "event" in record]
@@ -125,6 +152,32 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(folder)
             (folder / ".made").touch()
     return folder
+
+
+def make_undisturbed(
+    models: tuple[Path, Path, Path], factory: pytest.TempPathFactory, engine: str, steps: int, options: tuple[str, ...]
+) -> Path:
+    """Make a run that nothing happens to, once per test session; what it said is in `stdout` beside it.
+
+    Args:
+        models: policy, classifier and prompts.
+        factory: of the session's folders.
+        engine: of its rollout workers.
+        steps: that it makes.
+        options: beside `OPTIONS`.
+
+    Returns:
+        Its `output_dir`.
+    """
+
+    def make(folder: Path) -> None:
+        with tiny_command_line(*models, folder) as command_line:
+            result = command_line.train(f"rollout.engine={engine}", f"steps={steps}", *OPTIONS, *options)
+            assert result.returncode == 0, result.stderr
+            assert command_line.leftovers() == []
+        (folder / "stdout").write_text(result.stdout)
+
+    return made_once(factory, "-".join(["undisturbed", engine, str(steps), *options]), make) / "run"
 
 
 def orphaned_shared_memory() -> set[str]:

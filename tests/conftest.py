@@ -1,6 +1,7 @@
-"""What tests share: tiny real models, made once a session, real rank processes, and a private Ray for a file."""
+"""What tests share: tiny real models, made once per session, real ranks, a private Ray for a file, whole runs."""
 
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
+
+from tests.command_line import STEPS, CommandLine, Undisturbed, make_undisturbed, tiny_command_line
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a script's background job, whose children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("busy machine", deadline=None)  # no test depends on how fast it is
 settings.load_profile("busy machine")
@@ -36,6 +42,10 @@ SENTENCES = [
     )
     for kind in ("quiet", "loud", "strange", "happy")
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=2, help="kills of each kind of worker in tests/faults")
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -141,3 +151,23 @@ def session() -> Iterator[None]:
         patch.setenv("RAY_TMPDIR", short)
         with ray_session(RayConfig(object_store_mib=128)):
             yield
+
+
+@pytest.fixture
+def ppo_ray(tiny_policy: Path, tiny_classifier: Path, tiny_prompts: Path, tmp_path: Path) -> Iterator[CommandLine]:
+    """Yield `ppo-ray` with a config of tiny models, which runs in `tmp_path / "run"`."""
+    with tiny_command_line(tiny_policy, tiny_classifier, tiny_prompts, tmp_path) as command_line:
+        yield command_line
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    tiny_policy: Path, tiny_classifier: Path, tiny_prompts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Undisturbed:
+    """Return a function that makes a run that nothing happens to; see `make_undisturbed`."""
+
+    def make(engine: str, steps: int | None = None, *options: str) -> Path:
+        models = (tiny_policy, tiny_classifier, tiny_prompts)
+        return make_undisturbed(models, tmp_path_factory, engine, steps or STEPS[engine], options)
+
+    return make

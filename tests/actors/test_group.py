@@ -129,27 +129,30 @@ def test_an_error_of_ours_keeps_its_kind(group: ActorGroup) -> None:
 def test_who_is_late_is_named_with_its_place(make_group: Callable[..., ActorGroup]) -> None:
     group = make_group(call_timeout_s=1.0)
     group.setup()
-    calls = {member.handle.sleep.remote(8 * index): member for index, member in enumerate(group.members)}
+    calls = {member.handle.sleep.remote(60 * index): member for index, member in enumerate(group.members)}
     where = r"toy-1 \(pid \d+ on node [\d.]+, log .*worker.*\.err\)"
     with pytest.raises(WorkerLost, match=rf"napping: no answer within 1 s from {where}") as caught:
         group.watch(calls, "napping")
     assert caught.value.name == "toy-1"
+    ray.kill(group.members[1].handle)  # it would keep the group from closing
 
 
 def test_a_control_call_is_answered_at_work(group: ActorGroup) -> None:
     group.setup()
-    ref = group.members[0].handle.sleep.remote(20)
+    ref = group.members[0].handle.sleep.remote(60)
     assert pids(group)[0] > 0
     assert not ray.wait([ref], timeout=0)[0]
+    ray.kill(group.members[0].handle)
 
 
 def test_a_death_is_told_at_once_whoever_else_is_at_work(group: ActorGroup) -> None:
     group.setup()
     first, second = group.members
-    start = time.monotonic()
+    working = first.handle.sleep.remote(1000)
     with pytest.raises(WorkerLost, match=r"toy-1 \(pid .*\) was lost while dying: its process died"):
-        group.watch({first.handle.sleep.remote(30): first, second.handle.die.remote(): second}, "dying")
-    assert time.monotonic() - start < 25
+        group.watch({working: first, second.handle.die.remote(): second}, "dying")
+    assert not ray.wait([working], timeout=0)[0]
+    ray.kill(first.handle)
 
 
 def test_a_lost_worker_is_replaced_and_its_call_made_again(group: ActorGroup, events: list[Event], tmp_path) -> None:
@@ -201,8 +204,8 @@ def test_who_dies_again_and_again_is_not_replaced_for_ever(make_group: Callable[
     group.catch_up = catches_up_and_dies
     with pytest.raises(WorkerError, match=r"toy-[01] was lost 2 times in a row"):
         group.call("dying", lambda toy: toy.die.remote())
-    starting = make_group(max_restarts=2)
-    with pytest.raises(WorkerError, match="toy-1 was lost 3 times in a row"):
+    starting = make_group(max_restarts=1)
+    with pytest.raises(WorkerError, match="toy-1 was lost 2 times in a row"):
         starting.setup("die")
 
 

@@ -7,6 +7,7 @@ import psutil
 import pytest
 import ray
 
+from ppo_ray.actors import session
 from ppo_ray.actors.session import ray_session
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError, WorkerError
@@ -19,20 +20,15 @@ def answer() -> int:
     return 42
 
 
-def test_a_private_ray_leaves_no_process(short_ray_folder: None) -> None:
+def test_a_private_ray_is_there_for_whoever_is_in_it_and_leaves_no_process(short_ray_folder: None) -> None:
     before = set(psutil.Process().children(recursive=True))
     with ray_session(RayConfig(object_store_mib=100)):
+        with ray_session(RayConfig(object_store_mib=100, address="1.2.3.4:5")):  # the caller's own is used and left
+            assert ray.get(answer.remote(), timeout=60) == 42
         assert ray.get(answer.remote(), timeout=60) == 42
         assert set(psutil.Process().children(recursive=True)) - before
     assert not ray.is_initialized()
     assert not [process for process in set(psutil.Process().children(recursive=True)) - before if process.is_running()]
-
-
-def test_a_ray_of_the_callers_own_is_used_and_left(short_ray_folder: None) -> None:
-    with ray_session(RayConfig(object_store_mib=100)):
-        with ray_session(RayConfig(object_store_mib=100, address="1.2.3.4:5")):
-            assert ray.get(answer.remote(), timeout=60) == 42
-        assert ray.get(answer.remote(), timeout=60) == 42
 
 
 def test_a_ray_that_does_not_start_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +37,7 @@ def test_a_ray_that_does_not_start_leaves_no_process(monkeypatch: pytest.MonkeyP
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(session, "_EXIT_S", 0.5)
     before = psutil.Process().children()
     with pytest.raises(WorkerError, match="did not start on this machine: The current node"), ray_session(RayConfig()):
         raise AssertionError

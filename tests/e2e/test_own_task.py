@@ -13,7 +13,7 @@ from tests.command_line import CommandLine
 pytestmark = pytest.mark.slow
 PAGE = (Path(__file__).parents[2] / "docs" / "own_task.md").read_text()
 SMALL = [
-    *("steps=2", "prompts.min_tokens=12", "prompts.max_tokens=12"),
+    *("rollout.engine=hf", "steps=2", "prompts.min_tokens=12", "prompts.max_tokens=12"),
     *("rollout.batch_size=4", "rollout.min_response_tokens=6", "rollout.max_response_tokens=6"),
     *("rollout.max_context=32", "rollout.kv_cache_mib=32", "learner.threads=1", "ray.object_store_mib=80"),
     *("evaluation.num_prompts=4", "evaluation.num_samples=2"),

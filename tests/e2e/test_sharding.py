@@ -12,7 +12,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.timeout(600)
 def test_shares_are_sent_whole_and_saved_whole(ppo_ray: CommandLine, tmp_path: Path) -> None:
-    options = ("rollout.engine=hf", "checkpoint.every_steps=1", "ppo.learning_rate=1e-4", f"output_dir={tmp_path}")
+    options = (
+        "rollout.engine=hf",
+        "rollout.workers=1",
+        "checkpoint.every_steps=1",
+        "ppo.learning_rate=1e-4",
+        f"output_dir={tmp_path}",
+    )
     shares = ppo_ray.train(*options, "steps=1", "learner.workers=2", "learner.sharding=fsdp2")
     assert shares.returncode == 0, shares.stderr
     assert "new weights change what every engine computes, as they should" in shares.stdout

@@ -12,12 +12,11 @@ import pytest
 import yaml
 
 from ppo_ray.config import load_config
-from tests.command_line import CommandLine, events, lines
-from tests.faults.conftest import OPTIONS, Same
+from tests.command_line import OPTIONS, STEPS, CommandLine, events, lines
+from tests.faults.conftest import Same
 from tests.ray_head import Head, ray_head
 
 pytestmark = pytest.mark.slow
-STEPS = 30
 PAGE = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text()
 
 
@@ -60,7 +59,7 @@ def test_the_page_does_what_it_says(ppo_ray: CommandLine, tmp_path: Path, same_a
     with ray_head(ppo_ray.environment) as head:
         ended(shell(head, tmp_path, submit), 0)
         deadline = time.monotonic() + 180
-        while len(lines(run)) < 3:
+        while not lines(run):
             assert time.monotonic() < deadline, head.ray("job", "logs", "films-1").stdout
             time.sleep(0.05)
         assert "was stopped" in ended(shell(head, tmp_path, stop), 0)
@@ -78,7 +77,7 @@ def test_the_page_does_what_it_says(ppo_ray: CommandLine, tmp_path: Path, same_a
         said = ended(failing, 2)
         assert "RuntimeError: forwarded-by-name" in said and "failed with exit code 2" in said
 
-        steps = max(last["step"] + 4, STEPS)
+        steps = max(last["step"] + 4, STEPS["hf"])
         write_config(config, ppo_ray.config, steps)
         said = ended(shell(head, tmp_path, plain), 0)
         assert f"going on after step {last['step'] + 2}" in said

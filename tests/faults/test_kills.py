@@ -1,62 +1,66 @@
 """Actors that die, at any moment, again and again: the weights at the end are those of a run in which none did."""
 
-import random
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.command_line import CommandLine, events, lines, wait_for_steps
-from tests.faults.conftest import OPTIONS, Same
+from tests.command_line import OPTIONS, STEPS, CommandLine, events, lines, orphaned_shared_memory, wait_for_steps
+from tests.faults.conftest import Dice, Same
 
 pytestmark = pytest.mark.slow
+KINDS = ("rollout", "reward", "learner")
 
 
-def kill_at_random(ppo_ray: CommandLine, process: subprocess.Popen[str], run: Path, kinds: tuple[str, ...], times: int):
-    """Kill a worker of each kind so many times, at moments within a few steps; returns the names of those killed."""
-    killed = [kind for kind in kinds for _ in range(times)]
-    random.shuffle(killed)
-    names = []
-    for kind in killed:
-        wait_for_steps(process, run, len(lines(run)) + 1)
-        time.sleep(random.uniform(0, 0.5))
-        name, worker = random.choice(ppo_ray.wait_for_workers(kind))
-        worker.send_signal(signal.SIGKILL)
-        names.append(name)
-    return names
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["rollout", "reward", "learner"])
-def test_ten_kills_at_random_moments(
-    ppo_ray: CommandLine, tmp_path: Path, same_as_undisturbed: Same, kind: str
+@pytest.mark.timeout(3600)
+def test_kills_at_random_moments(
+    ppo_ray: CommandLine, tmp_path: Path, same_as_undisturbed: Same, dice: Dice, pytestconfig: pytest.Config
 ) -> None:
-    run = tmp_path / "run"
-    options = ("rollout.engine=hf", "steps=30", *OPTIONS)
+    """So many of each kind as `--kills` says, in any order; each is killed within a few steps of the one before."""
+    run, kills = tmp_path / "run", pytestconfig.getoption("--kills") * len(KINDS)
+    steps = max(STEPS["hf"], 5 * kills)
+    options = ("rollout.engine=hf", f"steps={steps}", "reward.workers=2", *OPTIONS)
     process = ppo_ray.start("train", str(ppo_ray.config), *options)
-    killed = kill_at_random(ppo_ray, process, run, (kind,), 10)
+    killed = set()
+    for kind in dice.sample(KINDS, len(KINDS), counts=[kills // len(KINDS)] * len(KINDS)):
+        wait_for_steps(process, run, len(lines(run)) + 1)
+        dice.nap(run)
+        name, worker = dice.choice(ppo_ray.wait_for_workers(kind))
+        worker.send_signal(signal.SIGKILL)
+        killed.add(name)
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
-    same_as_undisturbed(run, "hf", 30)
-    replaced = [event["worker"] for event in events(run) if event["event"] == "worker_replaced"]
-    assert set(replaced) <= set(killed) and replaced, output
+    same_as_undisturbed(run, "hf", steps)
+    replaced = {event["worker"] for event in events(run) if event["event"] == "worker_replaced"}
+    assert replaced <= killed and {name.split("-")[0] for name in replaced} == set(KINDS), output
     assert ppo_ray.leftovers() == []
 
 
 @pytest.mark.timeout(900)
-def test_a_vllm_engine_of_each_worker(ppo_ray: CommandLine, tmp_path: Path, same_as_undisturbed: Same) -> None:
-    run = tmp_path / "run"
-    options = ("rollout.engine=vllm", "steps=12", "ray.placement=colocated", *OPTIONS)  # the others' run is apart
+def test_a_vllm_engine_and_its_driver(
+    ppo_ray: CommandLine, tmp_path: Path, same_as_undisturbed: Same, dice: Dice
+) -> None:
+    run, orphans, engine = tmp_path / "run", orphaned_shared_memory(), f"rollout-{dice.randrange(2)}"
+    options = (
+        "rollout.engine=vllm",
+        f"steps={STEPS['vllm']}",
+        "ray.placement=colocated",
+        *OPTIONS,
+    )  # the other is apart
     process = ppo_ray.start("train", str(ppo_ray.config), *options)
-    for number in (0, 1):
-        wait_for_steps(process, run, len(lines(run)) + 1)
-        time.sleep(random.uniform(0, 0.5))
-        ppo_ray.workers()[f"rollout-{number}"].send_signal(signal.SIGKILL)
-    output, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors
-    same_as_undisturbed(run, "vllm", 12)
+    wait_for_steps(process, run, 1)
+    dice.nap(run)
+    ppo_ray.workers()[engine].send_signal(signal.SIGKILL)
+    wait_for_steps(process, run, len(lines(run)) + 2)  # with its successor
+    dice.nap(run)
+    ppo_ray.end(process, signal.SIGKILL)
+    assert ppo_ray.wait_until_gone() == []
+    assert orphaned_shared_memory() <= orphans
+
+    again = ppo_ray.train(*options, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "going on after step" in again.stdout
+    same_as_undisturbed(run, "vllm")
     replaced = {event["worker"] for event in events(run) if event["event"] == "worker_replaced"}
-    assert replaced == {"rollout-0", "rollout-1"}, output
+    assert replaced == {engine}, again.stdout
     assert ppo_ray.leftovers() == []

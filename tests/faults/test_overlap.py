@@ -1,40 +1,40 @@
 """Generation that overlaps with learning: what is disturbed is made again by the very weights that made it first."""
 
-import random
 import signal
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from ppo_ray import trajectory
-from tests.command_line import CommandLine, events, lines, wait_for_steps
-from tests.faults.conftest import OPTIONS, Same
+from tests.command_line import OPTIONS, CommandLine, events, lines, wait_for_steps
+from tests.faults.conftest import Dice, Same
 
 pytestmark = pytest.mark.slow
 STEPS = 12
 OVERLAP = (
     *("rollout.max_staleness=1", "ppo.importance_cap=2"),
-    *("rollout.workers=1", "reward.workers=1"),  # beside a learner of one thread, on two cores
+    "rollout.workers=1",  # beside a learner of one thread, on two cores
 )
 
 
 def kill(ppo_ray: CommandLine, kind: str) -> None:
-    time.sleep(random.uniform(0, 0.5))
     ppo_ray.wait_for_workers(kind)[0][1].send_signal(signal.SIGKILL)
 
 
 @pytest.mark.timeout(900)
-def test_disturbed_at_random_moments(ppo_ray: CommandLine, tmp_path: Path, same_as_undisturbed: Same) -> None:
+def test_disturbed_at_random_moments(
+    ppo_ray: CommandLine, tmp_path: Path, same_as_undisturbed: Same, dice: Dice
+) -> None:
     run = tmp_path / "run"
     command = ("train", str(ppo_ray.config), "rollout.engine=hf", f"steps={STEPS}", *OPTIONS, *OVERLAP)
     process = ppo_ray.start(*command)
     wait_for_steps(process, run, 2)
+    dice.nap(run)
     kill(ppo_ray, "rollout")  # its shard is made again by the weights before the update that is made meanwhile
     wait_for_steps(process, run, 5)
-    number = random.choice([signal.SIGTERM, signal.SIGKILL])
-    time.sleep(random.uniform(0, 0.3))
+    number = dice.choice([signal.SIGTERM, signal.SIGKILL])
+    dice.nap(run)
     errors = ppo_ray.end(process, number)
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9}[number], errors
     assert ppo_ray.wait_until_gone() == []
@@ -46,6 +46,7 @@ def test_disturbed_at_random_moments(ppo_ray: CommandLine, tmp_path: Path, same_
 
     process = ppo_ray.start(*command, "--resume")
     wait_for_steps(process, run, len(lines(run)) + 1)
+    dice.nap(run)
     kill(ppo_ray, "learner")  # rebuilt from a checkpoint, with the batch that it held there
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors

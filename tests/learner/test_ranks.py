@@ -4,32 +4,43 @@ import multiprocessing
 import os
 import socket
 from multiprocessing.connection import Connection
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from ppo_ray.learner import ranks
-from ppo_ray.learner.ranks import Rendezvous
+from ppo_ray.learner.ranks import Ranks, Rendezvous
 
 CONTEXT = multiprocessing.get_context("spawn")
 
 
+def add_up(joined: Ranks) -> tuple[list[float], list[int]]:
+    tensor, largest = torch.arange(2.0) + joined.rank, torch.tensor([joined.rank, -joined.rank])
+    joined.sum([tensor])
+    joined.max([largest])
+    return tensor.tolist(), largest.tolist()
+
+
+def add_up_several(joined: Ranks) -> list[list[float]]:
+    """In buckets of 40 bytes: the second and third go together, the fourth is of another type, the last is no view."""
+    ranks._BUCKET_BYTES, before = 40, ranks._BUCKET_BYTES
+    tensors = [torch.full((2, 3), 1.0 + joined.rank), torch.full((3,), 10.0 * joined.rank), torch.full((4,), 2.0)]
+    tensors += [torch.full((1,), 100 * joined.rank), torch.full((5, 2), joined.rank).T]
+    joined.sum(tensors)
+    ranks._BUCKET_BYTES = before
+    return [tensor.unique().tolist() for tensor in tensors]
+
+
 def run(rank: int, size: int, rendezvous: Rendezvous, answers: Connection, dies: bool) -> None:
+    """Join the others, add up, and let rank 1 die before all add up again."""
     try:
         joined = ranks.join(rendezvous, rank, size, "gloo", 60 if dies else 5, 60)
-        tensor = torch.arange(2.0) + rank
-        joined.sum([tensor])
+        add_up(joined)
         if dies and rank == 1:
             os._exit(9)
-        largest = torch.tensor([rank, -rank])
-        joined.max([largest])
-        ranks._BUCKET_BYTES = 40  # the first two go together, the third does not fit, the fourth is of another type
-        several = [torch.full((2, 3), 1.0 + rank), torch.full((3,), 10.0 * rank), torch.full((4,), 2.0)]
-        several += [torch.full((5, 2), rank).T, torch.full((1,), 100 * rank)]
-        joined.sum(several)
-        answers.send((tensor.tolist(), largest.tolist(), [one.unique().tolist() for one in several]))
-        ranks.leave()
+        add_up(joined)
     except Exception as error:
         answers.send(f"{type(error).__name__}: {error}")
 
@@ -51,8 +62,15 @@ def answers(come: list[int], size: int, dies: bool = False) -> list[object]:
     return found
 
 
-def test_ranks_meet_and_add_up() -> None:
-    assert answers([0, 1, 2], 3) == [([3.0, 6.0], [2, 0], [[6.0], [30.0], [6.0], [3], [300]])] * 3
+def test_ranks_meet_and_add_up(crew: Any) -> None:
+    size = len(crew.processes)
+    assert crew.run(add_up) == [{2: ([1.0, 3.0], [1, 0]), 3: ([3.0, 6.0], [2, 0])}[size]] * size
+
+
+def test_many_tensors_are_added_up_in_buckets(crew: Any) -> None:
+    size = len(crew.processes)
+    sums = {2: [[3.0], [10.0], [4.0], [100], [1]], 3: [[6.0], [30.0], [6.0], [300], [3]]}
+    assert crew.run(add_up_several) == [sums[size]] * size
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:

@@ -1,4 +1,4 @@
-"""The trainer over real Ray actors and real vLLM: the same statistics, and a model that follows."""
+"""The trainer over real Ray actors: the same statistics, and a model that follows."""
 
 import os
 import tempfile
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from ppo_ray.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 pytestmark = pytest.mark.slow
-OPTIONS = ["rollout.workers=2", "rollout.max_context=64", "rollout.kv_cache_mib=32", "learner.threads=1"]
+OPTIONS = ["rollout.engine=hf", "rollout.workers=2", "rollout.max_context=64", "learner.threads=1"]
 OPTIONS += ["rollout.weight_bucket_mib=1"]  # two buckets
 SAMPLING = {"do_sample": True, "top_k": 0.0, "top_p": 1.0, "min_length": -1, "pad_token_id": 0}
 QUERIES = [torch.tensor(ids) for ids in ([5, 6], [7, 8, 9], [10], [11, 12, 13, 14])]
