@@ -72,7 +72,7 @@ class LearnerWorker(Worker):
             ranks=ranks,
             checkpoint=None if checkpoint is None else Path(checkpoint),
         )
-        self._max_staleness = config.rollout.max_staleness
+        self._max_staleness, self._batch_size = config.rollout.max_staleness, config.rollout.batch_size
         self._held: pa.Table | None = None
         if self._max_staleness and checkpoint is not None:
             self._held = pq.read_table(Path(checkpoint) / checkpoints.AHEAD)
@@ -107,6 +107,7 @@ class LearnerWorker(Worker):
         start = time.perf_counter()
         table, self._held = trajectory.concat(shards) if shards else self._held, None
         metrics = check_staleness(table, self._learner.policy_version, self._max_staleness)
+        metrics["prompts/num_skipped"] = float(self._batch_size - table.num_rows)
         try:
             report = self._learner.update(table, step)
         except NonFiniteError as error:

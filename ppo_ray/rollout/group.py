@@ -56,8 +56,8 @@ class RolloutGroup:
         seed = self._config.seed if seed is None else seed
         shards = prompts.split(self._config.rollout.workers)
         calls = [_generate_call(shard, step, seed) for shard in shards]
-        metrics = {"prompts/num_skipped": float(prompts.num_skipped), **self._weight_metrics}
-        return Shards(self._group, "generating", calls, self._config.ray.call_timeout_s, metrics=metrics)
+        timeout_s = self._config.ray.call_timeout_s
+        return Shards(self._group, "generating", calls, timeout_s, metrics=self._weight_metrics)
 
     def generate_everywhere(self, prompts: PromptBatch, seed: int) -> Shards:
         """Let every worker sample for all of the prompts, one shard per worker, so that workers can be compared."""

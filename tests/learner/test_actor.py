@@ -20,7 +20,7 @@ def threads_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def started(policy: Path, folder: Path, checkpoint: Path | None = None):
     options = [f"output_dir={folder}", f"model.path={policy}", "prompts.path=p", "reward.path=r"]
-    options += ["rollout.max_staleness=1", "ppo.importance_cap=2", "learner.threads=1"]
+    options += ["rollout.batch_size=10", "rollout.max_staleness=1", "ppo.importance_cap=2", "learner.threads=1"]
     worker = LearnerWorker.__ray_metadata__.modified_class("learner-0")
     worker.setup(load_config(None, options), checkpoint and str(checkpoint))
     return worker
@@ -40,6 +40,7 @@ def test_what_is_held_is_saved_restored_and_learnt_from(tiny_policy: Path, tmp_p
     report = worker.update(0, str(tmp_path / "step-0.parquet"))
     assert report.trajectories is None and report.minibatches == ()  # the driver reads a few floats
     assert report.metrics["rollout/staleness_max"] == 0
+    assert report.metrics["prompts/num_skipped"] == 2
     with pytest.raises(CheckpointError, match="does not hold the next step's trajectories yet: not saved"):
         worker.save(str(tmp_path / "c"), RunState(1), "")
     worker.hold(*shards(1, 0))
