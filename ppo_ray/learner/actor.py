@@ -106,6 +106,7 @@ class LearnerWorker(Worker):
 
         start = time.perf_counter()
         table, self._held = trajectory.concat(shards) if shards else self._held, None
+        assert table is not None
         metrics = check_staleness(table, self._learner.policy_version, self._max_staleness)
         metrics["prompts/num_skipped"] = float(self._batch_size - table.num_rows)
         try:
