@@ -124,12 +124,12 @@ def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", params=[2, 3])
-def crew(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Yield two ranks, then three: real processes, started once a session (`tests.rank_processes.RankProcesses`)."""
+@pytest.fixture(scope="session")
+def crew() -> Iterator[Any]:
+    """Yield three ranks, by which few things divide: real processes, started once (`tests.rank_processes`)."""
     from tests.rank_processes import rank_processes
 
-    with rank_processes(request.param) as processes:
+    with rank_processes(3) as processes:
         yield processes
 
 
