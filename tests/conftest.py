@@ -136,7 +136,7 @@ def crew() -> Iterator[Any]:
 @pytest.fixture
 def short_ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give the test's Ray a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="pr-") as short:
+    with tempfile.TemporaryDirectory(prefix="pr-", ignore_cleanup_errors=True) as short:
         monkeypatch.setenv("RAY_TMPDIR", short)
         yield
 
@@ -147,7 +147,8 @@ def session() -> Iterator[None]:
     from ppo_ray.actors.session import ray_session
     from ppo_ray.config import RayConfig
 
-    with tempfile.TemporaryDirectory(prefix="pr-") as short, pytest.MonkeyPatch.context() as patch:
+    folder = tempfile.TemporaryDirectory(prefix="pr-", ignore_cleanup_errors=True)
+    with folder as short, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", short)
         with ray_session(RayConfig(object_store_mib=128)):
             yield
