@@ -214,5 +214,6 @@ def tiny_command_line(policy: Path, classifier: Path, prompts: Path, folder: Pat
     }
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(options))
-    with tempfile.TemporaryDirectory(prefix="pr-") as short:  # Ray's sockets lie below it; their paths must be short
+    # Ray's sockets lie below it; their paths must be short. A part of Ray that is just ending may still write there
+    with tempfile.TemporaryDirectory(prefix="pr-", ignore_cleanup_errors=True) as short:
         yield CommandLine(os.environ | {"RAY_TMPDIR": short, "HF_HUB_OFFLINE": "1"}, config)

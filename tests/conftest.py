@@ -124,19 +124,19 @@ def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", params=[2, 3])
-def crew(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Yield two ranks, then three: real processes, started once a session (`tests.rank_processes.RankProcesses`)."""
+@pytest.fixture(scope="session")
+def crew() -> Iterator[Any]:
+    """Yield three ranks, by which few things divide: real processes, started once (`tests.rank_processes`)."""
     from tests.rank_processes import rank_processes
 
-    with rank_processes(request.param) as processes:
+    with rank_processes(3) as processes:
         yield processes
 
 
 @pytest.fixture
 def short_ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give the test's Ray a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="pr-") as short:
+    with tempfile.TemporaryDirectory(prefix="pr-", ignore_cleanup_errors=True) as short:
         monkeypatch.setenv("RAY_TMPDIR", short)
         yield
 
@@ -147,7 +147,8 @@ def session() -> Iterator[None]:
     from ppo_ray.actors.session import ray_session
     from ppo_ray.config import RayConfig
 
-    with tempfile.TemporaryDirectory(prefix="pr-") as short, pytest.MonkeyPatch.context() as patch:
+    folder = tempfile.TemporaryDirectory(prefix="pr-", ignore_cleanup_errors=True)
+    with folder as short, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", short)
         with ray_session(RayConfig(object_store_mib=128)):
             yield

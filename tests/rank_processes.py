@@ -32,7 +32,8 @@ class RankProcesses:
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call `function(ranks, *arguments)` in every process at once; an exception is returned as its text."""
         for pipe in self._pipes:
-            pipe.send((function, arguments))
+            with contextlib.suppress(OSError):  # whoever is gone is told below
+                pipe.send((function, arguments))
         return [self._answer(pipe) for pipe in self._pipes]
 
     def close(self) -> None:

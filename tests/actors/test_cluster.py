@@ -32,7 +32,8 @@ Places = dict[str, tuple[str, tuple[int, ...]]]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Start a head that takes no actors, and three nodes."""
-    with tempfile.TemporaryDirectory(prefix="pr-") as short, pytest.MonkeyPatch.context() as patch:
+    folder = tempfile.TemporaryDirectory(prefix="pr-", ignore_cleanup_errors=True)
+    with folder as short, pytest.MonkeyPatch.context() as patch:
         for name, value in {"RAY_TMPDIR": short, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}.items():
             patch.setenv(name, value)
         Path(short, "ray").mkdir()

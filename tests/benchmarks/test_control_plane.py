@@ -29,7 +29,8 @@ class Elsewhere(Worker):
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="pr-") as short, pytest.MonkeyPatch.context() as patch:
+    folder = tempfile.TemporaryDirectory(prefix="pr-", ignore_cleanup_errors=True)
+    with folder as short, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", short)
         with stub_cluster(6):
             yield

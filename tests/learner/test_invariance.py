@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ppo_ray.learner.learner import PPOLearner
@@ -97,32 +97,18 @@ cases = st.tuples(
 )
 
 
-def hold_against_one(folder: Path, crew: Any, case: Case) -> None:
-    """Hold real processes and gloo against a learner alone."""
-    alone = work_on(None, folder, case, "float64", "ddp")
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases)
+@example(case=([(3, 4), (2, 1)], 80, {}, {}, SMALL_STEPS))  # fewer sequences than ranks
+@example(case=([(8, 40), *[(1, 2)] * 6], 10, {}, RECOMPUTE, PARTS))  # one long, many short: other numbers of passes
+@example(case=([(2, 5), (8, 9), (1, 1), (4, 12)], 20, SEPARATE, {}, HEAD_ONLY | SMALL_STEPS))
+def test_the_number_of_ranks_and_their_sharding_change_nothing(tiny_policy: Path, crew: Any, case: Case) -> None:
+    """Real processes and gloo."""
+    alone = work_on(None, tiny_policy, case, "float64", "ddp")
     for sharding in ("ddp", "fsdp2"):
-        for found in crew.run(work_on, folder, case, "float64", sharding):
+        for found in crew.run(work_on, tiny_policy, case, "float64", sharding):
             assert not isinstance(found, str), found
             same(found, alone)
-
-
-@settings(max_examples=1, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=cases)
-def test_the_number_of_ranks_and_their_sharding_change_nothing(tiny_policy: Path, crew: Any, case: Case) -> None:
-    hold_against_one(tiny_policy, crew, case)
-
-
-@pytest.mark.parametrize("crew", [3], indirect=True)
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(([(3, 4), (2, 1)], 80, {}, {}, SMALL_STEPS), id="fewer sequences than ranks"),
-        pytest.param(([(8, 40), *[(1, 2)] * 6], 10, {}, RECOMPUTE, PARTS), id="one long, many short: other passes"),
-        pytest.param(([(2, 5), (8, 9), (1, 1), (4, 12)], 20, SEPARATE, {}, HEAD_ONLY | SMALL_STEPS), id="critic alone"),
-    ],
-)
-def test_three_ranks_and_their_sharding_change_nothing(tiny_policy: Path, crew: Any, case: Case) -> None:
-    hold_against_one(tiny_policy, crew, case)
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])

@@ -42,8 +42,9 @@ def run(
     return weights(learner)
 
 
-def test_a_checkpoint_goes_on_with_other_ranks(tiny_policy: Path, crew: Any, tmp_path: Path) -> None:
-    model = FLOAT64 | {"critic": "separate" if len(crew.processes) == 2 else "shared"}
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_checkpoint_goes_on_with_other_ranks(tiny_policy: Path, crew: Any, tmp_path: Path, critic: str) -> None:
+    model = FLOAT64 | {"critic": critic}
     shares, alone = tmp_path / "shares", tmp_path / "alone"
     crew.run(run, tiny_policy, model, [0], None, shares)
     through = run(None, tiny_policy, model, [0, 1], None, None)
@@ -120,6 +121,10 @@ def test_all_ranks_refuse_what_is_not_finite(tiny_policy: Path, crew: Any) -> No
     assert set(crew.run(not_finite, tiny_policy)) == {"as before"}
 
 
+def add_up(ranks: Ranks) -> None:
+    ranks.sum([torch.ones(1)])
+
+
 def die_at_work(ranks: Ranks, folder: Path) -> None:
     """Let the last rank die in the backward pass of a layer, whose gradients the others wait for."""
     learner = load_learner(folder, {}, {"sharding": "fsdp2"}, {}, ranks)
@@ -130,9 +135,10 @@ def die_at_work(ranks: Ranks, folder: Path) -> None:
 
 def test_the_loss_of_a_rank_at_work_is_told_from_other_errors(tiny_policy: Path) -> None:
     with rank_processes(2) as processes:
-        first, second = processes.run(die_at_work, tiny_policy)
+        (first, second), (later, _) = processes.run(die_at_work, tiny_policy), processes.run(add_up)
     assert first.startswith("PeersLost: rank 0 lost touch with another rank"), first
     assert second == "gone"
+    assert later.startswith("PeersLost: rank 0 lost touch with another rank"), later
 
 
 OPTIONS = UpdateConfig(learning_rate=1e-6, epochs=2)

@@ -28,6 +28,7 @@ from tests.rollout.test_engines import REQUESTS, SAMPLED, largest_difference, re
 
 pytestmark = pytest.mark.slow
 
+KEPT: list[VLLMEngine] = []
 GROUP_ID = "A" * 171 + "="  # 128 bytes
 
 
@@ -74,10 +75,15 @@ def no_gpu() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
+def start_engine(folder: Path, transport: str) -> VLLMEngine:
+    """Start an engine that lives as long as the process: its end would take from the others what all share."""
+    KEPT.append(VLLMEngine(str(folder), max_context=128, max_num_seqs=32, kv_cache_mib=32, transport=transport))
+    return KEPT[-1]
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_policy: Path, no_gpu: pytest.MonkeyPatch) -> VLLMEngine:
-    """Never closed: that would take from the other engines of the process what they share."""
-    return VLLMEngine(str(tiny_policy), max_context=128, max_num_seqs=32, kv_cache_mib=32, transport="nccl")
+    return start_engine(tiny_policy, "nccl")
 
 
 @pytest.fixture
@@ -181,7 +187,7 @@ def test_cuda_ipc(learner: PPOLearner, tiny_policy: Path, no_gpu: pytest.MonkeyP
     no_gpu.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     no_gpu.setattr(torch.cuda, "current_device", lambda: 7)
     no_gpu.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    engine = VLLMEngine(str(tiny_policy), max_context=128, max_num_seqs=32, kv_cache_mib=32, transport="ipc")
+    engine = start_engine(tiny_policy, "ipc")
     engine.connect({"packed": False})
     sender = WeightPublisher(config_of(tiny_policy, "rollout.weight_transport=ipc"), leads=True)
     model = moved(learner, tiny_policy, 0.1)

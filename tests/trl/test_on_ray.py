@@ -22,7 +22,7 @@ QUERIES = [torch.tensor(ids) for ids in ([5, 6], [7, 8, 9], [10], [11, 12, 13, 1
 
 @pytest.fixture(autouse=True)
 def short_ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="pr-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pr-", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         yield
 
