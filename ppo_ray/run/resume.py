@@ -12,12 +12,30 @@ from ppo_ray.run.checkpoints import Checkpoints
 from ppo_ray.run.folder import RunFolder
 
 MAY_CHANGE = (
-    *("steps", "output_dir", "resume", "checkpoint.*", "ray.*", "evaluation.num_samples"),
-    *("rollout.workers", "rollout.threads", "rollout.gpus", "rollout.tensor_parallel", "rollout.kv_cache_mib"),
-    *("rollout.self_check", "rollout.weight_transport", "rollout.weight_bucket_mib"),
-    *("reward.workers", "reward.threads", "reward.gpus", "reward.batch_size"),
-    *("learner.workers", "learner.threads", "learner.gpus", "learner.microbatch_tokens"),
-    *("learner.sharding", "learner.gradient_checkpointing"),
+    "steps",
+    "output_dir",
+    "resume",
+    "checkpoint.*",
+    "ray.*",
+    "evaluation.num_samples",
+    "rollout.workers",
+    "rollout.threads",
+    "rollout.gpus",
+    "rollout.tensor_parallel",
+    "rollout.kv_cache_mib",
+    "rollout.self_check",
+    "rollout.weight_transport",
+    "rollout.weight_bucket_mib",
+    "reward.workers",
+    "reward.threads",
+    "reward.gpus",
+    "reward.batch_size",
+    "learner.workers",
+    "learner.threads",
+    "learner.gpus",
+    "learner.microbatch_tokens",
+    "learner.sharding",
+    "learner.gradient_checkpointing",
 )
 """Options that say how long, how often and on what a run works, not what it computes. Where they move work to other
 hardware or other numbers of threads, floating-point sums may round otherwise."""
