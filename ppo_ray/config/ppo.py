@@ -85,7 +85,7 @@ class UpdateConfig(Section):
     max_grad_norm: float | None = Field(default=None, gt=0)
     """Longest gradient of an optimizer step, global L2 norm; null: not clipped. TRL: `max_grad_norm`."""
     ratio_threshold: float = Field(default=10.0, gt=0)
-    """Largest mean probability ratio of a mini-batch that is learnt from. TRL: `ratio_threshold`."""
+    """Largest mean probability ratio of a mini-batch that is learned from. TRL: `ratio_threshold`."""
     ratio_exceeded: Literal["skip", "zero_loss"] = "skip"
     """What happens beyond it: no optimizer step; or, as in TRL, a step with the loss of that part multiplied by zero,
     in which Adam's momentum still moves the weights."""

@@ -10,6 +10,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ppo_ray.events import say
+
 PARTS = {"generate": "time/generate_s", "score": "time/score_s", "learn": "time/learn_s", "sync": "time/sync_s"}
 """The parts of a step and the metric that has its seconds."""
 STEP_SECONDS = "time/step_s"
@@ -34,7 +36,7 @@ class StepProgress:
             return
         left = (time.monotonic() - self._started) / (step + 1 - self._done) * (self._num_steps - step - 1)
         words = [f"step {step + 1}/{self._num_steps}", line, f"left {_duration(left)}"]
-        self._console.print("  ".join(filter(None, words)), markup=False, highlight=False, soft_wrap=True)
+        say(self._console, "  ".join(filter(None, words)))
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppo_ray import atomic
+from ppo_ray.events import say
 from ppo_ray.learner.reports import Agreement
 from ppo_ray.run.evaluation import Evaluation
 from ppo_ray.run.folder import RunFolder
@@ -57,7 +58,7 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
         for sample in evaluation.samples:
             table.add_row(_plain(sample.prompt), _plain(sample.response), format_score(sample.score))
         console.print(table)
-    _say(console, f"held-out mean score {_describe_mean(evaluation)}{_describe_failures(evaluation)}")
+    say(console, f"held-out mean score {_describe_mean(evaluation)}{_describe_failures(evaluation)}")
 
 
 def print_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
@@ -66,7 +67,7 @@ def print_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
     for item in agreements:
         table.add_row(item.worker, f"{item.to_moved:.1e}", f"{item.to_own:.1e}", f"{item.move:.1e}")
     console.print(table)
-    _say(
+    say(
         console,
         "every engine computes with the weights it was sent; differences of log-probabilities, nats a token",
     )
@@ -77,7 +78,7 @@ def _print_change(
 ) -> None:
     if before and after:
         rise = format_score(after.mean_score - before.mean_score)
-        _say(
+        say(
             console,
             f"held-out mean score {format_score(before.mean_score)} -> {format_score(after.mean_score)} ({rise}; "
             f"{after.num_prompts} prompts, standard deviation {before.std_score:.2f} -> {after.std_score:.2f})"
@@ -86,7 +87,7 @@ def _print_change(
     if history:
         first, last = history[0], history[-1]
         kl = last.get("kl/per_sequence", math.nan)
-        _say(
+        say(
             console,
             f"batch mean score {format_score(first.get('score/mean'))} -> {format_score(last.get('score/mean'))} "
             f"over {len(history)} steps; KL to the reference {kl:.2f} nats a sequence at the last",
@@ -123,10 +124,6 @@ def _describe_mean(evaluation: Evaluation) -> str:
 
 def _describe_failures(evaluation: Evaluation) -> str:
     return f"; {evaluation.num_unscored} of the responses could not be scored" if evaluation.num_unscored else ""
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _plain(text: str) -> Text:
