@@ -22,7 +22,7 @@ def test_kills_at_random_moments(
     options = ("rollout.engine=hf", f"steps={steps}", "reward.workers=2", *OPTIONS)
     process = ppo_ray.start("train", str(ppo_ray.config), *options)
     killed = set()
-    for kind in dice.sample(KINDS, len(KINDS), counts=[kills // len(KINDS)] * len(KINDS)):
+    for kind in dice.sample(KINDS, kills, counts=[pytestconfig.getoption("--kills")] * len(KINDS)):
         wait_for_steps(process, run, len(lines(run)) + 1)
         dice.nap(run)
         name, worker = dice.choice(ppo_ray.wait_for_workers(kind))
