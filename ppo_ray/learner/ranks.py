@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,7 @@ from ppo_ray.errors import PeersLost, WorkerError
 from ppo_ray.plan.demand import actor_name
 
 _POLL_S = 0.05
+_IN_FLIGHT = 4  # reductions at a time: what they need beside the tensors is four buckets
 _BUCKET_BYTES = 25 << 20  # as torch's DistributedDataParallel: large enough to hide the latency of a collective
 
 
@@ -49,14 +51,15 @@ class Ranks:
     def _reduce(self, tensors: Iterable[torch.Tensor], operation: dist.ReduceOp.RedOpType) -> None:
         if self.size == 1:
             return
+        pending: deque[tuple[list[torch.Tensor], torch.Tensor, dist.Work]] = deque()
         with detect_lost_peers(self.rank):
-            buckets = [(bucket, _flatten(bucket)) for bucket in _buckets(tensors)]
-            for work in [dist.all_reduce(flat, operation, async_op=True) for _, flat in buckets]:
-                work.wait()
-        for bucket, flat in buckets:
-            if len(bucket) > 1:
-                for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                    tensor.copy_(part.view_as(tensor))
+            for bucket in _buckets(tensors):
+                if len(pending) == _IN_FLIGHT:
+                    _finish(*pending.popleft())
+                flat = bucket[0] if len(bucket) == 1 else torch.cat([tensor.reshape(-1) for tensor in bucket])
+                pending.append((bucket, flat, dist.all_reduce(flat, operation, async_op=True)))
+            for reduction in pending:
+                _finish(*reduction)
 
 
 def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -74,9 +77,12 @@ def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield bucket
 
 
-def _flatten(bucket: list[torch.Tensor]) -> torch.Tensor:
-    """Return the tensors one after the other in one; a single tensor as it is."""
-    return bucket[0] if len(bucket) == 1 else torch.cat([tensor.reshape(-1) for tensor in bucket])
+def _finish(bucket: list[torch.Tensor], flat: torch.Tensor, work: dist.Work) -> None:
+    """Wait for a bucket's reduction, and copy it back into its tensors; a single tensor was reduced in place."""
+    work.wait()
+    if len(bucket) > 1:
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 @contextlib.contextmanager

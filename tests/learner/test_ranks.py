@@ -24,11 +24,12 @@ def add_up(joined: Ranks) -> tuple[list[float], list[int]]:
 
 def add_up_several(joined: Ranks) -> list[list[float]]:
     """In buckets of 40 bytes: the second and third go together, the fourth is of another type, the last is no view."""
-    ranks._BUCKET_BYTES, before = 40, ranks._BUCKET_BYTES
+    before = ranks._BUCKET_BYTES, ranks._IN_FLIGHT
+    ranks._BUCKET_BYTES, ranks._IN_FLIGHT = 40, 2
     tensors = [torch.full((2, 3), 1.0 + joined.rank), torch.full((3,), 10.0 * joined.rank), torch.full((4,), 2.0)]
     tensors += [torch.full((1,), 100 * joined.rank), torch.full((5, 2), joined.rank).T]
     joined.sum(tensors)
-    ranks._BUCKET_BYTES = before
+    ranks._BUCKET_BYTES, ranks._IN_FLIGHT = before
     return [tensor.unique().tolist() for tensor in tensors]
 
 
