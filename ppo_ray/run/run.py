@@ -38,8 +38,8 @@ class Run:
         self.is_finished = False
         """Whether all steps were made before this process began."""
         self._log, self._gauges = log, Gauges(folder.path.name)
-        self._progress = StepProgress(config.steps, console)
-        self._save: BeginSave | None = None
+        self._progress: StepProgress  # set by `under_way`, as is `_save`
+        self._save: BeginSave
 
     @classmethod
     @contextlib.contextmanager
@@ -78,7 +78,7 @@ class Run:
         self.checkpoints.finish()
 
     def end_step(self, step: int, update: UpdateReport) -> None:
-        """End a step: log its metrics, show progress, and begin to write a checkpoint if one is due.
+        """End a step within `under_way`: log its metrics, show progress, and begin a checkpoint if one is due.
 
         Raises:
             CheckpointError: the checkpoint before could not be written.
@@ -91,7 +91,7 @@ class Run:
         self.checkpoints.finish()  # the one before: it was written while the engines generated
         sampled_by = step - int(update.metrics["rollout/staleness_max"])
         self.checkpoints.note_score(sampled_by, update.metrics.get("score/mean"))
-        if self._save is not None and self.checkpoints.is_due(step + 1, self.config.steps):
+        if self.checkpoints.is_due(step + 1, self.config.steps):
             self.checkpoints.save(self.state, self._save)
         stopping.check()
 
