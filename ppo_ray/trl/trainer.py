@@ -79,18 +79,8 @@ class PPOTrainer:
             ValueError: an argument is not what it should be, or cannot be honoured.
         """
         config = config if config is not None else PPOConfig()
-        if not isinstance(config, PPOConfig):
-            raise ValueError(f"config must be a ppo_ray.trl.PPOConfig, not {type(config)}")
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ValueError(f"tokenizer must be a transformers tokenizer, not {type(tokenizer)}")
-        for name, given in (("model", model), ("ref_model", ref_model)):
-            if not isinstance(given, AutoModelForCausalLMWithValueHead) and (name == "model" or given is not None):
-                raise ValueError(f"{name} must be a ppo_ray.trl.AutoModelForCausalLMWithValueHead, not {type(given)}")
-        assert model is not None
-        if training_data_collator is not None:
-            raise ValueError("training_data_collator cannot be honoured: sequences are laid out without padding")
-        if lr_scheduler is not None and not isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
-            raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, not {type(lr_scheduler)}")
+        _check_arguments(config, model, ref_model, tokenizer, lr_scheduler, training_data_collator)
+        assert model is not None and tokenizer is not None
         if ref_model is not None and num_shared_layers is not None:
             warnings.warn("num_shared_layers is ignored: a ref_model is given", UserWarning, stacklevel=2)
         for name, own in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
@@ -276,3 +266,20 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def _check_arguments(
+    config: Any, model: Any, ref_model: Any, tokenizer: Any, lr_scheduler: Any, training_data_collator: Any
+) -> None:
+    """Raise ValueError for an argument of `PPOTrainer` that is of another type, or cannot be honoured."""
+    if not isinstance(config, PPOConfig):
+        raise ValueError(f"config must be a ppo_ray.trl.PPOConfig, not {type(config)}")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"tokenizer must be a transformers tokenizer, not {type(tokenizer)}")
+    for name, given in (("model", model), ("ref_model", ref_model)):
+        if not isinstance(given, AutoModelForCausalLMWithValueHead) and (name == "model" or given is not None):
+            raise ValueError(f"{name} must be a ppo_ray.trl.AutoModelForCausalLMWithValueHead, not {type(given)}")
+    if training_data_collator is not None:
+        raise ValueError("training_data_collator cannot be honoured: sequences are laid out without padding")
+    if lr_scheduler is not None and not isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
+        raise ValueError(f"lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, not {type(lr_scheduler)}")
