@@ -4,13 +4,14 @@ Each check yields a line for everything that cannot be used, so that all of it i
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, ModelConfig, RewardConfig, Trust, in_job, transport_problems
-from ppo_ray.errors import InputError, first_line
+from ppo_ray.config import Config, in_job, transport_problems
+from ppo_ray.errors import InputError
+from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
 from ppo_ray.reward.function import load_function
@@ -116,11 +117,11 @@ def _cpu_problems(config: Config) -> Iterator[str]:
 
 
 def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
-    model, problem = _load_model_config("model.path", config.model.path, config.model.trust)
+    model, problem = read_config("model.path", config.model.path, config.model.trust)
     if problem:
         yield problem
     else:
-        inputs.tokenizer, problem = _load_tokenizer("model.path", config.model)
+        inputs.tokenizer, problem = read_tokenizer("model.path", config.model)
         inputs.vocab_size = _num_tokens(model) or 0
         if problem:
             yield problem
@@ -135,7 +136,7 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
     for key, path in (("reference", config.model.reference_path), ("critic", config.model.critic_path)):
         if path in (None, config.model.path):
             continue
-        other, problem = _load_model_config(f"model.{key}_path", str(path), config.model.trust)
+        other, problem = read_config(f"model.{key}_path", str(path), config.model.trust)
         if problem:
             yield problem
         elif model is not None and (ours := _num_tokens(model)) != (theirs := _num_tokens(other)):
@@ -159,11 +160,11 @@ def _reward_problems(config: Config) -> Iterator[str]:
         except Exception as error:  # whatever the user's own module raises when it is imported
             yield f"reward.function={reward.function}: importing it raised {type(error).__name__}: {error}"
         return
-    classifier, problem = _load_model_config("reward.path", str(reward.path), reward.trust)
+    classifier, problem = read_config("reward.path", str(reward.path), reward.trust)
     if problem:
         yield problem
         return
-    _, problem = _load_tokenizer("reward.path", reward)
+    _, problem = read_tokenizer("reward.path", reward)
     if problem:
         yield problem
     try:
@@ -176,79 +177,4 @@ def _prompt_problems(config: Config, inputs: Inputs) -> Iterator[str]:
     try:
         inputs.texts = read_usable_texts(config.prompts, config.evaluation.num_prompts)
     except InputError as error:
-        yield str(error) + _asset_hint(config.prompts.path)
-
-
-def _load_model_config(key: str, path: str, trust: Trust) -> tuple[Any, str | None]:
-    """Load a model's own config; return it, or None and what is wrong with the model."""
-    from transformers import AutoConfig, PreTrainedConfig
-
-    folder = Path(path)
-    if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") > 1 or folder.exists()):
-        return None, f"{key}={path}: missing model: no such folder{_asset_hint(path)}"
-    try:
-        model = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code)
-    except Exception as error:  # OSError, ValueError, whatever a hub client raises, or the model's own code
-        if not trust.remote_code and _has_code(lambda path: PreTrainedConfig.get_config_dict(path)[0], path):
-            return None, _code_problem(key, path, "the model (auto_map in config.json)")
-        where = "its config cannot be loaded" if folder.is_dir() else "neither a folder here nor to be had from the hub"
-        return None, f"{key}={path}: missing model: {where}: {first_line(error)}{_asset_hint(path)}"
-    return model, _weights_problem(key, folder, trust) if folder.is_dir() else None
-
-
-def _weights_problem(key: str, folder: Path, trust: Trust) -> str | None:
-    """Say what is wrong if a local folder has no safetensors: pickled weights can run any code, and need consent."""
-    if any(folder.glob("*.safetensors")):
-        return None
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    loadable = any(folder.glob("pytorch_model*.bin"))
-    if loadable and trust.pickles:
-        return None
-    if pickles:
-        unless = f" unless {key.partition('.')[0]}.allow_pickled_weights=true" if loadable else ""
-        return (
-            f"{key}={folder}: holds pickled weights only ({', '.join(pickles[:3])}), which are not loaded{unless}; "
-            "better convert them: load them where you trust them and save_pretrained(...)"
-        )
-    return f"{key}={folder}: missing model: the folder holds no *.safetensors"
-
-
-def _has_code(read: Callable[[str], Any], path: str) -> bool:
-    """Say whether the config of a model or tokenizer, which `read` returns, names Python code that lies with it."""
-    try:
-        return "auto_map" in read(path)
-    except Exception:  # what is wrong with it is said elsewhere
-        return False
-
-
-def _code_problem(key: str, path: str, what: str) -> str:
-    return (
-        f"{key}={path}: {what} needs Python code that lies with it, which is not run unless "
-        f"{key.partition('.')[0]}.trust_remote_code=true; read it first, it runs with your rights"
-    )
-
-
-def _load_tokenizer(key: str, model: ModelConfig | RewardConfig) -> tuple[Any, str | None]:
-    """Load a tokenizer; return it, or None and what is wrong: it is missing, or not the one its authors meant.
-
-    Where transformers must not run a tokenizer's own code it may silently build another tokenizer from the other files,
-    which can split texts in another way than the model was trained on.
-    """
-    from transformers import AutoTokenizer
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    path, trust = str(model.path), model.trust
-    if not trust.remote_code and _has_code(get_tokenizer_config, path):
-        return None, _code_problem(key, path, "the tokenizer (auto_map in tokenizer_config.json)")
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code), None
-    except Exception as error:  # each tokenizer library has its own errors
-        return None, f"{key}={path}: its tokenizer cannot be loaded: {first_line(error)}"
-
-
-def _asset_hint(path: str) -> str:
-    """Return how to build what is missing, if it is one of our own assets."""
-    from ppo_ray.assets.cache import ASSETS, asset_path
-
-    ours = {str(asset_path(name)) for name in ASSETS}
-    return "; build it with `ppo-ray assets imdb`" if path in ours and not Path(path).exists() else ""
+        yield str(error) + asset_hint(config.prompts.path)
