@@ -1,6 +1,7 @@
-"""Every option of a run: `ppo.py` and `sections.py` define them, `run.py` joins them, `file.py` reads them."""
+"""Every option of a run: `ppo.py`, `rollout.py` and `sections.py` define them, `run.py` joins them, `file.py` reads them."""
 
 from ppo_ray.config.ppo import UpdateConfig
+from ppo_ray.config.rollout import RolloutConfig
 from ppo_ray.config.run import Config, load_config, to_yaml
 from ppo_ray.config.sections import (
     NO_TRUST,
@@ -11,7 +12,6 @@ from ppo_ray.config.sections import (
     PromptsConfig,
     RayConfig,
     RewardConfig,
-    RolloutConfig,
     Transport,
     Trust,
     in_job,

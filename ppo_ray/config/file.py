@@ -2,9 +2,8 @@
 
 import contextlib
 import copy
-import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,15 +12,14 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from ppo_ray.config.explain import all_options, explain, explain_unknown, section_of
 from ppo_ray.errors import InputError, first_line
 
 _OVERRIDE = re.compile(r"\w+(\.\w+)*=")
 _SHOWN = 20  # problems; a file of another program has thousands
 _LONGEST_LINE = 500  # characters of a problem: the value may be a whole file
-_LONGEST_KEY = 100  # characters; a longer one is no misspelt option, and comparing spellings takes time
 _DEEPEST = 20  # levels of sections and lists; YAML's C parser overflows the stack at some thousands
 _MOST_NODES = 50_000  # keys and values of a file, aliases expanded
 
@@ -112,7 +110,7 @@ def _is_too_deep(text: str) -> bool:
 
 def _merge(model: type[BaseModel], options: Any, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Apply overrides, resolve interpolations; return the options as plain containers, and a line for each problem."""
-    known = set(dict(_options(model)))
+    known = set(dict(all_options(model)))
     well_formed: list[str] = []
     problems: list[str] = []
     unknown: dict[str, None] = {}
@@ -127,7 +125,7 @@ def _merge(model: type[BaseModel], options: Any, overrides: Sequence[str]) -> tu
             problems.append(f"{key}: more than {_DEEPEST} levels, one in another; no option has two")
         else:
             well_formed.append(override)
-    problems += [f"{key}: {_explain_unknown(model, key)}" for key in list(unknown)[:_SHOWN]]
+    problems += [f"{key}: {explain_unknown(model, key)}" for key in list(unknown)[:_SHOWN]]
     problems += [f"{key}: unknown option" for key in list(unknown)[_SHOWN:]]  # counted, not shown
     with contextlib.suppress(yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError):
         options, well_formed = OmegaConf.merge(options, OmegaConf.from_dotlist(well_formed)), []
@@ -156,12 +154,8 @@ def _first_line(error: Exception) -> str:
 
 def _add_missing_sections(model: type[BaseModel], options: Mapping[str, Any]) -> dict[str, Any]:
     """Add absent and empty sections as empty ones, so that a missing option in them is reported by its full name."""
-    sections = [name for name, field in model.model_fields.items() if _section(field)]
+    sections = [name for name, field in model.model_fields.items() if section_of(field)]
     return {**options, **{name: {} for name in sections if options.get(name) is None}}
-
-
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    return field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
 
 
 def _describe(model: type[BaseModel], raw: dict[str, Any], error: ValidationError) -> list[str]:
@@ -172,7 +166,7 @@ def _describe(model: type[BaseModel], raw: dict[str, Any], error: ValidationErro
         contradictions = _find_more_contradictions(model, raw, details)
     wrong = {_key(detail) for detail in details}
     located = [detail for detail in details if detail["loc"]]
-    lines = [f"{_key(detail)}: {_explain(model, detail)}" for detail in located[:_SHOWN]]
+    lines = [f"{_key(detail)}: {explain(model, detail)}" for detail in located[:_SHOWN]]
     lines += [f"{_key(detail)}: {detail['msg']}" for detail in located[_SHOWN:]]  # counted, not shown
     lines += [f"{item.keys[0]}: {item.message}" for item in contradictions if not wrong.intersection(item.keys)]
     return lines
@@ -212,86 +206,3 @@ def _find_more_contradictions(
 
 def _key(detail: ErrorDetails) -> str:
     return ".".join(str(part) for part in detail["loc"])
-
-
-def _explain(model: type[BaseModel], detail: ErrorDetails) -> str:
-    """Return the message of one violation: the value, the limit, the remedy."""
-    kind, value, context = detail["type"], _show(detail["input"]), detail.get("ctx", {})
-    match kind:
-        case "extra_forbidden":
-            return _explain_unknown(model, _key(detail))
-        case "missing":
-            return "required, but not given"
-        case "int_type" | "int_parsing" | "int_from_float":
-            return f"{value} is not a whole number"
-        case "float_type" | "float_parsing":
-            return f"{value} is not a number"
-        case "bool_type" | "bool_parsing":
-            return f"{value} is neither true nor false"
-        case "string_type":
-            return f"{value} is not text" + ("" if value == "null" else f"; write it in quotes: \"'{value}'\"")
-        case "model_type":
-            return f"{value} is not a section of options"
-        case "literal_error":
-            return f"{value} is not one of {context['expected']}"
-        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            relation = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
-            limit, words = next((context[key], words) for key, words in relation.items() if key in context)
-            return f"{value} must be {words} {limit:g}"
-        case "finite_number":
-            return f"{value} must be a finite number"
-        case "string_too_short":
-            return "must not be empty"
-        case "string_pattern_mismatch":
-            return f"{value} must look like package.module:function"
-        case "value_error":
-            return str(context["error"])
-        case _:
-            return f"{value}: {detail['msg']}"
-
-
-def _show(value: Any) -> str:
-    """Write a value as in YAML, except that text is in quotes."""
-    return str(value).lower().replace("none", "null") if value is None or isinstance(value, bool) else repr(value)
-
-
-def _explain_unknown(model: type[BaseModel], key: str) -> str:
-    """Say why there is no such option, or which one was most likely meant."""
-    if len(key) > _LONGEST_KEY:
-        return "unknown option"
-    return _refusal(model, key) or "unknown option" + _suggest(model, key)
-
-
-def _refusal(model: type[BaseModel], key: str) -> str | None:
-    """Return why an option that people look for is refused; None for any other."""
-    section, _, leaf = key.rpartition(".")
-    holder = _section(model.model_fields[section]) if section in model.model_fields else model
-    reason: str | None = getattr(holder, "refused", {}).get(leaf)
-    return reason
-
-
-def _suggest(model: type[BaseModel], key: str) -> str:
-    """Name the known option that was most likely meant: by TRL's name, in another section, or by spelling."""
-    known = dict(_options(model))
-    leaf = key.rpartition(".")[2]
-    trl = {name: _trl_names(field).index(leaf) for name, field in known.items() if leaf in _trl_names(field)}
-    if trl:
-        return f"; TRL's {leaf} is {min(trl, key=lambda name: trl[name])} here"
-    leaves = {name: name.rpartition(".")[2] for name in known}
-    near = [name for name in known if leaves[name] == leaf]
-    near = near or difflib.get_close_matches(key, known, n=1)
-    near = near or [name for name in known if difflib.get_close_matches(leaf, [leaves[name]], cutoff=0.8)]
-    return f"; did you mean {' or '.join(near)}?" if near else "; `ppo-ray options` shows all there are"
-
-
-def _trl_names(field: FieldInfo) -> list[str]:
-    """Return the names that TRL has for an option, by the option's documentation; the main one first."""
-    return re.findall(r"`(\w+)`", (field.description or "").partition("TRL:")[2])
-
-
-def _options(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    for name, field in model.model_fields.items():
-        yield prefix + name, field
-        section = _section(field)
-        if section:
-            yield from _options(section, f"{prefix}{name}.")

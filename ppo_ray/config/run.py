@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from ppo_ray.config.file import Contradiction, Contradictions, load
 from ppo_ray.config.ppo import UpdateConfig
+from ppo_ray.config.rollout import RolloutConfig
 from ppo_ray.config.sections import (
     CheckpointConfig,
     EvaluationConfig,
@@ -21,7 +22,6 @@ from ppo_ray.config.sections import (
     PromptsConfig,
     RayConfig,
     RewardConfig,
-    RolloutConfig,
     Section,
 )
 

@@ -1,0 +1,101 @@
+"""Words for what is wrong in a config: the value, the limit, the remedy; and the option that was most likely meant."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+_LONGEST_KEY = 100  # characters; a longer one is no misspelt option, and comparing spellings takes time
+
+
+def explain(model: type[BaseModel], detail: ErrorDetails) -> str:
+    """Return the message of one violation: the value, the limit, the remedy."""
+    kind, value, context = detail["type"], _show(detail["input"]), detail.get("ctx", {})
+    match kind:
+        case "extra_forbidden":
+            return explain_unknown(model, ".".join(str(part) for part in detail["loc"]))
+        case "missing":
+            return "required, but not given"
+        case "int_type" | "int_parsing" | "int_from_float":
+            return f"{value} is not a whole number"
+        case "float_type" | "float_parsing":
+            return f"{value} is not a number"
+        case "bool_type" | "bool_parsing":
+            return f"{value} is neither true nor false"
+        case "string_type":
+            return f"{value} is not text" + ("" if value == "null" else f"; write it in quotes: \"'{value}'\"")
+        case "model_type":
+            return f"{value} is not a section of options"
+        case "literal_error":
+            return f"{value} is not one of {context['expected']}"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            relation = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+            limit, words = next((context[key], words) for key, words in relation.items() if key in context)
+            return f"{value} must be {words} {limit:g}"
+        case "finite_number":
+            return f"{value} must be a finite number"
+        case "string_too_short":
+            return "must not be empty"
+        case "string_pattern_mismatch":
+            return f"{value} must look like package.module:function"
+        case "value_error":
+            return str(context["error"])
+        case _:
+            return f"{value}: {detail['msg']}"
+
+
+def _show(value: Any) -> str:
+    """Write a value as in YAML, except that text is in quotes."""
+    return str(value).lower().replace("none", "null") if value is None or isinstance(value, bool) else repr(value)
+
+
+def explain_unknown(model: type[BaseModel], key: str) -> str:
+    """Say why there is no such option, or which one was most likely meant."""
+    if len(key) > _LONGEST_KEY:
+        return "unknown option"
+    return _refusal(model, key) or "unknown option" + _suggest(model, key)
+
+
+def _refusal(model: type[BaseModel], key: str) -> str | None:
+    """Return why an option that people look for is refused; None for any other."""
+    section, _, leaf = key.rpartition(".")
+    holder = section_of(model.model_fields[section]) if section in model.model_fields else model
+    reason: str | None = getattr(holder, "refused", {}).get(leaf)
+    return reason
+
+
+def _suggest(model: type[BaseModel], key: str) -> str:
+    """Name the known option that was most likely meant: by TRL's name, in another section, or by spelling."""
+    known = dict(all_options(model))
+    leaf = key.rpartition(".")[2]
+    trl = {name: _trl_names(field).index(leaf) for name, field in known.items() if leaf in _trl_names(field)}
+    if trl:
+        return f"; TRL's {leaf} is {min(trl, key=lambda name: trl[name])} here"
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    near = [name for name in known if leaves[name] == leaf]
+    near = near or difflib.get_close_matches(key, known, n=1)
+    near = near or [name for name in known if difflib.get_close_matches(leaf, [leaves[name]], cutoff=0.8)]
+    return f"; did you mean {' or '.join(near)}?" if near else "; `ppo-ray options` shows all there are"
+
+
+def _trl_names(field: FieldInfo) -> list[str]:
+    """Return the names that TRL has for an option, by the option's documentation; the main one first."""
+    return re.findall(r"`(\w+)`", (field.description or "").partition("TRL:")[2])
+
+
+def all_options(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every option with its dotted name, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name, field
+        section = section_of(field)
+        if section:
+            yield from all_options(section, f"{prefix}{name}.")
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the model of a field that is a section of options; None for an option."""
+    return field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None

@@ -1,0 +1,82 @@
+"""The options of generation."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from ppo_ray.config.sections import DType, Section, Transport
+
+_OTHER_SAMPLING = (
+    "not offered: the learner's log-probabilities are those of the full softmax, and tokens drawn from another "
+    "distribution would make every ratio and every KL wrong without a sign. Leave it out; rollout.temperature, which "
+    "the learner follows, makes sampling sharper"
+)
+
+
+class RolloutConfig(Section):
+    """Generation: how many workers, and how they sample."""
+
+    refused: ClassVar[dict[str, str]] = dict.fromkeys(
+        (
+            "top_k",
+            "top_p",
+            "min_p",
+            "typical_p",
+            "epsilon_cutoff",
+            "eta_cutoff",
+            "num_beams",
+            "do_sample",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "no_repeat_ngram_size",
+            "logit_bias",
+            "bad_words",
+            "suppress_tokens",
+            "length_penalty",
+            "min_new_tokens",
+        ),
+        _OTHER_SAMPLING,
+    )
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    """vLLM, or transformers where vLLM cannot be installed (slow)."""
+    workers: int = Field(default=1, ge=1)
+    """Rollout actors; each holds the whole policy and takes an equal share of the batch."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads per worker. workers x threads must not exceed the machine's CPUs."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs per worker, or per rank of one (tensor_parallel); a fraction lets actors share one."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks of each vLLM worker that share one copy of the policy, all on one node, each on a GPU of its own."""
+    batch_size: int = Field(default=128, ge=1)
+    """Responses a step, over all workers. TRL: `batch_size`."""
+    min_response_tokens: int = Field(default=4, ge=1)
+    """Smallest limit that a response is given, in tokens, inclusive; an end of sequence may still come earlier."""
+    max_response_tokens: int = Field(default=16, ge=1)
+    """Largest limit that a response is given, in tokens, INCLUSIVE (TRL's `LengthSampler(4, 16)` never draws 16)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of sampling, from the full softmax. The learner's log-probabilities are taken at the same temperature."""
+    stop_at_eos: bool = True
+    """Whether an end-of-sequence token ends a response; false: every response has its full length."""
+    max_context: int = Field(default=512, ge=2)
+    """Longest prompt plus response that an engine has room for, in tokens."""
+    kv_cache_mib: int = Field(default=512, ge=1)
+    """Memory of each vLLM engine for keys and values, MiB."""
+    dtype: DType = "float32"
+    """Of the engines' weights. bfloat16 is faster on GPUs; log-probabilities are then up to 0.4 off the learner's."""
+    max_staleness: int = Field(default=0, ge=0, le=1)
+    """How many updates old the policy that samples may be. 0: the engines wait for each update. 1: they sample the next
+    batch while the learner works on this one; the batch is then of the policy before the last update, which
+    `ppo.importance_cap` (required) corrects. See docs/overlap.md."""
+    weight_transport: Literal["auto", Transport] = "auto"
+    """How new weights reach the engines: through Ray's object store, by NCCL from GPU to GPU, or by CUDA IPC where they
+    share one; auto: the fastest of them that fits (`docs/weights.md`). Verified and acknowledged in the same way."""
+    wire_dtype: Literal["bfloat16"] | None = None
+    """What weights are rounded to on their way: half the bytes. Engines then compute with rounded weights, also in
+    float32, and `mismatch/*` grows; with dtype=bfloat16 they round them anyway, and nothing is lost. null: nothing."""
+    weight_bucket_mib: int = Field(default=256, ge=1)
+    """Largest piece that weights travel in, MiB; a tensor that is larger has one of its own."""
+    self_check: bool = True
+    """Whether the run begins by proving that new weights change what each engine computes as they change the learner;
+    costs two weight syncs."""
