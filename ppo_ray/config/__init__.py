@@ -1,4 +1,4 @@
-"""Every option of a run: `ppo.py`, `rollout.py` and `sections.py` define them, `run.py` joins them, `file.py` reads them."""
+"""Every option of a run, defined by section and joined in `run.py`; `file.py` reads them."""
 
 from ppo_ray.config.ppo import UpdateConfig
 from ppo_ray.config.rollout import RolloutConfig
