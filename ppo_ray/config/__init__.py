@@ -1,5 +1,6 @@
 """Every option of a run, defined by section and joined in `run.py`; `file.py` reads them."""
 
+from ppo_ray.config.evaluation import load_evaluation_config
 from ppo_ray.config.ppo import UpdateConfig
 from ppo_ray.config.rollout import RolloutConfig
 from ppo_ray.config.run import Config, load_config, to_yaml
@@ -34,6 +35,7 @@ __all__ = [
     "UpdateConfig",
     "in_job",
     "load_config",
+    "load_evaluation_config",
     "to_yaml",
     "transport_problems",
     "weight_transport",

@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,9 @@ _OVERRIDE = re.compile(r"\w+(\.\w+)*=")
 _SHOWN = 20  # problems; a file of another program has thousands
 _LONGEST_LINE = 500  # characters of a problem: the value may be a whole file
 _DEEPEST = 20  # levels of sections and lists; YAML's C parser overflows the stack at some thousands
+_LONGEST_VALUE = 10_000  # characters, interpolations resolved
+_INTERPOLATION = re.compile(r"\$\{(oc\.env:(?P<name>\w+)(,(?P<default>[^{}]*))?|(?P<key>\w+(\.\w+)*))\}")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)(KEY|PWD)($|_)|APIKEY", re.IGNORECASE)
 _MOST_NODES = 50_000  # keys and values of a file, aliases expanded
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -44,13 +48,24 @@ class Contradictions(ValueError):
         self.found = tuple(found)
 
 
-def load(model: type[Model], path: Path | None, overrides: Sequence[str]) -> Model:
+def load(
+    model: type[Model], path: Path | None, overrides: Sequence[str], given: Mapping[str, Any] | None = None
+) -> Model:
     """Read a YAML file (None: an empty one), apply the overrides and validate.
+
+    Args:
+        model: what it becomes.
+        path: the file.
+        overrides: `key=value` each.
+        given: options by their dotted names, instead of a file.
 
     Raises:
         InputError: the file cannot be read, or something in it or in the overrides is wrong; a line for each violation.
     """
-    options, problems = _merge(model, _read(path), overrides)
+    options = _read(path)
+    for key, value in (given or {}).items():
+        OmegaConf.update(options, key, value, force_add=True)
+    options, problems = _merge(model, options, overrides)
     raw = _add_missing_sections(model, options)
     try:
         config = model.model_validate(raw)
@@ -63,6 +78,24 @@ def load(model: type[Model], path: Path | None, overrides: Sequence[str]) -> Mod
         shown = [_shorten(line) for line in problems[:_SHOWN]] + more
         raise InputError("\n".join([f"{heading}{source}", *(f"  {line}" for line in shown)]))
     return config
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """Read a YAML file as it stands, interpolations unresolved, by dotted names.
+
+    Raises:
+        InputError: it cannot be read, or is no config.
+    """
+    return dict(_flatten(OmegaConf.to_container(_read(path), resolve=False)))
+
+
+def _flatten(options: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value with its dotted name; a list is one value."""
+    for key, value in options.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _shorten(line: str) -> str:
@@ -141,6 +174,8 @@ def _merge(model: type[BaseModel], options: Any, overrides: Sequence[str]) -> tu
             section = key.rpartition(".")[0]
             in_list = section and OmegaConf.is_list(options.get(section))
             problems.append(f"{key}: {section + ' is a list, not a section' if in_list else first_line(error)}")
+    if odd := list(_interpolation_problems(OmegaConf.to_container(options, resolve=False))):
+        raise InputError("\n".join(_shorten(line) for line in odd[:_SHOWN]))
     try:
         resolved = OmegaConf.to_container(options, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -148,8 +183,31 @@ def _merge(model: type[BaseModel], options: Any, overrides: Sequence[str]) -> tu
     return {str(key): value for key, value in resolved.items()}, problems  # type: ignore[union-attr]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _interpolation_problems(options: Any) -> Iterator[str]:
+    """Yield a line for each interpolation that is not allowed, or that makes a value too long.
+
+    One that refers to another could double a value's length at each level. A secret would be written into the run's
+    config.yaml and into every checkpoint.
+    """
+    values = dict(_flatten(options))
+    for key, value in values.items():
+        if "${" not in str(value):
+            continue
+        length = len(str(value))
+        for found in re.finditer(r"\$\{([^}]*)\}?", str(value)):
+            match = _INTERPOLATION.fullmatch(found[0])
+            if not match:
+                yield f"{key}: {found[0]} is neither ${{oc.env:NAME}} nor ${{section.option}}"
+            elif (name := match["name"]) is not None:
+                if _SECRET.search(name):
+                    yield f"{key}: {found[0]} would write a secret into the run's config.yaml; leave it out"
+                length += len(os.environ.get(name, match["default"] or ""))
+            elif match["key"] not in values or "${" in str(values[match["key"]]):
+                yield f"{key}: {found[0]} must name an option of the file that is not made of others itself"
+            else:
+                length += len(str(values[match["key"]]))
+        if length > _LONGEST_VALUE:
+            yield f"{key}: {length:,} characters with what it refers to, more than {_LONGEST_VALUE:,}"
 
 
 def _add_missing_sections(model: type[BaseModel], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from ppo_ray import preflight
 from ppo_ray.actors.session import ray_session
 from ppo_ray.checkpoint import RunState
-from ppo_ray.config import Config, load_config
+from ppo_ray.config import Config, load_evaluation_config
 from ppo_ray.errors import InputError, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event, say
 from ppo_ray.learner.reports import Agreement
@@ -112,6 +112,8 @@ def check(config: Config, console: Console | None = None) -> list[Agreement]:
 def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> Evaluation:
     """Score one response of a checkpoint's policy to each held-out prompt, by the config of its run, and show them.
 
+    The checkpoint may be a stranger's: its config runs no code, trusts no files and connects to nowhere.
+
     Args:
         checkpoint: a folder such as `RUN/checkpoints/final`.
         overrides: `section.option=value` each; they win over the run's config.
@@ -125,13 +127,11 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), console: Con
         WorkerError: an actor failed, was lost or was late.
     """
     console = console or Console()
-    source = Path(checkpoint) / "config.yaml"
-    if not source.is_file():
-        raise InputError(
-            f"{checkpoint}: has no config.yaml, so it is no checkpoint of ppo_ray; "
-            "give a folder like RUN/checkpoints/final"
+    config, dropped = load_evaluation_config(checkpoint, overrides)
+    for option in dropped:
+        say(
+            console, f"not taken from the checkpoint's config: {option}; give it on this command line if you trust it"
         )
-    config = load_config(source, [*overrides, f"model.path={checkpoint}"])
     held_out = preflight.check(config).open_prompts(config).held_out()
     show = partial(say, console)
     with ray_session(config.ray), launch_scorers(config, show, lambda event: show(event.message)) as (rollout, reward):

@@ -356,3 +356,29 @@ def test_numbers_beyond_any_integer(tmp_path):
         load_config(tmp_path / "run.yaml", REQUIRED)
     (line,) = violations(*REQUIRED, "seed=" + "9" * 5000)
     assert line.startswith("seed: ")
+
+
+def test_interpolations_of_interpolations_are_refused_in_no_time(tmp_path):
+    lines = ["l0: lollollollol", *(f"l{i}: ${{l{i - 1}}}${{l{i - 1}}}" for i in range(1, 60))]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"l2: \$\{l1\} must name an option of the file that is not made of others"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("name", ["RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "DB_PASSWORD", "API_KEY"])
+def test_a_secret_is_not_taken_into_a_config_that_is_written_out(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "s3cret")
+    path = tmp_path / "c.yaml"
+    path.write_text(f"output_dir: ${{oc.env:{name}}}")
+    with pytest.raises(InputError, match=f"oc.env:{name}}} would write a secret") as refusal:
+        load_config(path)
+    assert "s3cret" not in str(refusal.value)
+
+
+def test_a_value_that_its_interpolations_make_long_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("LONG_NAME", "x" * 4000)
+    path = tmp_path / "c.yaml"
+    path.write_text("output_dir: " + "${oc.env:LONG_NAME}" * 3)
+    with pytest.raises(InputError, match=r"output_dir: 12,057 characters with what it refers to, more than 10,000"):
+        load_config(path)

@@ -1,0 +1,79 @@
+"""The config of an evaluation: the little that a checkpoint's own config may decide, and what the command line adds.
+
+A checkpoint may be a stranger's. Its config.yaml names no code to run, no machine to connect to and nothing to be
+trusted: such options count only when they are given anew.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ppo_ray.config.explain import all_options
+from ppo_ray.config.file import load, read_plain
+from ppo_ray.config.run import Config
+from ppo_ray.errors import QUOTED, InputError
+
+_TAKEN_SECTIONS = ("prompts", "evaluation")
+_TAKEN = {
+    *("seed", "model.dtype", "learner.workers", "learner.threads", "learner.gpus"),
+    *("rollout.engine", "rollout.workers", "rollout.threads", "rollout.gpus", "rollout.tensor_parallel"),
+    *("rollout.batch_size", "rollout.min_response_tokens", "rollout.max_response_tokens", "rollout.temperature"),
+    *("rollout.stop_at_eos", "rollout.max_context", "rollout.kv_cache_mib", "rollout.dtype"),
+    *("reward.path", "reward.label", "reward.transform", "reward.batch_size"),
+    *("reward.workers", "reward.threads", "reward.gpus"),
+    *("ray.placement", "ray.object_store_mib", "ray.max_restarts"),
+    *("ray.start_timeout_s", "ray.call_timeout_s", "ray.ping_timeout_s", "ray.stop_timeout_s"),
+}
+"""The options that are taken from a checkpoint's config: numbers, names of data, and how responses are sampled."""
+_SAID = (
+    "model.trust_remote_code",
+    "model.allow_pickled_weights",
+    "reward.function",
+    "reward.trust_remote_code",
+    "reward.allow_pickled_weights",
+    "ray.address",
+)
+"""The options that are dropped and said: they run code, trust files or connect to another machine."""
+
+
+def load_evaluation_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """Make the config that evaluates a checkpoint, from its config.yaml and `key=value` overrides.
+
+    Args:
+        checkpoint: a folder such as `RUN/checkpoints/final`.
+        overrides: as in `load_config`; any option may be given.
+
+    Returns:
+        The config, and a line for each option of the file that would have run code, trusted files or connected to
+        another machine, and was dropped.
+
+    Raises:
+        InputError: it is no checkpoint of ours, its config holds an interpolation, or an option is wrong.
+    """
+    source = Path(checkpoint) / "config.yaml"
+    if not source.is_file():
+        raise InputError(
+            f"{checkpoint}: has no config.yaml, so it is no checkpoint of ppo_ray; "
+            "give a folder like RUN/checkpoints/final"
+        )
+    options = read_plain(source)
+    taken = {key: value for key, value in options.items() if key in _TAKEN or key.partition(".")[0] in _TAKEN_SECTIONS}
+    for key, value in taken.items():
+        if "${" in str(value):
+            raise InputError(f"{source}: {key} holds an interpolation, which a checkpoint's config never does")
+    given = {override.partition("=")[0] for override in overrides}
+    defaults = {name: field.default for name, field in all_options(Config)}
+    dropped = [
+        f"{key}={str(options[key])[:QUOTED]}"
+        for key in _SAID
+        if key not in given and options.get(key, defaults[key]) != defaults[key]
+    ]
+    if options.get("reward.function") and not {"reward.function", "reward.path"} & given:
+        raise InputError(
+            f"{source}: the run was scored by reward.function={str(options['reward.function'])[:QUOTED]}, code that is "
+            "not run because a checkpoint names it. If you trust it, give reward.function=... here, or a classifier: "
+            "reward.path=..."
+        )
+    if "reward.function" in given:
+        taken.pop("reward.path", None)
+    overrides = [f"model.path={checkpoint}", f"output_dir={checkpoint}", *overrides]
+    return load(Config, None, overrides, given=taken), dropped
