@@ -3,15 +3,17 @@
 import contextlib
 import os
 import secrets
+import shutil
 import socket
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 import psutil
 import ray
 
 from ppo_ray.config import RayConfig
-from ppo_ray.errors import InputError, WorkerError
+from ppo_ray.errors import InputError, Interrupted, WorkerError
 from ppo_ray.stopping import handle_signals
 
 _EXIT_S = 10.0
@@ -22,9 +24,12 @@ _REACH_S = 20.0
 def ray_session(config: RayConfig) -> Iterator[None]:
     """Connect to Ray for the length of a block.
 
-    Without an address a private single-node Ray is started, with token authentication and without a dashboard, and is
-    stopped at the end, whatever ended the block. Under `ray job submit`, or with an address, the block uses that
-    cluster and disconnects at its end. If the process is connected to Ray already, that connection is used and kept.
+    Without an address a private single-node Ray is started, without a dashboard, and is stopped at the end, whatever
+    ended the block. Its token is new and known to its own processes alone, whatever the shell says of Ray's
+    authentication. Its sockets, logs and code lie in a folder that no other account can enter. The folder is removed at
+    the end; after an error it stays, for the logs that the error names. Under `ray job submit`, or with an address, the
+    block uses that cluster and disconnects at its end. If the process is connected to Ray already, that connection is
+    used and kept.
 
     Raises:
         InputError: there is no Ray at `ray.address`.
@@ -34,21 +39,69 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with _private_ray(config) if config.is_private else _cluster(config):
+        yield
+
+
+@contextlib.contextmanager
+def _cluster(config: RayConfig) -> Iterator[None]:
+    """Connect to a running cluster for the length of a block."""
+    try:
+        _connect(config.address)
+        # Ray has set handlers of its own
+        with handle_signals(config.stop_timeout_s, os._exit):
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _private_ray(config: RayConfig) -> Iterator[None]:
+    """Start a Ray of its own for the length of a block; see `ray_session`."""
+    # Ray's sockets allow a path of 107 characters, and it makes a folder of its own below this one
+    folder = tempfile.mkdtemp(prefix="ppo-ray-", dir=os.environ.get("RAY_TMPDIR") or "/tmp")
     before = psutil.Process().children()
     started: list[psutil.Process] = []
     try:
-        if config.is_private:
+        with _own_token():
             try:
-                _start_private(config)
+                try:
+                    _start_private(config, folder)
+                finally:
+                    started = [process for process in psutil.Process().children() if process not in before]
+                with handle_signals(config.stop_timeout_s, lambda code: _end_at_once(started, folder, code)):
+                    yield
             finally:
-                started = [process for process in psutil.Process().children() if process not in before]
-        else:
-            _connect(config.address)
-        # Ray has set handlers of its own
-        with handle_signals(config.stop_timeout_s, lambda code: _end_at_once(started, code)):
-            yield
+                _shut_down(started)
+    except (InputError, Interrupted):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _own_token() -> Iterator[None]:
+    """Set token authentication with a new token for the length of a block; it lies in no file."""
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_AUTH_TOKEN_PATH": None}
+    before = {name: os.environ.get(name) for name in own}
+    _set_environment(own)
+    try:
+        yield
     finally:
-        _shut_down(started)
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    """Set environment variables (None unsets one), and let Ray read its mode and token anew: it keeps what it read."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _shut_down(started: list[psutil.Process]) -> None:
@@ -62,11 +115,12 @@ def _shut_down(started: list[psutil.Process]) -> None:
     psutil.wait_procs(alive, timeout=_EXIT_S)
 
 
-def _end_at_once(started: list[psutil.Process], code: int) -> NoReturn:
-    """End this process without closing anything; kill a Ray that was started here (another one ends our actors)."""
+def _end_at_once(started: list[psutil.Process], folder: str, code: int) -> NoReturn:
+    """End this process without closing anything; kill the Ray that was started here, and remove its folder."""
     for process in [*started, *(child for parent in started for child in _descendants(parent))]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(code)
 
 
@@ -76,10 +130,8 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
-def _start_private(config: RayConfig) -> None:
-    # Ray turns token authentication on for a cluster it starts; with a token of its own the run leaves none in a file.
-    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+def _start_private(config: RayConfig, folder: str) -> None:
+    """Start a single-node Ray whose files lie in a folder."""
     # Ray's default of 15 lets anything else on this machine go before the run's own work.
     os.environ.setdefault("RAY_worker_niceness", "0")
     try:
@@ -91,6 +143,7 @@ def _start_private(config: RayConfig) -> None:
             log_to_driver=False,
             logging_level="ERROR",
             configure_logging=True,
+            _temp_dir=f"{folder}/r",  # Ray opens this one to all accounts, but nobody gets past the one above
         )
     except Exception as error:  # Ray has no kind of its own for this
         raise WorkerError(

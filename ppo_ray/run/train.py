@@ -129,9 +129,7 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), console: Con
     console = console or Console()
     config, dropped = load_evaluation_config(checkpoint, overrides)
     for option in dropped:
-        say(
-            console, f"not taken from the checkpoint's config: {option}; give it on this command line if you trust it"
-        )
+        say(console, f"not taken from the checkpoint's config: {option}; give it on this command line if you trust it")
     held_out = preflight.check(config).open_prompts(config).held_out()
     show = partial(say, console)
     with ray_session(config.ray), launch_scorers(config, show, lambda event: show(event.message)) as (rollout, reward):

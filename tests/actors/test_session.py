@@ -1,7 +1,11 @@
-"""Whose Ray is used, and what is left of it."""
+"""Whose Ray is used, who can get at it, and what is left of it."""
 
+import os
 import socket
+import stat
 import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -20,18 +24,41 @@ def answer() -> int:
     return 42
 
 
-def test_a_private_ray_is_there_for_whoever_is_in_it_and_leaves_no_process(short_ray_folder: None) -> None:
+_CLIENT = "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR'); print('CONNECTED')"
+
+
+def test_a_private_ray_is_closed_to_others_and_leaves_nothing(
+    short_ray_folder: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell that turns authentication off, or exports a cluster's token, changes nothing for it."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "the-clusters")
     before = set(psutil.Process().children(recursive=True))
     with ray_session(RayConfig(object_store_mib=100)):
+        assert (os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])) == ("token", 64)
+        (folder,) = Path(os.environ["RAY_TMPDIR"]).iterdir()
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert list(folder.glob("r/session_*/sockets/*"))
         with ray_session(RayConfig(object_store_mib=100, address="1.2.3.4:5")):  # the caller's own is used and left
             assert ray.get(answer.remote(), timeout=60) == 42
         assert ray.get(answer.remote(), timeout=60) == 42
         assert set(psutil.Process().children(recursive=True)) - before
+        address = ray.get_runtime_context().gcs_address
+        stranger = subprocess.run(
+            [sys.executable, "-c", _CLIENT, address],
+            env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert stranger.returncode != 0 and "CONNECTED" not in stranger.stdout
     assert not ray.is_initialized()
+    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("disabled", "the-clusters")
     assert not [process for process in set(psutil.Process().children(recursive=True)) - before if process.is_running()]
+    assert list(Path(os.environ["RAY_TMPDIR"]).iterdir()) == []
 
 
-def test_a_ray_that_does_not_start_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_does_not_start_leaves_no_process(short_ray_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**options: object) -> None:
         subprocess.Popen(["sleep", "1000"])
         raise Exception("The current node timed out during startup.")
@@ -52,3 +79,15 @@ def test_an_address_where_nobody_listens_is_refused_at_once(short_ray_folder: No
     with refused, ray_session(RayConfig(address=address)):
         raise AssertionError
     assert not ray.is_initialized()
+
+
+def test_an_error_leaves_the_logs_that_it_names_to_this_account_alone(short_ray_folder: None) -> None:
+    with pytest.raises(WorkerError), ray_session(RayConfig(object_store_mib=100)):
+        raise WorkerError("rollout-0 failed, log ...")
+    (folder,) = Path(os.environ["RAY_TMPDIR"]).iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert list(folder.glob("r/session_*/logs/raylet.out"))
+    with pytest.raises(InputError), ray_session(RayConfig(object_store_mib=100)):  # also: a second Ray, a second token
+        assert ray.get(answer.remote(), timeout=60) == 42
+        raise InputError("no room")
+    assert list(Path(os.environ["RAY_TMPDIR"]).iterdir()) == [folder]
