@@ -131,20 +131,25 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _start_private(config: RayConfig, folder: str) -> None:
-    """Start a single-node Ray whose files lie in a folder."""
+    """Start a single-node Ray whose files lie in a folder, which is empty.
+
+    Ray puts the folder that it is started from before all libraries in every worker, so a file there that is named like
+    a library would run instead of it. `Worker` enters the run's own folder.
+    """
     # Ray's default of 15 lets anything else on this machine go before the run's own work.
     os.environ.setdefault("RAY_worker_niceness", "0")
     try:
-        ray.init(
-            address="local",
-            num_cpus=os.cpu_count(),
-            include_dashboard=False,
-            object_store_memory=config.object_store_mib << 20,
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=True,
-            _temp_dir=f"{folder}/r",  # Ray opens this one to all accounts, but nobody gets past the one above
-        )
+        with contextlib.chdir(folder):
+            ray.init(
+                address="local",
+                num_cpus=os.cpu_count(),
+                include_dashboard=False,
+                object_store_memory=config.object_store_mib << 20,
+                log_to_driver=False,
+                logging_level="ERROR",
+                configure_logging=True,
+                _temp_dir=f"{folder}/r",  # Ray opens this one to all accounts, but nobody gets past the one above
+            )
     except Exception as error:  # Ray has no kind of its own for this
         raise WorkerError(
             f"a Ray of its own did not start on this machine: {error} Ray gives it 30 s, which a machine that is busy, "
@@ -157,7 +162,8 @@ def _connect(address: str | None) -> None:
     found = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
         _reach(found)
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
+        with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):  # see _start_private
+            ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError, ray.exceptions.RayError) as error:
         raise InputError(
             f"ray.address={address!r}: no Ray cluster answers there ({error}). Start one with `ray start --head`, "

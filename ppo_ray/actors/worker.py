@@ -1,9 +1,12 @@
 """The base of all actors: a control call that tells where an actor runs, even while it works."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 
 import ray
+
+from ppo_ray.plan.demand import FOLDER_VARIABLE
 
 CONTROL = {"control": 1}
 """`concurrency_groups` of every actor class: control calls have a thread of their own, beside the one that works."""
@@ -27,8 +30,10 @@ class Worker:
     """The base class of all actors; subclasses are decorated with `ray.remote`."""
 
     def __init__(self, name: str) -> None:
-        """Take the worker's name, e.g. `"rollout-0"`; `setup` does the heavy work."""
+        """Take the worker's name, e.g. `"rollout-0"`, and enter the run's folder; `setup` does the heavy work."""
         self._name = name
+        with contextlib.suppress(OSError, KeyError):  # on another node there may be no such folder
+            os.chdir(os.environ[FOLDER_VARIABLE])
 
     @ray.method(concurrency_group="control")
     def whereabouts(self) -> Whereabouts:

@@ -114,7 +114,7 @@ def _send(request: JobRequest, package: "Package", server: "JobServer") -> None:
         package.write(archive, {_CONFIG_FILE: config_text(request.config)})
         server.submit(
             request.name,
-            f"python -m ppo_ray train {_CONFIG_FILE}",
+            f"python -P -m ppo_ray train {_CONFIG_FILE}",
             archive,
             {**variables, "RAY_JOB_STOP_WAIT_TIME_S": str(patience)},  # Ray's own 3 s are too short for a checkpoint
         )

@@ -1,10 +1,11 @@
 """Resources that the actors of each kind need, and the CPUs that they reserve."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ppo_ray.config import Config
+from ppo_ray.config import Config, in_job
 
 Kind = Literal["rollout", "reward", "learner"]
 KINDS: tuple[Kind, ...] = ("rollout", "reward", "learner")
@@ -14,6 +15,8 @@ PHASES = 3
 generation overlaps with learning only generation and scoring do, beside the learner."""
 PRECISION = 10_000
 """Ray counts resources in ten-thousandths."""
+FOLDER_VARIABLE = "PPO_RAY_FOLDER"
+"""Names the folder that the run was started in, which relative paths start at; a job's workers start in theirs."""
 
 
 def actor_name(kind: str, index: int) -> str:
@@ -55,6 +58,8 @@ class ActorSpec:
             "RAYON_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        if not in_job():
+            environment[FOLDER_VARIABLE] = os.getcwd()
         if not self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from an actor that asks for none
         return {

@@ -32,7 +32,7 @@ def load_function(name: str) -> Callable[[list[str], list[str]], Scores]:
     if not module_name or not function_name:
         raise InputError(f"reward.function={name!r}: not of the form package.module:function")
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # the last, so that it hides nothing; `python -m ppo_ray` has it as the first
+        sys.path.append(here)  # the last, so that it hides nothing
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:

@@ -10,11 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import xxhash
 
 from ppo_ray.actors import session
 from ppo_ray.actors.session import ray_session
+from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError, WorkerError
+from ppo_ray.plan import ActorSpec
 
 pytestmark = pytest.mark.slow
 
@@ -24,15 +27,26 @@ def answer() -> int:
     return 42
 
 
+class Looker(Worker):
+    """Tells where it is and which library it has."""
+
+    def look(self) -> tuple[str, str]:
+        import xxhash
+
+        return os.getcwd(), xxhash.__file__
+
+
 _CLIENT = "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR'); print('CONNECTED')"
 
 
 def test_a_private_ray_is_closed_to_others_and_leaves_nothing(
-    short_ray_folder: None, monkeypatch: pytest.MonkeyPatch
+    short_ray_folder: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A shell that turns authentication off, or exports a cluster's token, changes nothing for it."""
+    """Neither a shell that turns authentication off, nor a current folder with files named like libraries, matters."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "the-clusters")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "xxhash.py").write_text("raise SystemExit('a stranger's file')")
     before = set(psutil.Process().children(recursive=True))
     with ray_session(RayConfig(object_store_mib=100)):
         assert (os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])) == ("token", 64)
@@ -42,6 +56,12 @@ def test_a_private_ray_is_closed_to_others_and_leaves_nothing(
         with ray_session(RayConfig(object_store_mib=100, address="1.2.3.4:5")):  # the caller's own is used and left
             assert ray.get(answer.remote(), timeout=60) == 42
         assert ray.get(answer.remote(), timeout=60) == 42
+        worker = (
+            ray.remote(concurrency_groups=CONTROL)(Looker)
+            .options(**ActorSpec("reward", 1, 1, 0).options("reward-0"))
+            .remote("reward-0")
+        )
+        assert ray.get(worker.look.remote(), timeout=60) == (str(tmp_path), xxhash.__file__)
         assert set(psutil.Process().children(recursive=True)) - before
         address = ray.get_runtime_context().gcs_address
         stranger = subprocess.run(

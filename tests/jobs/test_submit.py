@@ -70,7 +70,7 @@ def test_what_is_sent_and_what_is_said(head: FakeHead, tmp_path: Path, monkeypat
         assert archive.namelist() == ["judge.py", "submitted.yaml"]
         archive.extract("submitted.yaml", tmp_path)
     *start, file = shlex.split(job["entrypoint"])
-    assert start == ["python", "-m", "ppo_ray", "train"]
+    assert start == ["python", "-P", "-m", "ppo_ray", "train"]
     assert load_config(tmp_path / file, []) == load_config(None, [*OPTIONS, "steps=7", "ray.stop_timeout_s=30.5"])
     assert f"submitted films to {head.address}: the config and 1 files of {tmp_path}, 0.0 MiB" in said
     assert said.endswith("job films succeeded")
