@@ -86,12 +86,26 @@ def link(path: Path, target: str) -> None:
 def lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold a lock that ends with the process, however it ends.
 
+    Only the account that made the file can hold it. Nothing is written: the file may have been put there by another.
+
     Raises:
         BlockingIOError: another process holds it, and `wait` is false.
+        OSError: the path is a link, or may not be opened.
     """
-    with path.open("w") as file:
+    with open(path, "a", opener=lambda name, flags: open_no_link(name, flags, 0o600)) as file:
+        if os.fstat(file.fileno()).st_uid == os.geteuid():
+            os.fchmod(file.fileno(), 0o600)  # an older version left it open to readers, who can hold a lock too
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+
+
+def open_no_link(name: str | Path, flags: int, mode: int = 0o644) -> int:
+    """Open a file as `os.open`, for `open(opener=...)`; a link is not followed: it may lead to somebody's file.
+
+    Raises:
+        OSError: the path is a link.
+    """
+    return os.open(name, flags | os.O_NOFOLLOW, mode)
 
 
 def remove(path: Path) -> None:

@@ -6,6 +6,7 @@ of it. There is no state of random generators: every seed is derived from where 
 """
 
 import json
+import stat
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,6 +85,8 @@ def write(path: Path, state: RunState, config: str, save_learner: Callable[[Path
 def verify(path: Path) -> None:
     """Check that every file of a checkpoint is there as it was written.
 
+    The checksums show damage. They do not show who wrote the files.
+
     Raises:
         CheckpointError: one is missing, cut or changed; names it.
         UnreadableError: one may not or cannot be read, which says nothing of what is in it.
@@ -92,6 +95,8 @@ def verify(path: Path) -> None:
         sums: dict[str, tuple[int, str]] = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
         for name, (size, checksum) in sums.items():
             file = path / name
+            if not stat.S_ISREG(file.lstat().st_mode) or not file.resolve().is_relative_to(path.resolve()):
+                raise CheckpointError(f"{path}: {name!r} is no file of its folder")
             if file.stat().st_size != size or _checksum(file) != checksum:
                 raise CheckpointError(f"{path}: {name} is not as it was written ({file.stat().st_size} bytes)")
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError) as error:

@@ -12,6 +12,7 @@ import typer
 
 from ppo_ray import __version__
 from ppo_ray.errors import Interrupted, PPORayError
+from ppo_ray.events import escape_controls
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -204,7 +205,7 @@ def _report_errors() -> Iterator[None]:
         typer.echo(str(interrupted), err=True)
         raise typer.Exit(interrupted.exit_code) from None
     except PPORayError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(escape_controls(f"error: {error}"), fg="red", err=True)
         raise typer.Exit(error.exit_code) from None
     except SystemExit as leaving:  # raised by Ray for SIGTERM while it starts and ends
         if leaving.code != signal.SIGTERM:

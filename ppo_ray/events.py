@@ -25,6 +25,14 @@ Report = Callable[[Event], None]
 """Is called with each event as it happens."""
 
 
+def escape_controls(text: str) -> str:
+    """Escape what could move a terminal's cursor or change its state; ends of lines and tabs stay.
+
+    A message may quote a file's column, a label, a path or a model's output.
+    """
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+
+
 def say(console: "Console", text: str) -> None:
-    """Print text as it is: without markup or colours of its own, and without line breaks to fit the console."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print text as it is: without markup, colours or controls of its own, without line breaks to fit the console."""
+    console.print(escape_controls(text), markup=False, highlight=False, soft_wrap=True)

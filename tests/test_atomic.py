@@ -72,3 +72,25 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     process.join()
     with atomic.lock(tmp_path / "lock", wait=False):
         pass
+
+
+def test_no_link_is_followed_when_writing(tmp_path: Path) -> None:
+    """A folder that somebody else prepared must not lead to the writer's other files."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"), atomic.lock(tmp_path / ".lock"):
+        raise AssertionError
+    for name in (".a.txt.partial", "a.txt"):
+        (tmp_path / name).symlink_to(victim)
+    atomic.write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new" and not (tmp_path / "a.txt").is_symlink()
+    assert victim.read_text() == "precious"
+
+
+def test_a_lock_is_its_owners_alone_and_cuts_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("kept")
+    (tmp_path / ".lock").chmod(0o644)
+    with atomic.lock(tmp_path / ".lock"):
+        assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / ".lock").read_text() == "kept"

@@ -162,3 +162,15 @@ def test_help_is_fast_and_imports_nothing_heavy():
         "numpy",
     }
     assert all(command in result.stdout for command in ("train", "assets", "evaluate"))
+
+
+def test_an_error_cannot_move_the_terminals_cursor(tmp_path):
+    data = tmp_path / "p.csv"
+    data.write_text("\x1b]0;owned\x07,b\nx,y\n")
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"output_dir: {tmp_path / 'run'}\nmodel: {{path: {tmp_path}}}\nprompts: {{path: {data}}}\nreward: {{path: x}}"
+    )
+    result = run("train", str(config))
+    assert result.exit_code == 2
+    assert "\x1b" not in result.stderr and "\\x1b]0;owned\\x07" in result.stderr

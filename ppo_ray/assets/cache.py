@@ -56,6 +56,8 @@ def build_once(target: Path, build: Callable[[Path], None], force: bool = False)
             atomic.build(target, build)
             return True
     except OSError as error:
+        if isinstance(error, PermissionError) and target.exists() and not force:
+            return False  # another account built it, in a folder that is shared
         raise AssetError(
             f"{target}: cannot be built: {error}; free the disk, or set PPO_RAY_CACHE to another folder"
         ) from error

@@ -120,6 +120,8 @@ class RunFolder:
                 raise InputError(
                     f"output_dir={self.path}: another process is training in this folder; wait for it, or stop it"
                 ) from error
+            except OSError as error:
+                raise InputError(f"output_dir={self.path}: its .lock cannot be used: {error.strerror}") from error
             yield
 
     def holds_run(self) -> bool:

@@ -137,7 +137,8 @@ class MetricsLog:
             # tensorboard's own writer: torch.utils.tensorboard would bring torch into the driver
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-            self._lines = (self._folder / METRICS_FILE).open("a", encoding="utf-8")
+            path = self._folder / METRICS_FILE
+            self._lines = open(path, "a", encoding="utf-8", opener=atomic.open_no_link)  # noqa: SIM115 (see close)
             self._events = EventFileWriter(str(self._folder / TENSORBOARD_FOLDER))
         return self._lines, self._events
 

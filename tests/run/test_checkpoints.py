@@ -1,4 +1,5 @@
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,16 @@ def test_a_link_that_cannot_be_made_costs_no_checkpoint(folder: Folder, monkeypa
         patch.setattr(checkpoint.atomic, "link", full)
         folder.checkpoints.newest()
     assert folder.names() == ["step-00002"] and folder.events == []
+
+
+@pytest.mark.parametrize("name", ["../outside", "/dev/zero", "inside"])
+def test_only_files_of_the_folder_itself_are_checked(folder: Folder, name: str, tmp_path: Path) -> None:
+    """Checksums of a stranger's checkpoint can name any file; one without end would be read for ever."""
+    folder.save(2)
+    path = folder.path / "step-00002"
+    (folder.path / "outside").write_text("")
+    (path / "inside").symlink_to("/dev/zero")
+    sums = json.loads((path / "checksums.json").read_text())
+    (path / "checksums.json").write_text(json.dumps({name: [0, "0"], **sums}))
+    with pytest.raises(CheckpointError, match=f"'{name}' is no file of its folder"):
+        checkpoint.verify(path)
