@@ -39,22 +39,30 @@ class Package:
         """List the files that Ray would send of a folder, by Ray's own code.
 
         Raises:
-            InputError: there is no such folder, or something in it cannot be read.
+            InputError: there is no such folder, something in it cannot be read, or a link in it leads out of it.
         """
         folder = folder.absolute()
         if not folder.is_dir():
             raise InputError(f"--working-dir={folder}: no such folder")
         files: dict[str, int] = {}
+        outside: list[str] = []
 
         def take(path: Path) -> None:
             if path.is_file():
                 files[path.relative_to(folder).as_posix()] = path.stat().st_size
+                if not path.resolve().is_relative_to(folder.resolve()):
+                    outside.append(path.relative_to(folder).as_posix())
 
         excluded = packaging._get_excludes(folder, ray_constants.get_runtime_env_default_excludes())
         try:
             packaging._dir_travel(folder, [excluded], take, include_gitignore=_gitignore_counts(), logger=_QUIET)
         except OSError as error:
             raise InputError(f"--working-dir={folder}: {error.filename} cannot be read: {error.strerror}") from error
+        if outside:
+            raise InputError(
+                f"--working-dir={folder}: {len(outside):,} files lie elsewhere, behind links, e.g. {outside[0]}: they "
+                "would be sent too. Copy what the job needs, or leave the links out with a .rayignore"
+            )
         return cls(folder, files)
 
     @property

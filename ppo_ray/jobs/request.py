@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ppo_ray.config import Config
 from ppo_ray.preflight import output_problems
@@ -57,6 +58,19 @@ def head_problems(request: JobRequest, environment: Mapping[str, str]) -> Iterat
             f"no token for the cluster: RAY_AUTH_TOKEN is not set, and {path} is not there or empty; export the token "
             "that the head was started with (a cluster without tokens: RAY_AUTH_MODE=disabled)"
         )
+
+
+def describe_exposure(address: str) -> str | None:
+    """Return a warning where the cluster's token crosses a network in clear; None where it does not."""
+    parts = urlsplit(address)
+    host = parts.hostname or ""
+    loopback = host == "localhost" or (host.replace(".", "").isdigit() and host.startswith("127.")) or host == "::1"
+    if parts.scheme != "http" or loopback:
+        return None
+    return (
+        f"warning: {address} is not encrypted: the cluster's token, and what is sent, can be read on the way. On a "
+        f"network that others share use https, or a tunnel: ssh -L 8265:127.0.0.1:{parts.port or 80} {host}"
+    )
 
 
 def request_problems(

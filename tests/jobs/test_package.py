@@ -99,3 +99,16 @@ def test_no_folder_and_a_file_that_cannot_be_read(folder: Path, tmp_path: Path) 
     (folder / "judge.py").unlink()
     with pytest.raises(InputError, match=r"judge\.py cannot be read: No such file"):
         found.write(tmp_path / "ours.zip", {})
+
+
+def test_links_that_leave_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "aws"
+    secret.mkdir()
+    (secret / "credentials").write_text("key")
+    (folder / "inner").symlink_to(folder / "notes.txt")
+    assert Package.scan(folder).holds("inner")
+    (folder / "more").symlink_to(secret)
+    with pytest.raises(InputError, match="1 files lie elsewhere, behind links, e.g. more/credentials"):
+        Package.scan(folder)
+    (folder / ".rayignore").write_text("more\n")
+    assert not Package.scan(folder).holds("more/credentials")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ppo_ray.config import Config, load_config
-from ppo_ray.jobs.request import JobRequest, _paths, head_problems, make_job_name, request_problems
+from ppo_ray.jobs.request import JobRequest, _paths, describe_exposure, head_problems, make_job_name, request_problems
 
 TOKEN = {"RAY_AUTH_TOKEN": "s" * 40}
 BASE = ("output_dir=/shared/run", "model.path=org/model", "prompts.path=imdb", "reward.path=/models/judge")
@@ -143,3 +143,15 @@ def test_neither_ray_nor_torch_is_imported() -> None:
     probe = "import sys, ppo_ray.jobs.submit; print([name for name in ('ray', 'torch', 'vllm') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:8265", "http://localhost:8265", "http://[::1]:1", "https://h:8265"]
+)
+def test_a_token_that_nobody_can_read_needs_no_warning(address: str) -> None:
+    assert describe_exposure(address) is None
+
+
+@pytest.mark.parametrize("address", ["http://10.0.0.1:8265", "http://127.example.org:8265", "http://head:8265"])
+def test_a_token_that_crosses_a_network_in_clear_is_said(address: str) -> None:
+    assert "can be read on the way" in (describe_exposure(address) or "")
