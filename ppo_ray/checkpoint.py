@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import xxhash
 
@@ -25,6 +25,9 @@ LEARNER_FOLDER = "learner"
 """In a checkpoint: the learner's own files; vLLM would take safetensors files beside the model for a part of it."""
 _CHECKSUMS, _STATE, _CONFIG = "checksums.json", "run.json", "config.yaml"
 _CHUNK = 16 << 20  # bytes
+_QUOTED = 300  # characters of an error
+
+Record = TypeVar("Record")
 
 Pending = Callable[[], None]
 """Waits until something is done; raises what went wrong."""
@@ -43,12 +46,30 @@ class RunState:
 
     @classmethod
     def read(cls, checkpoint: Path) -> Self:
-        """Read the state out of a checkpoint that is whole."""
-        return cls(**json.loads((checkpoint / _STATE).read_text(encoding="utf-8")))
+        """Read the state out of a checkpoint that is whole.
+
+        Raises:
+            CheckpointError: it is not there, or not one of ours.
+        """
+        return read_record(cls, checkpoint / _STATE)
 
 
 BeginSave = Callable[[Path, RunState, str], Pending]
 """Begins `write` with a path, a state and a config where the learner is, and returns what waits for it."""
+
+
+def read_record(kind: type[Record], path: Path) -> Record:
+    """Read a dataclass that was written as JSON.
+
+    Raises:
+        CheckpointError: the file is not there, or holds something else; names the first mistake.
+    """
+    from pydantic import TypeAdapter
+
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())[:_QUOTED]}") from error
 
 
 def write(path: Path, state: RunState, config: str, save_learner: Callable[[Path], None]) -> None:

@@ -12,9 +12,8 @@ import torch
 from transformers import AutoModel
 
 from ppo_ray.algo.rewards import RunningMoments
-from ppo_ray.checkpoint import LEARNER_FOLDER
+from ppo_ray.checkpoint import LEARNER_FOLDER, read_record
 from ppo_ray.config import LearnerConfig, ModelConfig
-from ppo_ray.errors import CheckpointError
 from ppo_ray.learner.optimizer import save_optimizer_state
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
@@ -53,11 +52,7 @@ class LearnerState:
         Raises:
             CheckpointError: it is not there, or not one of ours.
         """
-        try:
-            fields = json.loads((folder / LEARNER_FOLDER / _FILE).read_text(encoding="utf-8"))
-            return cls(**fields | {"moments": RunningMoments(**fields["moments"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{folder / LEARNER_FOLDER / _FILE} cannot be read: {error}") from error
+        return read_record(cls, folder / LEARNER_FOLDER / _FILE)
 
 
 @dataclass(frozen=True)

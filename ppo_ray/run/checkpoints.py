@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ppo_ray import atomic
-from ppo_ray.checkpoint import BEST, FINAL, LATEST, BeginSave, Pending, RunState, verify
+from ppo_ray.checkpoint import BEST, FINAL, LATEST, BeginSave, Pending, RunState, read_record, verify
 from ppo_ray.config import CheckpointConfig
 from ppo_ray.errors import CheckpointError
 from ppo_ray.events import Event, Report
@@ -48,6 +48,7 @@ class Checkpoints:
         for path in reversed(self._all()):
             try:
                 verify(path)
+                state = RunState.read(path)
             except CheckpointError as error:
                 torn = path.with_name(f"torn-{path.name}")
                 atomic.remove(torn)
@@ -55,7 +56,7 @@ class Checkpoints:
                 self._report(Event("torn_checkpoint", f"{error}; renamed to {torn.name}, the one before it is taken"))
             else:
                 self._link(LATEST, path.name)  # who wrote it may have been killed before
-                return path, RunState.read(path)
+                return path, state
         return None
 
     def save(self, state: RunState, begin: BeginSave) -> None:
@@ -120,8 +121,8 @@ class Checkpoints:
 
     def _scores(self) -> dict[str, float]:
         try:
-            scores: dict[str, float] = json.loads((self._folder / _SCORES).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            scores = read_record(dict[str, float], self._folder / _SCORES)
+        except CheckpointError:
             return {}
         return {name: score for name, score in scores.items() if (self._folder / name).is_dir()}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from ppo_ray import atomic
+from ppo_ray.checkpoint import read_record
 from ppo_ray.config import Config
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.reward.group import RewardGroup
@@ -43,10 +44,12 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read what `write` wrote."""
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        fields.pop("kl_per_sequence", None)  # of runs of version 0.1
-        return cls(**fields | {"samples": tuple(Sample(**sample) for sample in fields["samples"])})
+        """Read what `write` wrote.
+
+        Raises:
+            CheckpointError: the file is not one of ours.
+        """
+        return read_record(cls, path)
 
 
 EVALUATION_SEED = -1  # no run has this seed: held-out responses are sampled alike before and after, and in every run
