@@ -144,13 +144,17 @@ class MetricsLog:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each line of a file and what it holds, but for one that was cut off; nothing where there is no file."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    """Yield each line of a file and what it holds, but for lines that are none of ours or were cut off."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # the process was killed while it wrote
+        except (ValueError, RecursionError):  # the process was killed while it wrote
             continue
-        yield line, record
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            continue
+        if "event" in record or all(isinstance(value, int | float | None) for value in record.values()):
+            yield line, record
 
 
 def _figures(record: Mapping[str, float | None]) -> dict[str, float]:
