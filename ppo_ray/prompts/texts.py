@@ -12,6 +12,7 @@ from ppo_ray.errors import QUOTED, InputError
 
 Texts = list[str | None]
 
+_SHOWN = 20  # columns that a message names
 _CSV_BLOCK = 64 << 20  # bytes that pyarrow parses at once; no row may be longer
 
 
@@ -188,7 +189,9 @@ def _read_dataset(config: PromptsConfig) -> Texts:
 
 def _check_column(path: Path | str, columns: Sequence[str], column: str) -> None:
     if column not in columns:
-        raise InputError(f"prompts.column={column}: {path} has no such column; it has {', '.join(columns) or 'none'}")
+        shown = ", ".join(name[:QUOTED] for name in columns[:_SHOWN]) or "none"
+        more = f" and {len(columns) - _SHOWN:,} others" if len(columns) > _SHOWN else ""
+        raise InputError(f"prompts.column={column}: {path} has no such column; it has {shown}{more}")
 
 
 def _to_texts(path: Path | str, column: pa.ChunkedArray, name: str) -> Texts:
