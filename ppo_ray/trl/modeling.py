@@ -10,7 +10,8 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from ppo_ray.trl.checkpoint import VALUE_HEAD, load_with_value_head
+from ppo_ray.models.tensors import VALUE_HEAD
+from ppo_ray.trl.checkpoint import load_with_value_head
 
 _LAYER_PATTERNS = (
     "transformer.h.{layer}",
@@ -25,7 +26,7 @@ _REFUSED = {
     "load_in_4bit": "quantised models are not trained here",
     "quantization_config": "quantised models are not trained here",
     "trust_remote_code": "no code of a model's folder is ever run",
-    "output_loading_info": "what is wrong with a file is logged",
+    "output_loading_info": "what is wrong with a file is an error",
 }
 _HEAD_ARGUMENTS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
 
