@@ -133,7 +133,7 @@ class CausalLMWithCritic(ActorCritic):
         super().__init__(causal_lm, temperature=temperature)
         self.critic = critic
         self._critic_decoder = Decoder(critic)
-        dtype = critic.get_input_embeddings().weight.dtype
+        dtype = next(critic.parameters()).dtype
         self.value_head = make_value_head(self._critic_decoder.hidden_size, dtype, value_head_seed).to(self.device)
 
     @property
