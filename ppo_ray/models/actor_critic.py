@@ -15,6 +15,7 @@ from ppo_ray.errors import InputError
 from ppo_ray.models.decoder import Decoder
 from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.response_lm import ResponseLM, ResponseOutput, unflatten
+from ppo_ray.models.saving import save_model
 
 State = dict[str, torch.Tensor]
 """A module's parameters and buffers by name, as `state_dict` has them."""
@@ -64,7 +65,7 @@ class ActorCritic(ResponseLM):
 
     def save(self, folder: Path, state: State) -> None:
         """Write the models into a checkpoint, from a whole state of this module; subclasses add what is theirs."""
-        _save_model(self.causal_lm, folder, _select(state, "causal_lm"))
+        save_model(self.causal_lm, folder, _select(state, "causal_lm"))
 
     def _apply_value_head(self, states: torch.Tensor, rows: PackedRows) -> torch.Tensor:
         """Compute values `[B, R]` from hidden states `[N, H]`; zero outside the mask."""
@@ -157,7 +158,7 @@ class CausalLMWithCritic(ActorCritic):
     def save(self, folder: Path, state: State) -> None:
         """Write policy, critic and value head into a checkpoint, from a whole state of this module."""
         super().save(folder, state)
-        _save_model(self.critic, folder / CRITIC_FOLDER, _select(state, "critic"))
+        save_model(self.critic, folder / CRITIC_FOLDER, _select(state, "critic"))
         save_value_head(folder / CRITIC_FOLDER / VALUE_HEAD_FILE, _select(state, "value_head"))
 
     def _estimate_values(self, rows: PackedRows) -> torch.Tensor:
@@ -176,13 +177,6 @@ def save_value_head(path: Path, state: State) -> None:
     """Write a value head's state as a safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, path)
-
-
-def _save_model(model: Any, folder: Path, state: State) -> None:
-    """Write a transformers model's state for `from_pretrained`; the config names the type of what is written."""
-    model.save_pretrained(folder, state_dict=dict(state))
-    model.config.dtype = next(iter(state.values())).dtype
-    model.config.save_pretrained(folder)
 
 
 def _select(state: State, module: str) -> State:

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from ppo_ray.config import NO_TRUST, Trust
 from ppo_ray.errors import InputError
+from ppo_ray.models.saving import remember_generation_config
 from ppo_ray.models.tensors import catch_report, find_weights_problem, list_names
 
 
@@ -97,6 +98,7 @@ def _read(auto_class: Any, path: str, trust: Trust, **options: Any) -> Any:
             "hub name with config.json and model.safetensors; `ppo-ray assets imdb` makes the offline models."
             + _name_refused_options(trust)
         ) from error
+    remember_generation_config(model, path)
     if problem := find_weights_problem(model, found, path, auto_class.__name__):
         raise InputError(f"cannot load the model {path!r} with {auto_class.__name__}: {problem}")
     return model

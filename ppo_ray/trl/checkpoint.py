@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from ppo_ray.models.saving import remember_generation_config
 from ppo_ray.models.tensors import catch_report, find_weights_problem, read_value_head
 
 _PLACE = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -52,6 +53,7 @@ def load_with_value_head(path: str, *args: Any, **kwargs: Any) -> tuple[Any, dic
             **kwargs,
         )
     place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
+    remember_generation_config(model, path, **place)
     value_head = read_value_head(path, kwargs.get("variant"), **place)
     found["unexpected_keys"] -= value_head.keys()
     if resize:  # the caller wants them new

@@ -104,3 +104,52 @@ def test_a_part_that_cannot_be_read_is_named(tiny_policy: Path, tmp_path: Path, 
     damage(tmp_path / "learner" / name)
     with pytest.raises(CheckpointError, match=name):
         load(model, tmp_path)
+
+
+UNSAVABLE = [
+    {"temperature": 0.9, "top_p": 0.6},  # as Llama 2's chat models have it, without do_sample
+    {"temperature": 0.0, "do_sample": False},
+    {"top_k": 20},
+    {"length_penalty": 0.9},
+]
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("options", UNSAVABLE)
+def test_the_users_generation_config_is_kept_to_the_byte(tiny_policy: Path, tmp_path: Path, options, critic) -> None:
+    source = Path(shutil.copytree(tiny_policy, tmp_path / "source"))
+    content = json.dumps(options | {"eos_token_id": [0, 3], "odd": 1}, indent=7)
+    (source / "generation_config.json").write_text(content)
+    learner = load(ModelConfig(path=str(source), critic=critic))
+    (source / "generation_config.json").write_text("{}")  # the folder may change, or go, while a run goes on
+    learner.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "generation_config.json").read_text() == content
+    again = load(ModelConfig(path=str(source), critic=critic), tmp_path / "saved")
+    assert largest_difference(weights(learner), weights(again)) == 0
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again" / "generation_config.json").read_text() == content
+
+
+@pytest.mark.parametrize("options", UNSAVABLE)
+def test_generation_options_of_an_old_config_are_saved_too(tiny_policy: Path, tmp_path: Path, options) -> None:
+    source = Path(shutil.copytree(tiny_policy, tmp_path / "source"))
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | options))
+    load(ModelConfig(path=str(source))).save(tmp_path / "saved")
+    found = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert {name: found[name] for name in options if name != "do_sample"} == {
+        name: value for name, value in options.items() if name != "do_sample"
+    }
+
+
+def test_what_could_not_be_saved_at_the_end_is_refused_at_the_start(
+    tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*unused: object, **options: object) -> None:
+        raise RuntimeError("this tokenizer cannot be saved\nnot at all")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
+    message = r"no checkpoint could be written of the model .*RuntimeError: this tokenizer cannot be saved\. Mend"
+    with pytest.raises(InputError, match=message):
+        load(ModelConfig(path=str(tiny_policy)))

@@ -189,3 +189,17 @@ def test_a_pattern_that_fits_nothing_is_refused_and_freezes_nothing() -> None:
         with pytest.raises(ValueError, match="no parameter is named like"):
             create_reference_model(model, *arguments)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_generation_config_that_transformers_would_not_save_is_saved(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "first")
+    content = '{"temperature": 0.9,   "top_p": 0.6}'
+    (tmp_path / "first" / "generation_config.json").write_text(content)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "first")
+    model.save_pretrained(tmp_path / "second")
+    assert (tmp_path / "second" / "generation_config.json").read_text() == content
+    assert_same(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "second"), model)
+    model.pretrained_model.generation_config.top_k = 7  # what the caller changes is what is saved
+    model.save_pretrained(tmp_path / "third")
+    found = transformers.GenerationConfig.from_pretrained(tmp_path / "third")
+    assert (found.temperature, found.top_p, found.top_k) == (0.9, 0.6, 7)
