@@ -174,7 +174,7 @@ def load_actor_critic(
     else:
         path = model.path
         actor_critic = CausalLMWithValueHead(causal_lm, temperature=temperature, value_head_seed=value_head_seed)
-    actor_critic.load_value_head(Path(path))
+    actor_critic.load_value_head(path)
     return actor_critic
 
 

@@ -16,6 +16,7 @@ from ppo_ray.models.decoder import Decoder
 from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.response_lm import ResponseLM, ResponseOutput, unflatten
 from ppo_ray.models.saving import save_model
+from ppo_ray.models.tensors import VALUE_HEAD, read_value_head
 
 State = dict[str, torch.Tensor]
 """A module's parameters and buffers by name, as `state_dict` has them."""
@@ -47,20 +48,31 @@ class ActorCritic(ResponseLM):
         """Yield the parameters that estimate values and are no part of the policy."""
         return self.value_head.parameters()
 
-    def load_value_head(self, folder: Path) -> None:
-        """Load the value head that lies in a folder with its decoder, if there is one.
+    def load_value_head(self, path: str | Path) -> None:
+        """Load the value head that was saved with its decoder, if there is one.
+
+        Args:
+            path: folder or hub name of the decoder. The head lies in a file of its own, as in a checkpoint, or as
+                `v_head.*` among the decoder's tensors, as `ppo_ray.trl` and TRL save it.
 
         Raises:
-            InputError: the file is not a value head of this hidden size.
+            InputError: what lies there is not a value head of this hidden size, or holds NaN.
         """
-        path = folder / VALUE_HEAD_FILE
-        if not path.is_file():
+        file = Path(path) / VALUE_HEAD_FILE
+        if file.is_file():
+            where, tensors = str(file), safetensors.torch.load_file(file)
+        else:
+            where = f"{path} ({VALUE_HEAD}*)"
+            named = read_value_head(str(path))
+            tensors = {name.removeprefix(f"{VALUE_HEAD}summary."): tensor for name, tensor in named.items()}
+        if not tensors:
             return
         wanted = {name: tuple(tensor.shape) for name, tensor in self.value_head.state_dict().items()}
-        tensors = safetensors.torch.load_file(path)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != wanted:
-            raise InputError(f"{path} holds {found}, this model needs {wanted}; remove the file to start a new head")
+            raise InputError(f"{where} holds {found}, this model needs {wanted}; remove it to start a new head")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise InputError(f"{where} holds NaN or infinite weights; remove it to start a new head")
         self.value_head.load_state_dict(tensors)
 
     def save(self, folder: Path, state: State) -> None:

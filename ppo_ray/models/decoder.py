@@ -88,7 +88,7 @@ class Decoder:
             )
         num_tokens = min(len(rows), self._base_model.config.get_text_config().vocab_size)
         picked: list[int] = []
-        for index in np.linspace(1, num_tokens - 1, 8 * number, dtype=np.int64) % num_tokens:
+        for index in np.linspace(1, num_tokens, 8 * number, dtype=np.int64) % num_tokens:
             if len(picked) < number and all(not agree(rows[index], rows[other]) for other in picked):
                 picked.append(int(index))
         if len(picked) < 2:

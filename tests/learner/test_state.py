@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
 from ppo_ray.learner.learner import PPOLearner
+from ppo_ray.trl import AutoModelForCausalLMWithValueHead
 from tests.learning import largest_difference, make_table, weights
 
 OPTIONS = UpdateConfig(
@@ -153,3 +154,47 @@ def test_what_could_not_be_saved_at_the_end_is_refused_at_the_start(
     message = r"no checkpoint could be written of the model .*RuntimeError: this tokenizer cannot be saved\. Mend"
     with pytest.raises(InputError, match=message):
         load(ModelConfig(path=str(tiny_policy)))
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_model_that_trl_saved_comes_with_its_value_head(
+    tiny_policy: Path, tmp_path: Path, critic, shard_size
+) -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_policy)
+    torch.nn.init.constant_(model.v_head.summary.bias, 25.0)
+    model.save_pretrained(tmp_path / "trl", max_shard_size=shard_size)
+    for file in tiny_policy.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "trl")
+    learner = load(ModelConfig(path=str(tmp_path / "trl"), critic=critic, reference_path=str(tmp_path / "trl")))
+    for name, wanted in model.v_head.summary.state_dict().items():
+        assert torch.equal(torch.from_numpy(learner.value_head()[name]), wanted)
+    report = learner.update(make_table(4), 1)
+    assert report.metrics["value/mean"] == pytest.approx(25, abs=3)
+    learner.save(tmp_path / "saved")  # in the run's own format: engines would not take the head among the weights
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert not [name for name in saved if name.startswith("v_head")]
+    again = load(ModelConfig(path=str(tmp_path / "trl"), critic=critic), tmp_path / "saved")
+    assert again.value_head()["bias"] == learner.value_head()["bias"] != 25.0
+
+
+def test_a_value_head_of_another_kind_is_refused(tiny_policy: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_policy, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for head, words in (
+        (
+            {"v_head.0.weight": torch.zeros(9, 128)},
+            r"holds {'v_head.0.weight': \(9, 128\)}, this model needs",
+        ),
+        (
+            {"v_head.summary.weight": torch.zeros(1, 128)},
+            r"\(v_head\.\*\) holds {'weight': \(1, 128\)}, this model",
+        ),
+        (
+            {"v_head.summary.weight": torch.full((1, 128), torch.nan), "v_head.summary.bias": torch.zeros(1)},
+            "holds NaN or infinite weights",
+        ),
+    ):
+        save_file(tensors | head, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=words):
+            load(ModelConfig(path=str(tmp_path)))
