@@ -80,12 +80,7 @@ class Decoder:
 
         A vocabulary with fewer different tokens gives those that it has, again and again.
         """
-        try:
-            rows = self._base_model.get_input_embeddings().weight
-        except NotImplementedError:  # transformers cannot tell for the decoders of BART and its like
-            rows = next(
-                module.weight for module in self._base_model.modules() if isinstance(module, torch.nn.Embedding)
-            )
+        rows = self._base_model.get_input_embeddings().weight
         num_tokens = min(len(rows), self._base_model.config.get_text_config().vocab_size)
         picked: list[int] = []
         for index in np.linspace(1, num_tokens, 8 * number, dtype=np.int64) % num_tokens:

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from ppo_ray.config import NO_TRUST, Trust
 from ppo_ray.errors import InputError
 from ppo_ray.models.saving import remember_generation_config
-from ppo_ray.models.tensors import catch_report, find_weights_problem, list_names
+from ppo_ray.models.tensors import catch_report, find_nonfinite, find_weights_problem, list_names
 
 
 def load_causal_lm(
@@ -50,8 +50,8 @@ def load_pretrained(
 ) -> Any:
     """Load a model by one of transformers' Auto classes; see `load_causal_lm`."""
     model = _read(auto_class, path, trust, dtype=getattr(torch, dtype)).to(device).eval()
-    if broken := [name for name, tensor in model.named_parameters() if not _is_finite(tensor)]:
-        raise InputError(f"the model {path!r} has NaN or infinite weights: {list_names(broken)}; its files are damaged")
+    if problem := find_nonfinite(model):
+        raise InputError(f"the model {path!r} {problem}")
     return model
 
 
@@ -141,12 +141,6 @@ def _hide_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Say whether a tensor has no NaN and no infinity; its sum, which is quick, is asked first."""
-    total = tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
 def _explain(error: Exception, reports: Iterable[str] = ()) -> str:

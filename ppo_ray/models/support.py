@@ -56,14 +56,9 @@ def max_exact_tokens(config: Any) -> tuple[int, str] | None:
 
 
 def find_decoder(causal_lm: Any) -> Any:
-    """Return the part of a causal LM that computes the last hidden state.
-
-    It is the base model, but for models whose base is themselves (Llama 4) or a shell around the decoder (BART).
-    """
+    """Return the part of a causal LM that computes the last hidden state: its base model, or Llama 4's `model`."""
     base = causal_lm.base_model
-    if base is causal_lm:
-        return causal_lm.model
-    return base if "input_ids" in inspect.signature(base.forward).parameters else causal_lm.get_decoder()
+    return getattr(causal_lm, "model", base) if base is causal_lm else base
 
 
 def check_head(causal_lm: Any) -> None:
@@ -73,11 +68,20 @@ def check_head(causal_lm: Any) -> None:
         causal_lm: of transformers, on any device, the meta device too.
 
     Raises:
-        InputError: its config says that it is not, or there is no linear output embedding.
+        InputError: its config says that it is not, there is no linear output embedding, or it is an encoder-decoder's
+            decoder (BART), whose positions count the padding that engines put before a prompt.
     """
     name = causal_lm.config.name_or_path or type(causal_lm).__name__
     if problem := find_config_problem(causal_lm.config):
         raise InputError(f"the model {name!r} {problem}")
+    decoder, kind = find_decoder(causal_lm), type(causal_lm).__name__
+    if decoder is causal_lm:
+        raise InputError(f"the model {name!r} has no decoder apart from its head ({kind}); {CHOOSE}")
+    if "input_ids" not in inspect.signature(decoder.forward).parameters:
+        raise InputError(
+            f"the model {name!r} is the decoder of an encoder-decoder ({kind}), which engines cannot sample from in "
+            "batches; give a model that is a decoder alone, such as GPT-2, Llama or Qwen"
+        )
     weight = getattr(causal_lm.get_output_embeddings(), "weight", None)
     if weight is None or weight.ndim != 2:
         raise InputError(f"the model {name!r} has no linear output embedding; give a causal language model with one")

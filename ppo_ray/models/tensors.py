@@ -74,6 +74,18 @@ def find_weights_problem(model: Any, found: dict[str, Any], path: str, auto_clas
     return "; ".join(problems) or None
 
 
+def find_nonfinite(model: Any) -> str | None:
+    """Say which weights of a model are NaN or infinite, or None."""
+    broken = [name for name, tensor in model.named_parameters() if not _is_finite(tensor)]
+    return f"has NaN or infinite weights: {list_names(broken)}; its files are damaged" if broken else None
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor has no NaN and no infinity; its sum, which is quick, is asked first."""
+    total = tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+
+
 def _is_left_out(name: str, model: Any, auto_class: str) -> bool:
     """Say whether a tensor that a model has no place for is rightly left out."""
     if _NO_WEIGHTS.search(name):

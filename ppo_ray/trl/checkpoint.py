@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ppo_ray.models.saving import remember_generation_config
-from ppo_ray.models.tensors import catch_report, find_weights_problem, read_value_head
+from ppo_ray.models.tensors import catch_report, find_nonfinite, find_weights_problem, read_value_head
 
 _PLACE = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 _CONVERT = (
@@ -35,7 +35,7 @@ def load_with_value_head(path: str, *args: Any, **kwargs: Any) -> tuple[Any, dic
 
     Raises:
         OSError: there is no such model, or it has no safetensors weights.
-        ValueError: the files lack tensors of the model, hold others, or hold them in another shape.
+        ValueError: the files lack tensors of the model, hold others, hold them in another shape, or hold NaN.
     """
     _refuse_pickles(Path(path, kwargs.get("subfolder") or ""))
     given = (kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
@@ -59,6 +59,8 @@ def load_with_value_head(path: str, *args: Any, **kwargs: Any) -> tuple[Any, dic
     if resize:  # the caller wants them new
         found["mismatched_keys"] = set()
     if problem := find_weights_problem(model, found, path, "AutoModelForCausalLM"):
+        raise ValueError(f"{path}: {problem}")
+    if problem := find_nonfinite(model):
         raise ValueError(f"{path}: {problem}")
     _log.info("%s: %s", path, "with its value head" if value_head else "no value head was saved; it is new")
     return model, value_head

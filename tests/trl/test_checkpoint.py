@@ -118,6 +118,10 @@ def test_what_a_file_lacks_is_refused(tmp_path: Path, caplog: pytest.LogCaptureF
     with pytest.raises(ValueError, match=r"another shape: lm_head.weight \(\[40, 32\], by config.json \[50, 32\]\)$"):
         AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
     AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, ignore_mismatched_sizes=True)  # a new one is asked for
+    tensors["lm_head.weight"] = torch.full((50, 32), torch.nan)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has NaN or infinite weights: lm_head.weight; its files are damaged$"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
 
 
 def test_code_in_a_folder_is_neither_run_nor_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
