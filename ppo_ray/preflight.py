@@ -12,6 +12,7 @@ from typing import Any
 from ppo_ray.config import Config, in_job, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
+from ppo_ray.models.support import check_head, find_config_problem, max_exact_tokens
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
 from ppo_ray.reward.function import load_function
@@ -127,6 +128,8 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
             yield problem
         if not inputs.vocab_size:
             yield f"model.path={config.model.path}: its config has no vocab_size; give a language model"
+        else:
+            yield from _network_problems(config, "model.path", config.model.path, model)
         positions = getattr(model.get_text_config(), "max_position_embeddings", None)
         if positions and config.rollout.max_context > positions:
             yield (
@@ -144,6 +147,32 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
                 f"model.{key}_path={path}: has a vocabulary of {theirs} tokens, model.path one of {ours}; a {key} must "
                 "share the policy's tokenizer"
             )
+        else:
+            yield from _network_problems(config, f"model.{key}_path", str(path), other)
+
+
+def _network_problems(config: Config, key: str, path: str, model: Any) -> Iterator[str]:
+    """Yield what the learner cannot compute of a model, or does not find in its files; no weights are read."""
+    from ppo_ray.models.loading import check_weights  # loads torch
+
+    if problem := find_config_problem(model, is_critic := key == "model.critic_path"):
+        yield f"{key}={path}: {problem}"
+        return
+    limit, rope = max_exact_tokens(model) or (config.rollout.max_context, "")
+    if config.rollout.max_context > limit:
+        yield (
+            f"rollout.max_context={config.rollout.max_context}: beyond {limit} tokens, the {rope} positions of {path} "
+            f"depend on the longest sequence of a batch; set it to {limit} or less"
+        )
+    auto_class = "AutoModel" if is_critic else "AutoModelForCausalLM"
+    empty, problem = check_weights(key, auto_class, path, config.model.trust)
+    if problem:
+        yield problem
+    elif empty is not None and not is_critic:
+        try:
+            check_head(empty)
+        except InputError as error:
+            yield f"{key}={path}: {error}"
 
 
 def _num_tokens(model: Any) -> int | None:
@@ -160,12 +189,16 @@ def _reward_problems(config: Config) -> Iterator[str]:
         except Exception as error:  # whatever the user's own module raises when it is imported
             yield f"reward.function={reward.function}: importing it raised {type(error).__name__}: {error}"
         return
+    from ppo_ray.models.loading import check_weights  # loads torch
+
     classifier, problem = read_config("reward.path", str(reward.path), reward.trust)
     if problem:
         yield problem
         return
     _, problem = read_tokenizer("reward.path", reward)
     if problem:
+        yield problem
+    if problem := check_weights("reward.path", "AutoModelForSequenceClassification", str(reward.path), reward.trust)[1]:
         yield problem
     try:
         find_label(classifier.id2label or {}, reward.label, str(reward.path))

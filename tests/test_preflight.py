@@ -5,18 +5,35 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 from ppo_ray.config import load_config
 from ppo_ray.errors import InputError
 from ppo_ray.preflight import check, cpu_demand
+
+SIZES = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
+BART = {"vocab_size": 8, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 1}
 
 
 def save_model(model, folder):
@@ -224,7 +241,7 @@ def test_pickled_weights_are_refused(configured, tmp_path):
 def test_pickled_weights_of_a_classifier_are_refused(configured, home, tmp_path):
     folder = shutil.copytree(home / "classifier", tmp_path / "judge")
     (folder / "model.safetensors").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
+    torch.save(load_file(home / "classifier" / "model.safetensors"), folder / "pytorch_model.bin")
     (line,) = problems(configured(f"reward.path={folder}", "model.allow_pickled_weights=true"))
     assert "unless reward.allow_pickled_weights=true" in line
     check(configured(f"reward.path={folder}", "reward.allow_pickled_weights=true"))
@@ -244,11 +261,16 @@ def test_code_of_a_model_is_run_only_where_it_is_trusted(configured, home, tmp_p
     own, base = tmp_path / option.replace(".", "_"), "classifier" if option == "reward.path" else "policy"
     shutil.copytree(home / base, own)
     kind = "Bert" if base == "classifier" else "Llama"
+    classes = {"AutoModelForCausalLM": "ForCausalLM", "AutoModel": "Model"}
+    classes = classes if kind == "Llama" else {"AutoModelForSequenceClassification": "ForSequenceClassification"}
+    auto_map = {"AutoConfig": "own.OwnConfig"} | {auto: f"own.Own{name}" for auto, name in classes.items()}
     ran = add_code(
         own,
         "config.json",
-        {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}},
-        f"from transformers import {kind}Config\nclass OwnConfig({kind}Config): model_type = 'own'\n",
+        {"model_type": "own", "auto_map": auto_map},
+        f"from transformers import {', '.join(kind + name for name in ('Config', *classes.values()))}\n"
+        f"class OwnConfig({kind}Config): model_type = 'own'\n"
+        + "".join(f"class Own{name}({kind}{name}): config_class = OwnConfig\n" for name in classes.values()),
     )
     overrides = [f"{option}={own}", "model.critic=separate"]
     section, other = ("reward", "model") if base == "classifier" else ("model", "reward")
@@ -336,3 +358,77 @@ def test_neither_ray_nor_vllm_is_imported():
     probe = f"import sys, json, ppo_ray.preflight; print(json.dumps([name in sys.modules for name in {names}]))"
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert json.loads(result.stdout) == [False, False, False]
+
+
+def drop(folder, *names, **new):
+    """Take tensors out of a model's file and put others in."""
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if name not in names}
+    save_file(kept | {name.replace("__", "."): tensor for name, tensor in new.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_tensors_that_files_lack_are_found_before_anything_starts(configured, home, tmp_path):
+    policy = drop(shutil.copytree(home / "policy", tmp_path / "policy"), "lm_head.weight")
+    critic = drop(shutil.copytree(home / "policy", tmp_path / "critic"), "lm_head.weight")  # which a critic needs not
+    judge = drop(
+        shutil.copytree(home / "classifier", tmp_path / "judge"), "classifier.weight", score__weight=torch.ones(2, 8)
+    )
+    check(configured("model.critic=separate", f"model.critic_path={critic}"))
+    drop(critic, "model.norm.weight")
+    found = problems(
+        configured(
+            f"model.path={policy}",
+            f"model.reference_path={drop(shutil.copytree(policy, tmp_path / 'reference'), 'model.norm.weight')}",
+            "model.critic=separate",
+            f"model.critic_path={critic}",
+            f"reward.path={judge}",
+        )
+    )
+    assert [line.split("=")[0] for line in found] == [
+        "model.path",
+        "model.reference_path",
+        "model.critic_path",
+        "reward.path",
+    ]
+    assert [line.partition("its files lack ")[2] for line in found] == [
+        "lm_head.weight",
+        "lm_head.weight, model.norm.weight",
+        "norm.weight",
+        "classifier.weight; its files hold, and the model has no place for, score.weight; "
+        "score.weight may be what the model calls classifier.weight: rename it in the file",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=30.0)),
+            "changes its logits after the output embedding ({'final_logit_softcapping': 30.0}); the learner does not",
+        ),
+        (
+            lambda: BartForConditionalGeneration(BartConfig(**BART)),
+            "is an encoder-decoder (bart); give a model that is a decoder alone",
+        ),
+    ],
+)
+def test_a_model_that_the_learner_cannot_compute_is_told_by_its_config(configured, tmp_path, model, words):
+    save_model(model(), tmp_path)
+    for option in ("model.path", "model.reference_path"):
+        lines = problems(configured(f"{option}={tmp_path}"))
+        assert any(line.startswith(f"{option}={tmp_path}: {words}") for line in lines)
+
+
+def test_positions_that_depend_on_the_batch_bound_the_context(configured, tmp_path):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 32}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    config = Phi3Config(
+        **SIZES, max_position_embeddings=64, original_max_position_embeddings=32, rope_parameters=rope, pad_token_id=0
+    )
+    save_model(Phi3ForCausalLM(config), tmp_path)
+    check(configured(f"model.path={tmp_path}", "rollout.max_context=32"))
+    assert problems(configured(f"model.path={tmp_path}", "rollout.max_context=33")) == [
+        f"rollout.max_context=33: beyond 32 tokens, the longrope positions of {tmp_path} depend on the longest "
+        "sequence of a batch; set it to 32 or less"
+    ]

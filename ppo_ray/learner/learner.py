@@ -31,7 +31,7 @@ from ppo_ray.learner.reports import MinibatchReport, Stopwatch, UpdateReport
 from ppo_ray.learner.sharding import Replicated, Sharding, gather_full
 from ppo_ray.learner.state import LearnerSnapshot, LearnerState, load_models
 from ppo_ray.models.actor_critic import ActorCritic
-from ppo_ray.models.loading import default_device, load_tokenizer
+from ppo_ray.models.loading import default_device
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.seeding import derive_seed
 from ppo_ray.weights.checksums import weights_checksum
@@ -129,7 +129,7 @@ class PPOLearner:
             num_steps=num_steps,
             sharding=models.sharding,
         )
-        loaded._tokenizer = load_tokenizer(model.path, model.trust)
+        loaded._tokenizer = models.tokenizer
         if checkpoint is not None:
             loaded._restore(checkpoint, model)
         return loaded

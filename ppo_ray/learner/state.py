@@ -4,6 +4,7 @@ Scalars are written as JSON and tensors as safetensors, with no pickle.
 """
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,12 +15,13 @@ from transformers import AutoModel
 from ppo_ray.algo.rewards import RunningMoments
 from ppo_ray.checkpoint import LEARNER_FOLDER, read_record
 from ppo_ray.config import LearnerConfig, ModelConfig
+from ppo_ray.errors import InputError, first_line
 from ppo_ray.learner.optimizer import save_optimizer_state
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
 from ppo_ray.models.actor_critic import CRITIC_FOLDER, ActorCritic, CausalLMWithCritic, CausalLMWithValueHead, State
 from ppo_ray.models.decoder import recompute_layers
-from ppo_ray.models.loading import cast, load_causal_lm, load_pretrained
+from ppo_ray.models.loading import cast, load_causal_lm, load_pretrained, load_tokenizer
 from ppo_ray.models.response_lm import ResponseLM
 
 _FILE = "state.json"
@@ -86,6 +88,8 @@ class LearnerModels:
     """The frozen reference."""
     sharding: Sharding
     """Layout of the policy on the ranks."""
+    tokenizer: Any
+    """The policy's own; lies in its checkpoints."""
 
 
 def load_models(
@@ -109,19 +113,41 @@ def load_models(
         checkpoint: policy and values are loaded from it instead; the reference stays that of `model`.
 
     Raises:
-        InputError: a model cannot be loaded or is not supported.
+        InputError: a model cannot be loaded, is not supported, or could not be saved.
     """
     shared = learner.sharding == "fsdp2" and ranks.size > 1
     loaded_on = torch.device("cpu") if shared else device
     trained = model.model_copy(update={"path": str(checkpoint), "critic_path": None}) if checkpoint else model
     policy = load_actor_critic(trained, temperature, value_head_seed, loaded_on)
     reference = load_reference(model, temperature, loaded_on)
+    tokenizer = load_tokenizer(model.path, model.trust)
+    _try_save(policy, tokenizer)
     if learner.gradient_checkpointing:
         recompute_layers(policy)
     dtype = _compute_dtype(model)
     if shared:
-        return LearnerModels(policy, reference, FullySharded(policy, reference, ranks, dtype, device))
-    return LearnerModels(policy, reference, Replicated(policy, ranks, dtype))
+        return LearnerModels(policy, reference, FullySharded(policy, reference, ranks, dtype, device), tokenizer)
+    return LearnerModels(policy, reference, Replicated(policy, ranks, dtype), tokenizer)
+
+
+def _try_save(policy: ActorCritic, tokenizer: Any) -> None:
+    """Write all that a checkpoint holds, but its tensors, into a folder that is thrown away.
+
+    What transformers refuses to write is thus known before the first step, not when the first checkpoint is due.
+
+    Raises:
+        InputError: something cannot be written.
+    """
+    state = LearnerState(0, 0.0, RunningMoments(), "", "")
+    with tempfile.TemporaryDirectory(prefix="ppo_ray-") as folder:
+        try:
+            LearnerSnapshot(policy, {}, {}, state, tokenizer).write(Path(folder))
+        except Exception as error:  # whatever transformers, or a model's or tokenizer's own code, raises
+            name = policy.causal_lm.config.name_or_path
+            raise InputError(
+                f"no checkpoint could be written of the model {name!r}: {type(error).__name__}: {first_line(error)}. "
+                "Mend what the message names in the model's folder"
+            ) from error
 
 
 def load_actor_critic(
@@ -144,7 +170,7 @@ def load_actor_critic(
     else:
         path = model.path
         actor_critic = CausalLMWithValueHead(causal_lm, temperature=temperature, value_head_seed=value_head_seed)
-    actor_critic.load_value_head(Path(path))
+    actor_critic.load_value_head(path)
     return actor_critic
 
 

@@ -15,6 +15,8 @@ from ppo_ray.errors import InputError
 from ppo_ray.models.decoder import Decoder
 from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.response_lm import ResponseLM, ResponseOutput, unflatten
+from ppo_ray.models.saving import save_model
+from ppo_ray.models.tensors import VALUE_HEAD, read_value_head
 
 State = dict[str, torch.Tensor]
 """A module's parameters and buffers by name, as `state_dict` has them."""
@@ -46,25 +48,36 @@ class ActorCritic(ResponseLM):
         """Yield the parameters that estimate values and are no part of the policy."""
         return self.value_head.parameters()
 
-    def load_value_head(self, folder: Path) -> None:
-        """Load the value head that lies in a folder with its decoder, if there is one.
+    def load_value_head(self, path: str | Path) -> None:
+        """Load the value head that was saved with its decoder, if there is one.
+
+        Args:
+            path: folder or hub name of the decoder. The head lies in a file of its own, as in a checkpoint, or as
+                `v_head.*` among the decoder's tensors, as `ppo_ray.trl` and TRL save it.
 
         Raises:
-            InputError: the file is not a value head of this hidden size.
+            InputError: what lies there is not a value head of this hidden size, or holds NaN.
         """
-        path = folder / VALUE_HEAD_FILE
-        if not path.is_file():
+        file = Path(path) / VALUE_HEAD_FILE
+        if file.is_file():
+            where, tensors = str(file), safetensors.torch.load_file(file)
+        else:
+            where = f"{path} ({VALUE_HEAD}*)"
+            named = read_value_head(str(path))
+            tensors = {name.removeprefix(f"{VALUE_HEAD}summary."): tensor for name, tensor in named.items()}
+        if not tensors:
             return
         wanted = {name: tuple(tensor.shape) for name, tensor in self.value_head.state_dict().items()}
-        tensors = safetensors.torch.load_file(path)
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != wanted:
-            raise InputError(f"{path} holds {found}, this model needs {wanted}; remove the file to start a new head")
+            raise InputError(f"{where} holds {found}, this model needs {wanted}; remove it to start a new head")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise InputError(f"{where} holds NaN or infinite weights; remove it to start a new head")
         self.value_head.load_state_dict(tensors)
 
     def save(self, folder: Path, state: State) -> None:
         """Write the models into a checkpoint, from a whole state of this module; subclasses add what is theirs."""
-        _save_model(self.causal_lm, folder, _select(state, "causal_lm"))
+        save_model(self.causal_lm, folder, _select(state, "causal_lm"))
 
     def _apply_value_head(self, states: torch.Tensor, rows: PackedRows) -> torch.Tensor:
         """Compute values `[B, R]` from hidden states `[N, H]`; zero outside the mask."""
@@ -133,7 +146,7 @@ class CausalLMWithCritic(ActorCritic):
         super().__init__(causal_lm, temperature=temperature)
         self.critic = critic
         self._critic_decoder = Decoder(critic)
-        dtype = critic.get_input_embeddings().weight.dtype
+        dtype = next(critic.parameters()).dtype
         self.value_head = make_value_head(self._critic_decoder.hidden_size, dtype, value_head_seed).to(self.device)
 
     @property
@@ -157,7 +170,7 @@ class CausalLMWithCritic(ActorCritic):
     def save(self, folder: Path, state: State) -> None:
         """Write policy, critic and value head into a checkpoint, from a whole state of this module."""
         super().save(folder, state)
-        _save_model(self.critic, folder / CRITIC_FOLDER, _select(state, "critic"))
+        save_model(self.critic, folder / CRITIC_FOLDER, _select(state, "critic"))
         save_value_head(folder / CRITIC_FOLDER / VALUE_HEAD_FILE, _select(state, "value_head"))
 
     def _estimate_values(self, rows: PackedRows) -> torch.Tensor:
@@ -176,13 +189,6 @@ def save_value_head(path: Path, state: State) -> None:
     """Write a value head's state as a safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, path)
-
-
-def _save_model(model: Any, folder: Path, state: State) -> None:
-    """Write a transformers model's state for `from_pretrained`; the config names the type of what is written."""
-    model.save_pretrained(folder, state_dict=dict(state))
-    model.config.dtype = next(iter(state.values())).dtype
-    model.config.save_pretrained(folder)
 
 
 def _select(state: State, module: str) -> State:

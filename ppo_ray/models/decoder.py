@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ppo_ray.errors import InputError
 from ppo_ray.models.packing import PackedRows, pack
+from ppo_ray.models.support import find_config_problem, max_exact_tokens
 
 _AGREEMENT = 1e-3  # relative; a model that computes something else is off by the values' own size
 
@@ -27,29 +28,38 @@ class Decoder:
             base_model: a transformers model without its head, on its device, in eval mode.
 
         Raises:
-            InputError: the model looks ahead, as encoders do.
+            InputError: the model looks ahead, as encoders do, or computes NaN.
         """
+        config = base_model.config
+        self._name = config.name_or_path or type(base_model).__name__
+        if problem := find_config_problem(config, is_critic=True):  # a policy was asked before
+            raise InputError(f"the model {self._name!r} {problem}")
         self._base_model = base_model
+        self._max_exact = max_exact_tokens(config)
         self._takes_positions = "position_ids" in inspect.signature(base_model.forward).parameters
-        self._check_causal()
+        self._tokens = self._pick_tokens(8)
+        self.hidden_size = self._check_causal()
+        """H; not always the config's `hidden_size`: OPT-350m projects its last state."""
         self.packs = self._can_pack()
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self._base_model.get_input_embeddings().weight.device
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return int(self._base_model.config.get_text_config().hidden_size)
+        return next(self._base_model.parameters()).device
 
     def run(self, rows: PackedRows) -> torch.Tensor:
         """Run the layers; return `[N, H]`, the last hidden state of the token before each response token.
 
         Raises:
             ValueError: a row holds several sequences, which this model cannot keep apart.
+            InputError: a sequence is so long that its figures would depend on its neighbours.
         """
+        if self._max_exact and rows.longest > self._max_exact[0]:
+            limit, rope = self._max_exact
+            raise InputError(
+                f"a sequence of {rows.longest} tokens: beyond {limit}, the {rope} positions of the model "
+                f"{self._name!r} depend on the longest sequence of a batch, and so would all figures; keep to {limit}"
+            )
         if rows.packed and not self.packs:
             raise ValueError("this model cannot have several sequences in a row; lay them out with row_width=0")
         return self._run(rows, block_diagonal=self.packs)
@@ -65,17 +75,37 @@ class Decoder:
         return states.flatten(0, 1)[rows.predict_at]
 
     @torch.no_grad()
-    def _check_causal(self) -> None:
-        """Check that a later token changes no earlier state: a prefix's value must not depend on what follows it."""
-        tokens = np.arange(1, 7) % self._base_model.config.get_text_config().vocab_size
-        inputs = (pack([[0]], [tokens[:2]], [np.append(tokens[2:4], [later, 0])], self.device) for later in tokens[4:])
+    def _pick_tokens(self, number: int) -> np.ndarray:
+        """Pick token ids, spread over the vocabulary, whose embeddings differ: trying equal ones would show nothing.
+
+        A vocabulary with fewer different tokens gives those that it has, again and again.
+        """
+        rows = self._base_model.get_input_embeddings().weight
+        num_tokens = min(len(rows), self._base_model.config.get_text_config().vocab_size)
+        picked: list[int] = []
+        for index in np.linspace(1, num_tokens, 8 * number, dtype=np.int64) % num_tokens:
+            if len(picked) < number and all(not agree(rows[index], rows[other]) for other in picked):
+                picked.append(int(index))
+        if len(picked) < 2:
+            raise InputError(f"the model {self._name!r} has the same embedding for all tokens; its weights are damaged")
+        return np.resize(picked, number)
+
+    @torch.no_grad()
+    def _check_causal(self) -> int:
+        """Check that a later token changes no earlier state: a prefix's value must not depend on what follows it.
+
+        Returns:
+            H, the width of a state.
+        """
+        early, later = self._tokens[[2, 3, 4, 5]], self._tokens[:2]  # these two differ
+        inputs = (pack([[0]], [early[:2]], [np.append(early[2:], [token, 0])], self.device) for token in later)
         # all states but that of the later token itself, the last one
         first, second = (self._run(rows, block_diagonal=False)[:-1] for rows in inputs)
         if not agree(first, second):
-            name = self._base_model.config.name_or_path or type(self._base_model).__name__
             raise InputError(
-                f"the model {name!r} looks ahead at later tokens; give a decoder, such as GPT-2, Llama or Qwen"
+                f"the model {self._name!r} looks ahead at later tokens; give a decoder, such as GPT-2, Llama or Qwen"
             )
+        return first.shape[-1]
 
     @torch.no_grad()
     def _can_pack(self) -> bool:
@@ -89,7 +119,7 @@ class Decoder:
         windowed = set(layer_types) != {"full_attention"} if layer_types else getattr(config, "sliding_window", None)
         if windowed or getattr(self._base_model, "_is_stateful", False) or not self._takes_positions:
             return False
-        tokens = np.arange(1, 9) % config.vocab_size
+        tokens = self._tokens
         prompts, responses = [tokens[:2], tokens[3:5]], [tokens[2:3], tokens[5:8]]
         alone = [self._run(pack([[i]], prompts, responses, self.device), block_diagonal=False) for i in (0, 1)]
         try:
@@ -100,7 +130,15 @@ class Decoder:
 
 
 def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Tell whether two computations of the same values differ by no more than rounding."""
+    """Tell whether two computations of the same values differ by no more than rounding.
+
+    Raises:
+        InputError: the wanted values are not finite.
+    """
+    if not wanted.isfinite().all():
+        raise InputError(
+            "the model computes NaN or infinite states from finite weights; take a model or dtype that does not"
+        )
     return bool(torch.allclose(found, wanted, rtol=_AGREEMENT, atol=_AGREEMENT * float(wanted.abs().mean())))
 
 

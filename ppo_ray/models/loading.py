@@ -1,19 +1,25 @@
 """Loading of models and tokenizers from a folder or a hub.
 
-Dropout is off. Pickled weights and a model's own code are refused unless the config trusts them.
+Dropout is off. Pickled weights and a model's own code are refused unless the config trusts them. Every tensor that a
+model needs comes from its files, and all that its files hold is used: transformers alone would draw what is missing.
 """
 
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ppo_ray.config import NO_TRUST, Trust
 from ppo_ray.errors import InputError
+from ppo_ray.models.saving import remember_generation_config
+from ppo_ray.models.tensors import catch_report, find_nonfinite, find_weights_problem, list_names
 
 
 def load_causal_lm(
@@ -43,22 +49,59 @@ def load_pretrained(
     auto_class: Any, path: str, *, dtype: str, device: str | torch.device, trust: Trust = NO_TRUST
 ) -> Any:
     """Load a model by one of transformers' Auto classes; see `load_causal_lm`."""
+    model = _read(auto_class, path, trust, dtype=getattr(torch, dtype)).to(device).eval()
+    if problem := find_nonfinite(model):
+        raise InputError(f"the model {path!r} {problem}")
+    return model
+
+
+def check_weights(key: str, auto_class: str, path: str, trust: Trust) -> tuple[Any, str | None]:
+    """Hold the names and shapes of a model's tensors against its config, without reading the weights.
+
+    Args:
+        key: the option that names the model.
+        auto_class: name of one of transformers' Auto classes.
+        path: folder or hub name. What is not on this machine yet is not fetched: its worker checks it as it loads it.
+        trust: what its folder may do.
+
+    Returns:
+        The model on the meta device, or None; and what is wrong with it, or None.
+    """
+    local = Path(path).is_dir()
     try:
-        with _hide_progress_bar():
-            model = auto_class.from_pretrained(
+        loader = getattr(transformers, auto_class)
+        return _read(loader, path, trust, device_map="meta", local_files_only=not local), None
+    except InputError as error:
+        return None, f"{key}={path}: {error}" if local else None
+
+
+def _read(auto_class: Any, path: str, trust: Trust, **options: Any) -> Any:
+    """Load a model whose files hold exactly its tensors.
+
+    Raises:
+        InputError: it cannot be loaded, or they do not.
+    """
+    try:
+        with _hide_progress_bar(), catch_report() as reports:
+            model, found = auto_class.from_pretrained(
                 path,
-                dtype=getattr(torch, dtype),
                 use_safetensors=None if trust.pickles else True,
                 weights_only=True,
                 trust_remote_code=trust.remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused below
+                **options,
             )
     except Exception as error:  # transformers, safetensors, pickle and a model's own code: each has errors of its own
         raise InputError(
-            f"cannot load the model {path!r} with {auto_class.__name__}: {_explain(error)}. Give a folder or hub "
-            "name with config.json and model.safetensors; `ppo-ray assets imdb` makes the offline models."
+            f"cannot load the model {path!r} with {auto_class.__name__}: {_explain(error, reports)}. Give a folder or "
+            "hub name with config.json and model.safetensors; `ppo-ray assets imdb` makes the offline models."
             + _name_refused_options(trust)
         ) from error
-    return model.to(device).eval()
+    remember_generation_config(model, path)
+    if problem := find_weights_problem(model, found, path, auto_class.__name__):
+        raise InputError(f"cannot load the model {path!r} with {auto_class.__name__}: {problem}")
+    return model
 
 
 def load_tokenizer(path: str, trust: Trust = NO_TRUST) -> Any:
@@ -100,8 +143,10 @@ def _hide_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, reports: Iterable[str] = ()) -> str:
     """Give the reason of a failed load in one line."""
+    if failed := re.findall(r"^(\S+) +\|[^|]*CONVERSION", "\n".join(reports), re.MULTILINE):
+        return f"tensors that {list_names(set(failed))} is made of are missing or of another shape"
     if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to load it all the same
         return "its pickled weights are damaged or hold more than tensors"
     line = str(error).strip().partition("\n")[0].rstrip(".")

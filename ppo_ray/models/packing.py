@@ -27,6 +27,8 @@ class PackedRows:
     """`[B]` int64, the caller's indices of the sequences, ascending; the rows of every `[B, R]` below."""
     packed: bool
     """Whether a row holds several sequences; known on the host, so that a forward pass need not ask the device."""
+    longest: int
+    """Tokens of the longest sequence among the inputs."""
     input_ids: torch.Tensor
     """`[S, W]` int64."""
     position_ids: torch.Tensor
@@ -57,7 +59,7 @@ class PackedRows:
         token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         nothing = token.new_empty(0)
         mask = nothing.bool().reshape(0, 1)
-        return cls(np.empty(0, np.int64), False, token, token, token, nothing, nothing, mask)
+        return cls(np.empty(0, np.int64), False, 1, token, token, token, nothing, nothing, mask)
 
 
 def pack(
@@ -106,7 +108,8 @@ def pack(
         "response_mask": np.arange(response_lengths.max())[None] < response_lengths[:, None],
     }
     tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    return PackedRows(sequences, packed=any(len(row) > 1 for row in rows), **tensors)
+    packed, longest = any(len(row) > 1 for row in rows), int(position_ids.max()) + 1
+    return PackedRows(sequences, packed, longest, **tensors)
 
 
 def balance(lengths: Sequence[int], num_shares: int) -> list[list[int]]:

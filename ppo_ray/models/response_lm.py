@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 from ppo_ray.errors import InputError
 from ppo_ray.models.decoder import Decoder, agree
 from ppo_ray.models.packing import PackedRows
+from ppo_ray.models.support import CHOOSE, check_head, find_decoder
 
 _BLOCK_TOKENS = 512
 _CHUNK_TOKENS = 64
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 Logits = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Factors of logits: hidden states `[N, H]`, weight `[V, H]`, bias `[V]` or None."""
@@ -56,8 +56,9 @@ class ResponseLM(torch.nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.temperature = temperature
+        check_head(causal_lm)
+        self.decoder = Decoder(find_decoder(causal_lm))
         _check_logits(causal_lm)
-        self.decoder = Decoder(causal_lm.base_model)
 
     @property
     def device(self) -> torch.device:
@@ -96,21 +97,18 @@ def _check_logits(causal_lm: Any) -> None:
     """Check on three tokens that the logits are the output embedding applied to the decoder's last hidden state.
 
     Raises:
-        InputError: they are not (Gemma 2 caps them, Cohere and Granite scale them), so the log-probabilities computed
-            here would not be the model's.
+        InputError: they are not (BERT and Electra have layers in between), so the log-probabilities computed here would
+            not be the model's.
     """
     head = causal_lm.get_output_embeddings()
-    name = causal_lm.config.name_or_path or type(causal_lm).__name__
-    if not isinstance(head, torch.nn.Linear):
-        raise InputError(f"the model {name!r} has no linear output embedding; give a causal language model with one")
     input_ids = torch.arange(1, 4, device=head.weight.device)[None] % len(head.weight)
     logits = causal_lm(input_ids=input_ids, use_cache=False).logits
-    if not agree(logits, head(causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)):
-        config = causal_lm.config.get_text_config()
-        found = {key: value for key in _LOGIT_TRANSFORMS if (value := getattr(config, key, None)) not in (None, 1)}
+    states = find_decoder(causal_lm)(input_ids=input_ids, use_cache=False).last_hidden_state
+    if states.shape[-1] != head.weight.shape[1] or not agree(logits, head(states)):
+        name = causal_lm.config.name_or_path or type(causal_lm).__name__
         raise InputError(
-            f"the model {name!r} changes its logits after the output embedding ({found or 'in its forward method'}); "
-            "the learner does not. Choose a model without it, such as GPT-2, Llama or Qwen."
+            f"the model {name!r} has more between its last hidden state and its logits than a linear output embedding "
+            f"({type(causal_lm).__name__}'s forward method); the learner does not. {CHOOSE}"
         )
 
 

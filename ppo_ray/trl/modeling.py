@@ -10,7 +10,9 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from ppo_ray.trl.checkpoint import VALUE_HEAD, load_with_value_head
+from ppo_ray.models.saving import keep_generation_config
+from ppo_ray.models.tensors import VALUE_HEAD
+from ppo_ray.trl.checkpoint import load_with_value_head
 
 _LAYER_PATTERNS = (
     "transformer.h.{layer}",
@@ -25,7 +27,7 @@ _REFUSED = {
     "load_in_4bit": "quantised models are not trained here",
     "quantization_config": "quantised models are not trained here",
     "trust_remote_code": "no code of a model's folder is ever run",
-    "output_loading_info": "what is wrong with a file is logged",
+    "output_loading_info": "what is wrong with a file is an error",
 }
 _HEAD_ARGUMENTS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
 
@@ -166,13 +168,15 @@ class AutoModelForCausalLMWithValueHead(torch.nn.Module):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
         """Write the model with `v_head.*` beside its own weights, for `from_pretrained` here and in transformers."""
         state = kwargs.pop("state_dict", None) or self.state_dict()
-        return self.pretrained_model.save_pretrained(save_directory, state_dict=state, **kwargs)
+        with keep_generation_config(self.pretrained_model):
+            return self.pretrained_model.save_pretrained(save_directory, state_dict=state, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Push the wrapped model, the value head within it."""
         self.pretrained_model.v_head = self.v_head
         try:
-            return self.pretrained_model.push_to_hub(*args, **kwargs)
+            with keep_generation_config(self.pretrained_model):
+                return self.pretrained_model.push_to_hub(*args, **kwargs)
         finally:
             del self.pretrained_model.v_head
 

@@ -20,6 +20,7 @@ from ppo_ray.events import Event
 from ppo_ray.learner.group import LearnerGroup
 from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.models.actor_critic import VALUE_HEAD_FILE, save_value_head
+from ppo_ray.models.saving import save_model
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.rollout.group import RolloutGroup
 from ppo_ray.trl.config import PPOConfig
@@ -191,6 +192,6 @@ def _write_models(
 ) -> None:
     """Write both models where the actors will load them."""
     for one, path in ((model, config.model.path), (ref_model, str(config.model.reference_path))):
-        one.pretrained_model.save_pretrained(path)
+        save_model(one.pretrained_model, path)
         tokenizer.save_pretrained(path)
     save_value_head(Path(config.model.path) / VALUE_HEAD_FILE, model.v_head.summary.state_dict())

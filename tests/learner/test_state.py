@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
 from ppo_ray.learner.learner import PPOLearner
+from ppo_ray.trl import AutoModelForCausalLMWithValueHead
 from tests.learning import largest_difference, make_table, weights
 
 OPTIONS = UpdateConfig(
@@ -104,3 +105,96 @@ def test_a_part_that_cannot_be_read_is_named(tiny_policy: Path, tmp_path: Path, 
     damage(tmp_path / "learner" / name)
     with pytest.raises(CheckpointError, match=name):
         load(model, tmp_path)
+
+
+UNSAVABLE = [
+    {"temperature": 0.9, "top_p": 0.6},  # as Llama 2's chat models have it, without do_sample
+    {"temperature": 0.0, "do_sample": False},
+    {"top_k": 20},
+    {"length_penalty": 0.9},
+]
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("options", UNSAVABLE)
+def test_the_users_generation_config_is_kept_to_the_byte(tiny_policy: Path, tmp_path: Path, options, critic) -> None:
+    source = Path(shutil.copytree(tiny_policy, tmp_path / "source"))
+    content = json.dumps(options | {"eos_token_id": [0, 3], "odd": 1}, indent=7)
+    (source / "generation_config.json").write_text(content)
+    learner = load(ModelConfig(path=str(source), critic=critic))
+    (source / "generation_config.json").write_text("{}")  # the folder may change, or go, while a run goes on
+    learner.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "generation_config.json").read_text() == content
+    again = load(ModelConfig(path=str(source), critic=critic), tmp_path / "saved")
+    assert largest_difference(weights(learner), weights(again)) == 0
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again" / "generation_config.json").read_text() == content
+
+
+@pytest.mark.parametrize("options", UNSAVABLE)
+def test_generation_options_of_an_old_config_are_saved_too(tiny_policy: Path, tmp_path: Path, options) -> None:
+    source = Path(shutil.copytree(tiny_policy, tmp_path / "source"))
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | options))
+    load(ModelConfig(path=str(source))).save(tmp_path / "saved")
+    found = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert {name: found[name] for name in options if name != "do_sample"} == {
+        name: value for name, value in options.items() if name != "do_sample"
+    }
+
+
+def test_what_could_not_be_saved_at_the_end_is_refused_at_the_start(
+    tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*unused: object, **options: object) -> None:
+        raise RuntimeError("this tokenizer cannot be saved\nnot at all")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
+    message = r"no checkpoint could be written of the model .*RuntimeError: this tokenizer cannot be saved\. Mend"
+    with pytest.raises(InputError, match=message):
+        load(ModelConfig(path=str(tiny_policy)))
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_model_that_trl_saved_comes_with_its_value_head(
+    tiny_policy: Path, tmp_path: Path, critic, shard_size
+) -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_policy)
+    torch.nn.init.constant_(model.v_head.summary.bias, 25.0)
+    model.save_pretrained(tmp_path / "trl", max_shard_size=shard_size)
+    for file in tiny_policy.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "trl")
+    learner = load(ModelConfig(path=str(tmp_path / "trl"), critic=critic, reference_path=str(tmp_path / "trl")))
+    for name, wanted in model.v_head.summary.state_dict().items():
+        assert torch.equal(torch.from_numpy(learner.value_head()[name]), wanted)
+    report = learner.update(make_table(4), 1)
+    assert report.metrics["value/mean"] == pytest.approx(25, abs=3)
+    learner.save(tmp_path / "saved")  # in the run's own format: engines would not take the head among the weights
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert not [name for name in saved if name.startswith("v_head")]
+    again = load(ModelConfig(path=str(tmp_path / "trl"), critic=critic), tmp_path / "saved")
+    assert again.value_head()["bias"] == learner.value_head()["bias"] != 25.0
+
+
+def test_a_value_head_of_another_kind_is_refused(tiny_policy: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_policy, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for head, words in (
+        (
+            {"v_head.0.weight": torch.zeros(9, 128)},
+            r"holds {'v_head.0.weight': \(9, 128\)}, this model needs",
+        ),
+        (
+            {"v_head.summary.weight": torch.zeros(1, 128)},
+            r"\(v_head\.\*\) holds {'weight': \(1, 128\)}, this model",
+        ),
+        (
+            {"v_head.summary.weight": torch.full((1, 128), torch.nan), "v_head.summary.bias": torch.zeros(1)},
+            "holds NaN or infinite weights",
+        ),
+    ):
+        save_file(tensors | head, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=words):
+            load(ModelConfig(path=str(tmp_path)))

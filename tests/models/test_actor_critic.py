@@ -163,7 +163,8 @@ def test_value_head_saves_and_loads(tmp_path: Path) -> None:
     second.load_value_head(tmp_path)
     assert torch.equal(first.value_head.weight, second.value_head.weight)
     assert torch.equal(first.value_head.bias, second.value_head.bias)
-    second.load_value_head(tmp_path / "nothing")  # a checkpoint without one leaves the head as it is
+    (tmp_path / "nothing").mkdir()
+    second.load_value_head(tmp_path / "nothing")  # a folder without one leaves the head as it is
     assert torch.equal(first.value_head.weight, second.value_head.weight)
     safetensors.torch.save_file({"weight": torch.zeros(1, 7)}, tmp_path / VALUE_HEAD_FILE)
     with pytest.raises(InputError, match=r"value_head\.safetensors holds .*\(1, 7\).*this model needs .*\(1, 32\)"):

@@ -1,17 +1,35 @@
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from ppo_ray.config import ModelConfig, Trust
 from ppo_ray.errors import InputError
 from ppo_ray.learner.state import load_actor_critic, load_reference
-from ppo_ray.models.loading import load_causal_lm, load_tokenizer
+from ppo_ray.models.loading import check_weights, load_causal_lm, load_pretrained, load_tokenizer
 from ppo_ray.rollout.hf import HFEngine
 
 
@@ -109,7 +127,7 @@ def test_damaged_weights_are_the_users_mistake(tmp_path: Path, damage: Callable[
 def test_weights_of_another_shape_are_the_users_mistake(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="cannot load the model"):
+    with pytest.raises(InputError, match=r"of another shape: transformer.*\[24\], by config.json \[48\].*and 13 more"):
         load_causal_lm(str(tmp_path))
 
 
@@ -157,3 +175,116 @@ def test_a_folder_without_weights_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(InputError, match="cannot load the model"):
         load_causal_lm(str(tmp_path))
+
+
+SIZES = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+Edit = Callable[[dict[str, torch.Tensor]], object]
+
+
+def save(model: torch.nn.Module, folder: Path, edit: Edit) -> str:
+    """Save a model, its tensors changed by `edit`."""
+    model.save_pretrained(folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    edit(tensors)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def llama(tie: bool = False) -> torch.nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tie))
+
+
+def mixtral() -> torch.nn.Module:
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2))
+
+
+def gpt2() -> torch.nn.Module:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
+
+
+def roberta() -> torch.nn.Module:
+    return RobertaForSequenceClassification(RobertaConfig(**SIZES))
+
+
+def rename(old: str, new: str) -> Edit:
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+def add(name: str, *shape: int) -> Edit:
+    return lambda tensors: tensors.update({name: torch.ones(shape)})
+
+
+UP, EXPERT = "model.layers.1.mlp.up_proj.weight", "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "make", "edit", "words"),
+    [
+        (AutoModelForCausalLM, llama, lambda t: t.pop("lm_head.weight"), "its files lack lm_head.weight$"),
+        (AutoModelForCausalLM, llama, lambda t: t.pop(UP), f"its files lack {UP}$"),
+        (AutoModelForCausalLM, lambda: llama(tie=True), lambda t: t.pop("model.embed_tokens.weight"), "lack lm_head"),
+        (AutoModelForCausalLM, llama, add("model.layers.1.mlp.up_proj.bias", 8), "has no place for, .*up_proj.bias$"),
+        (AutoModelForCausalLM, llama, add("model.layers.2.mlp.up_proj.weight", 8, 8), "has no place for, .*layers.2"),
+        (AutoModelForCausalLM, llama, add("v_head.0.weight", 8, 8), None),  # the learner refuses such a head
+        (
+            AutoModelForCausalLM,
+            llama,
+            add("model.norm.weight", 9),
+            r"model.norm.weight \(\[9\], by config.json \[8\]\)$",
+        ),
+        (AutoModelForCausalLM, gpt2, add("transformer.h.0.attn.masked_bias", 1), None),
+        (AutoModelForCausalLM, mixtral, lambda t: t.pop(EXPERT), "layers.0.mlp.experts.gate_up_proj is made of"),
+        (AutoModel, llama, lambda t: t, None),  # a critic needs no head
+        (AutoModel, llama, lambda t: t.pop(UP), "its files lack layers.1.mlp.up_proj.weight$"),
+        (AutoModel, llama, add("model.layers.2.mlp.up_proj.weight", 8, 8), "has no place for, .*layers.2"),
+        (AutoModel, llama, add("v_head.summary.weight", 1, 8), None),
+        (
+            AutoModelForSequenceClassification,
+            lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES)),
+            rename("score.weight", "value_head.weight"),
+            "value_head.weight may be what the model calls score.weight: rename it in the file$",
+        ),
+        (
+            AutoModelForSequenceClassification,
+            lambda: BertForSequenceClassification(BertConfig(**SIZES)).bert,
+            lambda t: t,
+            "its files lack classifier.bias, classifier.weight$",
+        ),
+        (AutoModelForSequenceClassification, roberta, add("roberta.pooler.dense.weight", 8, 8), None),
+        (AutoModelForSequenceClassification, roberta, add("lm_head.bias", 20), None),
+    ],
+)
+def test_files_hold_the_tensors_of_the_model_and_no_others(
+    tmp_path: Path, auto_class: Any, make: Callable[[], Any], edit: Edit, words: str | None
+) -> None:
+    path = save(make(), tmp_path, edit)
+    model, problem = check_weights("model.path", auto_class.__name__, path, Trust())
+    if words is None:
+        assert problem is None and {tensor.device.type for tensor in model.parameters()} == {"meta"}
+        load_pretrained(auto_class, path, dtype="float32", device="cpu")
+        return
+    with pytest.raises(InputError, match=f"cannot load the model .*{words}"):
+        load_pretrained(auto_class, path, dtype="float32", device="cpu")
+    assert model is None and re.search(rf"^model\.path=.*{words}", str(problem))
+
+
+def test_a_head_that_is_tied_by_the_config_alone_is_refused(tmp_path: Path) -> None:
+    copy: Edit = lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})  # noqa: E731
+    model = load_causal_lm(save(llama(tie=True), tmp_path, copy))  # both there and equal, as in many files
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(InputError, match=r"config.json ties \(tie_word_embeddings\), .* of its own, lm_head.weight"):
+        load_causal_lm(save(llama(tie=True), tmp_path, lambda t: t.update({"lm_head.weight": torch.ones(20, 8)})))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+    path = save(llama(), tmp_path, lambda t: t[UP].view(-1)[3:4].fill_(value))
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(InputError, match=f"has NaN or infinite weights: {UP}; its files are damaged"):
+            load_pretrained(AutoModelForCausalLM, path, dtype=dtype, device="cpu")
+    large = save(llama(), tmp_path, lambda t: t[UP].fill_(3e38))  # whose sum is infinite
+    load_causal_lm(large)
+
+
+def test_what_is_not_on_this_machine_is_left_to_the_worker_that_loads_it() -> None:
+    assert check_weights("model.path", "AutoModelForCausalLM", "nobody/nothing", Trust()) == (None, None)

@@ -101,7 +101,7 @@ def test_pickled_weights_are_not_read_and_can_be_converted_as_the_error_says(tmp
     assert_same(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path), model)
 
 
-def test_what_a_file_lacks_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_file_lacks_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make("llama").save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, "ppo_ray"):
         AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
@@ -111,8 +111,17 @@ def test_what_a_file_lacks_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFi
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     tensors["other.weight"] = tensors.pop("lm_head.weight")
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
-    assert "new: ['lm_head.weight']; in the file and not used: ['other.weight']" in caplog.text
+    with pytest.raises(ValueError, match=r"files lack lm_head.weight; .*no place for, other.weight$"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    tensors["lm_head.weight"] = tensors.pop("other.weight")[:40].clone()
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"another shape: lm_head.weight \(\[40, 32\], by config.json \[50, 32\]\)$"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, ignore_mismatched_sizes=True)  # a new one is asked for
+    tensors["lm_head.weight"] = torch.full((50, 32), torch.nan)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has NaN or infinite weights: lm_head.weight; its files are damaged$"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
 
 
 def test_code_in_a_folder_is_neither_run_nor_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,3 +193,17 @@ def test_a_pattern_that_fits_nothing_is_refused_and_freezes_nothing() -> None:
         with pytest.raises(ValueError, match="no parameter is named like"):
             create_reference_model(model, *arguments)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_generation_config_that_transformers_would_not_save_is_saved(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "first")
+    content = '{"temperature": 0.9,   "top_p": 0.6}'
+    (tmp_path / "first" / "generation_config.json").write_text(content)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "first")
+    model.save_pretrained(tmp_path / "second")
+    assert (tmp_path / "second" / "generation_config.json").read_text() == content
+    assert_same(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "second"), model)
+    model.pretrained_model.generation_config.top_k = 7  # what the caller changes is what is saved
+    model.save_pretrained(tmp_path / "third")
+    found = transformers.GenerationConfig.from_pretrained(tmp_path / "third")
+    assert (found.temperature, found.top_p, found.top_k) == (0.9, 0.6, 7)
