@@ -12,6 +12,7 @@ from typing import Any
 from ppo_ray.config import Config, in_job, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
+from ppo_ray.models.tokens import EndTokens, read_end_tokens
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
 from ppo_ray.reward.function import load_function
@@ -27,6 +28,12 @@ class Inputs:
     vocab_size: int = 0
     """Of the policy."""
     texts: UsableTexts | None = None
+    end_tokens: EndTokens | None = None
+    """What ends a response."""
+
+    def describe_ends(self) -> str | None:
+        """Say which tokens end a response; None: they were not read."""
+        return self.end_tokens and self.end_tokens.describe(self.tokenizer)
 
     def open_prompts(self, config: Config) -> PromptStream:
         """Return the run's prompts, from their beginning."""
@@ -49,7 +56,7 @@ def check(config: Config) -> Inputs:
     """
     inputs = Inputs()
     problems = [*_cpu_problems(config), *transport_problems(config), *_policy_problems(config, inputs)]
-    problems += [*_reward_problems(config), *_prompt_problems(config, inputs)]
+    problems += [*_end_problems(config, inputs), *_reward_problems(config), *_prompt_problems(config, inputs)]
     if in_job():
         problems = [*output_problems(config), *problems]
     refuse(problems, "nothing was started")
@@ -148,6 +155,16 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
 
 def _num_tokens(model: Any) -> int | None:
     return getattr(model.get_text_config(), "vocab_size", None)
+
+
+def _end_problems(config: Config, inputs: Inputs) -> Iterator[str]:
+    """Yield what is wrong with the tokens that end a response; a model that cannot be read is reported already."""
+    if inputs.tokenizer is None or not inputs.vocab_size:
+        return
+    try:
+        inputs.end_tokens = read_end_tokens(config, inputs.tokenizer)
+    except InputError as error:
+        yield str(error)
 
 
 def _reward_problems(config: Config) -> Iterator[str]:
