@@ -108,7 +108,9 @@ def adding(template, **options):
     names = ["<s>", "</s>", "[CLS]", "[SEP]"]
     backend = Tokenizer(models.WordLevel({name: n for n, name in enumerate([*names, *"abc"])}))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(template, special_tokens=list(zip(names, range(4), strict=True)))
+    backend.post_processor = processors.TemplateProcessing(
+        template, special_tokens=list(zip(names, range(4), strict=True))
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", cls_token="[CLS]", sep_token="[SEP]", **options
     )
@@ -193,7 +195,7 @@ def test_errors_name_the_option(parquet, tmp_path, tokenizer):
 
     num_held_out = 0
     assert "no such file" in message(path=tmp_path / "no.parquet")
-    assert "no such folder" in message(path=tmp_path / "no")
+    assert "no such file or folder" in message(path=tmp_path / "no")
     assert message(column="review").startswith("prompts.column=review") and "text, label" in message(column="review")
     assert "int64, not text" in message(column="label")
     assert "prompts.min_chars=500: no prompt left: of 20 texts" in message(min_chars=500)
