@@ -33,7 +33,7 @@ class Inputs:
 
     def describe_ends(self) -> str | None:
         """Say which tokens end a response; None: they were not read."""
-        return self.end_tokens and self.end_tokens.describe(self.tokenizer)
+        return None if self.end_tokens is None else self.end_tokens.describe(self.tokenizer)
 
     def open_prompts(self, config: Config) -> PromptStream:
         """Return the run's prompts, from their beginning."""

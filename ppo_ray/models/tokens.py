@@ -32,14 +32,14 @@ class EndTokens:
         return f"a response ends with: {', '.join(shown) or 'its last token, at its limit'}{ignored}"
 
 
-def find_end_tokens(tokenizer: Any, declared: Any, vocab_size: int) -> EndTokens:
-    """Join the tokenizer's end of sequence and what a model declares.
+def find_end_tokens(eos_token_id: int | None, declared: Any, vocab_size: int) -> EndTokens:
+    """Join a tokenizer's end of sequence and what a model declares.
 
     Models that chat end their turn by another token than their tokenizer's end of sequence, and say so in
     `generation_config.json`.
 
     Args:
-        tokenizer: the model's.
+        eos_token_id: the tokenizer's; None: it has none.
         declared: `eos_token_id` of the model's generation config: an id, a list of ids, or None.
         vocab_size: of the model.
 
@@ -49,7 +49,7 @@ def find_end_tokens(tokenizer: Any, declared: Any, vocab_size: int) -> EndTokens
     listed = list(declared) if isinstance(declared, Iterable) and not isinstance(declared, str) else [declared]
     if not all(token is None or (isinstance(token, int) and not isinstance(token, bool)) for token in listed):
         raise ValueError(f"eos_token_id={str(declared)[:QUOTED]!r} is neither a token id nor a list of them")
-    named = {token for token in (tokenizer.eos_token_id, *listed) if token is not None}
+    named = {token for token in (eos_token_id, *listed) if token is not None}
     known = {token for token in named if 0 <= token < vocab_size}
     return EndTokens(tuple(sorted(known)), tuple(sorted(named - known)))
 
@@ -72,7 +72,7 @@ def read_end_tokens(config: Config, tokenizer: Any) -> EndTokens:
     where = f"model.path={config.model.path}"
     try:
         declared, vocab_size = _read_declared(config.model)
-        ends = find_end_tokens(tokenizer, declared, vocab_size)
+        ends = find_end_tokens(tokenizer.eos_token_id, declared, vocab_size)
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: what ends a response cannot be read: {first_line(error)}") from error
     if not ends.ids:

@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -70,7 +69,7 @@ def ids_of(tokenizer, text):
 
 def test_the_tokenizers_end_and_each_that_the_model_declares():
     def found(eos, declared, vocab_size=512):
-        ends = find_end_tokens(SimpleNamespace(eos_token_id=eos), declared, vocab_size)
+        ends = find_end_tokens(eos, declared, vocab_size)
         return ends.ids, ends.ignored
 
     assert found(2, None) == ((2,), ())
