@@ -71,7 +71,7 @@ def read_end_tokens(config: Config, tokenizer: Any) -> EndTokens:
         return EndTokens(())
     where = f"model.path={config.model.path}"
     try:
-        declared, vocab_size = _read_declared(config.model)
+        declared, vocab_size = _read_declaration(config.model)
         ends = find_end_tokens(tokenizer.eos_token_id, declared, vocab_size)
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: what ends a response cannot be read: {first_line(error)}") from error
@@ -86,7 +86,7 @@ def read_end_tokens(config: Config, tokenizer: Any) -> EndTokens:
     return ends
 
 
-def _read_declared(model: ModelConfig) -> tuple[Any, int]:
+def _read_declaration(model: ModelConfig) -> tuple[Any, int]:
     """Return `eos_token_id` as the model's files declare it, and the size of the vocabulary."""
     from transformers import AutoConfig
     from transformers.utils import cached_file
