@@ -14,6 +14,7 @@ from ppo_ray.errors import QUOTED, InputError, first_line
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character are decoded to
 _MOST_BYTES = 4  # of a character in UTF-8
+_SHOWN = 10  # tokens that a line names
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,11 @@ class EndTokens:
 
     def describe(self, tokenizer: Any) -> str:
         """Say which tokens end a response, as a run prints it when it starts."""
-        shown = [f"{token} {tokenizer.decode([token])!r}" for token in self.ids]
-        ignored = f"; not in the model's vocabulary: {', '.join(map(str, self.ignored))}" if self.ignored else ""
+        shown = [f"{token} {tokenizer.decode([token])!r}" for token in self.ids[:_SHOWN]]
+        shown += [f"{len(self.ids) - _SHOWN} others"] if len(self.ids) > _SHOWN else []
+        ignored = (
+            f"; not in the model's vocabulary: {', '.join(map(str, self.ignored[:_SHOWN]))}" if self.ignored else ""
+        )
         return f"a response ends with: {', '.join(shown) or 'its last token, at its limit'}{ignored}"
 
 

@@ -125,6 +125,8 @@ def test_what_ends_a_response_is_said(tokenizers):
     assert say(tokenizers["byte_level"]) == (
         "a response ends with: 0 '<eos>', 40 'H'; not in the model's vocabulary: 900"
     )
+    many = EndTokens(tuple(range(40, 90))).describe(tokenizers["byte_level"])
+    assert many.startswith("a response ends with: 40 'H', 41 'I', ") and many.endswith(" 49 'Q', 40 others")
     assert EndTokens(()).describe(None) == "a response ends with: its last token, at its limit"
 
 
