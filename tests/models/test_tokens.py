@@ -49,7 +49,7 @@ def byte_fallback():
 def word_pieces():
     backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
     backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
+    backend.decoder = decoders.WordPiece(cleanup=False)
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["<eos>", "<unk>"], show_progress=False)
     backend.train_from_iterator([*SENTENCES, "it's here , don't !", *CHINESE], trainer)
     return wrap(backend, unk_token="<unk>", clean_up_tokenization_spaces=True)
@@ -151,6 +151,15 @@ def test_a_prompt_cut_in_a_character_keeps_all_whole_ones(tokenizers):
         "a本本片",
     ]
     assert decode_pair(fallback, ids[:5], ids[5:7]) == ("a本", "\ufffd\ufffd")  # a response that is cut off
+    assert decode_pair(fallback, ids[:6], ids[6:7]) == ("a本", "\ufffd\ufffd")
+
+
+def test_spaces_that_are_cleaned_up_at_the_border(tokenizers):
+    tokenizer = tokenizers["word_pieces"]
+    prompt, response = ids_of(tokenizer, "it '"), ids_of(tokenizer, "s here !")
+    assert tokenizer.decode([*prompt, *response]) == "it's here!"
+    assert decode_pair(tokenizer, prompt, response) == ("it '", " s here !")
+    assert decode_pair(tokenizer, ids_of(tokenizer, "it"), ids_of(tokenizer, "'s here !")) == ("it", "'s here!")
 
 
 @given(st.text(max_size=12), st.integers(0, 40))

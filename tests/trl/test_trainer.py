@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from ppo_ray.errors import NonFiniteError
 from ppo_ray.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -262,6 +262,23 @@ def test_a_list_is_cut_at_all_that_ends_a_response(make: Any) -> None:
         assert {len(response) for response in whole} == {24}
     with pytest.raises(ValueError, match=r"eos_token_id='</s>' is neither a token id nor a list of them"):
         trainer.generate(PROMPTS, eos_token_id="</s>", **LONG)
+
+
+def test_transformers_is_told_all_that_ends_a_response(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, told = make(), []
+    trainer.model.pretrained_model.generation_config.eos_token_id = 7
+    generate = trainer.model.generate
+
+    def record(**arguments: Any) -> Any:
+        told.append(arguments["eos_token_id"])
+        return generate(**arguments)
+
+    monkeypatch.setattr(trainer.model, "generate", record)
+    for queries in (PROMPTS[0], PROMPTS):
+        trainer.generate(queries, batch_size=8, **SAMPLING)
+        trainer.generate(queries, batch_size=8, eos_token_id=torch.tensor([9, 3]), **SAMPLING)
+        trainer.generate(queries, batch_size=8, generation_config=GenerationConfig(eos_token_id=[4]), **SAMPLING)
+    assert told == [[0, 7], [3, 9], [4]] * 2
 
 
 def test_what_ended_a_response_counts_in_the_step(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
