@@ -13,6 +13,7 @@ from ppo_ray.config import Config, in_job, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
 from ppo_ray.models.support import check_head, find_config_problem, max_exact_tokens
+from ppo_ray.models.tokens import EndTokens, read_end_tokens
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
 from ppo_ray.reward.function import load_function
@@ -28,6 +29,12 @@ class Inputs:
     vocab_size: int = 0
     """Of the policy."""
     texts: UsableTexts | None = None
+    end_tokens: EndTokens | None = None
+    """What ends a response."""
+
+    def describe_ends(self) -> str | None:
+        """Say which tokens end a response; None: they were not read."""
+        return None if self.end_tokens is None else self.end_tokens.describe(self.tokenizer)
 
     def open_prompts(self, config: Config) -> PromptStream:
         """Return the run's prompts, from their beginning."""
@@ -50,7 +57,7 @@ def check(config: Config) -> Inputs:
     """
     inputs = Inputs()
     problems = [*_cpu_problems(config), *transport_problems(config), *_policy_problems(config, inputs)]
-    problems += [*_reward_problems(config), *_prompt_problems(config, inputs)]
+    problems += [*_end_problems(config, inputs), *_reward_problems(config), *_prompt_problems(config, inputs)]
     if in_job():
         problems = [*output_problems(config), *problems]
     refuse(problems, "nothing was started")
@@ -177,6 +184,16 @@ def _network_problems(config: Config, key: str, path: str, model: Any) -> Iterat
 
 def _num_tokens(model: Any) -> int | None:
     return getattr(model.get_text_config(), "vocab_size", None)
+
+
+def _end_problems(config: Config, inputs: Inputs) -> Iterator[str]:
+    """Yield what is wrong with the tokens that end a response; a model that cannot be read is reported already."""
+    if inputs.tokenizer is None or not inputs.vocab_size:
+        return
+    try:
+        inputs.end_tokens = read_end_tokens(config, inputs.tokenizer)
+    except InputError as error:
+        yield str(error)
 
 
 def _reward_problems(config: Config) -> Iterator[str]:

@@ -353,6 +353,19 @@ def test_prompts_are_checked(configured):
     assert problems(configured("evaluation.num_prompts=5"))[0].startswith("evaluation.num_prompts=5")
 
 
+def test_what_ends_a_response_is_found_before_anything_starts(configured, home, tmp_path):
+    folder = shutil.copytree(home / "policy", tmp_path / "policy")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 1, 9]}')
+    inputs = check(configured(f"model.path={folder}"))
+    assert inputs.end_tokens.ids == (1, 3)
+    assert inputs.describe_ends() == "a response ends with: 1 'film', 3 ''; not in the model's vocabulary: 9"
+    (folder / "generation_config.json").write_text("{}")
+    (line,) = problems(configured(f"model.path={folder}"))
+    assert line.startswith(f"model.path={folder}: neither its tokenizer nor") and "rollout.stop_at_eos=false" in line
+    inputs = check(configured(f"model.path={folder}", "rollout.stop_at_eos=false"))
+    assert inputs.describe_ends() == "a response ends with: its last token, at its limit"
+
+
 def test_neither_ray_nor_vllm_is_imported():
     names = "('ray', 'vllm', 'torch')"
     probe = f"import sys, json, ppo_ray.preflight; print(json.dumps([name in sys.modules for name in {names}]))"

@@ -12,6 +12,9 @@ _OTHER_SAMPLING = (
     "the learner follows, makes sampling sharper"
 )
 
+MIN_VLLM_TEMPERATURE = 0.01
+"""vLLM raises lower temperatures to this one; 0 is greedy, which is no sampling."""
+
 
 class RolloutConfig(Section):
     """Generation: how many workers, and how they sample."""
@@ -56,9 +59,11 @@ class RolloutConfig(Section):
     max_response_tokens: int = Field(default=16, ge=1)
     """Largest limit that a response is given, in tokens, INCLUSIVE (TRL's `LengthSampler(4, 16)` never draws 16)."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of sampling, from the full softmax. The learner's log-probabilities are taken at the same temperature."""
+    """Of sampling, from the full softmax. The learner's log-probabilities are taken at the same temperature. vLLM
+    samples at 0.01 or more."""
     stop_at_eos: bool = True
-    """Whether an end-of-sequence token ends a response; false: every response has its full length."""
+    """Whether an end-of-sequence token ends a response: the tokenizer's, and each `eos_token_id` of the model's
+    generation_config.json; false: every response has its full length."""
     max_context: int = Field(default=512, ge=2)
     """Longest prompt plus response that an engine has room for, in tokens."""
     kv_cache_mib: int = Field(default=512, ge=1)

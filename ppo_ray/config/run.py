@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from ppo_ray.config.file import Contradiction, Contradictions, load
 from ppo_ray.config.ppo import UpdateConfig
-from ppo_ray.config.rollout import RolloutConfig
+from ppo_ray.config.rollout import MIN_VLLM_TEMPERATURE, RolloutConfig
 from ppo_ray.config.sections import (
     CheckpointConfig,
     EvaluationConfig,
@@ -86,6 +86,7 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     yield from _length_contradictions(config)
     yield from _update_contradictions(config)
     yield from _source_contradictions(config)
+    yield from _engine_contradictions(config)
     yield from _placement_contradictions(config)
     evaluation = config.evaluation
     if evaluation.num_samples > evaluation.num_prompts > 0:
@@ -150,6 +151,12 @@ def _update_contradictions(config: Config) -> Iterator[Contradiction]:
             "loss is not for kl_estimator=k1, whose gradient knows nothing of the reference: take k2, whose gradient "
             "is the divergence's, or k3",
         )
+    if ppo.missing_eos_penalty and not rollout.stop_at_eos:
+        yield Contradiction(
+            ("ppo.missing_eos_penalty", "rollout.stop_at_eos"),
+            f"{ppo.missing_eos_penalty:g} would be taken off every score: with rollout.stop_at_eos=false no response "
+            "ends by itself; set that to true, or the penalty to null",
+        )
     if ppo.warmup_steps > config.steps:
         yield Contradiction(
             ("ppo.warmup_steps", "steps"),
@@ -175,6 +182,17 @@ def _source_contradictions(config: Config) -> Iterator[Contradiction]:
             ("reward.path", "reward.function"),
             "give reward.path (a classifier) or reward.function (a Python function), "
             + ("one of them" if reward.path is None else "not both"),
+        )
+
+
+def _engine_contradictions(config: Config) -> Iterator[Contradiction]:
+    """Yield what `rollout.engine` cannot do."""
+    rollout = config.rollout
+    if rollout.engine == "vllm" and rollout.temperature < MIN_VLLM_TEMPERATURE:
+        yield Contradiction(
+            ("rollout.temperature", "rollout.engine"),
+            f"{rollout.temperature:g} is below {MIN_VLLM_TEMPERATURE}, the lowest at which rollout.engine=vllm samples "
+            f"(it would take {MIN_VLLM_TEMPERATURE} instead); set {MIN_VLLM_TEMPERATURE} or more, or rollout.engine=hf",
         )
 
 

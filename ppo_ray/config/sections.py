@@ -104,11 +104,13 @@ class PromptsConfig(Section):
     """The texts whose first tokens are the prompts."""
 
     path: Source
-    """A .parquet, .jsonl or .csv file, a folder, or a hub data set name. Required. TRL: `query_dataset`."""
+    """A file (.parquet, .arrow; .jsonl, .ndjson, .json, .csv, .tsv, .txt, also compressed: .gz, .bz2, .zst, .lz4), a
+    folder of such files or of `save_to_disk`, or a hub data set name. Required. TRL: `query_dataset`."""
     split: str = "train"
     """Split of a folder or hub data set; a single file is taken whole."""
     column: str = "text"
-    """The column that holds the texts."""
+    """The column that holds the texts; in a struct or an object by its path, `meta.text`. Of a .txt file each line is a
+    text, of the column `text`."""
     min_chars: int = Field(default=200, ge=0)
     """Only texts LONGER than this many characters are used; the others are dropped."""
     min_tokens: int = Field(default=2, ge=1)

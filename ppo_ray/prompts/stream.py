@@ -154,10 +154,15 @@ class PromptStream:
         return PromptBatch(tuple(kept), tuple(prompts), num_skipped=len(texts) - len(kept))
 
     def _tokenize(self, texts: list[str]) -> list[Sequence[int]]:
-        """Return the ids of each text; no ids for a text that the tokenizer refuses, which spoils no other text."""
+        """Return the ids of each text; no ids for a text that the tokenizer refuses, which spoils no other text.
+
+        What the tokenizer puts in front is kept, what it puts behind is not: a prompt goes on.
+        """
         try:
             # not verbose, for a whole text may well be longer than the model's context
-            return list(self._tokenizer(texts, verbose=False)["input_ids"])
+            whole = self._tokenizer(texts, verbose=False)["input_ids"]
+            bare = self._tokenizer(texts, verbose=False, add_special_tokens=False)["input_ids"]
+            return [_cut_behind(list(ids), list(own)) for ids, own in zip(whole, bare, strict=True)]
         except Exception:  # the tokenizers library raises no narrower kind
             if len(texts) > 1:
                 return [self._tokenize([text])[0] for text in texts]
@@ -187,6 +192,24 @@ class PromptStream:
         ids = [[int(token) for token in row] for row in self._tokenize(beginnings)]
         state.update(json.dumps(ids).encode())
         return state.hexdigest()
+
+
+def _cut_behind(whole: list[int], own: list[int]) -> list[int]:
+    """Drop what a tokenizer puts behind a text, an end of sequence or a separator, as no text has ended yet.
+
+    Special tokens that the text itself spells out are its own, and stay. Where it begins with what the tokenizer would
+    put in front, that is there once.
+
+    Args:
+        whole: ids of the text as the tokenizer makes them.
+        own: ids of the text alone.
+    """
+    if whole == own or not own:
+        return own
+    for start in range(len(whole) - len(own) + 1):
+        if whole[start : start + len(own)] == own:
+            return own if own[:start] == whole[:start] else whole[: start + len(own)]
+    return own  # nothing else is known to be the text's
 
 
 def _permutation(size: int, seed: int) -> np.ndarray:

@@ -1,19 +1,12 @@
 """Reader of one column of texts from a file, a folder or a hub data set."""
 
-import json
-from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-
-import pyarrow as pa
+from typing import Any
 
 from ppo_ray.config import PromptsConfig
-from ppo_ray.errors import QUOTED, InputError
-
-Texts = list[str | None]
-
-_SHOWN = 20  # columns that a message names
-_CSV_BLOCK = 64 << 20  # bytes that pyarrow parses at once; no row may be longer
+from ppo_ray.errors import InputError, first_line
+from ppo_ray.prompts.files import Texts, describe_formats, find_column, find_reader, is_unicode, pick_texts
 
 
 @dataclass(frozen=True)
@@ -99,118 +92,76 @@ def read_usable_texts(config: PromptsConfig, num_held_out: int) -> UsableTexts:
 def read_texts(config: PromptsConfig) -> Texts:
     """Read the texts of `config.column`; None where the data set has none.
 
-    Bytes that are no UTF-8 are kept as lone surrogates (U+DC80 to U+DCFF): so they spoil only their own text, which can
-    be told by `is_unicode`.
+    Bytes that are no UTF-8 are kept as lone surrogates, which `is_unicode` tells.
 
     Raises:
         InputError: there is no such data set, it cannot be read, or it has no such column of texts.
     """
     path = Path(config.path)
-    reader = _READERS.get(path.suffix.lower())
-    if reader and not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"prompts.path={config.path}: no such file")
-        try:
-            return reader(path, config.column)
-        except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-            raise InputError(f"prompts.path={config.path}: cannot be read: {error}") from error
-    return _read_dataset(config)
+    if path.is_dir():
+        return _read_folder(config)
+    reader = find_reader(path)
+    if reader is not None:
+        return reader(config.column)
+    if path.exists():
+        raise InputError(
+            f"prompts.path={config.path}: the file's name does not tell what it holds; let it end in "
+            f"{describe_formats()}"
+        )
+    if config.path.startswith((".", "/")):
+        raise InputError(f"prompts.path={config.path}: no such file or folder")
+    return _load(config, "neither a file nor a folder here, and not to be had from the hub")
 
 
-def _read_parquet(path: Path, column: str) -> Texts:
-    import pyarrow.parquet as pq
-
-    schema = pq.read_schema(path)
-    _check_column(path, schema.names, column)
-    return _to_texts(path, pq.read_table(path, columns=[column]).column(column), column)
-
-
-def _read_csv(path: Path, column: str) -> Texts:
-    from pyarrow import csv
-
-    read_options = csv.ReadOptions(block_size=_CSV_BLOCK)
-    parse_options = csv.ParseOptions(newlines_in_values=True)
-    with csv.open_csv(path, read_options, parse_options) as reader:
-        _check_column(path, reader.schema.names, column)
-    # The other columns are not converted: a word among the numbers of one of them does not matter here.
-    convert_options = csv.ConvertOptions(column_types={column: pa.large_binary()}, include_columns=[column])
-    return _decode(csv.read_csv(path, read_options, parse_options, convert_options).column(column))
-
-
-def _read_jsonl(path: Path, column: str) -> Texts:
-    texts: Texts = []
-    seen: dict[str, None] = {}
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                if not is_unicode(line):
-                    texts.append(line)
-                    continue
-                raise ValueError(f"line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not a JSON object")
-            seen |= dict.fromkeys(row)
-            text = row.get(column)
-            if text is not None and not isinstance(text, str):
-                shown = repr(text)[:QUOTED]
-                raise InputError(f"prompts.column={column}: line {number} of {path} holds {shown}, not text")
-            texts.append(text)
-    _check_column(path, list(seen), column)
-    return texts
-
-
-_Reader = Callable[[Path, str], Texts]
-_READERS: dict[str, _Reader] = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}
-
-
-def _read_dataset(config: PromptsConfig) -> Texts:
-    """Read a folder or a hub data set through the `datasets` library."""
+def _read_folder(config: PromptsConfig) -> Texts:
+    """Read what `save_to_disk` of the `datasets` library wrote, or a folder of data files."""
     import datasets
 
-    is_folder = Path(config.path).is_dir()
-    if not is_folder and config.path.startswith((".", "/")):
-        raise InputError(f"prompts.path={config.path}: no such folder")
+    path = Path(config.path)
+    names = (datasets.config.DATASETDICT_JSON_FILENAME, datasets.config.DATASET_STATE_JSON_FILENAME)
+    if any((path / name).is_file() for name in names):
+        try:
+            saved = datasets.load_from_disk(config.path)
+        except Exception as error:  # the library raises a dozen kinds, some of them its dependencies' own
+            raise InputError(f"prompts.path={config.path}: cannot be read: {first_line(error)}") from error
+        if isinstance(saved, datasets.DatasetDict):
+            if config.split not in saved:
+                raise InputError(
+                    f"prompts.split={config.split}: {config.path} has no such split; it has {', '.join(saved)}"
+                )
+            saved = saved[config.split]
+        return _pick(config, saved)
+    try:
+        return _load(config, "the folder cannot be read as a data set")
+    except InputError:
+        # The library reads whole rows, and fails where another column differs from file to file.
+        try:
+            files = datasets.load_dataset_builder(config.path).config.data_files[config.split]
+        except Exception:  # what is wrong is said above
+            files = []
+        readers = [find_reader(Path(file)) for file in files]
+        if not readers or None in readers:
+            raise
+        return [text for reader in readers if reader for text in reader(config.column)]
+
+
+def _load(config: PromptsConfig, what: str) -> Texts:
+    """Read a folder or a hub data set through the `datasets` library; `what` begins the message if it cannot."""
+    import datasets
+
     try:
         dataset = datasets.load_dataset(config.path, split=config.split)
     except Exception as error:  # the library raises a dozen kinds, some of them its dependencies' own
-        what, remedy = "the folder cannot be read as a data set", ""
-        if not is_folder:
-            what = "neither a file nor a folder here, and not to be had from the hub"
-            remedy = "; without a hub give a .parquet, .jsonl or .csv file, or asset:prompts"
         where = f"prompts.path={config.path}, prompts.split={config.split}"
-        raise InputError(f"{where}: {what}: {error}{remedy}") from error
-    _check_column(config.path, dataset.column_names, config.column)
-    return _to_texts(config.path, dataset.with_format("arrow")[config.column], config.column)
+        cause = f" ({first_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
+        remedy = "; without a hub give asset:prompts, a folder, or a file that ends in " + describe_formats()
+        if Path(config.path).is_dir():
+            remedy = ""
+        raise InputError(f"{where}: {what}: {error}{cause}{remedy}") from error
+    return _pick(config, dataset)
 
 
-def _check_column(path: Path | str, columns: Sequence[str], column: str) -> None:
-    if column not in columns:
-        shown = ", ".join(name[:QUOTED] for name in columns[:_SHOWN]) or "none"
-        more = f" and {len(columns) - _SHOWN:,} others" if len(columns) > _SHOWN else ""
-        raise InputError(f"prompts.column={column}: {path} has no such column; it has {shown}{more}")
-
-
-def _to_texts(path: Path | str, column: pa.ChunkedArray, name: str) -> Texts:
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise InputError(f"prompts.column={name}: the column in {path} holds {column.type}, not text")
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return _decode(column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary()))
-
-
-def _decode(column: pa.ChunkedArray) -> Texts:
-    return [None if raw is None else raw.decode(errors="surrogateescape") for raw in column.to_pylist()]
-
-
-def is_unicode(text: str) -> bool:
-    """Say whether a text can be encoded; one that JSON or `read_texts` gave a lone surrogate cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _pick(config: PromptsConfig, dataset: Any) -> Texts:
+    """Read the one column of a data set of the library."""
+    first = find_column(config.path, dataset.features.arrow_schema, config.column)[0]
+    return pick_texts(config.path, dataset.select_columns([first]).with_format("arrow")[:], config.column)

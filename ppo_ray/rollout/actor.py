@@ -10,6 +10,7 @@ import ray
 from ppo_ray import trajectory
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config, RolloutConfig, weight_transport
+from ppo_ray.models.tokens import decode_pair, read_end_tokens
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.rollout.engine import Engine, GenerationRequest, Receiver, Sampling
 from ppo_ray.seeding import derive_seed
@@ -25,15 +26,15 @@ class RolloutWorker(Worker):
 
     def setup(self, config: Config) -> dict[str, float]:
         """Start the engine and load the tokenizer; returns the seconds it took, by part."""
-        from ppo_ray.models.loading import load_tokenizer
+        from ppo_ray.models.loading import load_tokenizer  # loads torch
 
         start = time.perf_counter()
         self._config, self._engine = config, _start_engine(config)
         if weight_transport(config) == "ipc":
             self.connect()
         self._tokenizer = load_tokenizer(config.model.path, config.model.trust)
-        stop_ids = (self._tokenizer.eos_token_id,) if config.rollout.stop_at_eos else ()
-        self._sampling = Sampling(config.rollout.temperature, stop_ids)
+        ends = read_end_tokens(config, self._tokenizer)
+        self._sampling = Sampling(config.rollout.temperature, ends.ids)
         self._rest()
         return {"time/engine_start_s": time.perf_counter() - start}
 
@@ -48,21 +49,24 @@ class RolloutWorker(Worker):
         ]
         completions = self._engine.generate(requests, self._sampling)
         self._rest()
-        rows = [
-            {
-                "sample_id": sample_id,
-                "step": step,
-                "policy_version": self._engine.policy_version,
-                "worker": self._name,
-                "seed": request.seed,
-                "prompt_ids": request.prompt_ids,
-                "response_ids": completion.response_ids,
-                "rollout_logprobs": completion.logprobs,
-                "finish_reason": completion.finish_reason,
-                **self._texts(request.prompt_ids, completion.response_ids),
-            }
-            for sample_id, request, completion in zip(prompts.sample_ids, requests, completions, strict=True)
-        ]
+        rows = []
+        for sample_id, request, completion in zip(prompts.sample_ids, requests, completions, strict=True):
+            prompt, response = decode_pair(self._tokenizer, request.prompt_ids, completion.response_ids)
+            rows.append(
+                {
+                    "sample_id": sample_id,
+                    "step": step,
+                    "policy_version": self._engine.policy_version,
+                    "worker": self._name,
+                    "seed": request.seed,
+                    "prompt_ids": request.prompt_ids,
+                    "response_ids": completion.response_ids,
+                    "rollout_logprobs": completion.logprobs,
+                    "finish_reason": completion.finish_reason,
+                    "prompt": prompt,
+                    "response": response,
+                }
+            )
         return trajectory.from_rows(rows), {"time/generate_s": time.perf_counter() - start}
 
     def load_weights(self, manifest: WeightManifest, buckets: list[Any]) -> WeightAck:
@@ -96,14 +100,6 @@ class RolloutWorker(Worker):
     def _ack(self, manifest: WeightManifest, start: float) -> WeightAck:
         seconds = time.perf_counter() - start
         return WeightAck(self._name, self._engine.policy_version, manifest.checksum, seconds)
-
-    def _texts(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> dict[str, str]:
-        """Decode the whole once, so that a character whose bytes span prompt and response stays whole."""
-        prompt = self._tokenizer.decode(prompt_ids, skip_special_tokens=True)
-        text = self._tokenizer.decode([*prompt_ids, *response_ids], skip_special_tokens=True)
-        if text.startswith(prompt):
-            return {"prompt": prompt, "response": text[len(prompt) :]}
-        return {"prompt": "", "response": text}
 
 
 def draw_limits(rollout: RolloutConfig, seed: int, step: int, sample_ids: Sequence[int]) -> list[int]:

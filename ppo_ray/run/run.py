@@ -54,14 +54,18 @@ class Run:
         Raises:
             InputError: something in the config cannot be used; nothing was started or written.
         """
+        ends = None
         if prompts is None:
-            prompts = preflight.check(config).open_prompts(config)
+            inputs = preflight.check(config)
+            prompts, ends = inputs.open_prompts(config), inputs.describe_ends()
         folder = open_folder(config)
         with folder.lock(), MetricsLog(folder.path) as log:
             run = cls(config, prompts, folder, log, console)
             run.is_finished = is_finished(folder, config)
             if not run.is_finished:
                 run._begin()
+                if ends is not None:
+                    run.say(ends)
             yield run
 
     @contextlib.contextmanager

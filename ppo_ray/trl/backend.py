@@ -3,6 +3,7 @@
 Dimensions: P prompt tokens, R response tokens.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -16,7 +17,8 @@ from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.models.actor_critic import CausalLMWithValueHead
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.trl.config import PPOConfig
-from ppo_ray.trl.generation import GenerateCall, TokenIds, generate
+from ppo_ray.trl.generation import GenerateCall, generate
+from ppo_ray.trl.limits import Limits, TokenIds
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead
 
 _MICROBATCH_TOKENS = 2048
@@ -96,7 +98,8 @@ def build_trajectories(
     scores: list[torch.Tensor],
     response_masks: list[torch.Tensor] | None,
     batch_size: int,
-    eos_token_id: int | None,
+    ends: Collection[int],
+    limits: Limits,
 ) -> pa.Table:
     """Check what a script gives to `step`, and build a table of `trajectory.SCHEMA` from it.
 
@@ -108,7 +111,8 @@ def build_trajectories(
         scores: one number each.
         response_masks: None, or all ones.
         batch_size: how many of each there must be.
-        eos_token_id: a response that ends with it ended by itself.
+        ends: token ids; a response that ends with one of them ended by itself.
+        limits: of the model.
 
     Raises:
         ValueError: something is not as said, and the message names the sample; or there is one response token in all.
@@ -128,7 +132,7 @@ def build_trajectories(
     if response_masks is not None and not all(bool(mask.all()) for mask in response_masks):
         raise ValueError("response_masks cannot be honoured: every token of a response is learnt from; leave them out")
     rows = [
-        _make_row(index, query, response, eos_token_id)
+        _make_row(index, query, response, ends, limits)
         for index, (query, response) in enumerate(zip(queries, responses, strict=True))
     ]
     if sum(len(row["response_ids"]) for row in rows) < 2:
@@ -139,11 +143,13 @@ def build_trajectories(
     return trajectory.with_scores(trajectory.from_rows(rows), numbers)
 
 
-def _make_row(index: int, query: torch.Tensor, response: torch.Tensor, eos_token_id: int | None) -> dict[str, Any]:
-    """Make a row of the table; raises ValueError if it has not at least one token of each."""
-    for name, ids in (("queries", query), ("responses", response)):
-        if ids.dim() != 1 or not len(ids) or ids.is_floating_point():
-            raise ValueError(f"{name}[{index}] is {ids.dtype} {tuple(ids.shape)}; it must be [tokens], at least one")
+def _make_row(
+    index: int, query: torch.Tensor, response: torch.Tensor, ends: Collection[int], limits: Limits
+) -> dict[str, Any]:
+    """Make a row of the table; raises ValueError if the model cannot compute it, or it lacks tokens of either."""
+    limits.check_ids(f"queries[{index}]", query)
+    limits.check_ids(f"responses[{index}]", response)
+    limits.check_length(f"queries[{index}] and responses[{index}]", len(query) + len(response))
     response_ids = response.tolist()
     return {
         "sample_id": index,
@@ -156,5 +162,5 @@ def _make_row(index: int, query: torch.Tensor, response: torch.Tensor, eos_token
         "prompt_ids": query.tolist(),
         "response_ids": response_ids,
         "rollout_logprobs": [float("nan")] * len(response_ids),
-        "finish_reason": "stop" if response_ids[-1] == eos_token_id else "length",
+        "finish_reason": "stop" if response_ids[-1] in ends else "length",
     }

@@ -8,12 +8,14 @@ Dimensions: P prompt tokens, T prompt and response tokens.
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+
+from ppo_ray.trl.limits import Limits, TokenIds, find_limits
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_k": (0, None),
@@ -41,9 +43,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Options of transformers' generation, and the values at which they leave the distribution alone."""
 _NEUTRAL_ARGUMENTS = ("logits_processor", "prefix_allowed_tokens_fn", "assistant_model", "custom_generate")
-
-TokenIds = torch.Tensor | list[torch.Tensor]
-"""Token ids of one sequence, or of a list of sequences."""
 
 
 class LengthSampler:
@@ -81,6 +80,8 @@ class GenerateCall:
     """Whether the answers begin with their prompts."""
     arguments: dict[str, Any]
     """For transformers' `generate`."""
+    ends: tuple[int, ...]
+    """Token ids that end a response."""
 
 
 def sampling_temperature(generation_config: Any, arguments: dict[str, Any]) -> float:
@@ -120,8 +121,8 @@ def sampling_temperature(generation_config: Any, arguments: dict[str, Any]) -> f
 def generate(model: Any, tokenizer: Any, call: GenerateCall) -> TokenIds:
     """Answer prompts with transformers' `generate`.
 
-    A response to a prompt of a list ends with its first end-of-sequence token, which is kept. TRL adds two arguments
-    for lists: `pad_to_multiple_of` widens batches; `remove_padding=False` keeps what follows that token.
+    A response ends with the first token of `call.ends`, which is kept. TRL adds two arguments for lists:
+    `pad_to_multiple_of` widens batches; `remove_padding=False` keeps what follows that token.
 
     Args:
         model: an `AutoModelForCausalLMWithValueHead`, in eval mode.
@@ -132,47 +133,88 @@ def generate(model: Any, tokenizer: Any, call: GenerateCall) -> TokenIds:
         `[1, T]` for one prompt; for a list a list of `[T]`, without padding.
 
     Raises:
-        ValueError: a single prompt is not of one dimension.
+        ValueError: a prompt is not `[tokens]`, or has ids or a length that the model does not know; or padding could
+            not be told from tokens.
     """
+    limits = find_limits(model.pretrained_model)
+    call = replace(call, arguments=call.arguments | {"eos_token_id": list(call.ends) or None})
     if isinstance(call.queries, list):
-        return _generate_in_batches(model, tokenizer, call, call.queries)
-    query, arguments = call.queries, call.arguments
-    if query.dim() != 1:
-        raise ValueError(f"query_tensor has shape {tuple(query.shape)}; give [tokens], or a list of such")
-    if call.length_sampler is not None:
-        arguments = {**arguments, "max_new_tokens": call.length_sampler()}
+        return _generate_in_batches(model, tokenizer, call, call.queries, limits)
+    query, arguments = call.queries, _draw_length(call, [call.queries], limits)
     query = query.to(model.pretrained_model.device)
     output = model.generate(input_ids=query[None], attention_mask=torch.ones_like(query)[None], **arguments)
     return output if call.return_prompt else output[:, len(query) :]
 
 
+def _draw_length(call: GenerateCall, batch: list[torch.Tensor], limits: Limits) -> dict[str, Any]:
+    """Return the arguments for a batch, its length drawn; raise ValueError if the model has too few positions."""
+    arguments = dict(call.arguments)
+    if call.length_sampler is not None:
+        arguments["max_new_tokens"] = call.length_sampler()
+    limit = arguments.get("max_new_tokens")
+    if limit is not None:
+        longest = max(len(query) for query in batch)
+        limits.check_length(f"a prompt of {longest} tokens and max_new_tokens={limit}", longest + limit)
+    return arguments
+
+
 def _generate_in_batches(
-    model: Any, tokenizer: Any, call: GenerateCall, queries: list[torch.Tensor]
+    model: Any, tokenizer: Any, call: GenerateCall, queries: list[torch.Tensor], limits: Limits
 ) -> list[torch.Tensor]:
     """Answer a list of prompts in batches padded on the left."""
     arguments = dict(call.arguments)
     multiple, cut = arguments.pop("pad_to_multiple_of", None), arguments.pop("remove_padding", True)
+    pad = arguments.pop("pad_token_id", None)
+    pad = _choose_padding(tokenizer.pad_token_id if pad is None else pad, cut, limits)
+    _refuse_other_stops(model.pretrained_model.generation_config, call)
+    call = replace(call, arguments=arguments | {"pad_token_id": pad})
     device = model.pretrained_model.device
     responses: list[torch.Tensor] = []
     for start in range(0, len(queries), call.batch_size):
         batch = queries[start : start + call.batch_size]
-        if call.length_sampler is not None:
-            arguments["max_new_tokens"] = call.length_sampler()
+        drawn = _draw_length(call, batch, limits)
         width = max(len(query) for query in batch)
         width = width if multiple is None else -(-width // multiple) * multiple
-        input_ids = torch.full((len(batch), width), tokenizer.pad_token_id or 0, device=device)
+        input_ids = torch.full((len(batch), width), pad, device=device)
         attention_mask = torch.zeros_like(input_ids)
         for row, query in enumerate(batch):
             input_ids[row, width - len(query) :] = query.to(device)
             attention_mask[row, width - len(query) :] = 1
-        outputs = model.generate(input_ids=input_ids, attention_mask=attention_mask, **arguments)
+        outputs = model.generate(input_ids=input_ids, attention_mask=attention_mask, **drawn)
         for query, output in zip(batch, outputs, strict=True):
-            response = _cut_after_eos(output[width:], tokenizer.eos_token_id) if cut else output[width:]
+            response = _cut_after_end(output[width:], call.ends) if cut else output[width:]
             responses.append(torch.cat([query.to(device), response]) if call.return_prompt else response)
     return responses
 
 
-def _cut_after_eos(response: torch.Tensor, eos_token_id: int | None) -> torch.Tensor:
-    """Cut after the first end-of-sequence token; TRL looks for it in the prompt too, and cuts there."""
-    ends = (response == eos_token_id).nonzero() if eos_token_id is not None else response.new_empty(0)
-    return response[: int(ends[0]) + 1] if len(ends) else response
+def _choose_padding(pad_token_id: int | None, cut: bool, limits: Limits) -> int:
+    """Return an id to pad with: any that the model knows will do, as padding is masked and cut off."""
+    if pad_token_id is not None and 0 <= pad_token_id < limits.vocab_size:
+        return pad_token_id
+    if not cut and pad_token_id is not None:
+        raise ValueError(
+            f"generate(pad_token_id={pad_token_id}, remove_padding=False): the model knows 0 to "
+            f"{limits.vocab_size - 1}; resize its embeddings, or give another id"
+        )
+    return 0
+
+
+def _refuse_other_stops(generation_config: Any, call: GenerateCall) -> None:
+    """Raise ValueError where padding could not be told from tokens: what follows a stop that is no token."""
+    own = call.arguments.get("generation_config") or generation_config
+    stops = {
+        "stop_strings": call.arguments.get("stop_strings") or getattr(own, "stop_strings", None),
+        "stopping_criteria": call.arguments.get("stopping_criteria"),
+    }
+    given = [name for name, stop in stops.items() if stop]
+    if given and call.batch_size > 1:
+        raise ValueError(
+            f"generate({given[0]}=..., batch_size={call.batch_size}): the padding behind a response that stops so "
+            "could not be told from its tokens, and would be learnt from; give batch_size=1"
+        )
+
+
+def _cut_after_end(response: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
+    """Cut after the first token that ends a response; TRL looks for it in the prompt too, and cuts there."""
+    found = torch.isin(response, torch.tensor(ends, dtype=response.dtype, device=response.device)).nonzero()
+    return response[: int(found[0]) + 1] if len(found) else response

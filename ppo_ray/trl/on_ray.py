@@ -21,10 +21,12 @@ from ppo_ray.learner.group import LearnerGroup
 from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.models.actor_critic import VALUE_HEAD_FILE, save_value_head
 from ppo_ray.models.saving import save_model
+from ppo_ray.models.tokens import read_end_tokens
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.rollout.group import RolloutGroup
 from ppo_ray.trl.config import PPOConfig
-from ppo_ray.trl.generation import GenerateCall, TokenIds
+from ppo_ray.trl.generation import GenerateCall
+from ppo_ray.trl.limits import TokenIds
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead
 
 _LOG = logging.getLogger(__name__)
@@ -65,18 +67,21 @@ class OnRay:
 
         Raises:
             ValueError: a parameter of the model is frozen, which the learner would not know.
-            InputError: an option is wrong, or the machine cannot hold the actors.
+            InputError: an option is wrong, nothing can end a response, or the machine cannot hold the actors.
             WorkerError: an actor did not start.
         """
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         if frozen:
             raise ValueError(f"frozen parameters ({frozen[0]}, ...) cannot be honoured on Ray: all are trained there")
-        self._model, self._eos_token_id, self._sampled = model, tokenizer.eos_token_id, 0
+        self._model, self._sampled = model, 0
         self.kl_coef, self._version = config.init_kl_coef, 0
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ppo_ray-"))
             self._config = _make_config(config, folder, options)
             _write_models(self._config, model, ref_model, tokenizer)
+            ends = read_end_tokens(self._config, tokenizer)
+            self._ends = ends.ids
+            _LOG.info("%s", ends.describe(tokenizer))
             stack.enter_context(ray_session(self._config.ray))
             seats = stack.enter_context(reserve(self._config, ["rollout", "learner"]))
             self._rollout = RolloutGroup(self._config, _log_event, seats)
@@ -94,7 +99,7 @@ class OnRay:
         Raises:
             ValueError: an argument is not for engines, the temperature is not theirs, or the reference is asked.
         """
-        self._check(call.arguments, by_reference)
+        self._check(call, by_reference)
         prompts = call.queries if isinstance(call.queries, list) else [call.queries]
         default = call.arguments.get("max_new_tokens", 20)  # transformers' default
         starts = range(0, len(prompts), call.batch_size)
@@ -127,8 +132,9 @@ class OnRay:
         """End the actors, and Ray if it was started here."""
         self._stack.close()
 
-    def _check(self, arguments: dict[str, Any], by_reference: bool) -> None:
+    def _check(self, call: GenerateCall, by_reference: bool) -> None:
         """Raise ValueError for what the engines cannot honour."""
+        arguments = call.arguments
         if by_reference:
             raise ValueError("generate_ref_response cannot be honoured on Ray: the engines hold the policy alone")
         unknown = sorted(set(arguments) - _ARGUMENTS)
@@ -136,9 +142,11 @@ class OnRay:
             raise ValueError(
                 f"{', '.join(unknown)} cannot be honoured on Ray; engines take {', '.join(sorted(_ARGUMENTS))}"
             )
-        if arguments.get("eos_token_id", self._eos_token_id) != self._eos_token_id:
+        if "eos_token_id" in arguments and call.ends != self._ends:
             raise ValueError(
-                f"eos_token_id={arguments['eos_token_id']}: on Ray it is the tokenizer's, {self._eos_token_id}"
+                f"eos_token_id={arguments['eos_token_id']}: on Ray responses end at {list(self._ends)}: at the "
+                "tokenizer's end of sequence and those of the model's generation config, or at none with "
+                "on_ray=['rollout.stop_at_eos=false']; leave eos_token_id out"
             )
         wanted, given = self._config.rollout.temperature, arguments.get("temperature", 1.0)
         if given != wanted:

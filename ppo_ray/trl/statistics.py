@@ -39,7 +39,8 @@ def step_statistics(update: UpdateReport, orders: Sequence[np.ndarray], mini_bat
         return float(np.mean([figure(np.concatenate([columns[name][row] for row in part])) for part in parts]))
 
     returns_var = mean_of_parts("returns", _variance)
-    error = _mean(update, "value/error")
+    with np.errstate(divide="ignore", invalid="ignore"):  # returns that are all the same have nothing to explain
+        var_explained = float(1 - np.float64(_mean(update, "value/error")) / np.float64(returns_var))
     return {
         "objective/kl": metrics["kl/per_sequence"],
         "objective/kl_dist": np.array([kl.sum() for kl in columns["kl"]], np.float32),
@@ -69,11 +70,11 @@ def step_statistics(update: UpdateReport, orders: Sequence[np.ndarray], mini_bat
         "ppo/returns/mean": mean_of_parts("returns", np.mean),
         "ppo/returns/var": returns_var,
         "ppo/val/vpred": _mean(update, "value/updated_mean"),
-        "ppo/val/error": error,
+        "ppo/val/error": _mean(update, "value/error"),
         "ppo/val/clipfrac": _mean(update, "value/clip_fraction"),
         "ppo/val/mean": mean_of_parts("values", np.mean),
         "ppo/val/var": mean_of_parts("values", _variance),
-        "ppo/val/var_explained": 1 - error / returns_var,
+        "ppo/val/var_explained": var_explained,
         "ppo/learning_rate": metrics["learner/learning_rate"],
     }
 
@@ -83,7 +84,8 @@ def _mean(update: UpdateReport, name: str) -> float:
 
 
 def _variance(figures: np.ndarray) -> float:
-    return float(figures.var(ddof=1, dtype=np.float64))
+    """Return the unbiased variance; NaN of one figure, as TRL has it for a mini-batch of one token."""
+    return float(figures.var(ddof=1, dtype=np.float64)) if len(figures) > 1 else float("nan")
 
 
 def _std(lengths: np.ndarray) -> float:

@@ -17,6 +17,7 @@ from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.trl.backend import Backend, InProcess, build_trajectories
 from ppo_ray.trl.config import PPOConfig
 from ppo_ray.trl.generation import GenerateCall, sampling_temperature
+from ppo_ray.trl.limits import check_queries, find_ends, find_limits
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead, create_reference_model
 from ppo_ray.trl.statistics import make_accelerator, make_log_entries, step_statistics
 
@@ -111,7 +112,8 @@ class PPOTrainer:
             self._backend = OnRay(config, self.model, self.ref_model, tokenizer, on_ray)
         self.kl_ctl = KLControl(self._backend)
         self.current_step = 0
-        self._temperature: float | None = None
+        self._temperature: float | None = None  # of the responses of this step, as are the ids that ended them
+        self._ends: set[int] = set()
 
     def prepare_dataloader(self, dataset: Any, data_collator: Callable[..., Any] | None = None) -> Any:
         """Make a shuffling dataloader of whole batches; a datasets Dataset loses the columns that nothing takes."""
@@ -143,12 +145,14 @@ class PPOTrainer:
             **generation_kwargs: for `generate`; it must sample from the full softmax.
 
         Returns:
-            For one prompt `[1, T]`; for a list a list of `[T]`, without padding, up to the first end-of-sequence token.
+            For one prompt `[1, T]`; for a list a list of `[T]`, without padding, up to the first token that ends a
+            response: the tokenizer's end of sequence, each `eos_token_id` of the model's generation config, or, if
+            `eos_token_id` is given, that alone.
             With `generate_ref_response` a pair: the model's and the reference's.
 
         Raises:
             ValueError: it would not sample from the full softmax, or at another temperature than earlier responses of
-                the same step.
+                the same step; or the model does not know a prompt's ids.
         """
         temperature = sampling_temperature(self.model.pretrained_model.generation_config, generation_kwargs)
         if self._temperature not in (None, temperature):
@@ -156,8 +160,11 @@ class PPOTrainer:
                 f"generate(temperature={temperature:g}): earlier responses of this step were sampled at "
                 f"{self._temperature:g}; the responses of a step must share one temperature"
             )
+        check_queries(query_tensor, find_limits(self.model.pretrained_model))
+        ends = find_ends(self.model.pretrained_model, self.tokenizer, generation_kwargs)
         self._temperature = temperature
-        call = GenerateCall(query_tensor, length_sampler, batch_size, return_prompt, generation_kwargs)
+        self._ends.update(ends)
+        call = GenerateCall(query_tensor, length_sampler, batch_size, return_prompt, generation_kwargs, ends)
         answer = self._backend.generate(call)
         return (answer, self._backend.generate(call, by_reference=True)) if generate_ref_response else answer
 
@@ -184,10 +191,10 @@ class PPOTrainer:
             NonFiniteError: the loss or its gradient is not finite; the weights are as before that mini-batch.
         """
         started = time.perf_counter()
-        table = build_trajectories(
-            queries, responses, scores, response_masks, self.config.batch_size, self.tokenizer.eos_token_id
-        )
-        temperature, self._temperature = self._temperature or 1.0, None
+        limits = find_limits(self.model.pretrained_model)
+        ends = self._ends or find_ends(self.model.pretrained_model, self.tokenizer, {})
+        table = build_trajectories(queries, responses, scores, response_masks, self.config.batch_size, ends, limits)
+        temperature, self._temperature, self._ends = self._temperature or 1.0, None, set()
         update, orders = self._update(table, temperature)
         counted = time.perf_counter()
         stats = step_statistics(update, orders, self.config.mini_batch_size)

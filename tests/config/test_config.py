@@ -1,3 +1,6 @@
+import importlib.util
+import re
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -168,6 +171,27 @@ def test_the_plain_log_ratio_is_for_the_reward():
     assert line.startswith("ppo.kl_in: loss is not for kl_estimator=k1") and "take k2" in line
     for estimator in ("k2", "k3", "abs"):
         assert load_config(None, [*REQUIRED, "ppo.kl_in=loss", f"ppo.kl_estimator={estimator}"]).ppo.kl_in == "loss"
+
+
+def test_a_penalty_for_a_missing_end_needs_ends():
+    (line,) = violations(*REQUIRED, "rollout.stop_at_eos=false", "ppo.missing_eos_penalty=1.5")
+    assert line.startswith("ppo.missing_eos_penalty: 1.5 would be taken off every score: with rollout.stop_at_eos=fal")
+    load_config(None, [*REQUIRED, "rollout.stop_at_eos=false", "ppo.missing_eos_penalty=0"])
+    load_config(None, [*REQUIRED, "ppo.missing_eos_penalty=1.5"])
+
+
+def test_vllm_raises_temperatures_below_its_limit():
+    (line,) = violations(*REQUIRED, "rollout.temperature=0.009")
+    assert line.startswith("rollout.temperature: 0.009 is below 0.01, the lowest at which rollout.engine=vllm samples")
+    assert line.endswith("set 0.01 or more, or rollout.engine=hf")
+    load_config(None, [*REQUIRED, "rollout.temperature=0.01"])
+    load_config(None, [*REQUIRED, "rollout.temperature=0.009", "rollout.engine=hf"])
+    found = importlib.util.find_spec("vllm")  # read, not imported, which takes long
+    if found is not None:
+        (limit,) = re.findall(
+            r"^_MAX_TEMP = (.+)$", Path(found.origin).with_name("sampling_params.py").read_text(), re.M
+        )
+        assert float(limit) == 0.01
 
 
 def test_the_full_divergence_is_for_the_reward():

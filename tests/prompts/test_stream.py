@@ -4,8 +4,9 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import xxhash
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import InputError
@@ -102,6 +103,63 @@ def test_texts_must_be_longer_than_min_chars_and_blank_or_null_ones_are_skipped(
         assert numbers(stream.take(3)) == expected
 
 
+def adding(template, **options):
+    """Make a tokenizer that puts special tokens around a text as the template says; a text's words are its letters."""
+    names = ["<s>", "</s>", "[CLS]", "[SEP]"]
+    backend = Tokenizer(models.WordLevel({name: n for n, name in enumerate([*names, *"abc"])}))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        template, special_tokens=list(zip(names, range(4), strict=True))
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", cls_token="[CLS]", sep_token="[SEP]", **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "front"),
+    [
+        ("$A </s>", []),
+        ("<s> $A </s>", [0]),
+        ("[CLS] $A [SEP]", [2]),
+        ("<s> $A", [0]),
+        ("$A", []),
+        ("$A [SEP] </s>", []),
+    ],
+)
+def test_what_a_tokenizer_puts_behind_a_text_is_no_part_of_a_prompt(tmp_path, template, front):
+    path = tmp_path / "texts.jsonl"
+
+    def prompt(text, num_tokens=9):
+        path.write_text(json.dumps({"text": text}))
+        options = {"min_chars": 0, "min_tokens": num_tokens, "max_tokens": num_tokens}
+        return list(PromptStream(config(path, **options), adding(template), seed=0).take(1).prompt_ids[0])
+
+    assert prompt("a b c") == [*front, 4, 5, 6]
+    assert prompt("a b c", 2) == [*front, 4, 5, 6][:2]
+    assert prompt("a b </s>") == [*front, 4, 5, 1]  # the text's own
+    assert prompt("a </s> b") == [*front, 4, 1, 5]
+    assert prompt("<s> a") == ([0, 4] if front == [0] else [*front, 0, 4])  # once
+
+
+def test_a_slow_tokenizer_that_appends_its_end(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "ab"}))
+    stream = PromptStream(config(path, min_chars=0, min_tokens=9, max_tokens=9), ByT5Tokenizer(), seed=0)
+    assert stream.take(1).prompt_ids == ((100, 101),)  # bytes, and three special tokens before them
+
+
+def test_the_prompts_of_a_tokenizer_that_adds_nothing_are_as_ever(tiny_policy, tiny_prompts):
+    """A run that began with an earlier version is known by this fingerprint."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    state = xxhash.xxh3_64()
+    texts = pq.read_table(tiny_prompts).column("text").to_pylist()
+    for one in texts:
+        state.update(f"{len(one.encode())}:".encode() + one.encode())
+    state.update(json.dumps(tokenizer(texts[:16])["input_ids"]).encode())
+    assert PromptStream(config(tiny_prompts), tokenizer, seed=0).fingerprint == state.hexdigest()
+
+
 def test_a_text_shorter_than_its_length_is_used_whole(tmp_path, tokenizer):
     pq.write_table(pa.table({"text": ["5 5 5"]}), tmp_path / "t.parquet")
     stream = PromptStream(config(tmp_path / "t.parquet", min_tokens=8, max_tokens=8), tokenizer, seed=0)
@@ -137,7 +195,7 @@ def test_errors_name_the_option(parquet, tmp_path, tokenizer):
 
     num_held_out = 0
     assert "no such file" in message(path=tmp_path / "no.parquet")
-    assert "no such folder" in message(path=tmp_path / "no")
+    assert "no such file or folder" in message(path=tmp_path / "no")
     assert message(column="review").startswith("prompts.column=review") and "text, label" in message(column="review")
     assert "int64, not text" in message(column="label")
     assert "prompts.min_chars=500: no prompt left: of 20 texts" in message(min_chars=500)

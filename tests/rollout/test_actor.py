@@ -1,9 +1,11 @@
 """When a rollout worker lets its engine sleep; the worker without Ray around it."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from ppo_ray.config import load_config
 from ppo_ray.prompts.stream import PromptBatch
@@ -24,6 +26,7 @@ class Recorder:
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
         self.calls.append("generate")
+        self.sampling = sampling
         return [Completion((5,), (-1.0,), "length") for _ in requests]
 
     def load_weights(self, snapshot: WeightSnapshot) -> None:
@@ -54,3 +57,31 @@ def test_an_engine_sleeps_when_its_turn_is_over(
     worker.generate(prompts, 0, 0)
     assert table.num_rows == 2
     assert engine.calls == calls
+
+
+@pytest.mark.parametrize(("stop_at_eos", "ids"), [("true", (0, 5, 9)), ("false", ())])
+def test_an_engine_is_told_all_that_ends_a_response(
+    stop_at_eos: str, ids: tuple[int, ...], tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer's end of sequence is 0; the model declares others too, as models that chat do."""
+    folder = shutil.copytree(tiny_policy, tmp_path / "policy")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [9, 5, 600]}')  # of a vocabulary of 512
+    engine = Recorder()
+    monkeypatch.setattr(actor, "_start_engine", lambda config: engine)
+    worker = RolloutWorker.__ray_metadata__.modified_class("rollout-0")
+    base = ["output_dir=x", f"model.path={folder}", "prompts.path=p", "reward.path=r"]
+    worker.setup(load_config(None, [*base, f"rollout.stop_at_eos={stop_at_eos}", "rollout.temperature=0.5"]))
+    worker.generate(PromptBatch((0,), ((7, 8),)), 0, 0)
+    assert engine.sampling == Sampling(0.5, ids)
+
+
+def test_a_character_that_is_begun_in_the_prompt_is_the_responses(
+    tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Recorder()
+    monkeypatch.setattr(actor, "_start_engine", lambda config: engine)
+    worker = RolloutWorker.__ray_metadata__.modified_class("rollout-0")
+    worker.setup(load_config(None, ["output_dir=x", f"model.path={tiny_policy}", "prompts.path=p", "reward.path=r"]))
+    first, second = AutoTokenizer.from_pretrained(tiny_policy)("影")["input_ids"][:2], (5,)
+    table, _ = worker.generate(PromptBatch((0, 1), ((36, *first), second)), 0, 0)
+    assert table.column("prompt").to_pylist()[0] == "D" and table.column("response").to_pylist()[0] == "\ufffd%"

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from ppo_ray.errors import InputError
 from ppo_ray.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
-from ppo_ray.trl.on_ray import _make_config
+from ppo_ray.trl.generation import GenerateCall
+from ppo_ray.trl.on_ray import OnRay, _make_config
 
 
 def test_options_of_the_actors_are_taken(tmp_path: Path) -> None:
@@ -25,6 +26,58 @@ def test_options_of_the_actors_are_taken(tmp_path: Path) -> None:
 def test_what_is_the_scripts_own_is_refused_not_overwritten(tmp_path: Path, option: str) -> None:
     with pytest.raises(InputError, match=f"on_ray: {option} cannot be set here"):
         _make_config(PPOConfig(), str(tmp_path), ["rollout.workers=2", option])
+
+
+def test_a_temperature_that_vllm_would_raise_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"rollout.temperature: 0.005 is below 0.01"):
+        _make_config(PPOConfig(), str(tmp_path), ["rollout.temperature=0.005"])
+    _make_config(PPOConfig(), str(tmp_path), ["rollout.temperature=0.005", "rollout.engine=hf"])
+
+
+@pytest.fixture
+def start(tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what makes a backend up to the moment that Ray would be started."""
+
+    class Started(Exception):
+        pass
+
+    def ray_session(config: Any) -> None:
+        raise Started
+
+    monkeypatch.setattr("ppo_ray.trl.on_ray.ray_session", ray_session)
+
+    def start(declared: Any, *options: str, eos_token: str | None = "<eos>") -> OnRay | None:
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_policy)
+        model.pretrained_model.generation_config.eos_token_id = declared
+        tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+        tokenizer.eos_token = eos_token
+        backend = OnRay.__new__(OnRay)
+        with pytest.raises(Started):
+            backend.__init__(PPOConfig(), model, model, tokenizer, [f"output_dir={tmp_path}", *options])
+        return backend
+
+    return start
+
+
+def test_a_model_that_nothing_ends_is_refused_before_ray_is_started(start: Any) -> None:
+    with pytest.raises(InputError, match="nothing can end a response; name one .* or set rollout.stop_at_eos=false"):
+        start(None, eos_token=None)
+    start(None, "rollout.stop_at_eos=false", eos_token=None)
+    start(5, eos_token=None)
+
+
+def test_ends_are_those_of_the_engines(start: Any) -> None:
+    def check(backend: OnRay, given: Any, ends: tuple[int, ...]) -> None:
+        backend._check(GenerateCall([], None, 1, True, {"eos_token_id": given}, ends), by_reference=False)
+
+    backend = start([5, 9, 600])
+    check(backend, [9, 5, 0], (0, 5, 9))
+    with pytest.raises(ValueError, match=r"eos_token_id=9: on Ray responses end at \[0, 5, 9\]"):
+        check(backend, 9, (9,))
+    backend = start([5, 9], "rollout.stop_at_eos=false")
+    check(backend, 100_000, ())
+    with pytest.raises(ValueError, match=r"on Ray responses end at \[\]"):
+        check(backend, 0, (0,))
 
 
 class Remote:

@@ -1,4 +1,6 @@
+import math
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from ppo_ray.errors import NonFiniteError
 from ppo_ray.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -118,9 +120,9 @@ def test_left_padding_changes_no_distribution(make: Any) -> None:
     prompts = [torch.tensor([5]), torch.tensor([7, 8, 9, 10, 11, 12])]
     greedy = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
     alone = [trainer.model.generate(p[None], attention_mask=torch.ones_like(p)[None], **greedy)[0] for p in prompts]
-    beside = generate(trainer.model, trainer.tokenizer, GenerateCall(prompts, None, 2, True, greedy))
+    beside = generate(trainer.model, trainer.tokenizer, GenerateCall(prompts, None, 2, True, greedy, (0,)))
     for found, wanted in zip(beside, alone, strict=True):
-        assert found.tolist() == wanted[: len(found)].tolist()
+        assert found.tolist() == wanted.tolist()
 
 
 def test_the_temperature_that_was_sampled_at_counts_in_the_step(make: Any) -> None:
@@ -149,6 +151,12 @@ def test_the_temperature_that_was_sampled_at_counts_in_the_step(make: Any) -> No
         (lambda q, r, s: (q, [*r[:3], r[3][None]], s), r"responses\[3\] is torch.int64"),
         (lambda q, r, s: (q, [*r[:3], r[3][:0]], s), r"responses\[3\]"),
         (lambda q, r, s: (q, r, s, [torch.zeros_like(x) for x in r]), "response_masks cannot be honoured"),
+        (
+            lambda q, r, s: ([q[0], torch.tensor([5, 512]), *q[2:]], r, s),
+            r"queries\[1\] has the token id 512; the model knows 0 to 511",
+        ),
+        (lambda q, r, s: (q, [*r[:3], torch.tensor([5, -100, 6])], s), r"responses\[3\] has the token id -100"),
+        (lambda q, r, s: (q, [torch.tensor([-1]), *r[1:]], s), r"responses\[0\] has the token id -1;"),
     ],
 )
 def test_a_wrong_batch_is_refused_and_nothing_is_learnt(make: Any, change: Any, message: str) -> None:
@@ -169,6 +177,149 @@ def test_a_single_response_token_is_refused_and_nothing_is_learnt(make: Any) -> 
     stats = trainer.step([query], [torch.tensor([7, 8])], [score])  # two tokens are enough
     assert stats["objective/kl"] == 0 and stats["tokens/responses_len_mean"] == 2
     assert not torch.equal(before, trainer.model.v_head.summary.weight)
+
+
+def test_mini_batches_of_one_token_and_returns_that_are_all_the_same(make: Any) -> None:
+    trainer = make({"batch_size": 2, "mini_batch_size": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats = trainer.step([torch.tensor([5])] * 2, [torch.tensor([6])] * 2, [torch.tensor(1.0)] * 2)
+    assert math.isnan(stats["ppo/returns/var"]) and math.isnan(stats["ppo/val/var"])  # as TRL's
+    assert math.isfinite(stats["ppo/loss/total"]) and stats["ppo/returns/mean"] == pytest.approx(1)
+    stats = trainer_of_equal_returns(make).step([torch.tensor([5])], [torch.tensor([6, 7])], [torch.tensor(1.0)])
+    assert stats["ppo/returns/var"] == 0 and stats["ppo/val/var_explained"] == -math.inf
+
+
+def trainer_of_equal_returns(make: Any) -> PPOTrainer:
+    """Without discount and KL every token's return is the score; a value head of zeros keeps it exact."""
+    trainer = make({"batch_size": 1, "mini_batch_size": 1, "lam": 1.0, "init_kl_coef": 0.0, "adap_kl_ctrl": False})
+    with torch.no_grad():
+        for parameter in trainer.model.v_head.parameters():
+            parameter.zero_()
+    return trainer
+
+
+def with_gpt2(make: Any, positions: int = 16) -> PPOTrainer:
+    """Make a trainer of a model that has learnt a table of positions."""
+    config = GPT2Config(vocab_size=400, n_positions=positions, n_embd=16, n_layer=1, n_head=1, eos_token_id=0)
+    return make(model=AutoModelForCausalLMWithValueHead(GPT2LMHeadModel(config)))
+
+
+def test_sequences_beyond_the_positions_of_a_model(make: Any) -> None:
+    trainer = with_gpt2(make)
+    queries, scores = [torch.tensor([5] * 8)] * 4, [torch.tensor(float(n)) for n in range(4)]
+    before = trainer.model.v_head.summary.weight.clone()
+    responses = [torch.tensor([6] * 8)] * 3
+    with pytest.raises(ValueError, match=r"queries\[3\] and responses\[3\]: 17 tokens; the model has 16 positions"):
+        trainer.step(queries, [*responses, torch.tensor([6] * 9)], scores)
+    with pytest.raises(ValueError, match=r"a prompt of 8 tokens and max_new_tokens=9: 17 tokens; the model has 16"):
+        trainer.generate(queries, **SAMPLING | {"max_new_tokens": 9})
+    with pytest.raises(ValueError, match="the model has 16 positions"):
+        trainer.generate(queries[0], **SAMPLING | {"max_new_tokens": 9})
+    assert torch.equal(before, trainer.model.v_head.summary.weight)
+    trainer.step(queries, trainer.generate(queries, return_prompt=False, **SAMPLING | {"max_new_tokens": 8}), scores)
+    # positions that are computed have no end, but the model may not have been trained on them
+    rotary = make({"batch_size": 1, "mini_batch_size": 1})
+    with pytest.warns(UserWarning, match=r"257 tokens; the model's config has 256 positions"):
+        rotary.step([torch.tensor([5] * 250)], [torch.tensor([6] * 7)], scores[:1])
+
+
+def test_prompts_that_the_model_does_not_know_are_refused(make: Any) -> None:
+    trainer = make()
+    known = torch.tensor([5, 6])
+    with pytest.raises(ValueError, match=r"query_tensor\[1\] has the token id -1; the model knows 0 to 511"):
+        trainer.generate([known, torch.tensor([-1])], **SAMPLING)
+    with pytest.raises(ValueError, match="query_tensor has the token id 512"):
+        trainer.generate(torch.tensor([512]), **SAMPLING)
+    with pytest.raises(ValueError, match=r"query_tensor\[0\] is torch.int64 \(0,\)"):
+        trainer.generate([known[:0]], **SAMPLING)
+
+
+ENDS = list(range(0, 512, 8))
+LONG = SAMPLING | {"max_new_tokens": 24}
+PROMPTS = [torch.tensor(ids) for ids in ([5, 6], [7, 8, 9], [10], [11, 12, 13, 14], [1], [2], [3, 4], [4])]
+
+
+def ended(responses: list[torch.Tensor], ends: list[int]) -> int:
+    """Check that each response ends at its first end, or at its limit; return how many came to an end."""
+    for response in responses:
+        found = [token in ends for token in response.tolist()]
+        assert True not in found[:-1] and (found[-1] or len(response) == 24)
+    return sum(int(response[-1]) in ends for response in responses)
+
+
+def test_a_list_is_cut_at_all_that_ends_a_response(make: Any) -> None:
+    """The tokenizer's end is 0, and pads; a model that declares others stops there, and padding follows."""
+    trainer = make()
+    trainer.model.pretrained_model.generation_config.eos_token_id = ENDS[1:]
+    many = trainer.generate(PROMPTS, batch_size=8, return_prompt=False, **LONG)
+    alone = [trainer.generate(prompt, return_prompt=False, **LONG)[0] for prompt in PROMPTS]
+    assert ended(many, ENDS) > 4 and ended(alone, ENDS) > 4
+    given = trainer.generate(PROMPTS, batch_size=8, return_prompt=False, eos_token_id=ENDS[1:33], **LONG)
+    assert ended(given, ENDS[1:33]) > 2
+    for never in (-1, 100_000, None):
+        whole = trainer.generate(PROMPTS, batch_size=8, return_prompt=False, eos_token_id=never, **LONG)
+        assert {len(response) for response in whole} == {24}
+    with pytest.raises(ValueError, match=r"eos_token_id='</s>' is neither a token id nor a list of them"):
+        trainer.generate(PROMPTS, eos_token_id="</s>", **LONG)
+
+
+def test_transformers_is_told_all_that_ends_a_response(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, told = make(), []
+    trainer.model.pretrained_model.generation_config.eos_token_id = 7
+    generate = trainer.model.generate
+
+    def record(**arguments: Any) -> Any:
+        told.append(arguments["eos_token_id"])
+        return generate(**arguments)
+
+    monkeypatch.setattr(trainer.model, "generate", record)
+    for queries in (PROMPTS[0], PROMPTS):
+        trainer.generate(queries, batch_size=8, **SAMPLING)
+        trainer.generate(queries, batch_size=8, eos_token_id=torch.tensor([9, 3]), **SAMPLING)
+        trainer.generate(queries, batch_size=8, generation_config=GenerationConfig(eos_token_id=[4]), **SAMPLING)
+    assert told == [[0, 7], [3, 9], [4]] * 2
+
+
+def test_what_ended_a_response_counts_in_the_step(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, reasons = make(), []
+    monkeypatch.setattr(
+        trainer, "_update", lambda table, temperature: reasons.extend(table.column("finish_reason").to_pylist())
+    )
+    responses = [torch.tensor([3, last]) for last in (0, 7, 9, 9)]
+    for arguments in ({}, {"eos_token_id": [9, 600]}, None):
+        if arguments is not None:
+            trainer.model.pretrained_model.generation_config.eos_token_id = [7]
+            trainer.generate(PROMPTS[0], **SAMPLING, **arguments)
+        with pytest.raises(TypeError):  # there is no update
+            trainer.step(PROMPTS[:4], responses, [torch.tensor(0.0)] * 4)
+    assert reasons[:4] == ["stop", "stop", "length", "length"]
+    assert reasons[4:8] == ["length", "length", "stop", "stop"]
+    assert reasons[8:] == reasons[:4]
+
+
+def test_a_padding_token_without_an_embedding_pads_all_the_same(make: Any) -> None:
+    trainer = make()
+    trainer.tokenizer.add_tokens([f"new {n}" for n in range(200)])
+    trainer.tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert trainer.tokenizer.pad_token_id >= 512
+    for arguments in (LONG | {"pad_token_id": None}, LONG | {"pad_token_id": trainer.tokenizer.pad_token_id}):
+        responses = trainer.generate(PROMPTS, batch_size=8, return_prompt=False, eos_token_id=ENDS, **arguments)
+        assert ended(responses, ENDS) > 4
+    with pytest.raises(ValueError, match=r"pad_token_id=\d+, remove_padding=False\): the model knows 0 to 511"):
+        trainer.generate(PROMPTS, remove_padding=False, **LONG | {"pad_token_id": None})
+
+
+def test_what_stops_without_a_token_is_for_one_prompt_at_a_time(make: Any) -> None:
+    trainer = make()
+    with pytest.raises(ValueError, match=r"generate\(stop_strings=..., batch_size=4\): the padding behind"):
+        trainer.generate(PROMPTS, stop_strings=["a"], tokenizer=trainer.tokenizer, **LONG)
+    responses = trainer.generate(
+        PROMPTS, batch_size=1, return_prompt=False, stop_strings=["a"], tokenizer=trainer.tokenizer, **LONG
+    )
+    for response in responses:
+        texts = [trainer.tokenizer.decode([token]) for token in response.tolist()]
+        assert not any("a" in text for text in texts[:-1])
 
 
 def test_masks_of_ones_are_fine(make: Any) -> None:
