@@ -5,7 +5,7 @@ Each check yields a line for everything that cannot be used, so that all of it i
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
 from ppo_ray.reward.function import load_function
-from ppo_ray.reward.labels import find_label
+from ppo_ray.reward.labels import check_transform, classifies_text, find_label, token_limit
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Inputs:
     vocab_size: int = 0
     """Of the policy."""
     texts: UsableTexts | None = None
+    notes: list[str] = field(default_factory=list)
+    """What can be used and is worth knowing, a line each."""
 
     def open_prompts(self, config: Config) -> PromptStream:
         """Return the run's prompts, from their beginning."""
@@ -49,7 +51,7 @@ def check(config: Config) -> Inputs:
     """
     inputs = Inputs()
     problems = [*_cpu_problems(config), *transport_problems(config), *_policy_problems(config, inputs)]
-    problems += [*_reward_problems(config), *_prompt_problems(config, inputs)]
+    problems += [*_reward_problems(config, inputs), *_prompt_problems(config, inputs)]
     if in_job():
         problems = [*output_problems(config), *problems]
     refuse(problems, "nothing was started")
@@ -150,7 +152,7 @@ def _num_tokens(model: Any) -> int | None:
     return getattr(model.get_text_config(), "vocab_size", None)
 
 
-def _reward_problems(config: Config) -> Iterator[str]:
+def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:
     reward = config.reward
     if reward.function is not None:
         try:
@@ -164,13 +166,37 @@ def _reward_problems(config: Config) -> Iterator[str]:
     if problem:
         yield problem
         return
-    _, problem = read_tokenizer("reward.path", reward)
+    tokenizer, problem = read_tokenizer("reward.path", reward)
     if problem:
         yield problem
+    else:
+        yield from _length_problems(config, inputs, classifier, tokenizer)
+    if not reward.trust.remote_code and not classifies_text(classifier):
+        yield f"reward.path={reward.path}: transformers has no sequence classifier of the kind {classifier.model_type}"
     try:
         find_label(classifier.id2label or {}, reward.label, str(reward.path))
+        check_transform(reward.transform, classifier, str(reward.path))
     except InputError as error:
         yield str(error)
+
+
+def _length_problems(config: Config, inputs: Inputs, classifier: Any, tokenizer: Any) -> Iterator[str]:
+    """Compare the longest text with what the classifier takes; its tokens may be somewhat shorter or longer."""
+    limit, path, longest = token_limit(classifier, tokenizer), config.reward.path, config.rollout.max_response_tokens
+    if limit is None:
+        return
+    room = limit - tokenizer.num_special_tokens_to_add()
+    whole = min(config.prompts.max_tokens + longest, config.rollout.max_context)
+    if longest > room:
+        yield (
+            f"rollout.max_response_tokens={longest}: {path} takes texts of at most {limit} tokens and would not see a "
+            f"whole response; set it to {room} or less"
+        )
+    elif whole > room:
+        inputs.notes.append(
+            f"{path} takes texts of at most {limit} tokens, and prompt and response may have {whole}: of such a text "
+            "it sees the end; score/truncated_rate is their share"
+        )
 
 
 def _prompt_problems(config: Config, inputs: Inputs) -> Iterator[str]:

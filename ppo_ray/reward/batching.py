@@ -44,15 +44,16 @@ class Inputs:
         self._configs = (model.config, model.config.get_text_config())
         self.num_ids = _num_ids(model)
         """Token ids that the model has an embedding of; None: it has no table of them."""
-        pad_id = next((config.pad_token_id for config in self._configs if config.pad_token_id is not None), None)
-        self._pad_id = pad_id if pad_id is not None and 0 <= pad_id < (self.num_ids or 2**31) else None
+        known = {getattr(config, "pad_token_id", None) for config in self._configs}
+        valid = [pad_id for pad_id in known if pad_id is not None and 0 <= pad_id < (self.num_ids or 2**31)]
+        self._pad_id = valid[0] if valid else None
 
     def make(self, texts: Sequence[Encoded], side: str = "right") -> dict[str, torch.Tensor]:
         """Pad texts on one side to the longest.
 
         Many models read a text's score off its last token that is not `pad_token_id` of their config, even where a mask
-        says what is padding. So texts are padded with that id, whatever the tokenizer's is. A config without one means the
-        last token, whichever it is: then it is given one that none of these texts ends with.
+        says what is padding. So texts are padded with that id, whatever the tokenizer's is. A config without one means
+        the last token, whichever it is: then it is given one that none of these texts ends with.
 
         Args:
             texts: B of them.
@@ -106,7 +107,7 @@ def find_position_limit(model: Any, make_inputs: Callable[[int], dict[str, torch
         make_inputs: makes the inputs of a text of that many tokens.
     """
     reads = []
-    for length in (5, 6, 8):
+    for length in (5, 7, 9):  # odd, so that no index of rotary tables, whose width is even, looks like one of pairs
         inputs = make_inputs(length)
         with _TableReads(model) as found:
             model(**inputs)
@@ -172,6 +173,8 @@ class _TableReads(TorchDispatchMode):
     def _note(self, table: torch.Tensor, dim: int, rows: torch.Tensor | None) -> None:
         address = table.untyped_storage().data_ptr()
         if rows is None or rows.dtype == torch.bool or not rows.numel() or address not in self._tables:
+            return
+        if rows.dim() > 1 and rows.shape[-1] == rows.shape[-2]:  # for every pair of tokens: a table of distances
             return
         last = max(int(rows.max()), self.last_rows.get(address, (0, 0))[0])
         self.last_rows[address] = last, table.shape[dim]

@@ -100,7 +100,7 @@ class Classifier:
             try:
                 encoded[index], self.truncated[index] = self._encode(text or "")
             except (TypeError, ValueError, UnicodeError, OverflowError) as error:
-                failures[index] = f"cannot be tokenised: {first_line(error)}"
+                failures[index] = first_line(error)
         for batch in self._batches(encoded):
             for index, result in zip(batch, self._score_or_split([encoded[i] for i in batch]), strict=True):
                 if isinstance(result, str):
@@ -121,14 +121,21 @@ class Classifier:
             raise ValueError("it is empty")
         encoded = Encoded.of(self._tokenizer(text, verbose=False))
         too_long = self.max_tokens is not None and len(encoded.ids) > self.max_tokens
-        if too_long:
-            encoded = Encoded.of(self._tokenizer(text, truncation=True, max_length=self.max_tokens))
+        return self._encode_end(text, self.max_tokens or 0) if too_long else self._check_ids(encoded), too_long
+
+    def _encode_end(self, text: str, length: int) -> Encoded:
+        """Return the last tokens of a text, as many as wanted or as fit."""
+        limit = length if self.max_tokens is None else min(length, self.max_tokens)
+        return self._check_ids(Encoded.of(self._tokenizer(text, truncation=True, max_length=limit)))
+
+    def _check_ids(self, encoded: Encoded) -> Encoded:
+        """Check that a model has all tokens of a text: on a GPU one that it lacks would end the process."""
+        limit = self._inputs.num_ids
         if not encoded.ids:
             raise ValueError("it has no token")
-        limit = self._inputs.num_ids
         if limit is not None and (worst := max(encoded.ids)) >= limit:
             raise ValueError(f"its token {worst} is none of the {limit} that the model has")
-        return encoded, too_long
+        return encoded
 
     def _batches(self, encoded: dict[int, Encoded]) -> Iterator[list[int]]:
         """Yield the indices of texts that are scored together."""
@@ -142,24 +149,24 @@ class Classifier:
     def _score_or_split(self, encoded: list[Encoded]) -> list[float | str]:
         """Score a batch; if that raises, score each text by itself: the bad one has the reason in place of a score."""
         try:
-            return list(self._score_batch(encoded, self._batching)[:, self._label].tolist())
+            outputs = self._run(encoded, self._batching)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, ValueError) as error:
             if len(encoded) == 1:
                 return [f"the model fails on its {len(encoded[0].ids)} tokens: {first_line(error)}"]
             return [self._score_or_split([one])[0] for one in encoded]
+        if self._transform == "softmax":
+            outputs = outputs.softmax(-1)
+        elif self._transform == "sigmoid":
+            outputs = outputs.sigmoid()
+        return list(outputs[:, self._label].tolist())
 
     @torch.inference_mode()
-    def _score_batch(self, encoded: list[Encoded], batching: Batching = "alone") -> torch.Tensor:
-        """Return `[B, labels]` float32, transformed."""
+    def _run(self, encoded: list[Encoded], batching: Batching = "alone") -> torch.Tensor:
+        """Return the model's own outputs, `[B, labels]` float32."""
         side = "left" if batching == "left" else "right"
-        logits = self._model(**self._inputs.make(encoded, side)).logits.float()
-        if self._transform == "softmax":
-            logits = logits.softmax(-1)
-        elif self._transform == "sigmoid":
-            logits = logits.sigmoid()
-        return logits
+        return self._model(**self._inputs.make(encoded, side)).logits.float()
 
     def _try_model(self, tolerance: float) -> Batching:
         """Find the model's real limit, and how texts can be batched.
@@ -175,7 +182,7 @@ class Classifier:
             )
             self.max_tokens = min((n for n in (self.max_tokens, positions) if n is not None), default=None)
             probes = [self._encode_end(text, length) for text, length in zip(texts, PROBE_LENGTHS, strict=True)]
-            alone, again = (torch.cat([self._score_batch([probe]) for probe in probes]) for _ in range(2))
+            alone, again = (torch.cat([self._run([probe]) for probe in probes]) for _ in range(2))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of any kind: from a model that needs more than the tokens of a text
@@ -187,19 +194,16 @@ class Classifier:
             )
         if not alone.isfinite().all():
             raise InputError(f"{refusal}its outputs are not finite: {alone[~alone.isfinite()][0]}")
+        if len(alone) > 1 and bool((alone == alone[0]).all()):
+            raise InputError(f"{refusal}it gives every text the same outputs: {alone[0].tolist()[:3]}")
         spread, size = float(alone.amax(0).sub(alone.amin(0)).max()), float(alone.abs().max())
         largest = tolerance * (spread + size / 10)
         if not bool(((again - alone).abs() <= largest).all()):
             raise InputError(f"{refusal}it gives the same text another score each time")
         return find_batching(
-            lambda chosen, batching: self._score_batch([probes[index] for index in chosen], batching),
+            lambda chosen, batching: self._run([probes[index] for index in chosen], batching),
             alone,
             [len(probe.ids) for probe in probes],
             largest,
             may_pad="longrope" not in rope_types(self._model.config),  # its frequencies go by a batch's longest text
         )
-
-    def _encode_end(self, text: str, length: int) -> Encoded:
-        """Return the last tokens of a text, as many as wanted or as fit."""
-        limit = length if self.max_tokens is None else min(length, self.max_tokens)
-        return Encoded.of(self._tokenizer(text, truncation=True, max_length=limit))

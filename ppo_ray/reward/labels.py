@@ -6,6 +6,9 @@ from typing import Any
 
 from ppo_ray.errors import InputError
 
+_LENGTHS = ("max_position_embeddings", "max_seq_len")
+"""What configs call the longest sequence."""
+
 
 def find_label(id2label: Mapping[int, Any], label: str, path: str) -> int:
     """Return the index of the label of that name; a model's only label, if it has no name of its own, takes any.
@@ -48,6 +51,13 @@ def check_transform(transform: str, config: Any, path: str) -> None:
         )
 
 
+def classifies_text(config: Any) -> bool:
+    """Say whether transformers has a sequence classifier for the config of a model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+
 def token_limit(config: Any, tokenizer: Any) -> int | None:
     """Return the tokens of the longest text that a model takes, special tokens included; None: there is no limit.
 
@@ -58,7 +68,7 @@ def token_limit(config: Any, tokenizer: Any) -> int | None:
         tokenizer: its own.
     """
     text = config.get_text_config()
-    limits = [tokenizer.model_max_length, getattr(text, "max_position_embeddings", None)]
+    limits = [tokenizer.model_max_length, *(getattr(text, name, None) for name in _LENGTHS)]
     if "dynamic" in rope_types(config):  # beyond it, frequencies depend on the texts before
         limits += [rope.get("original_max_position_embeddings") for rope in _ropes(config)]
     if getattr(text, "attention_type", None) == "block_sparse":  # longer texts change how all later ones are computed
