@@ -5,7 +5,7 @@ Each check yields a line for everything that cannot be used, so that all of it i
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ppo_ray.models.tokens import EndTokens, read_end_tokens
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
 from ppo_ray.reward.function import load_function
-from ppo_ray.reward.labels import find_label
+from ppo_ray.reward.labels import check_transform, classifies_text, find_label, token_limit
 
 
 @dataclass
@@ -31,6 +31,8 @@ class Inputs:
     texts: UsableTexts | None = None
     end_tokens: EndTokens | None = None
     """What ends a response."""
+    notes: list[str] = field(default_factory=list)
+    """What can be used and is worth knowing, a line each."""
 
     def describe_ends(self) -> str | None:
         """Say which tokens end a response; None: they were not read."""
@@ -57,7 +59,7 @@ def check(config: Config) -> Inputs:
     """
     inputs = Inputs()
     problems = [*_cpu_problems(config), *transport_problems(config), *_policy_problems(config, inputs)]
-    problems += [*_end_problems(config, inputs), *_reward_problems(config), *_prompt_problems(config, inputs)]
+    problems += [*_end_problems(config, inputs), *_reward_problems(config, inputs), *_prompt_problems(config, inputs)]
     if in_job():
         problems = [*output_problems(config), *problems]
     refuse(problems, "nothing was started")
@@ -196,7 +198,7 @@ def _end_problems(config: Config, inputs: Inputs) -> Iterator[str]:
         yield str(error)
 
 
-def _reward_problems(config: Config) -> Iterator[str]:
+def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:
     reward = config.reward
     if reward.function is not None:
         try:
@@ -212,15 +214,41 @@ def _reward_problems(config: Config) -> Iterator[str]:
     if problem:
         yield problem
         return
-    _, problem = read_tokenizer("reward.path", reward)
+    tokenizer, problem = read_tokenizer("reward.path", reward)
     if problem:
         yield problem
-    if problem := check_weights("reward.path", "AutoModelForSequenceClassification", str(reward.path), reward.trust)[1]:
+    else:
+        yield from _length_problems(config, inputs, classifier, tokenizer)
+    if not reward.trust.remote_code and not classifies_text(classifier):
+        yield f"reward.path={reward.path}: transformers has no sequence classifier of the kind {classifier.model_type}"
+    elif problem := check_weights("reward.path", "AutoModelForSequenceClassification", str(reward.path), reward.trust)[
+        1
+    ]:
         yield problem
     try:
         find_label(classifier.id2label or {}, reward.label, str(reward.path))
+        check_transform(reward.transform, classifier, str(reward.path))
     except InputError as error:
         yield str(error)
+
+
+def _length_problems(config: Config, inputs: Inputs, classifier: Any, tokenizer: Any) -> Iterator[str]:
+    """Compare the longest text with what the classifier takes; its tokens may be somewhat shorter or longer."""
+    limit, path, longest = token_limit(classifier, tokenizer), config.reward.path, config.rollout.max_response_tokens
+    if limit is None:
+        return
+    room = limit - tokenizer.num_special_tokens_to_add()
+    whole = min(config.prompts.max_tokens + longest, config.rollout.max_context)
+    if longest > room:
+        yield (
+            f"rollout.max_response_tokens={longest}: {path} takes texts of at most {limit} tokens and would not see a "
+            f"whole response; set it to {room} or less"
+        )
+    elif whole > room:
+        inputs.notes.append(
+            f"{path} takes texts of at most {limit} tokens, and prompt and response may have {whole}: of such a text "
+            "it sees the end; score/truncated_rate is their share"
+        )
 
 
 def _prompt_problems(config: Config, inputs: Inputs) -> Iterator[str]:

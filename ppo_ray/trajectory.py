@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 SCHEMA = pa.schema(
     [
@@ -28,6 +28,7 @@ SCHEMA = pa.schema(
         pa.field("rollout_logprobs", pa.list_(pa.float32()), nullable=False),  # [R]
         pa.field("finish_reason", pa.string(), nullable=False),  # "stop" (end of sequence) or "length"
         pa.field("score", pa.float32(), nullable=True),  # null: not scored, or could not be
+        pa.field("truncated", pa.bool_(), nullable=True),  # whether the classifier saw the end of the text only
     ],
     metadata={"ppo_ray.schema": SCHEMA_VERSION},
 )
@@ -98,8 +99,13 @@ def ragged(table: pa.Table, column: str) -> list[np.ndarray]:
     return rows
 
 
-def with_scores(table: pa.Table, scores: Sequence[float | None]) -> pa.Table:
+def with_scores(table: pa.Table, scores: Sequence[float | None], truncated: Sequence[bool] | None = None) -> pa.Table:
     """Return the table with its scores; None and non-finite scores become null.
+
+    Args:
+        table: of `SCHEMA`.
+        scores: one per trajectory.
+        truncated: whether the beginning of each text was left out when it was scored; None: nobody knows.
 
     Raises:
         ValueError: there is not one score a trajectory.
@@ -107,8 +113,11 @@ def with_scores(table: pa.Table, scores: Sequence[float | None]) -> pa.Table:
     if len(scores) != table.num_rows:
         raise ValueError(f"{len(scores)} scores for {table.num_rows} trajectories")
     finite = [None if score is None or not np.isfinite(score) else float(score) for score in scores]
-    index = table.schema.get_field_index("score")
-    return table.set_column(index, SCHEMA.field("score"), pa.array(finite, pa.float32()))
+    columns: dict[str, Sequence[Any]] = {"score": finite, "truncated": truncated or [None] * table.num_rows}
+    for name, values in columns.items():
+        field = SCHEMA.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+    return table
 
 
 def with_learned(table: pa.Table, figures: Mapping[str, Sequence[np.ndarray | None]]) -> pa.Table:

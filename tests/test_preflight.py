@@ -445,3 +445,36 @@ def test_positions_that_depend_on_the_batch_bound_the_context(configured, tmp_pa
         f"rollout.max_context=33: beyond 32 tokens, the longrope positions of {tmp_path} depend on the longest "
         "sequence of a batch; set it to 32 or less"
     ]
+
+
+def test_a_classifier_must_have_room_for_a_response(configured, home, tmp_path):
+    shutil.copytree(home / "classifier", tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 20}))
+    reward = f"reward.path={tmp_path}"
+    assert problems(configured(reward, "rollout.max_response_tokens=21")) == [
+        f"rollout.max_response_tokens=21: {tmp_path} takes texts of at most 20 tokens and would not see a whole "
+        "response; set it to 20 or less"
+    ]
+    assert check(configured(reward, "rollout.max_response_tokens=15", "prompts.max_tokens=6")).notes == [
+        f"{tmp_path} takes texts of at most 20 tokens, and prompt and response may have 21: of such a text it sees the "
+        "end; score/truncated_rate is their share"
+    ]
+    assert check(configured(reward, "rollout.max_response_tokens=14", "prompts.max_tokens=6")).notes == []
+
+
+def test_a_classifier_of_a_kind_that_transformers_does_not_have(configured, home, tmp_path):
+    shutil.copytree(home / "classifier", tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": "codegen"}))
+    assert problems(configured(f"reward.path={tmp_path}")) == [
+        f"reward.path={tmp_path}: transformers has no sequence classifier of the kind codegen"
+    ]
+
+
+def test_a_softmax_that_means_nothing_is_found_before_anything_starts(configured, home, tmp_path):
+    shutil.copytree(home / "classifier", tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"problem_type": "multi_label_classification"}))
+    (line,) = problems(configured(f"reward.path={tmp_path}", "reward.transform=softmax"))
+    assert line.startswith("reward.transform=softmax: the outputs of") and "multi_label_classification" in line

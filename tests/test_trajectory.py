@@ -29,7 +29,11 @@ def test_scores_start_as_null_and_failures_stay_null() -> None:
     assert table.column("score").null_count == 4
     scored = trajectory.with_scores(table, [0.0, None, float("nan"), -1.5])
     assert scored.column("score").to_pylist() == [0.0, None, None, -1.5]  # a score of 0.0 is a score
+    assert scored.column("truncated").null_count == 4
     assert scored.schema.equals(trajectory.SCHEMA, check_metadata=True)
+    cut = trajectory.with_scores(table, [0.0] * 4, [False, True, False, True])
+    assert cut.column("truncated").to_pylist() == [False, True, False, True]
+    assert cut.schema.equals(trajectory.SCHEMA, check_metadata=True)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,7 @@ def test_refuses_what_the_exchange_does_not_promise(bad: dict[str, object], mess
 
 
 def test_refuses_another_schema() -> None:
-    with pytest.raises(ValueError, match="schema version 1"):
+    with pytest.raises(ValueError, match="schema version 2"):
         trajectory.validate(trajectory.from_rows([row()]).replace_schema_metadata({"ppo_ray.schema": "0"}))
     with pytest.raises(ValueError, match="2 scores for 1"):
         trajectory.with_scores(trajectory.from_rows([row()]), [1.0, 2.0])

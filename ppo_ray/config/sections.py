@@ -141,6 +141,9 @@ class RewardConfig(ModelSource):
     """GPUs per worker; a fraction lets actors share one."""
     batch_size: int = Field(default=32, ge=1)
     """Texts a forward of the classifier."""
+    max_unscored_steps: int = Field(default=3, ge=0)
+    """Steps in a row without any score that a run puts up with: it learns nothing in them. One more ends it; what was
+    done is saved. 0: the first such step ends it."""
 
 
 class LearnerConfig(Section):

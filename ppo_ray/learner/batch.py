@@ -167,6 +167,7 @@ def summarize_table(table: pa.Table, batch: ResponseBatch) -> dict[str, float]:
     tokens = trajectory.lengths(table, "response_ids")
     metrics = {
         "score/num_unscored": float(table.num_rows - batch.num_sequences),
+        "score/truncated_rate": sum(filter(None, table.column("truncated").to_pylist())) / num_rows,
         "response/tokens_mean": float(tokens.sum()) / num_rows,
         "response/tokens_min": float(tokens.min(initial=tokens.max(initial=0))),
         "response/tokens_max": float(tokens.max(initial=0)),

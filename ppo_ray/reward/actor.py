@@ -20,6 +20,7 @@ class RewardWorker(Worker):
         """Load the classifier, or import the function; returns the seconds it took."""
         start = time.perf_counter()
         reward = config.reward
+        self._failure: str | None = None
         self._function = RewardFunction(reward.function) if reward.function else None
         if reward.path:
             from ppo_ray.reward.classifier import Classifier
@@ -39,12 +40,18 @@ class RewardWorker(Worker):
         start = time.perf_counter()
         prompts, responses = table.column("prompt").to_pylist(), table.column("response").to_pylist()
         if self._function:
-            scores = self._function.score(prompts, responses)
+            scores, truncated = self._function.score(prompts, responses), None
+            self._failure = self._function.failure or self._failure
         else:
-            scores = self._classifier.score(
-                [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-            )
-        return trajectory.with_scores(table, scores), {"time/score_s": time.perf_counter() - start}
+            texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+            scores, truncated = self._classifier.score(texts), self._classifier.truncated
+            self._failure = self._classifier.failure or self._failure
+        scored = trajectory.with_scores(table, scores, truncated)
+        return scored, {"time/score_s": time.perf_counter() - start}
+
+    def explain(self) -> str | None:
+        """Return why a text of the last `score` that had any without a score has none; None: every text had one."""
+        return self._failure
 
     def summarize(self, num_rows: int, *tables: pa.Table) -> tuple[list[float | None], list[dict[str, Any]]]:
         """Return all scores of scored trajectories, and prompt, response and score of the first `num_rows` of them."""

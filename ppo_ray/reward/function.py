@@ -62,6 +62,8 @@ class RewardFunction:
             InputError: it cannot be imported, or is no function.
         """
         self._name, self._function = name, load_function(name)
+        self.failure: str | None = None
+        """Why the first pair without a score in the last `score` has none; None: every pair has one."""
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float | None]:
         """Score pairs of texts; a pair that cannot be scored gets None.
@@ -72,8 +74,9 @@ class RewardFunction:
         Raises:
             InputError: the function does not return one number (or None) per pair.
         """
+        self.failure = None
         try:
-            return self._check_scores(self._function(list(prompts), list(responses)), len(prompts))
+            scores = self._check_scores(self._function(list(prompts), list(responses)), len(prompts))
         except InputError:
             raise
         except _RAISED:
@@ -83,15 +86,26 @@ class RewardFunction:
                 len(prompts),
                 exc_info=True,
             )
-        return [self._score_alone(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+            scores = [self._score_alone(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        if self.failure is None and None in scores:
+            self._note(
+                prompts[scores.index(None)], responses[scores.index(None)], "it returned None or no finite number"
+            )
+        return scores
+
+    def _note(self, prompt: str, response: str, why: str) -> None:
+        """Keep the reason why a pair has no score, if it is the first."""
+        text = f"the prompt {prompt[:QUOTED]!r} with the response {response[:QUOTED]!r}"
+        self.failure = self.failure or f"reward.function={self._name}: {text} has no score: {why}"
 
     def _score_alone(self, prompt: str, response: str) -> float | None:
         try:
             return self._check_scores(self._function([prompt], [response]), 1)[0]
         except InputError:
             raise
-        except _RAISED:
+        except _RAISED as error:
             _LOG.warning("reward function %s raised on %r", self._name, prompt + response, exc_info=True)
+            self._note(prompt, response, f"it raised {type(error).__name__}: {error}")
             return None
 
     def _check_scores(self, scores: Any, expected: int) -> list[float | None]:

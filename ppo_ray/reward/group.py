@@ -41,6 +41,12 @@ class RewardGroup:
             lambda tables: self._group.call_first(doing, lambda handle: handle.summarize.remote(num_rows, *tables))
         )
 
+    def explain(self) -> str:
+        """Return a worker's own words why a text has no score: of the last one that it could not score."""
+        reasons = self._group.call("explaining", lambda handle: handle.explain.remote())
+        named = zip(self._group.members, reasons, strict=True)
+        return next((f"{member.name}: {reason}" for member, reason in named if reason), "see the reward worker's log")
+
     def close(self) -> None:
         """End the workers."""
         self._group.close()

@@ -14,7 +14,7 @@ from ppo_ray.run.run import Run
 def run_steps(run: Run, actors: Actors) -> None:
     """Run PPO step after step, from the run's state to `config.steps`: sample, score, update, broadcast."""
     config, prompts = run.config, run.prompts
-    with run.under_way(actors.learner.save):
+    with run.under_way(actors.learner.save, actors.reward.explain):
         for step in range(run.state.step, config.steps):
             batch = prompts.take(config.rollout.batch_size)  # sample ids and token ids, in order
             trajectories = actors.rollout.generate(batch, step)  # references, in order, at once
@@ -33,7 +33,7 @@ def run_overlapped(run: Run, actors: Actors) -> None:
     checkpoint contains that batch. One batch is left over after the last step; a longer run goes on with it.
     """
     config, prompts = run.config, run.prompts
-    with run.under_way(actors.learner.save):
+    with run.under_way(actors.learner.save, actors.reward.explain):
         first = prompts.take(config.rollout.batch_size)
         if run.state.step == 0:  # else the learner holds what was sampled for these prompts
             actors.learner.hold(actors.reward.score(actors.rollout.generate(first, 0)), may_stop=True)

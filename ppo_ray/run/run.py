@@ -1,7 +1,8 @@
 """A run: its prompts, its folder and what it keeps of every step."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import takewhile
 from typing import Self
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.console import Console
 from ppo_ray import preflight, stopping
 from ppo_ray.checkpoint import BeginSave, RunState
 from ppo_ray.config import Config
+from ppo_ray.errors import WorkerError
 from ppo_ray.events import Event, say
 from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.prompts.stream import PromptStream
@@ -38,8 +40,9 @@ class Run:
         self.is_finished = False
         """Whether all steps were made before this process began."""
         self._log, self._gauges = log, Gauges(folder.path.name)
-        self._progress: StepProgress  # set by `under_way`, as is `_save`
+        self._progress: StepProgress  # set by `under_way`, as the next two
         self._save: BeginSave
+        self._explain: Callable[[], str]
 
     @classmethod
     @contextlib.contextmanager
@@ -54,38 +57,42 @@ class Run:
         Raises:
             InputError: something in the config cannot be used; nothing was started or written.
         """
-        ends = None
+        inputs = preflight.Inputs()
         if prompts is None:
             inputs = preflight.check(config)
-            prompts, ends = inputs.open_prompts(config), inputs.describe_ends()
+            prompts = inputs.open_prompts(config)
         folder = open_folder(config)
         with folder.lock(), MetricsLog(folder.path) as log:
             run = cls(config, prompts, folder, log, console)
             run.is_finished = is_finished(folder, config)
             if not run.is_finished:
                 run._begin()
-                if ends is not None:
-                    run.say(ends)
+                for note in filter(None, [inputs.describe_ends(), *inputs.notes]):
+                    run.say(note)
             yield run
 
     @contextlib.contextmanager
-    def under_way(self, save: BeginSave) -> Iterator[None]:
+    def under_way(self, save: BeginSave, explain: Callable[[], str]) -> Iterator[None]:
         """Show progress while the block makes steps; at its end the last checkpoint is written.
 
         Args:
             save: begins to write a checkpoint of the learner, and returns what waits for it.
+            explain: returns why a response has no score.
         """
-        self._save = save
+        self._save, self._explain = save, explain
         self._log.start_clock()
         with StepProgress(self.config.steps, self.console, self.state.step) as self._progress:
             yield
         self.checkpoints.finish()
+        if self.history and self._num_unscored_steps() == len(self.history):
+            raise WorkerError(f"none of the run's {len(self.history)} steps has any score; {self._explain()}")
 
     def end_step(self, step: int, update: UpdateReport) -> None:
         """End a step within `under_way`: log its metrics, show progress, and begin a checkpoint if one is due.
 
         Raises:
             CheckpointError: the checkpoint before could not be written.
+            WorkerError: too many steps in a row are without any score.
             Interrupted: the run is to be stopped; the step is done.
         """
         self.record(update)
@@ -97,6 +104,7 @@ class Run:
         self.checkpoints.note_score(sampled_by, update.metrics.get("score/mean"))
         if self.checkpoints.is_due(step + 1, self.config.steps):
             self.checkpoints.save(self.state, self._save)
+        self._check_scores()
         stopping.check()
 
     def record(self, update: UpdateReport) -> None:
@@ -133,6 +141,23 @@ class Run:
             changed = "".join(f"; {item}" for item in self.start.changed)
             source = f"from {self.start.checkpoint.name}{changed}"
             self.report(Event("resumed", f"going on after step {self.state.step} {source}"))
+
+    def _num_unscored_steps(self) -> int:
+        """Return how many steps in a row, up to the last, had responses and no score."""
+        unscored = (
+            "score/mean" not in step and bool(step.get("score/num_unscored")) for step in reversed(self.history)
+        )
+        return len(list(takewhile(bool, unscored)))
+
+    def _check_scores(self) -> None:
+        """Say why a step is without any score if it is the first of a row; end the run if the row is too long."""
+        limit, row = self.config.reward.max_unscored_steps, self._num_unscored_steps()
+        if row > limit:
+            steps = "the last step is" if row == 1 else f"the last {row} steps are"
+            raise WorkerError(f"{steps} without any score (reward.max_unscored_steps={limit}); {self._explain()}")
+        if row == 1:
+            why = f"step {self.state.step - 1} has no score and nothing to learn from; {self._explain()}"
+            self.report(Event("unscored_step", why))
 
     def _say_sanity(self) -> None:
         """Print what must hold at the first step if engines, learner and reference compute the same policy."""

@@ -47,7 +47,6 @@ PREDICATES = {"are", "can", "has", "is", "was"}
 """First words of names that ask; a participle may follow."""
 
 SMALL = {
-    "ppo_ray.reward.actor": "every kind of worker has its actor in a file of this name, which may import ray",
     "ppo_ray.run.loop": "README shows the file: it holds the loop and nothing else",
 }
 """Modules of fewer than 60 lines that one other module imports, and why they are modules all the same."""

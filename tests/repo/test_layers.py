@@ -34,7 +34,8 @@ ROOMS = {
 HOMES = {
     "ray": "actors/*  jobs/*  */actor.py  */group.py  weights/transports.py  run/actors.py  run/gauges.py",
     "vllm": "rollout/vllm*.py  weights/nccl_sender.py",
-    "torch": "algo/*  models/*  learner/*  rollout/*  reward/classifier.py  weights/*  plan/*  assets/*  trl/*",
+    "torch": "algo/*  models/*  learner/*  rollout/*  reward/classifier.py  reward/batching.py  weights/*  plan/*  "
+    "assets/*  trl/*",
     "matplotlib": "run/summary.py",
     "tensorboard": "run/log.py",
     "datasets": "prompts/texts.py  assets/*",

@@ -29,6 +29,13 @@ def logits(folder: Path, text: str) -> list[float]:
         return model(**tokenizer(text, return_tensors="pt")).logits[0].tolist()
 
 
+def score_ids(folder: Path, ids: list[int], label: int = 1) -> float:
+    """Return transformers' own score of these tokens alone."""
+    with torch.no_grad():
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        return float(model(input_ids=torch.tensor([ids])).logits[0, label])
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_scores_are_the_labels_raw_logits_in_order(tiny_classifier: Path, batch_size: int) -> None:
     positive = Classifier(str(tiny_classifier), "POSITIVE", batch_size=batch_size).score(TEXTS)
@@ -94,10 +101,14 @@ def refuse_token(token: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor, .
     return hook
 
 
-def test_what_is_cut_from_a_long_text_is_its_end(tiny_classifier: Path) -> None:
-    beginning = "a wonderful story " * 200
-    slow, funny = Classifier(str(tiny_classifier)).score([beginning + "slow", beginning + "funny and sad"])
-    assert slow == funny
+def test_the_end_of_a_long_text_stays_and_its_beginning_goes(tiny_classifier: Path) -> None:
+    classifier = Classifier(str(tiny_classifier))
+    long = "a wonderful story " * 200
+    kept = AutoTokenizer.from_pretrained(tiny_classifier)(long + "slow")["input_ids"][-128:]
+    found = classifier.score([long + "slow", "what came before " + long + "slow", long + "funny", "slow"])
+    assert found[0] == found[1] == pytest.approx(score_ids(tiny_classifier, kept), abs=1e-5)
+    assert abs(found[2] - found[0]) > 1e-3
+    assert classifier.max_tokens == 128 and classifier.truncated == [True, True, True, False]
 
 
 def test_a_nameless_only_label_is_the_one_meant(tiny_classifier: Path, tmp_path: Path) -> None:

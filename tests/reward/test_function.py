@@ -81,6 +81,18 @@ def test_one_bad_text_costs_no_other_its_score() -> None:
     assert RewardFunction(name(dislikes_bad)).score(["p"] * 3, ["good", "bad", "fine"]) == [0.0, None, 0.0]
 
 
+def test_the_first_reason_of_a_missing_score_is_kept_until_the_next_batch() -> None:
+    function = RewardFunction(name(dislikes_bad))
+    function.score(["why?"] * 3, ["good", "a bad one", "bad too"])
+    assert function.failure is not None and function.failure.endswith(
+        "dislikes_bad: the prompt 'why?' with the response 'a bad one' has no score: it raised RuntimeError: bad text"
+    )
+    assert function.score(["p"], ["good"]) == [0.0] and function.failure is None
+    function = RewardFunction(name(odd))
+    function.score(["nan"], ["a"])
+    assert function.failure is not None and "it returned None or no finite number" in function.failure
+
+
 def test_what_is_not_a_number_a_text() -> None:
     function = RewardFunction(name(odd))
     with pytest.raises(InputError, match="returned 1 scores for 2 texts"):

@@ -5,7 +5,7 @@ import io
 import json
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +124,16 @@ class World:
         self.held = json.loads((path / AHEAD).read_text()) if path else None
 
 
+class Reward:
+    """Scores nothing itself: the world's learner says what a step's score is."""
+
+    def score(self, shards: Any) -> Any:
+        return shards
+
+    def explain(self) -> str:
+        return "reward-0: the text 'a film' has no score: it is not liked"
+
+
 def metrics(step: int, version: int) -> dict[str, float]:
     names = [
         "mismatch/logprob_mean",
@@ -136,14 +146,29 @@ def metrics(step: int, version: int) -> dict[str, float]:
 
 
 def train(
-    world: World, loop: Callable[..., None], steps: int = STEPS, resume: str = "never", max_restarts: int = 99
+    world: World,
+    loop: Callable[..., None],
+    steps: int = STEPS,
+    resume: str = "never",
+    max_restarts: int = 99,
+    console: io.StringIO | None = None,
+    options: Sequence[str] = (),
 ) -> Run:
     """Run a loop as the driver does, with a checkpoint after every other step."""
-    options = ["model.path=m", "prompts.path=p", "reward.path=r", f"output_dir={world.folder}", f"steps={steps}"]
+    options = [
+        *options,
+        "model.path=m",
+        "prompts.path=p",
+        "reward.path=r",
+        f"output_dir={world.folder}",
+        f"steps={steps}",
+    ]
     options += [f"rollout.batch_size={BATCH}", "checkpoint.every_steps=2", f"ray.max_restarts={max_restarts}"]
     prompts: Any = Prompts()
-    actors: Any = SimpleNamespace(rollout=world, reward=SimpleNamespace(score=lambda shards: shards), learner=world)
-    with Run.open(load_config(None, [*options, f"resume={resume}"]), Console(file=io.StringIO()), prompts) as run:
+    actors: Any = SimpleNamespace(rollout=world, reward=Reward(), learner=world)
+    with Run.open(
+        load_config(None, [*options, f"resume={resume}"]), Console(file=console or io.StringIO()), prompts
+    ) as run:
         world.restore(run.start.checkpoint)
         world.engines = run.state.step
         with save_on_exit(run, actors):
@@ -291,3 +316,54 @@ def test_an_update_whose_weights_reach_no_engine_is_kept(tmp_path: Path, loop: C
     run = train(world, loop, resume="required")
     assert run.start.state.step == 4 and [line["step"] for line in run.history] == list(range(STEPS))
     assert world.learnt == learnt(late=int(loop is run_overlapped))
+
+
+@dataclass
+class Unscored(World):
+    """No response of these steps has a score."""
+
+    unscored: Sequence[int] = ()
+
+    def update_held(self, step: int) -> UpdateReport:
+        report = super().update_held(step)
+        if step in self.unscored:
+            del report.metrics["score/mean"]
+            report.metrics.update({"score/num_unscored": 4.0, "learner/skipped_update": 1.0})
+        return report
+
+
+@pytest.mark.parametrize("loop", [run_steps, run_overlapped])
+def test_a_run_without_scores_ends_after_the_steps_that_it_puts_up_with(
+    tmp_path: Path, loop: Callable[..., None]
+) -> None:
+    """It says why at the first of them; what it learned before is saved, and it can go on."""
+    console, few = io.StringIO(), ["reward.max_unscored_steps=1"]
+    world = Unscored(tmp_path, unscored=(0, 2, 3, 4))
+    message = (
+        r"^the last 2 steps are without any score \(reward.max_unscored_steps=1\); reward-0: .*'a film'.* not liked$"
+    )
+    with pytest.raises(WorkerError, match=message):
+        train(world, loop, console=console, options=few)
+    said = console.getvalue()
+    assert said.count("has no score and nothing to learn from; reward-0: the text 'a film'") == 2  # steps 0 and 2
+    assert "the state after 4 steps is in" in said
+    kinds = [line.get("event") for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())]
+    assert kinds.count("unscored_step") == 2
+    with pytest.raises(WorkerError, match="the last 3 steps"):
+        train(Unscored(tmp_path, unscored=(4,)), loop, resume="required", options=few)
+    mended = train(World(tmp_path), loop, resume="required", options=few)
+    assert mended.state.step == STEPS
+
+
+def test_the_first_step_without_a_score_ends_a_run_that_puts_up_with_none(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="^the last step is without any score"):
+        train(Unscored(tmp_path, unscored=(3,)), run_steps, options=["reward.max_unscored_steps=0"])
+
+
+@pytest.mark.parametrize("loop", [run_steps, run_overlapped])
+def test_a_run_too_short_for_the_limit_ends_in_an_error_if_nothing_was_scored(
+    tmp_path: Path, loop: Callable[..., None]
+) -> None:
+    with pytest.raises(WorkerError, match=r"^none of the run's 2 steps has any score; reward-0"):
+        train(Unscored(tmp_path, unscored=range(2)), loop, steps=2)
+    assert (tmp_path / "checkpoints" / "latest").readlink().name == "step-00002"
