@@ -13,14 +13,15 @@ from pathlib import Path
 def write(path: Path, make: Callable[[Path], object]) -> None:
     """Write a file so that nobody ever sees half of it; make its folder if there is none.
 
-    The file that a killed writer left is replaced by the next writer, which does not list the folder: it may be large.
+    Each writer has a file aside of its own, so that two writers never mix their bytes. What a killed one left is removed
+    by `remove_partial_files`: a writer does not list the folder, which may be large.
 
     Args:
         path: of the file.
         make: writes it at the path it is given.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
+    aside = _aside(path)
     try:
         make(aside)
         _sync_one(aside)
@@ -48,7 +49,7 @@ def build(target: Path, make: Callable[[Path], None]) -> None:
     Raises:
         OSError: the disk is full, or may not be written to; what was at `target` is still there.
     """
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    aside = _aside(target)
     old = _old_path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_remnants(target)
@@ -73,8 +74,7 @@ def remove_remnants(target: Path) -> None:
 
 def link(path: Path, target: str) -> None:
     """Make a symbolic link, or point the one that is there to another target."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.unlink(missing_ok=True)
+    aside = _aside(path)
     aside.symlink_to(target)
     if path.is_dir() and not path.is_symlink():
         remove(path)
@@ -122,6 +122,17 @@ def discard(path: Path) -> None:
     remove(gone)
     path.rename(gone)
     remove(gone)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove the files that killed writers left in a folder."""
+    for remnant in folder.glob(".*.partial"):
+        remove(remnant)
+
+
+def _aside(path: Path) -> Path:
+    """Return a name beside a path that no other writer has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def _old_path(target: Path) -> Path:

@@ -437,7 +437,12 @@ def test_positions_that_depend_on_the_batch_bound_the_context(configured, tmp_pa
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 32}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
     config = Phi3Config(
-        **SIZES, max_position_embeddings=64, original_max_position_embeddings=32, rope_parameters=rope, pad_token_id=0
+        **SIZES,
+        max_position_embeddings=64,
+        original_max_position_embeddings=32,
+        rope_parameters=rope,
+        pad_token_id=0,
+        eos_token_id=0,
     )
     save_model(Phi3ForCausalLM(config), tmp_path)
     check(configured(f"model.path={tmp_path}", "rollout.max_context=32"))
@@ -451,6 +456,8 @@ def test_a_classifier_must_have_room_for_a_response(configured, home, tmp_path):
     shutil.copytree(home / "classifier", tmp_path, dirs_exist_ok=True)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 20}))
+    table = "bert.embeddings.position_embeddings.weight"
+    drop(tmp_path, table, **{table.replace(".", "__"): torch.ones(20, 8)})
     reward = f"reward.path={tmp_path}"
     assert problems(configured(reward, "rollout.max_response_tokens=21")) == [
         f"rollout.max_response_tokens=21: {tmp_path} takes texts of at most 20 tokens and would not see a whole "

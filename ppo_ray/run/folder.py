@@ -122,6 +122,8 @@ class RunFolder:
                 ) from error
             except OSError as error:
                 raise InputError(f"output_dir={self.path}: its .lock cannot be used: {error.strerror}") from error
+            for folder in (self.path, self.trajectories, self.checkpoints):
+                atomic.remove_partial_files(folder)
             yield
 
     def holds_run(self) -> bool:
