@@ -13,8 +13,8 @@ from pathlib import Path
 def write(path: Path, make: Callable[[Path], object]) -> None:
     """Write a file so that nobody ever sees half of it; make its folder if there is none.
 
-    Each writer has a file aside of its own, so that two writers never mix their bytes. What a killed one left is removed
-    by `remove_partial_files`: a writer does not list the folder, which may be large.
+    Each writer has a file aside of its own, so that two writers never mix their bytes. What a killed one left,
+    `remove_partial_files` removes: a writer does not list the folder, which may be large.
 
     Args:
         path: of the file.

@@ -3,14 +3,16 @@
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing by more, and pytest has a process a core
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # read with torch; engines on a CPU have it, and gain ten seconds
+# actors import classes of these tests; the current folder is no place where they look
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
