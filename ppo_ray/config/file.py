@@ -86,14 +86,14 @@ def read_plain(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or is no config.
     """
-    return dict(_flatten(OmegaConf.to_container(_read(path), resolve=False)))
+    return dict(flatten(OmegaConf.to_container(_read(path), resolve=False)))
 
 
-def _flatten(options: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(options: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every value with its dotted name; a list is one value."""
     for key, value in options.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -189,7 +189,7 @@ def _interpolation_problems(options: Any) -> Iterator[str]:
     One that refers to another could double a value's length at each level. A secret would be written into the run's
     config.yaml and into every checkpoint.
     """
-    values = dict(_flatten(options))
+    values = dict(flatten(options))
     for key, value in values.items():
         if "${" not in str(value):
             continue

@@ -1,12 +1,12 @@
 """The start of a run: at its first step, or at the newest checkpoint that is whole."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ppo_ray.checkpoint import RunState, verify
 from ppo_ray.config import Config, load_config
+from ppo_ray.config.file import flatten
 from ppo_ray.errors import CheckpointError, InputError
 from ppo_ray.run.checkpoints import Checkpoints
 from ppo_ray.run.folder import RunFolder
@@ -169,16 +169,8 @@ def _check_steps(state: RunState, config: Config) -> RunState:
 
 def differences(before: Config, after: Config) -> list[Difference]:
     """Return what differs, in the order of the config."""
-    old, new = dict(_leaves(before.model_dump())), dict(_leaves(after.model_dump()))
+    old, new = dict(flatten(before.model_dump())), dict(flatten(after.model_dump()))
     return [Difference(key, old[key], new[key]) for key in new if old[key] != new[key]]
-
-
-def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in options.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _show(value: Any) -> str:
