@@ -1,6 +1,7 @@
 """What the learner can compute exactly, told by a model's config and its layers, without its weights."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from ppo_ray.errors import InputError
@@ -40,11 +41,9 @@ def max_exact_tokens(config: Any) -> tuple[int, str] | None:
         config: of transformers.
     """
     text = config.get_text_config()
-    ropes = getattr(text, "rope_parameters", None) or {}
-    each = ropes.values() if ropes and all(isinstance(rope, dict) for rope in ropes.values()) else [ropes]
     positions = getattr(text, "max_position_embeddings", None)
     limits: list[tuple[int, str]] = []
-    for rope in each:
+    for rope in rope_parameters(config):
         kind = rope.get("rope_type", "default")
         original = rope.get("original_max_position_embeddings") or getattr(
             text, "original_max_position_embeddings", None
@@ -53,6 +52,18 @@ def max_exact_tokens(config: Any) -> tuple[int, str] | None:
         if kind in ("longrope", "dynamic") and limit:
             limits.append((int(limit), kind))
     return min(limits, default=None)
+
+
+def rope_parameters(config: Any) -> list[Mapping[str, Any]]:
+    """Return the parameters of a model's rotary positions; some models have one set per kind of layer.
+
+    Args:
+        config: of transformers.
+    """
+    text = config.get_text_config()
+    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    nested = [value for value in found.values() if isinstance(value, Mapping)]
+    return nested or [found]
 
 
 def find_decoder(causal_lm: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ppo_ray.errors import InputError
+from ppo_ray.models.support import rope_parameters
 
 _LENGTHS = ("max_position_embeddings", "max_seq_len")
 """What configs call the longest sequence."""
@@ -70,7 +71,7 @@ def token_limit(config: Any, tokenizer: Any) -> int | None:
     text = config.get_text_config()
     limits = [tokenizer.model_max_length, *(getattr(text, name, None) for name in _LENGTHS)]
     if "dynamic" in rope_types(config):  # beyond it, frequencies depend on the texts before
-        limits += [rope.get("original_max_position_embeddings") for rope in _ropes(config)]
+        limits += [rope.get("original_max_position_embeddings") for rope in rope_parameters(config)]
     if getattr(text, "attention_type", None) == "block_sparse":  # longer texts change how all later ones are computed
         limits.append((5 + 2 * text.num_random_blocks) * text.block_size)
     known = [int(limit) for limit in limits if limit is not None and 0 < limit < 2**31]  # -1 and 1e30 mean none
@@ -79,12 +80,4 @@ def token_limit(config: Any, tokenizer: Any) -> int | None:
 
 def rope_types(config: Any) -> set[str]:
     """Return the kinds of rotary positions that a model's config names, e.g. `{"longrope"}`."""
-    return {str(rope.get("rope_type", rope.get("type"))) for rope in _ropes(config)}
-
-
-def _ropes(config: Any) -> list[Mapping[str, Any]]:
-    """Return the parameters of rotary positions; some models have one set per kind of layer."""
-    text = config.get_text_config()
-    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    nested = [value for value in found.values() if isinstance(value, Mapping)]
-    return nested or [found]
+    return {str(rope.get("rope_type", rope.get("type"))) for rope in rope_parameters(config)}
