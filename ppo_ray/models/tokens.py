@@ -121,11 +121,13 @@ def decode_pair(tokenizer: Any, prompt_ids: Sequence[int], response_ids: Sequenc
     """
     prompt, num_whole = _decode_whole(tokenizer, prompt_ids)
     everything = [*prompt_ids, *response_ids]
-    for options in ({}, {"clean_up_tokenization_spaces": False}):  # which may join what was apart in the prompt
-        begin = _decode_whole(tokenizer, prompt_ids, **options)[0]
-        text = _decode(tokenizer, everything, **options)
-        if text.startswith(begin):
-            return prompt, text[len(begin) :]
+    text = _decode(tokenizer, everything)
+    if text.startswith(prompt):
+        return prompt, text[len(prompt) :]
+    apart = {"clean_up_tokenization_spaces": False}  # cleaning up may join what was apart in the prompt
+    begin, text = _decode_whole(tokenizer, prompt_ids, **apart)[0], _decode(tokenizer, everything, **apart)
+    if text.startswith(begin):
+        return prompt, text[len(begin) :]
     # Bytes of the response spoil those of the prompt where a tokenizer decodes a row of bytes as one.
     return prompt, _decode(tokenizer, everything[num_whole:])
 

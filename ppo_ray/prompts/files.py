@@ -197,13 +197,14 @@ def _rows(lines: io.TextIOWrapper) -> Iterator[tuple[str, Any, str]]:
             yield from ((f"item {item}", row, "") for item, row in enumerate(rows, 1))
             return
         is_first = False
-        if is_unicode(line):
-            yield where, _parse(line, where), ""
-            continue
         try:
-            yield where, _parse(line, where), ""
+            row = _parse(line, where)
         except ValueError:
+            if is_unicode(line):
+                raise
             yield where, None, line
+        else:
+            yield where, row, ""
 
 
 def _parse(text: str, where: str) -> Any:

@@ -68,7 +68,7 @@ def check_queries(queries: TokenIds, limits: Limits) -> None:
         limits.check_ids(f"query_tensor[{index}]" if isinstance(queries, list) else "query_tensor", query)
 
 
-def find_ends(model: Any, tokenizer: Any, arguments: dict[str, Any]) -> tuple[int, ...]:
+def find_ends(model: Any, tokenizer: Any, arguments: dict[str, Any], limits: Limits) -> tuple[int, ...]:
     """Return the token ids that end a response of `generate(**arguments)`.
 
     They are the tokenizer's end of sequence and those of the model's generation config; an `eos_token_id` among the
@@ -78,11 +78,12 @@ def find_ends(model: Any, tokenizer: Any, arguments: dict[str, Any]) -> tuple[in
         model: a causal LM of transformers.
         tokenizer: the model's.
         arguments: of `generate`.
+        limits: of the model.
 
     Raises:
         ValueError: an `eos_token_id` is neither a token id nor a list of them.
     """
-    vocab_size = find_limits(model).vocab_size
+    vocab_size = limits.vocab_size
     own = getattr(arguments.get("generation_config"), "eos_token_id", None)
     if "eos_token_id" not in arguments and own is None:
         return find_end_tokens(tokenizer.eos_token_id, model.generation_config.eos_token_id, vocab_size).ids

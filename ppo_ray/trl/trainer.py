@@ -160,8 +160,9 @@ class PPOTrainer:
                 f"generate(temperature={temperature:g}): earlier responses of this step were sampled at "
                 f"{self._temperature:g}; the responses of a step must share one temperature"
             )
-        check_queries(query_tensor, find_limits(self.model.pretrained_model))
-        ends = find_ends(self.model.pretrained_model, self.tokenizer, generation_kwargs)
+        limits = find_limits(self.model.pretrained_model)
+        check_queries(query_tensor, limits)
+        ends = find_ends(self.model.pretrained_model, self.tokenizer, generation_kwargs, limits)
         self._temperature = temperature
         self._ends.update(ends)
         call = GenerateCall(query_tensor, length_sampler, batch_size, return_prompt, generation_kwargs, ends)
@@ -192,7 +193,7 @@ class PPOTrainer:
         """
         started = time.perf_counter()
         limits = find_limits(self.model.pretrained_model)
-        ends = self._ends or find_ends(self.model.pretrained_model, self.tokenizer, {})
+        ends = self._ends or find_ends(self.model.pretrained_model, self.tokenizer, {}, limits)
         table = build_trajectories(queries, responses, scores, response_masks, self.config.batch_size, ends, limits)
         temperature, self._temperature, self._ends = self._temperature or 1.0, None, set()
         update, orders = self._update(table, temperature)
