@@ -221,10 +221,11 @@ def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:
         yield from _length_problems(config, inputs, classifier, tokenizer)
     if not reward.trust.remote_code and not classifies_text(classifier):
         yield f"reward.path={reward.path}: transformers has no sequence classifier of the kind {classifier.model_type}"
-    elif problem := check_weights("reward.path", "AutoModelForSequenceClassification", str(reward.path), reward.trust)[
-        1
-    ]:
-        yield problem
+    else:
+        auto_class = "AutoModelForSequenceClassification"
+        _, problem = check_weights("reward.path", auto_class, str(reward.path), reward.trust)
+        if problem:
+            yield problem
     try:
         find_label(classifier.id2label or {}, reward.label, str(reward.path))
         check_transform(reward.transform, classifier, str(reward.path))
