@@ -33,7 +33,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
 
     Raises:
         InputError: there is no Ray at `ray.address`.
-        WorkerError: a private Ray does not start; nothing of it is left.
+        WorkerError: a private Ray does not start; none of its processes is left.
     """
     if ray.is_initialized():
         yield

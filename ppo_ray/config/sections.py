@@ -142,8 +142,8 @@ class RewardConfig(ModelSource):
     batch_size: int = Field(default=32, ge=1)
     """Texts a forward of the classifier."""
     max_unscored_steps: int = Field(default=3, ge=0)
-    """Steps in a row without any score that a run puts up with: it learns nothing in them. One more ends it; what was
-    done is saved. 0: the first such step ends it."""
+    """Largest number of steps in a row without any score. Nothing is learnt in such a step. One step more ends the run,
+    and the steps that were made are saved. 0: the first such step ends it."""
 
 
 class LearnerConfig(Section):
