@@ -105,7 +105,7 @@ class WatchedRun(Run):
 class Letters:
     """A tokenizer of bytes; what a real one costs depends on the texts (docs/scale.md)."""
 
-    def __call__(self, texts: list[str], verbose: bool) -> dict[str, list[list[int]]]:
+    def __call__(self, texts: list[str], verbose: bool, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
         return {"input_ids": [list(text.encode()) for text in texts]}
 
 
