@@ -13,11 +13,17 @@ from ppo_ray.algo.masked import check_tokens
 
 _MAX_RELATIVE_ERROR = 0.2  # Ziegler et al. 2019, sec. 2.2: the coefficient moves by at most 20% * n / horizon at once
 
+_MAX_EXPONENT = 20  # of k3's exp, where the estimate is clamped: the gradient of an infinite one would be NaN
+
 KLEstimator = Literal["k1", "k2", "k3", "abs"]
 
 
 def kl_estimate(
-    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, estimator: KLEstimator = "k1"
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    estimator: KLEstimator = "k1",
+    clamp: float | None = None,
 ) -> torch.Tensor:
     """Estimate KL(policy || reference) from each sampled token, with d = log p(token) - log p_ref(token).
 
@@ -25,7 +31,9 @@ def kl_estimate(
       does not depend on the reference: in a loss it teaches nothing on the policy's own samples, and misleads on
       those of another policy.
     - k2 = d^2 / 2: biased, never negative; its gradient is that of the KL divergence (TRL 0.11: "mse").
-    - k3 = exp(-d) - 1 + d: unbiased, never negative.
+    - k3 = exp(-d) - 1 + d: unbiased, never negative, but without bound where the reference likes the token far
+      better: 396 at d = -6. In a loss, on the policy's own samples, its gradient is that of KL(reference || policy),
+      not of KL(policy || reference) (Tang and Munos 2025, arXiv 2506.09477).
     - abs = |d| (TRL 0.11: "abs"); no estimate of the KL divergence, but of the distance in log-probability.
 
     Schulman 2020, "Approximating KL divergence". The divergence itself, over the whole vocabulary, needs the logits:
@@ -36,6 +44,7 @@ def kl_estimate(
         ref_logprobs: `[B, R]`, of the reference.
         mask: `[B, R]` bool.
         estimator: one of the four.
+        clamp: holds each token's estimate within plus and minus this; beyond it there is no gradient. None: as it is.
 
     Returns:
         `[B, R]`, zero outside the mask.
@@ -44,14 +53,17 @@ def kl_estimate(
     difference = torch.where(mask, logprobs - ref_logprobs, 0)
     match estimator:
         case "k1":
-            return difference
+            estimates = difference
         case "k2":
-            return 0.5 * difference.square()
+            estimates = 0.5 * difference.square()
         case "k3":
-            return torch.expm1(-difference) + difference
+            exponent = -difference if clamp is None else (-difference).clamp(max=_MAX_EXPONENT)
+            estimates = torch.expm1(exponent) + difference
         case "abs":
-            return difference.abs()
-    raise ValueError(f"estimator={estimator!r}; it must be k1, k2, k3 or abs")
+            estimates = difference.abs()
+        case _:
+            raise ValueError(f"estimator={estimator!r}; it must be k1, k2, k3 or abs")
+    return estimates if clamp is None else estimates.clamp(-clamp, clamp)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def masked_var(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
     """Scale `x` to variance one where `mask`: (x - mean) / sqrt(var + 1e-8), var unbiased.
 
-    TRL 0.11, core.py `masked_whiten`.
+    TRL 0.11, core.py `masked_whiten`. It is computed in float64: in float32 a constant of 100.1 becomes 0.15, not 0.
 
     Args:
         x: `[B, R]` floating point.
@@ -118,16 +118,16 @@ def masked_whiten(x: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) 
         shift_mean: False adds the mean back, as TRL does for rewards.
 
     Returns:
-        `[B, R]`, zero outside the mask.
+        `[B, R]` of `x`'s dtype, zero outside the mask.
 
     Raises:
         ValueError: the mask has fewer than two True entries.
     """
     check_tokens(mask, x=x)
-    x = torch.where(mask, x, 0)
-    mean, var = masked_mean(x, mask), masked_var(x, mask)
-    whitened = (x - mean) * torch.rsqrt(var + _WHITEN_EPS)
-    return torch.where(mask, whitened if shift_mean else whitened + mean, 0)
+    exact = torch.where(mask, x, 0).double()
+    mean, var = masked_mean(exact, mask), masked_var(exact, mask)
+    whitened = (exact - mean) * torch.rsqrt(var + _WHITEN_EPS)
+    return torch.where(mask, whitened if shift_mean else whitened + mean, 0).to(x.dtype)
 
 
 def whiten_zero(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -135,8 +135,10 @@ def whiten_zero(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
     TRL 0.11 leaves this scalar in the padding.
     """
-    mean = masked_mean(x, mask)
-    return mean - mean * torch.rsqrt(masked_var(x, mask) + _WHITEN_EPS)
+    check_tokens(mask, x=x)
+    exact = x.double()
+    mean = masked_mean(exact, mask)
+    return (mean - mean * torch.rsqrt(masked_var(exact, mask) + _WHITEN_EPS)).to(x.dtype)
 
 
 def _count(mask: torch.Tensor, at_least: int) -> int:

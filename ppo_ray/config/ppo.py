@@ -58,8 +58,12 @@ class UpdateConfig(Section):
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
     """Of the KL to the reference: log-ratio d of the sampled token, d^2 / 2, exp(-d) - 1 + d, |d|, or the divergence
     itself over the whole vocabulary. TRL: `kl_penalty`, where k1 is "kl" and k2 "mse"."""
+    kl_clamp: float | None = Field(default=None, gt=0)
+    """Holds each token's estimate of the KL within plus and minus this; 10 is usual. It is for k3 above all, where one
+    token can outweigh all others. null: as it is."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Whether kl_coef times the KL is taken off each token's reward, or added to the loss (k2, k3 or abs)."""
+    """Whether kl_coef times the KL is taken off each token's reward, or added to the loss (k2, k3 or abs).
+    In the loss, k2 has the gradient of KL(policy || reference), k3 that of KL(reference || policy)."""
     kl_controller: Literal["adaptive", "fixed"] = "adaptive"
     """Whether kl_coef follows the measured KL towards kl_target, or stays. TRL: `adap_kl_ctrl`."""
     kl_coef: float = Field(default=0.2, ge=0)

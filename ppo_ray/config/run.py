@@ -151,6 +151,11 @@ def _update_contradictions(config: Config) -> Iterator[Contradiction]:
             "loss is not for kl_estimator=k1, whose gradient knows nothing of the reference: take k2, whose gradient "
             "is the divergence's, or k3",
         )
+    if ppo.kl_clamp is not None and ppo.kl_estimator == "full":
+        yield Contradiction(
+            ("ppo.kl_clamp", "ppo.kl_estimator"),
+            "it bounds estimates from single tokens, and full is no estimate; set kl_clamp to null",
+        )
     if ppo.missing_eos_penalty and not rollout.stop_at_eos:
         yield Contradiction(
             ("ppo.missing_eos_penalty", "rollout.stop_at_eos"),

@@ -102,7 +102,7 @@ def run_models(
                 kl[index, columns] = unflatten(policy.full_kl(output.states, reference, ref_output.states), rows)
     layout.ranks.sum([outputs])
     if ppo.kl_estimator != "full":
-        kl = kl_estimate(old_logprobs, ref_logprobs, mask, ppo.kl_estimator)
+        kl = kl_estimate(old_logprobs, ref_logprobs, mask, ppo.kl_estimator, ppo.kl_clamp)
     return ModelOutputs(old_logprobs, ref_logprobs, values, kl), kept
 
 

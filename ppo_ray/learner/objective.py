@@ -78,7 +78,8 @@ def objective(
     if ppo.kl_in == "loss":
         if ppo.kl_estimator == "full":
             raise ValueError("kl_estimator=full is for kl_in=reward; in the loss take k2 or k3")
-        estimates = kl_estimate(output.logprobs, experience.ref_logprobs[place], mask, ppo.kl_estimator)
+        ref_logprobs = experience.ref_logprobs[place]
+        estimates = kl_estimate(output.logprobs, ref_logprobs, mask, ppo.kl_estimator, ppo.kl_clamp)
         kl = weighted_sum(estimates, mask, weights)
         loss = loss + kl_coef * kl
     if ppo.entropy_coef:
@@ -116,6 +117,7 @@ def summarize_minibatches(reports: Sequence[MinibatchReport], returns_std: float
     return means | {
         "policy/ratio_max": max((report.ratio_max for report in finite), default=float("nan")),
         "policy/ratio_min": min((report.ratio_min for report in finite), default=float("nan")),
+        "policy/approx_kl_first": reports[0].metrics["policy/approx_kl"],
         "policy/ratio_first": reports[0].metrics["policy/ratio_mean"],
         "policy/grad_norm": _mean(norms),
         "policy/optimizer_steps": float(len(norms)),

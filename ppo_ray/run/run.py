@@ -167,5 +167,6 @@ class Run:
             f"|rollout - learner| log-probability {metrics['mismatch/logprob_mean']:.1e} mean, "
             f"{metrics['mismatch/logprob_max']:.1e} max; "
             f"KL to the reference {metrics['kl/per_sequence']:.1e}; "
-            f"ratio of the first mini-batch 1{metrics['policy/ratio_first'] - 1:+.1e}"
+            f"the learner against itself: KL {metrics['policy/approx_kl_first']:.1e}, "
+            f"ratio 1{metrics['policy/ratio_first'] - 1:+.1e}"
         )

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppo_ray.algo.kl import AdaptiveKLController, FixedKLController, kl_estimate
+from ppo_ray.algo.masked import masked_whiten
+from ppo_ray.algo.rewards import gae, token_rewards
 
 LOGPROBS = torch.tensor([[-1.0, -2.0, math.nan]])
 REF_LOGPROBS = torch.tensor([[-1.5, -0.5, 3.0]])  # log-ratios 0.5 and -1.5
@@ -24,6 +26,35 @@ MASK = torch.tensor([[True, True, False]])
 def test_estimates_by_hand(estimator: str, expected: list[float]) -> None:
     found = kl_estimate(LOGPROBS, REF_LOGPROBS, MASK, estimator)
     torch.testing.assert_close(found, torch.tensor([[*expected, 0.0]]))
+
+
+def test_a_clamp_bounds_the_estimate_and_ends_the_gradient() -> None:
+    """The values are verl's, which clamps at 10 always."""
+    ref = torch.zeros(1, 4)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    logprobs = torch.tensor([[-6.0, -2.0, -89.5, 12.0]], requires_grad=True)
+    plain = kl_estimate(logprobs, ref, mask, "k3")
+    torch.testing.assert_close(plain[0, :2], torch.tensor([396.428793, 4.389056]))
+    clamped = kl_estimate(logprobs, ref, mask, "k3", clamp=10)
+    torch.testing.assert_close(clamped, torch.tensor([[10.0, 4.389056, 10.0, 10.0]]))
+    (gradient,) = torch.autograd.grad(clamped.sum(), logprobs)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, 1 - math.exp(2), 0.0, 0.0]]))
+    torch.testing.assert_close(kl_estimate(logprobs, ref, mask, "k1", clamp=10)[0, 2:], torch.tensor([-10.0, 10.0]))
+
+
+def test_one_unlikely_token_leaves_the_other_advantages_their_spread() -> None:
+    logprobs, ref = torch.zeros(2, 64, 128)
+    logprobs[0, 0] = -12
+    mask = torch.ones(64, 128, dtype=torch.bool)
+    scores = torch.linspace(-1, 1, 64)
+
+    def spread(clamp: float | None) -> float:
+        kl = kl_estimate(logprobs, ref, mask, "k3", clamp)
+        rewards = token_rewards(kl, scores, mask, 0.05)
+        advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
+        return float(masked_whiten(advantages, mask)[1:].std())
+
+    assert spread(None) < 0.01 and spread(10) > 0.9
 
 
 def test_an_unknown_estimator_is_refused() -> None:

@@ -32,6 +32,7 @@ def test_a_run_leaves_what_it_promises(
     assert lines[2]["kl/per_sequence"] != 0
     for line in lines:
         assert line["policy/ratio_first"] == pytest.approx(1, abs=1e-6)
+        assert 0 <= line["policy/approx_kl_first"] < 1e-11
         assert line["mismatch/logprob_max"] < 1e-3  # at every step: engines serve the learner's very weights
         assert line["rollout/staleness_max"] == 0
         assert all(line[f"time/{part}_s"] > 0 for part in ("generate", "score", "learn", "sync", "step"))

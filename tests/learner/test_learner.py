@@ -36,6 +36,7 @@ def test_the_first_update_starts_from_the_policy_itself(tiny_policy: Path) -> No
     update = learner.update(make_table(), 0)
     assert update.metrics["kl/per_sequence"] == 0
     assert update.metrics["policy/ratio_first"] == pytest.approx(1, abs=1e-6)
+    assert 0 <= update.metrics["policy/approx_kl_first"] < 1e-11
     assert update.metrics["advantages/std"] == pytest.approx(1, abs=1e-5)
     assert (learner.policy_version, learner.weights().policy_version) == (1, 1)
     assert 1e-4 < largest_difference(before, weights(learner)) < 1e-2
