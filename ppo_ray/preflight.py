@@ -3,7 +3,6 @@
 Each check yields a line for everything that cannot be used, so that all of it is reported at once.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from ppo_ray.config import Config, in_job, transport_problems
 from ppo_ray.errors import InputError
+from ppo_ray.machine import count_cpus
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
 from ppo_ray.models.support import check_head, find_config_problem, max_exact_tokens
 from ppo_ray.models.tokens import EndTokens, read_end_tokens
@@ -120,10 +120,10 @@ def output_problems(config: Config) -> Iterator[str]:
 def _cpu_problems(config: Config) -> Iterator[str]:
     if not config.ray.is_private:
         return
-    cpus = os.cpu_count() or 1
+    cpus = count_cpus()
     for phase, (options, threads) in phase_demands(config).items():
         if threads > cpus:
-            yield f"{options}: {phase} wants {threads} CPU threads, but this machine has {cpus} CPUs; lower it"
+            yield f"{options}: {phase} wants {threads} CPU threads, but here are {cpus} CPUs to use; lower it"
 
 
 def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:

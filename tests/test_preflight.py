@@ -62,7 +62,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def configured(home, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("ppo_ray.preflight.count_cpus", lambda: 2)
     for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
     base = [
@@ -119,16 +119,16 @@ def test_an_update_beside_generation_adds_to_its_threads(configured):
     assert cpu_demand(configured(*overlapped, "rollout.threads=3", "reward.threads=2")) == 4
     assert problems(configured(*overlapped, "reward.threads=2")) == [
         "reward.workers=1 x reward.threads=2 + learner.workers=1 x learner.threads=1: scoring beside the update "
-        "(rollout.max_staleness=1) wants 3 CPU threads, but this machine has 2 CPUs; lower it"
+        "(rollout.max_staleness=1) wants 3 CPU threads, but here are 2 CPUs to use; lower it"
     ]
 
 
 def test_more_threads_than_the_machine_has(configured, monkeypatch):
     config = configured("rollout.workers=2", "rollout.threads=2", "reward.workers=3", "learner.threads=3")
     assert problems(config) == [
-        "rollout.workers=2 x rollout.threads=2: generation wants 4 CPU threads, but this machine has 2 CPUs; lower it",
-        "reward.workers=3 x reward.threads=1: scoring wants 3 CPU threads, but this machine has 2 CPUs; lower it",
-        "learner.workers=1 x learner.threads=3: the update wants 3 CPU threads, but this machine has 2 CPUs; lower it",
+        "rollout.workers=2 x rollout.threads=2: generation wants 4 CPU threads, but here are 2 CPUs to use; lower it",
+        "reward.workers=3 x reward.threads=1: scoring wants 3 CPU threads, but here are 2 CPUs to use; lower it",
+        "learner.workers=1 x learner.threads=3: the update wants 3 CPU threads, but here are 2 CPUs to use; lower it",
     ]
     check(config.model_copy(update={"ray": config.ray.model_copy(update={"address": "auto"})}))
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")

@@ -14,6 +14,7 @@ import ray
 
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError, Interrupted, WorkerError
+from ppo_ray.machine import count_cpus
 from ppo_ray.stopping import handle_signals
 
 _EXIT_S = 10.0
@@ -142,7 +143,7 @@ def _start_private(config: RayConfig, folder: str) -> None:
         with contextlib.chdir(folder):
             ray.init(
                 address="local",
-                num_cpus=os.cpu_count(),
+                num_cpus=count_cpus(),
                 include_dashboard=False,
                 object_store_memory=config.object_store_mib << 20,
                 log_to_driver=False,

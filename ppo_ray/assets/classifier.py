@@ -3,7 +3,6 @@
 All sentences are short, because the texts it scores are short: a prompt of 2 to 8 tokens with a response of 4 to 16.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from ppo_ray.errors import AssetError
+from ppo_ray.machine import count_cpus
 
 MIN_ACCURACY = 0.79
 NUM_HELD_OUT = 800
@@ -90,7 +90,7 @@ def train_classifier(base: Path, sentences: pa.Table, advance: Callable[[float],
 
     set_verbosity_error()  # "newly initialized: classifier": that is the point
     torch.manual_seed(_SEED)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(count_cpus())
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForSequenceClassification.from_pretrained(
         base, id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1}, dtype=torch.float32

@@ -1,9 +1,8 @@
 """The nodes of a cluster with the resources that a plan counts."""
 
-import os
 from dataclasses import dataclass
 
-import psutil
+from ppo_ray.machine import count_cpus, measure_memory
 
 GIB = 1 << 30
 STORE_SHARE = 0.3
@@ -56,8 +55,8 @@ class ClusterShape:
 
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         gpu_memory = min((torch.cuda.get_device_properties(gpu).total_memory for gpu in range(gpus)), default=None)
-        memory = psutil.virtual_memory().total
-        return cls((Node("this machine", float(os.cpu_count() or 1), gpus, memory, gpu_memory, object_store),))
+        node = Node("this machine", float(count_cpus()), gpus, measure_memory(), gpu_memory, object_store)
+        return cls((node,))
 
     @property
     def cpus(self) -> float:

@@ -26,8 +26,8 @@ ROOMS = {
     "models plan prompts": "networks and packed rows; where actors go and the memory they need; the prompt stream",
     "config": "every option; loads neither torch nor Ray",
     "assets checkpoint stopping": "the demo's models and data; a checkpoint's format; signals",
-    "algo atomic errors events seeding trajectory": "pure functions of tensors; files written whole or not at all; "
-    "words that everybody speaks; a step's table",
+    "algo atomic errors events machine seeding trajectory": "pure functions of tensors; files written whole or not at "
+    "all; words that everybody speaks; CPUs and memory to use; a step's table",
 }
 """Rooms and loose modules, a floor per row: each imports only what is on lower floors, and itself."""
 

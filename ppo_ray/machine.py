@@ -1,0 +1,57 @@
+"""CPUs and memory that this process may use: those of its container or its job, not those of the machine under it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def count_cpus() -> int:
+    """Return how many CPUs this process may keep busy: its affinity, and no more than its control groups' quota."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([affinity, *(int(quota) for quota in _cpu_quotas())]))
+
+
+def measure_memory() -> int:
+    """Return how many bytes of memory this process and those beside it may hold, by the smallest limit."""
+    return min([psutil.virtual_memory().total, *_memory_limits()])
+
+
+def _cpu_quotas() -> Iterator[float]:
+    """Yield the limits of all control groups above this process, in CPUs."""
+    for text in _read_limits("", "cpu.max"):  # "200000 100000", microseconds per period, or "max 100000"
+        quota, _, period = text.partition(" ")
+        if quota != "max":
+            yield int(quota) / int(period)
+    periods = _read_limits("cpu", "cpu.cfs_period_us")
+    for quota, period in zip(_read_limits("cpu", "cpu.cfs_quota_us"), periods, strict=True):
+        if int(quota) > 0:
+            yield int(quota) / int(period)
+
+
+def _memory_limits() -> Iterator[int]:
+    """Yield the limits of all control groups above this process, in bytes; without a limit version 1 has a huge one."""
+    for text in (*_read_limits("", "memory.max"), *_read_limits("memory", "memory.limit_in_bytes")):
+        if text != "max":
+            yield int(text)
+
+
+def _read_limits(controller: str, name: str) -> list[str]:
+    """Read a file of this process's control group and of all above it, where they are.
+
+    Args:
+        controller: of version 1, which has a tree per controller; "" for version 2.
+        name: of the file.
+    """
+    lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.is_file() else []
+    groups = [line.split(":", 2)[1:] for line in lines]
+    own = next((path for names, path in groups if controller in names.split(",")), "/")
+    folder = _CGROUPS / controller
+    folders = [folder / own.lstrip("/"), *(folder / own.lstrip("/")).parents]
+    # in a container the path may be the host's, which is not to be seen: what is left of it is the root
+    files = [above / name for above in folders if above.is_relative_to(folder)]
+    return [file.read_text().strip() for file in files if file.is_file()]

@@ -1,0 +1,80 @@
+"""CPUs and memory of containers: control groups of both versions, as Docker, Kubernetes and Slurm make them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ppo_ray import machine
+
+Container = Callable[[str, Mapping[str, str]], None]
+
+
+@pytest.fixture
+def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Container:
+    """Return a function that shows the process other control groups: `/proc/self/cgroup` and files with limits."""
+
+    def show(own: str, files: Mapping[str, str]) -> None:
+        (tmp_path / "own").write_text(own)
+        for name, text in files.items():
+            path = tmp_path / "cgroup" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n")
+        monkeypatch.setattr(machine, "_CGROUPS", tmp_path / "cgroup")
+        monkeypatch.setattr(machine, "_OWN_CGROUPS", tmp_path / "own")
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+
+    return show
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cpus", "memory"),
+    [
+        ("0::/\n", {"cpu.max": "400000 100000", "memory.max": "1073741824"}, 4, 1 << 30),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1, None),  # half a CPU
+        ("0::/\n", {"cpu.max": "max 100000", "memory.max": "max"}, 64, None),
+        (  # a job's group has no limit, the one above it has
+            "0::/slurm/job_1\n",
+            {"slurm/job_1/cpu.max": "max 100000", "slurm/cpu.max": "800000 100000", "slurm/memory.max": "2147483648"},
+            8,
+            2 << 30,
+        ),
+        (  # version 1; the path is the host's, as Docker shows it
+            "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n",
+            {
+                "cpu/cpu.cfs_quota_us": "250000",
+                "cpu/cpu.cfs_period_us": "100000",
+                "memory/memory.limit_in_bytes": "3221225472",
+            },
+            2,
+            3 << 30,
+        ),
+        (
+            "4:memory:/\n3:cpu,cpuacct:/\n",
+            {
+                "cpu/cpu.cfs_quota_us": "-1",
+                "cpu/cpu.cfs_period_us": "100000",
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+            },
+            64,
+            None,
+        ),
+        ("", {}, 64, None),
+    ],
+)
+def test_the_smallest_limit_counts(
+    container: Container, own: str, files: Mapping[str, str], cpus: int, memory: int | None
+) -> None:
+    container(own, files)
+    assert machine.count_cpus() == cpus
+    assert machine.measure_memory() == (memory or psutil.virtual_memory().total)
+
+
+def test_a_process_bound_to_one_cpu_counts_one() -> None:
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    code += "from ppo_ray.machine import count_cpus; print(count_cpus())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
