@@ -119,7 +119,7 @@ def open_rendezvous(host: str, timeout_s: float) -> tuple[Rendezvous, dist.TCPSt
     Returns:
         The address, and the store, which must be kept alive as long as the ranks work together.
     """
-    listener = socket.create_server((host, 0))
+    listener = socket.create_server((host, 0), family=_family(host))
     port = listener.getsockname()[1]
     store = dist.TCPStore(
         host,
@@ -179,12 +179,25 @@ def _wait_for_all(store: dist.TCPStore, rank: int, size: int, timeout_s: float) 
 
 
 def _interface(host: str) -> str:
-    """Return the network interface that has the route to the rendezvous; the ranks use it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # sends nothing
-        mine = probe.getsockname()[0]
-    return next(
-        name
-        for name, addresses in psutil.net_if_addrs().items()
-        if any(address.address == mine for address in addresses)
+    """Return the network interface that has the route to the rendezvous; the ranks use it.
+
+    Raises:
+        WorkerError: no interface has it.
+    """
+    try:
+        with socket.socket(_family(host), socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            mine = probe.getsockname()[0]
+    except OSError as error:
+        raise WorkerError(f"this machine has no route to {host}, where the learner's ranks meet: {error}") from error
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address.partition("%")[0] == mine for address in addresses):  # fe80::1%eth0
+            return name
+    raise WorkerError(
+        f"this machine's own address on the way to {host}, where the learner's ranks meet, is {mine}, which is on none "
+        "of its network interfaces"
     )
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 
+from ppo_ray.errors import WorkerError
 from ppo_ray.learner import ranks
 from ppo_ray.learner.ranks import Ranks, Rendezvous
 
@@ -33,8 +34,9 @@ def add_up_several(joined: Ranks) -> list[list[float]]:
     return [tensor.unique().tolist() for tensor in tensors]
 
 
-def join(rank: int, rendezvous: Rendezvous, said: Connection) -> None:
-    """Come as one of three."""
+def join(rank: int, rendezvous: Rendezvous, said: Connection, together: Any) -> None:
+    """Come as one of three, when all that come are ready: a process may take long to start."""
+    together.wait(300)
     try:
         ranks.join(rendezvous, rank, 3, "gloo", 5, 60)
     except Exception as error:
@@ -52,7 +54,8 @@ def test_many_tensors_are_added_up_in_buckets(crew: Any) -> None:
 def test_a_rank_that_does_not_come_is_named() -> None:
     rendezvous, store = ranks.open_rendezvous("127.0.0.1", 60)
     heard, said = zip(*(CONTEXT.Pipe(duplex=False) for _ in range(2)), strict=True)
-    processes = [CONTEXT.Process(target=join, args=(rank, rendezvous, said[rank])) for rank in (1, 0)]
+    together = CONTEXT.Barrier(2)
+    processes = [CONTEXT.Process(target=join, args=(rank, rendezvous, said[rank], together)) for rank in (1, 0)]
     for process in processes:
         process.start()
     error = "WorkerError: learner-2 did not join the other ranks within 5 s (ray.start_timeout_s)"
@@ -77,3 +80,21 @@ def test_one_rank_needs_nobody() -> None:
     ranks.Ranks().max([tensor])
     assert tensor.tolist() == [1, 1]
     ranks.leave()
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_ranks_may_meet_at_an_address_of_version_6() -> None:
+    rendezvous, store = ranks.open_rendezvous("::1", 30)
+    try:
+        assert ranks.join(rendezvous, 0, 1, "gloo", 30, 30).size == 1
+    finally:
+        ranks.leave()
+        del store
+
+
+def test_an_address_that_no_interface_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "net_if_addrs", dict)
+    with pytest.raises(
+        WorkerError, match=r"own address on the way to 127\.0\.0\.1.* is 127\.0\.0\.1, which is on none"
+    ):
+        ranks.join(Rendezvous("127.0.0.1", 1), 0, 2, "gloo", 1, 1)
