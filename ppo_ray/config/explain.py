@@ -9,6 +9,28 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+ABBREVIATIONS = {
+    "lr": "ppo.learning_rate",
+    "bs": "rollout.batch_size",
+    "mbs": "ppo.minibatch_size",
+    "kl": "ppo.kl_coef",
+    "beta": "ppo.kl_coef",
+    "lambda": "ppo.gae_lambda",
+    "eps": "ppo.clip_range",
+    "epsilon": "ppo.clip_range",
+    "grad_clip": "ppo.max_grad_norm",
+    "temp": "rollout.temperature",
+    "tp": "rollout.tensor_parallel",
+    "max_new_tokens": "rollout.max_response_tokens",
+    "max_length": "rollout.max_context",
+    "bf16": "model.dtype",
+    "model": "model.path",
+    "model_name": "model.path",
+    "dataset": "prompts.path",
+    "reward_model": "reward.path",
+    "fsdp": "learner.sharding",
+}
+"""Short or foreign names of options, each with the option that is meant."""
 _LONGEST_KEY = 100  # characters; a longer one is no misspelt option, and comparing spellings takes time
 
 
@@ -76,7 +98,8 @@ def _suggest(model: type[BaseModel], key: str) -> str:
     if trl:
         return f"; TRL's {leaf} is {min(trl, key=lambda name: trl[name])} here"
     leaves = {name: name.rpartition(".")[2] for name in known}
-    near = [name for name in known if leaves[name] == leaf]
+    near = [ABBREVIATIONS[leaf]] if leaf in ABBREVIATIONS else [name for name in known if leaves[name] == leaf]
+    near = near or [name for name in known if leaf and leaves[name] in (f"{leaf}s", leaf.removeprefix("num_"))]
     near = near or difflib.get_close_matches(key, known, n=1)
     near = near or [name for name in known if difflib.get_close_matches(leaf, [leaves[name]], cutoff=0.8)]
     return f"; did you mean {' or '.join(near)}?" if near else "; `ppo-ray options` shows all there are"

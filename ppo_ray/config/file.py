@@ -120,6 +120,8 @@ def _read(path: Path | None) -> Any:
         raise InputError(f"config file {path} is not valid YAML: {error}") from error
     except (OSError, ValueError, OmegaConfBaseException) as error:  # ValueError: no UTF-8, a number of 5,000 digits
         raise InputError(f"config file {path} cannot be read: {error}") from error
+    if options is None and path.is_dir():
+        raise InputError(f"config file {path} is a folder; give a file, e.g. {path / 'config.yaml'}")
     if options is None:
         hint = "; the config file comes before the key=value overrides" if "=" in str(path) else ""
         raise InputError(f"config file {path} does not exist{hint}")

@@ -3,9 +3,9 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ppo_ray.assets.cache import ASSETS, asset_path
 
@@ -66,6 +66,15 @@ class Section(BaseModel):
     )
     refused: ClassVar[dict[str, str]] = {}
     """Options that people look for here and must not have, with the reason and what to do instead."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_off(cls, options: Any) -> Any:
+        """Take the word `off` for a word where an option has it: YAML reads it as false."""
+        if not isinstance(options, dict):
+            return options
+        words = {name for name, field in cls.model_fields.items() if "off" in get_args(field.annotation)}
+        return {name: "off" if name in words and value is False else value for name, value in options.items()}
 
 
 class ModelSource(Section):

@@ -9,6 +9,7 @@ import yaml
 from ppo_ray.algo.kl import KLEstimator
 from ppo_ray.algo.losses import Aggregation
 from ppo_ray.config import Config, load_config, to_yaml, weight_transport
+from ppo_ray.config.explain import ABBREVIATIONS, all_options
 from ppo_ray.errors import InputError
 from ppo_ray.learner.optimizer import Schedule
 from ppo_ray.reward.classifier import Transform
@@ -105,6 +106,11 @@ def test_an_option_offers_what_the_code_can_do(section, option, known):
         ("rolout.workers=2", "rolout: unknown option; did you mean rollout?"),
         ("ray.adress=auto", "ray.adress: unknown option; did you mean ray.address?"),
         ("min_chars=3", "min_chars: unknown option; did you mean prompts.min_chars?"),
+        ("lr=3e-5", "lr: unknown option; did you mean ppo.learning_rate?"),
+        ("ppo.lr=3e-5", "ppo.lr: unknown option; did you mean ppo.learning_rate?"),
+        ("bs=64", "bs: unknown option; did you mean rollout.batch_size?"),
+        ("kl=0.1", "kl: unknown option; did you mean ppo.kl_coef?"),
+        ("num_gpus=2", "num_gpus: unknown option; did you mean rollout.gpus or reward.gpus or learner.gpus?"),
         ("threads=3", "threads: unknown option; did you mean rollout.threads or reward.threads or learner.threads?"),
         ("ppo.init_kl_coef=0.1", "ppo.init_kl_coef: unknown option; TRL's init_kl_coef is ppo.kl_coef here"),
         ("lam=0.9", "lam: unknown option; TRL's lam is ppo.gae_lambda here"),
@@ -258,7 +264,23 @@ def test_broken_files(text, message, tmp_path):
         load_config(path, REQUIRED)
 
 
+def test_abbreviations_are_of_options_that_there_are():
+    assert set(ABBREVIATIONS.values()) <= set(dict(all_options(Config)))
+    assert not set(ABBREVIATIONS) & {name.rpartition(".")[2] for name in dict(all_options(Config))} - {"model"}
+
+
+def test_the_word_off_needs_no_quotes(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("ppo: {early_stopping: off, whiten_rewards: off}")
+    config = load_config(path, [*REQUIRED, "ppo.early_stopping=off"])
+    assert (config.ppo.early_stopping, config.ppo.whiten_rewards) == ("off", "off")
+    (line,) = violations(*REQUIRED, "ppo.early_stopping=on")
+    assert line.startswith("ppo.early_stopping: true is not one of 'off'")
+
+
 def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder; give a file, e\.g\. .*config\.yaml"):
+        load_config(tmp_path, REQUIRED)
     with pytest.raises(InputError, match="does not exist"):
         load_config(tmp_path / "no.yaml", REQUIRED)
     with pytest.raises(InputError, match=r"binary\.yaml cannot be read"):
