@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "evaluation_before.json"
 
     @property
+    def after(self) -> Path:
+        """What held-out prompts said of the policy after the last step."""
+        return self.path / "evaluation_after.json"
+
+    @property
     def final_checkpoint(self) -> Path:
         """Folder of the trained policy, for `AutoModelForCausalLM.from_pretrained`."""
         return self.checkpoints / FINAL

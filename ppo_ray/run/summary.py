@@ -140,10 +140,8 @@ def _show_path(path: Path) -> str:
 def write_samples(path: Path, before: Evaluation, after: Evaluation) -> None:
     """Write the table of samples before and after; generated text can neither break nor format it.
 
-    Where a run that went on shows another number of them (`evaluation.num_samples`), the table has the fewer.
-
-    Raises:
-        ValueError: the two evaluations are not of the same prompts.
+    Where a run that went on shows another number of them (`evaluation.num_samples`), the table has the fewer. Where it
+    held out other prompts, a row shows both.
     """
     atomic.write_text(path, "\n".join(_sample_lines(before, after)) + "\n")
 
@@ -160,10 +158,10 @@ def _sample_lines(before: Evaluation, after: Evaluation) -> Iterator[str]:
     yield "| | Prompt | Response before | Score before | Response after | Score after |"
     yield "|--:|---|---|--:|---|--:|"
     for number, (old, new) in enumerate(zip(before.samples, after.samples, strict=False), 1):
-        if old.prompt != new.prompt:
-            raise ValueError(f"sample {number} is of the prompt {old.prompt!r} before and {new.prompt!r} after")
+        # a run that went on after the data set was changed may hold out other prompts
+        prompt = old.prompt if old.prompt == new.prompt else f"before: {old.prompt}\nafter: {new.prompt}"
         was, now = (f"{escape(sample.response)} | {format_score(sample.score)}" for sample in (old, new))
-        yield f"| {number} | {escape(old.prompt)} | {was} | {now} |"
+        yield f"| {number} | {escape(prompt)} | {was} | {now} |"
 
 
 def escape(text: str) -> str:

@@ -13,7 +13,7 @@ from ppo_ray import preflight
 from ppo_ray.actors.session import ray_session
 from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config, load_evaluation_config
-from ppo_ray.errors import InputError, PPORayError, WorkerError, WorkerLost
+from ppo_ray.errors import InputError, Interrupted, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event, say
 from ppo_ray.learner.reports import Agreement
 from ppo_ray.run.actors import Actors, check_engines, launch, launch_scorers
@@ -74,11 +74,17 @@ def train(config: Config, console: Console | None = None) -> RunReport:
             before = rebuild_on_loss(run, actors, evaluate_before)
             with save_on_exit(run, actors):
                 rebuild_on_loss(run, actors, steps)
-            after = score_held_out(actors.rollout, actors.reward, run.prompts.held_out(), config)
+            after = None
+            with say_failure(run, "the evaluation after the last step"):
+                after = score_held_out(actors.rollout, actors.reward, run.prompts.held_out(), config)
+                if after:
+                    after.write(run.folder.after)
             run.checkpoints.finish_run(run.state.step)
-    if before and after:
-        write_samples(run.folder.samples, before, after)
-    draw_curves(run.folder.curves, run.history, before, after)
+    with say_failure(run, "the table of samples"):
+        if before and after:
+            write_samples(run.folder.samples, before, after)
+    with say_failure(run, "the picture of the curves"):
+        draw_curves(run.folder.curves, run.history, before, after)
     print_summary(console, run.folder, run.history, before, after)
     return RunReport(run.folder, run.history, before, after)
 
@@ -180,6 +186,17 @@ def rebuild_learner(run: Run, actors: Actors, lost: WorkerLost) -> None:
 
 
 @contextlib.contextmanager
+def say_failure(run: Run, what: str) -> Iterator[None]:
+    """Say what failed in the block, and go on: the run is done and its result is saved."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:  # whatever it is, it must not cost the run
+        run.say(f"{what} failed, the trained policy is in {run.folder.final_checkpoint}: {error}")
+
+
+@contextlib.contextmanager
 def save_on_exit(run: Run, actors: Actors) -> Iterator[None]:
     """Save the state after the last whole step if a signal or an error ends the block, and say where it is."""
     try:
@@ -189,7 +206,9 @@ def save_on_exit(run: Run, actors: Actors) -> Iterator[None]:
         if update is not None and update.step == run.state.step:
             run.record(update)  # only its weights did not reach every engine, which the next start makes up for
         if isinstance(error, PPORayError):
-            why = f"step {run.state.step} was not finished: {str(error).splitlines()[0]}"
+            step = run.state.step
+            what = "the run ended in an error" if step == run.config.steps else f"step {step} was not finished"
+            why = f"{what}: {str(error).splitlines()[0]}"
             # on a full disk what ended the run is said all the same, and saved if it can be
             with contextlib.suppress(OSError):
                 run.report(Event("interrupted", why))

@@ -139,6 +139,7 @@ def metrics(step: int, version: int) -> dict[str, float]:
         "mismatch/logprob_mean",
         "mismatch/logprob_max",
         "kl/per_sequence",
+        "policy/approx_kl_first",
         "policy/ratio_first",
         "learner/skipped_update",
     ]
@@ -271,7 +272,10 @@ def test_a_learner_that_dies_once_in_each_step_does_not(tmp_path: Path) -> None:
 
 def test_a_run_that_ends_before_its_first_step_says_of_no_checkpoint_that_it_is_there() -> None:
     said: list[str] = []
-    run: Any = SimpleNamespace(state=RunState(), report=lambda event: said.append(event.message), say=said.append)
+    config = SimpleNamespace(steps=STEPS)
+    run: Any = SimpleNamespace(
+        state=RunState(), config=config, report=lambda event: said.append(event.message), say=said.append
+    )
     actors: Any = SimpleNamespace(learner=SimpleNamespace(last_update=None))
     with pytest.raises(WorkerError, match="gone"), save_on_exit(run, actors):
         raise WorkerError("gone")
