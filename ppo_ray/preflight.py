@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, in_job, transport_problems
+from ppo_ray.config import Config, RewardSource, in_job, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.machine import count_cpus
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
 from ppo_ray.models.support import check_head, find_config_problem, max_exact_tokens
 from ppo_ray.models.tokens import EndTokens, read_end_tokens
+from ppo_ray.prompts.chat import has_template
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
-from ppo_ray.reward.function import load_function
+from ppo_ray.reward.function import RewardFunction
 from ppo_ray.reward.labels import check_transform, classifies_text, find_label, token_limit
 
 
@@ -59,7 +60,7 @@ def check(config: Config) -> Inputs:
     """
     inputs = Inputs()
     problems = [*_cpu_problems(config), *transport_problems(config), *_policy_problems(config, inputs)]
-    problems += [*_end_problems(config, inputs), *_reward_problems(config, inputs), *_prompt_problems(config, inputs)]
+    problems += [*_end_problems(config, inputs), *_prompt_problems(config, inputs), *_reward_problems(config, inputs)]
     if in_job():
         problems = [*output_problems(config), *problems]
     refuse(problems, "nothing was started")
@@ -199,43 +200,55 @@ def _end_problems(config: Config, inputs: Inputs) -> Iterator[str]:
 
 
 def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:
-    reward = config.reward
-    if reward.function is not None:
-        try:
-            load_function(reward.function)
-        except InputError as error:
-            yield str(error)
-        except Exception as error:  # whatever the user's own module raises when it is imported
-            yield f"reward.function={reward.function}: importing it raised {type(error).__name__}: {error}"
-        return
+    for key, source in config.reward.sources:
+        if source.function is not None:
+            yield from _function_problems(config, inputs, f"{key}.function", source.function)
+        else:
+            yield from _classifier_problems(config, inputs, f"{key}.path", source)
+
+
+def _function_problems(config: Config, inputs: Inputs, key: str, name: str) -> Iterator[str]:
+    kept = [column.rpartition(".")[2] for column in config.prompts.keep]
+    try:
+        arguments = RewardFunction(name, kept).arguments or ()
+    except InputError as error:
+        yield str(error).replace("reward.function", key, 1)
+    except Exception as error:  # whatever the user's own module raises when it is imported
+        yield f"{key}={name}: importing it raised {type(error).__name__}: {error}"
+    else:
+        if "messages" in arguments and inputs.texts and not has_template(config.prompts, inputs.texts.are_chats):
+            yield f"{key}={name}: takes messages, and the prompts are plain texts; set prompts.chat_template=tokenizer"
+
+
+def _classifier_problems(config: Config, inputs: Inputs, key: str, source: RewardSource) -> Iterator[str]:
     from ppo_ray.models.loading import check_weights  # loads torch
 
-    classifier, problem = read_config("reward.path", str(reward.path), reward.trust)
+    path = str(source.path)
+    classifier, problem = read_config(key, path, source.trust)
     if problem:
         yield problem
         return
-    tokenizer, problem = read_tokenizer("reward.path", reward)
+    tokenizer, problem = read_tokenizer(key, source)
     if problem:
         yield problem
     else:
-        yield from _length_problems(config, inputs, classifier, tokenizer)
-    if not reward.trust.remote_code and not classifies_text(classifier):
-        yield f"reward.path={reward.path}: transformers has no sequence classifier of the kind {classifier.model_type}"
+        yield from _length_problems(config, inputs, path, classifier, tokenizer)
+    if not source.trust.remote_code and not classifies_text(classifier):
+        yield f"{key}={path}: transformers has no sequence classifier of the kind {classifier.model_type}"
     else:
-        auto_class = "AutoModelForSequenceClassification"
-        _, problem = check_weights("reward.path", auto_class, str(reward.path), reward.trust)
+        _, problem = check_weights(key, "AutoModelForSequenceClassification", path, source.trust)
         if problem:
             yield problem
     try:
-        find_label(classifier.id2label or {}, reward.label, str(reward.path))
-        check_transform(reward.transform, classifier, str(reward.path))
+        find_label(classifier.id2label or {}, source.label, path)
+        check_transform(source.transform, classifier, path)
     except InputError as error:
         yield str(error)
 
 
-def _length_problems(config: Config, inputs: Inputs, classifier: Any, tokenizer: Any) -> Iterator[str]:
+def _length_problems(config: Config, inputs: Inputs, path: str, classifier: Any, tokenizer: Any) -> Iterator[str]:
     """Compare the longest text with what the classifier takes; its tokens may be somewhat shorter or longer."""
-    limit, path, longest = token_limit(classifier, tokenizer), config.reward.path, config.rollout.max_response_tokens
+    limit, longest = token_limit(classifier, tokenizer), config.rollout.max_response_tokens
     if limit is None:
         return
     room = limit - tokenizer.num_special_tokens_to_add()

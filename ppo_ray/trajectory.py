@@ -34,6 +34,13 @@ SCHEMA = pa.schema(
 )
 """The exchange between rollout workers, reward workers and the learner."""
 
+EXTRAS = {
+    "messages": "the conversation that the prompt was made of, JSON of a list of messages with role and content; text",
+    "row": "the columns of `prompts.keep`, a struct typed as in the data set",
+    "parts": "each part's score before its weight, where the reward has several; a struct of float32",
+}
+"""Columns that a table may have behind those of `SCHEMA`; all trajectories of a step have the same."""
+
 LEARNED_FIELDS = ("old_logprobs", "ref_logprobs", "values", "kl", "rewards", "advantages", "returns")
 """What the learner adds: lists of `[R]` float32, null for a trajectory that was left out of the update."""
 
@@ -44,10 +51,18 @@ LEARNED_SCHEMA = pa.schema(
 """What a run writes to `trajectories/`."""
 
 
-def from_rows(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Build a validated table of `SCHEMA` from one mapping a trajectory; a missing score is null."""
+def from_rows(rows: Sequence[Mapping[str, Any]], extras: pa.Table | None = None) -> pa.Table:
+    """Build a validated table of `SCHEMA` from one mapping a trajectory; a missing score is null.
+
+    Args:
+        rows: by the names of `SCHEMA`.
+        extras: columns of `EXTRAS`, a row per trajectory; None: there are none.
+    """
     columns = {field.name: [row.get(field.name) for row in rows] for field in SCHEMA}
     table = pa.Table.from_pydict(columns, schema=SCHEMA)
+    if extras is not None:
+        for name in extras.column_names:
+            table = table.append_column(name, extras.column(name))
     validate(table)
     return table
 
@@ -59,8 +74,11 @@ def validate(table: pa.Table) -> None:
         ValueError: a schema of another version, a null where none may be, an empty prompt or response, or a trajectory
             whose log-probabilities do not number its response tokens. The message names the sample.
     """
+    extras = table.schema.names[len(SCHEMA) :]
     if (
-        not table.schema.equals(SCHEMA)
+        not pa.schema(list(table.schema)[: len(SCHEMA)]).equals(SCHEMA)
+        or not set(extras) <= set(EXTRAS)
+        or len(set(extras)) < len(extras)
         or (table.schema.metadata or {}).get(b"ppo_ray.schema") != SCHEMA_VERSION.encode()
     ):
         raise ValueError(f"not a trajectory table of schema version {SCHEMA_VERSION}: {table.schema}")
@@ -120,11 +138,48 @@ def with_scores(table: pa.Table, scores: Sequence[float | None], truncated: Sequ
     return table
 
 
+def with_parts(
+    table: pa.Table,
+    parts: Mapping[str, Sequence[float | None]],
+    weights: Mapping[str, float],
+    truncated: Sequence[bool] | None = None,
+) -> pa.Table:
+    """Return the table with several parts' scores and their weighted sum.
+
+    A part that is None or not finite is left out of its trajectory's sum; where all are, there is no score.
+
+    Args:
+        table: of `SCHEMA`.
+        parts: one score per trajectory, by the part's name.
+        weights: by the same names.
+        truncated: as in `with_scores`.
+    """
+    known = {
+        name: [score if score is not None and np.isfinite(score) else None for score in scores]
+        for name, scores in parts.items()
+    }
+    sums: list[float | None] = []
+    for row in zip(*known.values(), strict=True):
+        terms = [weights[name] * score for name, score in zip(known, row, strict=True) if score is not None]
+        sums.append(sum(terms) if terms else None)
+    columns = [pa.array(scores, pa.float32()) for scores in known.values()]
+    together = pa.StructArray.from_arrays(columns, names=list(known))
+    return with_scores(table, sums, truncated).append_column("parts", together)
+
+
 def with_learned(table: pa.Table, figures: Mapping[str, Sequence[np.ndarray | None]]) -> pa.Table:
-    """Return the table as `LEARNED_SCHEMA`, with one `[R]` array (or None) a row for each of `LEARNED_FIELDS`."""
+    """Return the table as `LEARNED_SCHEMA`, its extras behind.
+
+    Args:
+        table: of `SCHEMA`.
+        figures: for each of `LEARNED_FIELDS` one `[R]` array (or None) per row.
+    """
     columns = [table.column(field.name) for field in SCHEMA]
     columns += [pa.array(list(figures[name]), pa.list_(pa.float32())) for name in LEARNED_FIELDS]
-    return pa.Table.from_arrays(columns, schema=LEARNED_SCHEMA)
+    learned = pa.Table.from_arrays(columns, schema=LEARNED_SCHEMA)
+    for name in table.column_names[len(SCHEMA) :]:
+        learned = learned.append_column(name, table.column(name))
+    return learned
 
 
 def concat(shards: Sequence[pa.Table]) -> pa.Table:

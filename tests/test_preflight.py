@@ -71,6 +71,9 @@ def configured(home, monkeypatch):
         f"prompts.path={home / 'texts.csv'}",
         f"reward.path={home / 'classifier'}",
         "prompts.min_chars=3",
+        "prompts.min_tokens=2",
+        "prompts.max_tokens=8",
+        "rollout.max_response_tokens=16",
         "evaluation.num_prompts=2",
         "evaluation.num_samples=1",
         "rollout.max_context=64",
@@ -191,10 +194,11 @@ def test_missing_models_and_texts_are_reported_together(configured, tmp_path):
     assert [line.split("=")[0] for line in found] == [
         "model.path",
         "model.reference_path",
-        "reward.path",
         "prompts.path",
+        "reward.path",
     ]
-    assert all("missing model: no such folder" in line for line in found[:3]) and "no such file" in found[3]
+    assert all("missing model: no such folder" in line for line in (*found[:2], found[3]))
+    assert "no such file" in found[2]
 
 
 def test_missing_assets_say_how_to_build_them(configured, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ _TAKEN = {
     *("seed", "model.dtype", "learner.workers", "learner.threads", "learner.gpus"),
     *("rollout.engine", "rollout.workers", "rollout.threads", "rollout.gpus", "rollout.tensor_parallel"),
     *("rollout.batch_size", "rollout.min_response_tokens", "rollout.max_response_tokens", "rollout.temperature"),
-    *("rollout.stop_at_eos", "rollout.max_context", "rollout.kv_cache_mib", "rollout.dtype"),
+    *("rollout.stop_at_eos", "rollout.stop_token_ids", "rollout.max_context", "rollout.kv_cache_mib", "rollout.dtype"),
     *("reward.path", "reward.label", "reward.transform", "reward.batch_size"),
     *("reward.workers", "reward.threads", "reward.gpus"),
     *("ray.placement", "ray.object_store_mib", "ray.max_restarts"),
@@ -28,6 +28,7 @@ _SAID = (
     "model.trust_remote_code",
     "model.allow_pickled_weights",
     "reward.function",
+    "reward.parts",
     "reward.trust_remote_code",
     "reward.allow_pickled_weights",
     "ray.address",
@@ -67,13 +68,14 @@ def load_evaluation_config(checkpoint: str | Path, overrides: Sequence[str] = ()
         for key in _SAID
         if key not in given and options.get(key, defaults[key]) != defaults[key]
     ]
-    if options.get("reward.function") and not {"reward.function", "reward.path"} & given:
+    scored_by = next((key for key in ("reward.function", "reward.parts") if options.get(key)), None)
+    if scored_by and not {"reward.function", "reward.path", "reward.parts"} & given:
         raise InputError(
-            f"{source}: the run was scored by reward.function={str(options['reward.function'])[:QUOTED]}, code that is "
-            "not run because a checkpoint names it. If you trust it, give reward.function=... here, or a classifier: "
+            f"{source}: the run was scored by {scored_by}={str(options[scored_by])[:QUOTED]}, code that is not run "
+            f"because a checkpoint names it. If you trust it, give {scored_by}=... here, or a classifier: "
             "reward.path=..."
         )
-    if "reward.function" in given:
+    if {"reward.function", "reward.parts"} & given:
         taken.pop("reward.path", None)
     overrides = [f"model.path={checkpoint}", f"output_dir={checkpoint}", *overrides]
     return load(Config, None, overrides, given=taken), dropped

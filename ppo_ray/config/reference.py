@@ -99,6 +99,10 @@ def _options(prefix: str, schema: Mapping[str, Any]) -> Iterator[Option]:
 def _values(field: Mapping[str, Any]) -> str:
     if "anyOf" in field:
         return ", ".join(_values(one) for one in field["anyOf"])
+    if field.get("type") == "array":
+        return f"list of {_values(field['items'])}"
+    if field.get("type") == "object" or "$ref" in field:
+        return "options"
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     bounds = [f"{sign} {field[bound]:g}" for bound, sign in _BOUNDS.items() if bound in field and field[bound] < 2**53]

@@ -1,6 +1,6 @@
 """The options of generation."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -54,9 +54,10 @@ class RolloutConfig(Section):
     """Ranks of each vLLM worker that share one copy of the policy, all on one node, each on a GPU of its own."""
     batch_size: int = Field(default=128, ge=1)
     """Responses a step, over all workers. TRL: `batch_size`."""
-    min_response_tokens: int = Field(default=4, ge=1)
-    """Smallest limit that a response is given, in tokens, inclusive; an end of sequence may still come earlier."""
-    max_response_tokens: int = Field(default=16, ge=1)
+    min_response_tokens: int | None = Field(default=None, ge=1)
+    """Smallest limit that a response is given, in tokens, inclusive; each response's is drawn from here to
+    max_response_tokens. An end of sequence may still come earlier. null: all have the same limit."""
+    max_response_tokens: int = Field(default=256, ge=1)
     """Largest limit that a response is given, in tokens, INCLUSIVE (TRL's `LengthSampler(4, 16)` never draws 16)."""
     temperature: float = Field(default=1.0, gt=0)
     """Of sampling, from the full softmax. The learner's log-probabilities are taken at the same temperature. vLLM
@@ -64,7 +65,9 @@ class RolloutConfig(Section):
     stop_at_eos: bool = True
     """Whether an end-of-sequence token ends a response: the tokenizer's, and each `eos_token_id` of the model's
     generation_config.json; false: every response has its full length."""
-    max_context: int = Field(default=512, ge=2)
+    stop_token_ids: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    """Further tokens that end a response, by their ids; also with stop_at_eos=false."""
+    max_context: int = Field(default=768, ge=2)
     """Longest prompt plus response that an engine has room for, in tokens."""
     kv_cache_mib: int = Field(default=512, ge=1)
     """Memory of each vLLM engine for keys and values, MiB."""

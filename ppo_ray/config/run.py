@@ -101,12 +101,31 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
 def _length_contradictions(config: Config) -> Iterator[Contradiction]:
     """Yield the contradictions of lengths in tokens, and of a batch with the workers that share it."""
     prompts, rollout = config.prompts, config.rollout
-    if prompts.min_tokens > prompts.max_tokens:
+    if prompts.min_tokens is not None and prompts.min_tokens > prompts.max_tokens:
         yield Contradiction(
             ("prompts.min_tokens", "prompts.max_tokens"),
             f"{prompts.min_tokens} exceeds prompts.max_tokens={prompts.max_tokens}",
         )
-    if rollout.min_response_tokens > rollout.max_response_tokens:
+    if prompts.min_tokens is not None and prompts.too_long not in (None, "cut"):
+        yield Contradiction(
+            ("prompts.too_long", "prompts.min_tokens"),
+            f"{prompts.too_long} is for whole texts, and with prompts.min_tokens={prompts.min_tokens} every prompt is "
+            "the beginning of one; set min_tokens to null, or leave too_long out",
+        )
+    if prompts.min_tokens is not None and (prompts.chat_template not in ("auto", "none") or prompts.system is not None):
+        yield Contradiction(
+            ("prompts.min_tokens", "prompts.chat_template", "prompts.system"),
+            "is for plain texts; a conversation is a prompt as a whole: set min_tokens to null",
+        )
+    if prompts.chat_template == "none" and (prompts.system is not None or prompts.template_arguments):
+        yield Contradiction(
+            ("prompts.chat_template", "prompts.system", "prompts.template_arguments"),
+            "none has no place for a system message or arguments; set auto, tokenizer or a file",
+        )
+    names = [name.rpartition(".")[2] for name in prompts.keep]
+    if len(set(names)) < len(names):
+        yield Contradiction(("prompts.keep",), f"{', '.join(prompts.keep)}: two columns would have one name")
+    if rollout.min_response_tokens is not None and rollout.min_response_tokens > rollout.max_response_tokens:
         yield Contradiction(
             ("rollout.min_response_tokens", "rollout.max_response_tokens"),
             f"{rollout.min_response_tokens} exceeds rollout.max_response_tokens={rollout.max_response_tokens}",
@@ -156,7 +175,7 @@ def _update_contradictions(config: Config) -> Iterator[Contradiction]:
             ("ppo.kl_clamp", "ppo.kl_estimator"),
             "it bounds estimates from single tokens, and full is no estimate; set kl_clamp to null",
         )
-    if ppo.missing_eos_penalty and not rollout.stop_at_eos:
+    if ppo.missing_eos_penalty and not rollout.stop_at_eos and not rollout.stop_token_ids:
         yield Contradiction(
             ("ppo.missing_eos_penalty", "rollout.stop_at_eos"),
             f"{ppo.missing_eos_penalty:g} would be taken off every score: with rollout.stop_at_eos=false no response "
@@ -182,12 +201,22 @@ def _source_contradictions(config: Config) -> Iterator[Contradiction]:
             ("model.critic_path", "model.critic"),
             "is for model.critic=separate; set that, or leave critic_path out",
         )
-    if (reward.path is None) == (reward.function is None):
+    if reward.parts and (reward.path is not None or reward.function is not None):
         yield Contradiction(
-            ("reward.path", "reward.function"),
-            "give reward.path (a classifier) or reward.function (a Python function), "
-            + ("one of them" if reward.path is None else "not both"),
+            ("reward.parts", "reward.path", "reward.function"),
+            "stands instead of reward.path and reward.function: name these as further parts, or leave parts out",
         )
+        return
+    for key, source in reward.sources:
+        if (source.path is None) == (source.function is None):
+            yield Contradiction(
+                ("reward.parts",) if reward.parts else ("reward.path", "reward.function"),
+                f"give {key}.path (a classifier) or {key}.function (a Python function), "
+                + ("one of them" if source.path is None else "not both"),
+            )
+    names = [part.name for part in reward.parts]
+    if len(set(names)) < len(names):
+        yield Contradiction(("reward.parts",), f"{', '.join(names)}: two parts have one name")
 
 
 def _engine_contradictions(config: Config) -> Iterator[Contradiction]:

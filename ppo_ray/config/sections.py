@@ -110,7 +110,7 @@ class ModelConfig(ModelSource):
 
 
 class PromptsConfig(Section):
-    """The texts whose first tokens are the prompts."""
+    """What the prompts are made of: texts, or conversations by a chat template."""
 
     path: Source
     """A file (.parquet, .arrow; .jsonl, .ndjson, .json, .csv, .tsv, .txt, also compressed: .gz, .bz2, .zst, .lz4), a
@@ -118,41 +118,88 @@ class PromptsConfig(Section):
     split: str = "train"
     """Split of a folder or hub data set; a single file is taken whole."""
     column: str = "text"
-    """The column that holds the texts; in a struct or an object by its path, `meta.text`. Of a .txt file each line is a
-    text, of the column `text`."""
-    min_chars: int = Field(default=200, ge=0)
+    """The column of the texts, or of the conversations: lists of messages with `role` and `content`, or JSON of such.
+    In a struct or an object by its path, `meta.text`. Of a .txt file each line is a text, of the column `text`."""
+    keep: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Columns that go with each prompt to the reward and into `trajectories/`, e.g. [answer, source]. Of `meta.answer`
+    the name is `answer` from then on."""
+    chat_template: str = Field(default="auto", min_length=1)
+    """What makes a prompt of a conversation. auto: the tokenizer's template for messages and where `system` is given,
+    and none for plain texts. tokenizer: its template for plain texts too, each as the user's message. none: no
+    template. Else the path of a file with a template."""
+    template_arguments: dict[str, Any] = {}
+    """What the template is given besides, e.g. {enable_thinking: false}."""
+    system: str | None = None
+    """System message put in front of each conversation that has none of its own."""
+    min_chars: int = Field(default=0, ge=0)
     """Only texts LONGER than this many characters are used; the others are dropped."""
-    min_tokens: int = Field(default=2, ge=1)
-    """Shortest prompt, in tokens, inclusive. A shorter text is used whole. TRL: `LengthSampler(min_value)`."""
-    max_tokens: int = Field(default=8, ge=1)
+    min_tokens: int | None = Field(default=None, ge=1)
+    """Shortest prompt, in tokens, inclusive, where prompts are the beginnings of texts: each gets a length drawn from
+    here to max_tokens. A shorter text is used whole. null: prompts are whole texts. TRL: `LengthSampler(min_value)`."""
+    max_tokens: int = Field(default=512, ge=1)
     """Longest prompt, in tokens, INCLUSIVE (TRL's `LengthSampler(2, 8)` is half-open and never draws 8)."""
+    too_long: Literal["drop", "keep_end", "cut"] | None = None
+    """What becomes of a prompt that is longer. drop: it is left out, and counted. keep_end: its beginning goes. cut:
+    its end goes. null: cut where min_tokens is given, else drop."""
     shuffle: bool = True
     """Draw a new order each epoch from the run's seed; false: the order of the data set, every time."""
 
 
-class RewardConfig(ModelSource):
-    """What scores prompt plus response: either a classifier (`path`) or a Python function (`function`)."""
+class RewardSource(ModelSource):
+    """One thing that scores: a classifier or a Python function."""
 
     path: Source | None = None
-    """Folder or hub name of a sequence classifier with its tokenizer, weights in safetensors. TRL: `reward_model`."""
+    """Folder or hub name of a sequence classifier with its tokenizer, weights in safetensors. It scores prompt plus
+    response. TRL: `reward_model`."""
     function: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
-    """A Python function instead, as "package.module:function"; called with a list of prompts and one of responses, it
-    returns a score (or None) for each pair."""
+    """A Python function instead, as "package.module:function". It gets a list for each parameter, by its name: prompts,
+    responses, messages, response_ids, finish_reasons, and the columns of `prompts.keep`. It returns a score (or None)
+    per response. An `async def` gets one response's values instead."""
     label: str = "POSITIVE"
     """The classifier's label, by name, whose output is the score."""
     transform: Literal["logit", "softmax", "sigmoid"] = "logit"
     """What makes a score of the classifier's outputs: the label's raw output, its probability, or its own sigmoid."""
+    dtype: DType = "float32"
+    """That the classifier computes in."""
+    batch_size: int = Field(default=32, ge=1)
+    """Texts per forward pass of the classifier."""
+
+
+class RewardPart(RewardSource):
+    """One of several things that are scored."""
+
+    name: str = Field(pattern=r"^[A-Za-z_]\w*$")
+    """In the metrics and in `trajectories/`. Required."""
+    weight: float = 1.0
+    """What its score is multiplied by."""
+
+
+class RewardConfig(RewardSource):
+    """What scores a response: a classifier (`path`), a Python function (`function`), or several of these (`parts`)."""
+
+    parts: Annotated[tuple[RewardPart, ...], Field(strict=False)] = ()
+    """Several rewards instead of one: a list of {name, weight, function or path, ...} with the options of this section
+    from `path` to `batch_size`. The score is the weighted sum. A part without a score is left out of it; a response
+    without any has none. The metrics have each part, `trajectories/` its score before the weight."""
+    max_concurrent: int = Field(default=64, ge=1)
+    """Most calls of an `async def` function at a time, per worker."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Longest call of an `async def` function, seconds; then its response has no score."""
     workers: int = Field(default=1, ge=1)
     """Reward actors; each scores the shards it is given."""
     threads: int = Field(default=1, ge=1)
     """CPU threads per worker. workers x threads must not exceed the machine's CPUs."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs per worker; a fraction lets actors share one."""
-    batch_size: int = Field(default=32, ge=1)
-    """Texts a forward of the classifier."""
     max_unscored_steps: int = Field(default=3, ge=0)
     """Largest number of steps in a row without any score. Nothing is learnt in such a step. One step more ends the run,
     and the steps that were made are saved. 0: the first such step ends it."""
+
+    @property
+    def sources(self) -> tuple[tuple[str, RewardSource], ...]:
+        """All that scores, each with the key of its options, e.g. `reward.parts[0]`."""
+        parts = tuple((f"reward.parts[{index}]", part) for index, part in enumerate(self.parts))
+        return parts or (("reward", self),)
 
 
 class LearnerConfig(Section):

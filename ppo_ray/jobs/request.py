@@ -89,8 +89,9 @@ def request_problems(
     yield from _config_problems(request.config)
     for key, path in _paths(request.config).items():
         yield from _path_problems(key, path, request.working_dir, holds)
-    if request.config.reward.function is not None:
-        yield from _module_problems(request.config.reward.function, request.working_dir, holds)
+    for key, source in request.config.reward.sources:
+        if source.function is not None:
+            yield from _module_problems(f"{key}.function", source.function, request.working_dir, holds)
 
 
 def _variable_problems(names: tuple[str, ...], environment: Mapping[str, str]) -> Iterator[str]:
@@ -116,8 +117,10 @@ def _paths(config: Config) -> dict[str, str]:
         "model.reference_path": config.model.reference_path,
         "model.critic_path": config.model.critic_path,
         "prompts.path": config.prompts.path,
-        "reward.path": config.reward.path,
+        **{f"{key}.path": source.path for key, source in config.reward.sources},
     }
+    if config.prompts.chat_template not in ("auto", "tokenizer", "none"):
+        found["prompts.chat_template"] = config.prompts.chat_template
     return {key: path for key, path in found.items() if path is not None}
 
 
@@ -145,7 +148,7 @@ def _is_local(path: str, working_dir: Path | None) -> bool:
     return looks or Path(path).exists() or (working_dir is not None and (working_dir / path).exists())
 
 
-def _module_problems(function: str, working_dir: Path | None, holds: Callable[[str], bool]) -> Iterator[str]:
+def _module_problems(key: str, function: str, working_dir: Path | None, holds: Callable[[str], bool]) -> Iterator[str]:
     """Yield the problem of a module that lies here and is not sent; an installed one is for the cluster to have."""
     package = function.partition(":")[0].partition(".")[0]
     names = (package, f"{package}.py")
@@ -153,9 +156,9 @@ def _module_problems(function: str, working_dir: Path | None, holds: Callable[[s
         return
     if working_dir is not None and any((working_dir / name).exists() for name in names):
         if not any(map(holds, names)):
-            yield f"reward.function={function}: {package} is not sent with --working-dir={working_dir}: {_LEFT_OUT}"
+            yield f"{key}={function}: {package} is not sent with --working-dir={working_dir}: {_LEFT_OUT}"
     elif any(Path(name).exists() for name in names):
-        yield f"reward.function={function}: {package} lies here and is not sent; send its folder: --working-dir ."
+        yield f"{key}={function}: {package} lies here and is not sent; send its folder: --working-dir ."
 
 
 def _is_installed(package: str) -> bool:

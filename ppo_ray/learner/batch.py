@@ -182,6 +182,13 @@ def summarize_table(table: pa.Table, batch: ResponseBatch) -> dict[str, float]:
             "score/min": float(scores.min()),
             "score/max": float(scores.max()),
         }
+    if "parts" in table.column_names:
+        for name, part in zip(table.schema.field("parts").type.names, table.column("parts").flatten(), strict=True):
+            known = part.drop_null().to_numpy().astype(np.float64)
+            metrics[f"parts/{name}_unscored"] = 1 - len(known) / num_rows
+            if len(known):
+                spread = float(known.std(ddof=1)) if len(known) > 1 else 0.0
+                metrics |= {f"parts/{name}_mean": float(known.mean()), f"parts/{name}_std": spread}
     return metrics
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import ModelConfig, RewardConfig, Trust
+from ppo_ray.config import ModelConfig, RewardSource, Trust
 from ppo_ray.errors import first_line
 
 
@@ -60,7 +60,7 @@ def _code_problem(key: str, path: str, what: str) -> str:
     )
 
 
-def read_tokenizer(key: str, model: ModelConfig | RewardConfig) -> tuple[Any, str | None]:
+def read_tokenizer(key: str, model: ModelConfig | RewardSource) -> tuple[Any, str | None]:
     """Load a tokenizer; return it, or None and what is wrong: it is missing, or not the one its authors meant.
 
     Where transformers must not run a tokenizer's own code it may silently build another tokenizer from the other files,

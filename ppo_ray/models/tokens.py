@@ -62,23 +62,32 @@ def read_end_tokens(config: Config, tokenizer: Any) -> EndTokens:
     """Return what ends a response of a run: one set for engines, metrics and penalties.
 
     It is the tokenizer's end of sequence and each `eos_token_id` of `generation_config.json`; a model without that file
-    is asked for the `eos_token_id` of its `config.json`. transformers' `generate` and vLLM go by the same files.
+    is asked for the `eos_token_id` of its `config.json`. transformers' `generate` and vLLM go by the same files. The
+    tokens of `rollout.stop_token_ids` are added.
 
     Args:
         config: of the run.
         tokenizer: the policy's.
 
     Raises:
-        InputError: nothing can end a response, and `rollout.stop_at_eos` is true; or a file cannot be read.
+        InputError: nothing can end a response, and `rollout.stop_at_eos` is true; a token of
+            `rollout.stop_token_ids` is not in the vocabulary; or a file cannot be read.
     """
-    if not config.rollout.stop_at_eos:
+    where, added = f"model.path={config.model.path}", config.rollout.stop_token_ids
+    if not config.rollout.stop_at_eos and not added:
         return EndTokens(())
-    where = f"model.path={config.model.path}"
     try:
         declared, vocab_size = _read_declaration(config.model)
-        ends = find_end_tokens(tokenizer.eos_token_id, declared, vocab_size)
+        at_eos = config.rollout.stop_at_eos
+        ends = find_end_tokens(tokenizer.eos_token_id, declared, vocab_size) if at_eos else EndTokens(())
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: what ends a response cannot be read: {first_line(error)}") from error
+    if unknown := [token for token in added if not 0 <= token < vocab_size]:
+        raise InputError(
+            f"rollout.stop_token_ids={list(added)}: {unknown} are not in the vocabulary of {config.model.path}, which "
+            f"has the ids 0 to {vocab_size - 1}"
+        )
+    ends = EndTokens(tuple(sorted({*ends.ids, *added})), ends.ignored)
     if not ends.ids:
         why = "neither its tokenizer nor its generation_config.json names an end-of-sequence token"
         if ends.ignored:

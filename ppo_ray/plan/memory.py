@@ -77,16 +77,17 @@ def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what a reward worker holds; what a user's own function holds is not known."""
     device: Device = "gpu" if config.reward.gpus else "host"
     yield _process_term("reward", "reward")
-    if sizes.classifier is None:
-        return
-    if device == "gpu":
+    sources = [source for _, source in config.reward.sources if source.path]
+    if sources and device == "gpu":
         yield _cuda_term("reward")
-    yield _parameter_term("classifier", sizes.classifier.parameters, 4, device)
-    texts = min(config.reward.batch_size, config.rollout.batch_size)
-    tokens = texts * (config.prompts.max_tokens + config.rollout.max_response_tokens)
-    width = 4 * sizes.classifier.hidden + 2 * sizes.classifier.intermediate
-    how = f"{tokens} tokens x (4 x {sizes.classifier.hidden} + 2 x {sizes.classifier.intermediate}) x 4 bytes"
-    yield Term("a layer's activations", how, tokens * width * 4, device)
+    for source, size in zip(sources, sizes.classifiers, strict=True):
+        item = 2 if source.dtype == "bfloat16" else 4
+        yield _parameter_term("classifier", size.parameters, item, device)
+        texts = min(source.batch_size, config.rollout.batch_size)
+        tokens = texts * (config.prompts.max_tokens + config.rollout.max_response_tokens)
+        width = 4 * size.hidden + 2 * size.intermediate
+        how = f"{tokens} tokens x (4 x {size.hidden} + 2 x {size.intermediate}) x {item} bytes"
+        yield Term("a layer's activations", how, tokens * width * item, device)
 
 
 def store_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:

@@ -33,8 +33,8 @@ class ModelSizes:
     reference: ModelSize
     critic: ModelSize | None
     """None: a linear head on the policy."""
-    classifier: ModelSize | None
-    """None: a Python function scores."""
+    classifiers: tuple[ModelSize, ...]
+    """That score; Python functions are not among them."""
 
     @classmethod
     def read(cls, config: Config) -> "ModelSizes":
@@ -54,9 +54,11 @@ class ModelSizes:
             policy,
             reference,
             _read("model.critic_path", path, model.trust, AutoModel) if separate else None,
-            _read("reward.path", reward.path, reward.trust, AutoModelForSequenceClassification)
-            if reward.path
-            else None,
+            tuple(
+                _read(f"{key}.path", source.path, source.trust, AutoModelForSequenceClassification)
+                for key, source in reward.sources
+                if source.path
+            ),
         )
 
 

@@ -1,4 +1,4 @@
-"""The prompt stream: the first tokens of a data set's texts, in an order that is a function of the run's seed.
+"""The prompt stream: a data set's texts or conversations as token ids, in an order that follows from the run's seed.
 
 Prompt number i is computed from (seed, i), not drawn from a running generator. So the stream's whole state is its
 position, and a resumed run continues with the same prompts that it would have had without the interruption.
@@ -7,21 +7,24 @@ position, and a resumed run continues with the same prompts that it would have h
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import QUOTED, InputError
-from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
+from ppo_ray.prompts.chat import ChatTemplate, Message, has_template
+from ppo_ray.prompts.texts import UsableTexts, check_count, read_usable_texts
 from ppo_ray.seeding import derive_seed
 
 _LOG = logging.getLogger(__name__)
 _FINGERPRINTED = 16  # texts whose tokens tell one tokenizer from another
 _FINGERPRINTED_CHARS = 10_000  # of each of these texts
+_CHUNK = 1024  # texts that are tokenised at once
 _HELD_OUT_SEED = 0  # for every seed of a run: runs are compared on the same prompts
 
 
@@ -35,6 +38,8 @@ class PromptBatch:
     """`[P]` token ids of each prompt, at least one."""
     max_response_tokens: tuple[int, ...] | None = None
     """Limit of each response; None: drawn by the rollout worker, as the config says."""
+    columns: pa.Table | None = None
+    """What goes with each prompt into its trajectory, as `trajectory.EXTRAS` says; None: nothing."""
     num_skipped: int = 0
     """Prompts left out because the tokenizer makes no ids of the text, or ids that the model does not know."""
 
@@ -42,9 +47,14 @@ class PromptBatch:
         """Cut into at most n parts, in order, whose sizes differ by one at most; none is empty."""
         bounds = [len(self.sample_ids) * part // n for part in range(n + 1)]
         parts = [slice(start, stop) for start, stop in pairwise(bounds) if stop > start]
-        limits = self.max_response_tokens
+        limits, columns = self.max_response_tokens, self.columns
         return [
-            PromptBatch(self.sample_ids[part], self.prompt_ids[part], None if limits is None else limits[part])
+            PromptBatch(
+                self.sample_ids[part],
+                self.prompt_ids[part],
+                None if limits is None else limits[part],
+                None if columns is None else columns.slice(part.start, part.stop - part.start),
+            )
             for part in parts
         ]
 
@@ -73,18 +83,22 @@ class PromptStream:
             texts: what `read_usable_texts` returned for these arguments; None: read them.
 
         Raises:
-            InputError: no data set, no such column, or fewer than `num_held_out + 1` texts left after the filter.
+            InputError: no data set, no such column, fewer than `num_held_out + 1` texts left after the filter, no chat
+                template where one is needed, or one that refuses a conversation.
         """
-        self._usable = texts or read_usable_texts(config, num_held_out)
-        usable = self._usable.texts
-        order = _permutation(len(usable), derive_seed(_HELD_OUT_SEED, "held_out"))
         self._config, self._tokenizer, self._seed, self._vocab_size = config, tokenizer, seed, vocab_size
-        self._held_out = [usable[index] for index in order[:num_held_out]]
-        self._texts = [usable[index] for index in np.sort(order[num_held_out:])]
-        self._epoch, self._order = -1, np.arange(len(self._texts))
-        self.position = 0
+        usable = texts or read_usable_texts(config, num_held_out)
+        self._template = ChatTemplate(config, tokenizer) if has_template(config, usable.are_chats) else None
+        self._usable = usable
         self.fingerprint = self._fingerprint(usable)
         """Hash of the texts and of the tokenizer, whatever the seed: a resumed run must find the same."""
+        if config.min_tokens is None and config.too_long in (None, "drop"):
+            self._usable = self._drop_long(usable)
+            check_count(self._usable, num_held_out)
+        order = _permutation(len(self._usable.texts), derive_seed(_HELD_OUT_SEED, "held_out"))
+        self._held_out, self._taken = order[:num_held_out], np.sort(order[num_held_out:])
+        self._epoch, self._order = -1, np.arange(len(self._taken))
+        self.position = 0
 
     @property
     def summary(self) -> str:
@@ -104,8 +118,8 @@ class PromptStream:
             InputError: none of the n can be used.
         """
         sample_ids = range(self.position, self.position + n)
-        texts = [self._texts[self._index(sample_id)] for sample_id in sample_ids]
-        batch = self._batch(sample_ids, texts, self._seed, "prompt_length")
+        indices = [int(self._taken[self._index(sample_id)]) for sample_id in sample_ids]
+        batch = self._batch(sample_ids, indices, self._seed, "prompt_length")
         self.position += n
         return batch
 
@@ -126,38 +140,85 @@ class PromptStream:
             InputError: none can be used.
         """
         sample_ids = range(-1, -1 - len(self._held_out), -1)
-        return self._batch(sample_ids, self._held_out, _HELD_OUT_SEED, "held_out_length")
+        return self._batch(sample_ids, self._held_out.tolist(), _HELD_OUT_SEED, "held_out_length")
 
     def _index(self, sample_id: int) -> int:
-        epoch, offset = divmod(sample_id, len(self._texts))
+        epoch, offset = divmod(sample_id, len(self._taken))
         if self._config.shuffle and epoch != self._epoch:
-            self._order = _permutation(len(self._texts), derive_seed(self._seed, "prompt_order", epoch))
+            self._order = _permutation(len(self._taken), derive_seed(self._seed, "prompt_order", epoch))
             self._epoch = epoch
         return int(self._order[offset])
 
-    def _batch(self, sample_ids: Sequence[int], texts: list[str], seed: int, purpose: str) -> PromptBatch:
-        if not texts:
+    def _batch(self, sample_ids: Sequence[int], indices: list[int], seed: int, purpose: str) -> PromptBatch:
+        """Make the prompts of the texts at `indices`, each under its sample id."""
+        if not indices:
             return PromptBatch((), ())
+        texts = [self._usable.texts[index] for index in indices]
         # The whole text is tokenised: cut before, its last token could be another one.
         tokens = self._tokenize(texts)
-        num_lengths = self._config.max_tokens - self._config.min_tokens + 1
         kept: list[int] = []
         prompts: list[tuple[int, ...]] = []
-        for sample_id, ids in zip(sample_ids, tokens, strict=True):
-            length = self._config.min_tokens + derive_seed(seed, purpose, sample_id) % num_lengths
-            prompt = tuple(int(token) for token in ids[:length])
+        for place, (sample_id, ids) in enumerate(zip(sample_ids, tokens, strict=True)):
+            prompt = tuple(int(token) for token in self._cut(ids, seed, purpose, sample_id))
             if prompt and self._knows(prompt):
-                kept.append(sample_id)
+                kept.append(place)
                 prompts.append(prompt)
         if not kept:
             raise InputError(self._describe_mismatch(texts, tokens[0]))
-        return PromptBatch(tuple(kept), tuple(prompts), num_skipped=len(texts) - len(kept))
+        return PromptBatch(
+            tuple(sample_ids[place] for place in kept),
+            tuple(prompts),
+            columns=self._columns([indices[place] for place in kept]),
+            num_skipped=len(texts) - len(kept),
+        )
+
+    def _cut(self, ids: Sequence[int], seed: int, purpose: str, sample_id: int) -> Sequence[int]:
+        """Cut a prompt to its length: the drawn one, or the longest that there may be."""
+        shortest, longest = self._config.min_tokens, self._config.max_tokens
+        if shortest is not None:
+            return ids[: shortest + derive_seed(seed, purpose, sample_id) % (longest - shortest + 1)]
+        return ids[-longest:] if self._config.too_long == "keep_end" else ids[:longest]
+
+    def _columns(self, indices: list[int]) -> pa.Table | None:
+        """Return what goes with the prompts of the texts at `indices`; see `PromptBatch.columns`."""
+        columns: dict[str, Any] = {}
+        if self._template is not None:
+            conversations = self._converse([self._usable.texts[index] for index in indices])
+            columns["messages"] = [json.dumps(messages, ensure_ascii=False) for messages in conversations]
+        if self._usable.kept is not None:
+            columns["row"] = self._usable.kept.take(indices).to_struct_array()
+        return pa.table(columns) if columns else None
+
+    def _converse(self, texts: Sequence[str]) -> list[list[Message]]:
+        assert self._template is not None
+        return [self._template.converse(text, self._usable.are_chats) for text in texts]
+
+    def _drop_long(self, usable: UsableTexts) -> UsableTexts:
+        """Leave out the texts that make a prompt which is too long, or none at all."""
+        fitting: list[int] = []
+        num_long = 0
+        example: Sequence[int] = ()
+        for start in range(0, len(usable.texts), _CHUNK):
+            for index, ids in enumerate(self._tokenize(usable.texts[start : start + _CHUNK]), start):
+                if len(ids) > self._config.max_tokens:
+                    num_long += 1
+                elif ids and self._knows(ids):
+                    fitting.append(index)
+                else:
+                    example = ids
+        num_strange = len(usable.texts) - num_long - len(fitting)
+        if num_strange == len(usable.texts):
+            raise InputError(self._describe_mismatch(usable.texts, example))
+        return usable.select(fitting, replace(usable.left_out, long=num_long, strange=num_strange))
 
     def _tokenize(self, texts: list[str]) -> list[Sequence[int]]:
         """Return the ids of each text; no ids for a text that the tokenizer refuses, which spoils no other text.
 
-        What the tokenizer puts in front is kept, what it puts behind is not: a prompt goes on.
+        A conversation's are those of its template. Of a plain text what the tokenizer puts in front is kept, and what
+        it puts behind is not: a prompt goes on.
         """
+        if self._template is not None:
+            return list(self._template.tokenize(self._converse(texts)))
         try:
             # not verbose, for a whole text may well be longer than the model's context
             whole = self._tokenizer(texts, verbose=False)["input_ids"]
@@ -169,7 +230,7 @@ class PromptStream:
             _LOG.warning("the tokenizer refuses the text %r", texts[0][:QUOTED], exc_info=True)
             return [()]
 
-    def _knows(self, prompt: tuple[int, ...]) -> bool:
+    def _knows(self, prompt: Sequence[int]) -> bool:
         return self._vocab_size is None or all(0 <= token < self._vocab_size for token in prompt)
 
     def _describe_mismatch(self, texts: list[str], ids: Sequence[int]) -> str:
@@ -181,14 +242,18 @@ class PromptStream:
             "tokenizer and model do not fit together: put the model's own tokenizer into model.path"
         )
 
-    def _fingerprint(self, texts: list[str]) -> str:
-        """Return XXH3-64 of the texts with their lengths, and of the ids of the first of them, hexadecimal."""
-        state = xxhash.xxh3_64()
+    def _fingerprint(self, usable: UsableTexts) -> str:
+        """Return XXH3-64 of the texts with their lengths, kept columns, and the ids of the first texts, hexadecimal."""
+        state, texts = xxhash.xxh3_64(), usable.texts
         for text in texts:
             raw = text.encode()
             state.update(f"{len(raw)}:".encode())
             state.update(raw)
-        beginnings = [text[:_FINGERPRINTED_CHARS] for text in texts[:_FINGERPRINTED]]
+        if usable.kept is not None:
+            state.update(json.dumps(usable.kept.to_pylist(), default=str).encode())
+        beginnings = texts[:_FINGERPRINTED]
+        if self._template is None:
+            beginnings = [text[:_FINGERPRINTED_CHARS] for text in beginnings]
         ids = [[int(token) for token in row] for row in self._tokenize(beginnings)]
         state.update(json.dumps(ids).encode())
         return state.hexdigest()

@@ -1,12 +1,16 @@
-"""Reader of one column of texts from a file, a folder or a hub data set."""
+"""Reader of the prompts' texts or conversations, and of the columns that go with them, from any data set."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import InputError, first_line
-from ppo_ray.prompts.files import Texts, describe_formats, find_column, find_reader, is_unicode, pick_texts
+from ppo_ray.prompts.chat import holds_messages, parse_messages
+from ppo_ray.prompts.columns import COLUMN, KEEP, Columns, Rows, find_column, is_unicode, pick_rows
+from ppo_ray.prompts.files import describe_formats, find_reader
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,11 @@ class LeftOut:
     short: int = 0
     """Of at most `prompts.min_chars` characters."""
     repeated: int = 0
-    """The same as an earlier one."""
+    """The same as an earlier one, with the same values in the kept columns."""
+    long: int = 0
+    """Of more than `prompts.max_tokens` tokens, where such prompts are dropped."""
+    strange: int = 0
+    """Of which the tokenizer makes no ids, or ids that the model does not know; counted where whole texts are taken."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +36,33 @@ class UsableTexts:
     """The texts that prompts are made of."""
 
     texts: list[str]
-    """Each once, in the order of the data set."""
+    """Each once, in the order of the data set; a conversation is the JSON of its messages."""
     left_out: LeftOut
     """How many others there were."""
     config: PromptsConfig
     """The section of options that names the data set."""
+    are_chats: bool = False
+    """Whether the texts are conversations."""
+    kept: pa.Table | None = None
+    """The columns of `prompts.keep`, a row per text; None: there are none."""
+
+    def select(self, indices: list[int], left_out: LeftOut) -> "UsableTexts":
+        """Return those at the given places."""
+        kept = None if self.kept is None else self.kept.take(indices)
+        return replace(self, texts=[self.texts[index] for index in indices], kept=kept, left_out=left_out)
 
     def describe(self) -> str:
         """Say how many texts there are, and how many were left out for which reasons."""
         reasons = self._reasons()
-        return f"{len(self.texts):,} texts of {self.config.path}" + (f"; left out: {reasons}" if reasons else "")
+        what = "conversations" if self.are_chats else "texts"
+        return f"{len(self.texts):,} {what} of {self.config.path}" + (f"; left out: {reasons}" if reasons else "")
 
     def describe_absence(self) -> str:
         """Return the message for a data set that has no usable text."""
-        short, key, remedy = self.left_out.short, f"prompts.path={self.config.path}", "give texts"
-        if short:
+        key, remedy = f"prompts.path={self.config.path}", "give texts"
+        if self.left_out.long:
+            key, remedy = f"prompts.max_tokens={self.config.max_tokens}", "raise it, or set prompts.too_long=keep_end"
+        elif self.left_out.short:
             key, remedy = f"prompts.min_chars={self.config.min_chars}", "lower it"
         total, reasons = sum(astuple(self.left_out)), self._reasons()
         left_out = f", left out: {reasons}" if reasons else ""
@@ -55,6 +75,8 @@ class UsableTexts:
             "blank": left_out.blank,
             "repeated": left_out.repeated,
             "not valid Unicode": left_out.invalid,
+            f"of more than {self.config.max_tokens} tokens": left_out.long,
+            "without a token that the model knows": left_out.strange,
         }
         return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
 
@@ -67,42 +89,81 @@ def read_usable_texts(config: PromptsConfig, num_held_out: int) -> UsableTexts:
     Raises:
         InputError: no data set, no such column, or fewer than `num_held_out + 1` texts left.
     """
-    read = read_texts(config)
-    worded = [text for text in read if text is not None and text.strip()]
-    valid = [text for text in worded if is_unicode(text)]
-    longer = [text for text in valid if len(text) > config.min_chars]
-    texts = list(dict.fromkeys(longer))
+    rows = read_rows(config)
+    are_chats = holds_messages(rows.texts)
+    read = list(enumerate(rows.texts))
+    worded = [(index, text) for index, text in read if text is not None and text.strip()]
+    valid = [(index, text) for index, text in worded if is_unicode(text)]
+    longer = [(index, text) for index, text in valid if len(text) > config.min_chars]
+    if are_chats:
+        _check_conversations(config, longer)
+    values = None if rows.kept is None else rows.kept.to_pylist()
+    first: dict[Any, int] = {}
+    for index, text in longer:
+        first.setdefault(text if values is None else (text, repr(values[index])), index)
     left_out = LeftOut(
         blank=len(read) - len(worded),
         invalid=len(worded) - len(valid),
         short=len(valid) - len(longer),
-        repeated=len(longer) - len(texts),
+        repeated=len(longer) - len(first),
     )
-    usable = UsableTexts(texts, left_out, config)
-    if not texts:
-        raise InputError(usable.describe_absence())
-    if len(texts) <= num_held_out:
-        raise InputError(
-            f"evaluation.num_prompts={num_held_out}: leaves no prompt for training: {usable.describe()}; "
-            f"set it to {len(texts) - 1} or less"
-        )
+    texts = ["" if text is None else text for text in rows.texts]
+    usable = UsableTexts(texts, left_out, config, are_chats, rows.kept).select(list(first.values()), left_out)
+    check_count(usable, num_held_out)
     return usable
 
 
-def read_texts(config: PromptsConfig) -> Texts:
-    """Read the texts of `config.column`; None where the data set has none.
+def check_count(usable: UsableTexts, num_held_out: int) -> None:
+    """Check that something is left to train on.
+
+    Raises:
+        InputError: there are fewer than `num_held_out + 1` texts.
+    """
+    if not usable.texts:
+        raise InputError(usable.describe_absence())
+    if len(usable.texts) <= num_held_out:
+        raise InputError(
+            f"evaluation.num_prompts={num_held_out}: leaves no prompt for training: {usable.describe()}; "
+            f"set it to {len(usable.texts) - 1} or less"
+        )
+
+
+def _check_conversations(config: PromptsConfig, texts: list[tuple[int, str]]) -> None:
+    """Check that every text is a conversation that a response can be sampled for."""
+    if config.chat_template == "none":
+        raise InputError(
+            f"prompts.chat_template=none: {COLUMN}={config.column} of {config.path} holds messages, which need one"
+        )
+    if config.min_tokens is not None:
+        raise InputError(
+            f"prompts.min_tokens={config.min_tokens}: {COLUMN}={config.column} of {config.path} holds messages, and a "
+            "conversation is a prompt as a whole; set it to null"
+        )
+    if config.too_long == "cut":
+        raise InputError(
+            "prompts.too_long=cut: would cut off where the assistant's answer begins; set drop or keep_end for messages"
+        )
+    for index, text in texts:
+        try:
+            parse_messages(text)
+        except ValueError as error:
+            raise InputError(f"{COLUMN}={config.column}: row {index + 1} of {config.path} {error}") from error
+
+
+def read_rows(config: PromptsConfig) -> Rows:
+    """Read the texts of `config.column`, and the columns that are kept.
 
     Bytes that are no UTF-8 are kept as lone surrogates, which `is_unicode` tells.
 
     Raises:
-        InputError: there is no such data set, it cannot be read, or it has no such column of texts.
+        InputError: there is no such data set, it cannot be read, or it has no such columns.
     """
     path = Path(config.path)
     if path.is_dir():
         return _read_folder(config)
     reader = find_reader(path)
     if reader is not None:
-        return reader(config.column)
+        return reader(Columns(config.column, config.keep))
     if path.exists():
         raise InputError(
             f"prompts.path={config.path}: the file's name does not tell what it holds; let it end in "
@@ -113,7 +174,7 @@ def read_texts(config: PromptsConfig) -> Texts:
     return _load(config, "neither a file nor a folder here, and not to be had from the hub")
 
 
-def _read_folder(config: PromptsConfig) -> Texts:
+def _read_folder(config: PromptsConfig) -> Rows:
     """Read what `save_to_disk` of the `datasets` library wrote, or a folder of data files."""
     import datasets
 
@@ -142,10 +203,23 @@ def _read_folder(config: PromptsConfig) -> Texts:
         readers = [find_reader(Path(file)) for file in files]
         if not readers or None in readers:
             raise
-        return [text for reader in readers if reader for text in reader(config.column)]
+        parts = [reader(Columns(config.column, config.keep)) for reader in readers if reader]
+        return Rows([text for part in parts for text in part.texts], _join_tables(config, [part.kept for part in parts]))
 
 
-def _load(config: PromptsConfig, what: str) -> Texts:
+def _join_tables(config: PromptsConfig, parts: list[pa.Table | None]) -> pa.Table | None:
+    """Join the kept columns of several files."""
+    tables = [part for part in parts if part is not None]
+    if not tables:
+        return None
+    try:
+        return pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowException as error:
+        kept = f"{KEEP}=[{', '.join(config.keep)}]"
+        raise InputError(f"{kept}: the files of {config.path} hold other types: {error}") from error
+
+
+def _load(config: PromptsConfig, what: str) -> Rows:
     """Read a folder or a hub data set through the `datasets` library; `what` begins the message if it cannot."""
     import datasets
 
@@ -161,7 +235,10 @@ def _load(config: PromptsConfig, what: str) -> Texts:
     return _pick(config, dataset)
 
 
-def _pick(config: PromptsConfig, dataset: Any) -> Texts:
-    """Read the one column of a data set of the library."""
-    first = find_column(config.path, dataset.features.arrow_schema, config.column)[0]
-    return pick_texts(config.path, dataset.select_columns([first]).with_format("arrow")[:], config.column)
+def _pick(config: PromptsConfig, dataset: Any) -> Rows:
+    """Read the wanted columns of a data set of the library."""
+    schema = dataset.features.arrow_schema
+    wanted = [(config.column, COLUMN), *((name, KEEP) for name in config.keep)]
+    first = list(dict.fromkeys(find_column(config.path, schema, name, option)[0] for name, option in wanted))
+    table = dataset.select_columns(first).with_format("arrow")[:]
+    return pick_rows(config.path, table, Columns(config.column, config.keep))

@@ -1,14 +1,17 @@
-"""Reward workers: a shell over `Classifier` or `RewardFunction` that adds scores to trajectories."""
+"""Reward workers: a shell over `Classifier` and `RewardFunction` that adds scores to trajectories."""
 
+import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from ppo_ray import trajectory
 from ppo_ray.actors.worker import CONTROL, Worker
-from ppo_ray.config import Config
+from ppo_ray.config import Config, RewardConfig, RewardSource
 from ppo_ray.reward.function import RewardFunction
 
 
@@ -17,36 +20,34 @@ class RewardWorker(Worker):
     """Scores trajectories."""
 
     def setup(self, config: Config) -> dict[str, float]:
-        """Load the classifier, or import the function; returns the seconds it took."""
+        """Load the classifiers, and import the functions; returns the seconds it took."""
         start = time.perf_counter()
-        reward = config.reward
-        self._failure: str | None = None
-        self._function = RewardFunction(reward.function) if reward.function else None
-        if reward.path:
-            from ppo_ray.reward.classifier import Classifier
-
-            self._classifier = Classifier(
-                reward.path,
-                label=reward.label,
-                transform=reward.transform,
-                batch_size=reward.batch_size,
-                trust=reward.trust,
-            )
+        self._reward, self._failure = config.reward, None
+        kept = [name.rpartition(".")[2] for name in config.prompts.keep]
+        self._scorers = [_make_scorer(source, config.reward, kept) for _, source in config.reward.sources]
         return {"time/reward_start_s": time.perf_counter() - start}
 
     @ray.method(num_returns=2)
     def score(self, table: pa.Table) -> tuple[pa.Table, dict[str, float]]:
         """Return the trajectories with their scores, null where there is none, and metrics."""
         start = time.perf_counter()
-        prompts, responses = table.column("prompt").to_pylist(), table.column("response").to_pylist()
-        if self._function:
-            scores, truncated = self._function.score(prompts, responses), None
-            self._failure = self._function.failure or self._failure
+        parts, truncated = [], None
+        for scorer in self._scorers:
+            prompts, responses = table.column("prompt").to_pylist(), table.column("response").to_pylist()
+            if isinstance(scorer, RewardFunction):
+                parts.append(scorer.score(prompts, responses, _read_columns(table, scorer.arguments or ())))
+            else:
+                parts.append(
+                    scorer.score([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+                )
+                before = truncated or [False] * table.num_rows
+                truncated = [any(pair) for pair in zip(before, scorer.truncated, strict=True)]
+            self._failure = scorer.failure or self._failure
+        if not self._reward.parts:
+            scored = trajectory.with_scores(table, parts[0], truncated)
         else:
-            texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-            scores, truncated = self._classifier.score(texts), self._classifier.truncated
-            self._failure = self._classifier.failure or self._failure
-        scored = trajectory.with_scores(table, scores, truncated)
+            weights = {part.name: part.weight for part in self._reward.parts}
+            scored = trajectory.with_parts(table, dict(zip(weights, parts, strict=True)), weights, truncated)
         return scored, {"time/score_s": time.perf_counter() - start}
 
     def explain(self) -> str | None:
@@ -58,3 +59,36 @@ class RewardWorker(Worker):
         table = trajectory.concat(tables)
         rows = table.select(["prompt", "response", "score"]).slice(0, num_rows)
         return table.column("score").to_pylist(), rows.to_pylist()
+
+
+def _make_scorer(source: RewardSource, reward: RewardConfig, kept: Sequence[str]) -> Any:
+    if source.function is not None:
+        return RewardFunction(source.function, kept, max_concurrent=reward.max_concurrent, timeout_s=reward.timeout_s)
+    from ppo_ray.reward.classifier import Classifier  # loads torch
+
+    return Classifier(
+        str(source.path),
+        label=source.label,
+        transform=source.transform,
+        dtype=source.dtype,
+        batch_size=source.batch_size,
+        trust=source.trust,
+    )
+
+
+def _read_columns(table: pa.Table, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Return what a reward function asks for beside prompts and responses, by name."""
+    columns: dict[str, list[Any]] = {}
+    for name in names:
+        match name:
+            case "prompts" | "responses" | "prompt" | "response":
+                continue
+            case "finish_reasons" | "finish_reason":
+                columns["finish_reasons"] = table.column("finish_reason").to_pylist()
+            case "response_ids":
+                columns[name] = table.column(name).to_pylist()
+            case "messages":
+                columns[name] = [json.loads(text) for text in table.column(name).to_pylist()]
+            case _:
+                columns[name] = pc.struct_field(table.column("row"), name).to_pylist()
+    return columns

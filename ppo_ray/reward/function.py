@@ -1,10 +1,14 @@
 """The user's own Python function as the reward, named `package.module:function`."""
 
+import asyncio
+import contextlib
 import importlib
+import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,16 @@ from ppo_ray.errors import QUOTED, InputError
 
 _LOG = logging.getLogger(__name__)
 
-Scores = Sequence[float | None]
+_PAIR = ("prompts", "responses")
+_COLUMNS = (*_PAIR, "messages", "response_ids", "finish_reasons")
+_SINGULARS = ("prompt", "response", "messages", "response_ids", "finish_reason")
+_PLURALS = {"prompt": "prompts", "response": "responses", "finish_reason": "finish_reasons"}
 
 _RAISED = (Exception, SystemExit, KeyboardInterrupt)
 """What a function may raise; neither sys.exit() nor a stray interrupt in it must end the worker."""
 
 
-def load_function(name: str) -> Callable[[list[str], list[str]], Scores]:
+def load_function(name: str) -> Callable[..., Any]:
     """Import a function by name.
 
     Args:
@@ -49,64 +56,157 @@ def load_function(name: str) -> Callable[[list[str], list[str]], Scores]:
     return function
 
 
-class RewardFunction:
-    """The user's own reward: `function(prompts, responses) -> scores`, one float (or None) per pair."""
+def find_arguments(
+    name: str, function: Callable[..., Any], columns: Collection[str], is_async: bool
+) -> tuple[str, ...] | None:
+    """Return the names of what a reward function takes; None: prompts and responses by their position.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: of the function, for messages.
+        function: the function.
+        columns: names of the kept columns.
+        is_async: whether it takes one response's values.
+
+    Raises:
+        InputError: it has a parameter that nothing is known for.
+    """
+    known = [*(_SINGULARS if is_async else _COLUMNS), *columns]
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions that are written in C have none
+        return None
+    named = [item for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
+    unknown = [item.name for item in named if item.name not in known and item.default is item.empty]
+    takes_all = any(item.kind is item.VAR_KEYWORD for item in parameters)
+    if named and not unknown:
+        return tuple(known if takes_all else [item.name for item in named if item.name in known])
+    if not is_async and not any(item.name in known for item in named):
+        with contextlib.suppress(TypeError):
+            inspect.signature(function).bind([], [])
+            return None
+    if takes_all and not unknown:
+        return tuple(known)
+    raise InputError(
+        f"reward.function={name!r}: nothing is known for its parameters {', '.join(unknown) or '(none)'}; there are "
+        f"{', '.join(known)}, and the columns that prompts.keep names"
+    )
+
+
+class RewardFunction:
+    """The user's own reward, a function of a batch or a coroutine function of one response.
+
+    A function gets a list per parameter, by the parameter's name, and returns a score (or None) per response:
+    `prompts`, `responses`, `messages`, `response_ids`, `finish_reasons`, and the columns of `prompts.keep`. One with
+    two parameters of other names gets prompts and responses. An `async def` gets one response's values, under `prompt`,
+    `response`, `messages`, `response_ids`, `finish_reason` and the columns' names, and returns its score; many run at a
+    time.
+    """
+
+    def __init__(
+        self, name: str, columns: Collection[str] = (), *, max_concurrent: int = 64, timeout_s: float = 60.0
+    ) -> None:
         """Import the function.
 
         Args:
             name: `package.module:function`, as in `load_function`.
+            columns: names of the kept columns.
+            max_concurrent: most calls of an `async def` at a time.
+            timeout_s: longest call of an `async def`, seconds; then its response has no score.
 
         Raises:
-            InputError: it cannot be imported, or is no function.
+            InputError: it cannot be imported, is no function, or has parameters that nothing is known for.
         """
         self._name, self._function = name, load_function(name)
+        self._is_async = inspect.iscoroutinefunction(self._function)
+        self._limits = max_concurrent, timeout_s
+        self.arguments = find_arguments(name, self._function, columns, self._is_async)
+        """Names of the values that it takes."""
         self.failure: str | None = None
-        """Why the first pair without a score in the last `score` has none; None: every pair has one."""
+        """Why the first response without a score in the last `score` has none; None: every one has one."""
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float | None]:
-        """Score pairs of texts; a pair that cannot be scored gets None.
+    def score(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] = types.MappingProxyType({}),
+    ) -> list[float | None]:
+        """Score responses; one that cannot be scored gets None.
 
-        When the function raises on the whole batch it is called again pair by pair, so that one bad text costs no other
-        its score.
+        When a function raises on the whole batch it is called again for each response by itself, so that one bad text
+        costs no other its score.
+
+        Args:
+            prompts: texts.
+            responses: texts.
+            columns: what else there is of each response, a sequence per name.
 
         Raises:
-            InputError: the function does not return one number (or None) per pair.
+            InputError: the function does not return one number (or None) per response.
         """
         self.failure = None
+        samples = {"prompts": prompts, "responses": responses, **columns}
+        if self._is_async:
+            scores = asyncio.run(self._score_concurrently(samples, len(prompts)))
+        else:
+            scores = self._score_batch(samples, len(prompts))
+        if self.failure is None and None in scores:
+            row = scores.index(None)
+            self._note(prompts[row], responses[row], "it returned None or no finite number")
+        return scores
+
+    def _score_batch(self, samples: Mapping[str, Sequence[Any]], size: int) -> list[float | None]:
         try:
-            scores = self._check_scores(self._function(list(prompts), list(responses)), len(prompts))
+            return self._call(samples, slice(None), size)
         except InputError:
             raise
         except _RAISED:
             _LOG.warning(
-                "reward function %s raised on a batch of %d; scoring one by one",
-                self._name,
-                len(prompts),
-                exc_info=True,
+                "reward function %s raised on a batch of %d; scoring one by one", self._name, size, exc_info=True
             )
-            scores = [self._score_alone(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        if self.failure is None and None in scores:
-            self._note(
-                prompts[scores.index(None)], responses[scores.index(None)], "it returned None or no finite number"
-            )
-        return scores
+        return [self._score_alone(samples, row) for row in range(size)]
 
-    def _note(self, prompt: str, response: str, why: str) -> None:
-        """Keep the reason why a pair has no score, if it is the first."""
-        text = f"the prompt {prompt[:QUOTED]!r} with the response {response[:QUOTED]!r}"
-        self.failure = self.failure or f"reward.function={self._name}: {text} has no score: {why}"
-
-    def _score_alone(self, prompt: str, response: str) -> float | None:
+    def _score_alone(self, samples: Mapping[str, Sequence[Any]], row: int) -> float | None:
+        prompt, response = samples["prompts"][row], samples["responses"][row]
         try:
-            return self._check_scores(self._function([prompt], [response]), 1)[0]
+            return self._call(samples, slice(row, row + 1), 1)[0]
         except InputError:
             raise
         except _RAISED as error:
             _LOG.warning("reward function %s raised on %r", self._name, prompt + response, exc_info=True)
             self._note(prompt, response, f"it raised {type(error).__name__}: {error}")
             return None
+
+    def _call(self, samples: Mapping[str, Sequence[Any]], rows: slice, size: int) -> list[float | None]:
+        """Call the function with some rows; lists of its own, so that it may change them."""
+        if self.arguments is None:
+            return self._check_scores(self._function(*(list(samples[name][rows]) for name in _PAIR)), size)
+        return self._check_scores(self._function(**{name: list(samples[name][rows]) for name in self.arguments}), size)
+
+    async def _score_concurrently(self, samples: Mapping[str, Sequence[Any]], size: int) -> list[float | None]:
+        max_concurrent, timeout_s = self._limits
+        limit = asyncio.Semaphore(max_concurrent)
+
+        async def score_one(row: int) -> float | None:
+            values = {name: samples[_PLURALS.get(name, name)][row] for name in self.arguments or ()}
+            prompt, response = samples["prompts"][row], samples["responses"][row]
+            try:
+                async with limit:
+                    return self._to_float(await asyncio.wait_for(self._function(**values), timeout_s))
+            except TimeoutError:
+                self._note(prompt, response, f"it took more than {timeout_s:g} s (reward.timeout_s)")
+            except InputError:
+                raise
+            except _RAISED as error:
+                _LOG.warning("reward function %s raised on %r", self._name, prompt + response, exc_info=True)
+                self._note(prompt, response, f"it raised {type(error).__name__}: {error}")
+            return None
+
+        return await asyncio.gather(*(score_one(row) for row in range(size)))
+
+    def _note(self, prompt: str, response: str, why: str) -> None:
+        """Keep the reason why a response has no score, if it is the first."""
+        text = f"the prompt {prompt[:QUOTED]!r} with the response {response[:QUOTED]!r}"
+        self.failure = self.failure or f"reward.function={self._name}: {text} has no score: {why}"
 
     def _check_scores(self, scores: Any, expected: int) -> list[float | None]:
         """Check what the function returned; return the scores as floats, None for those that are not finite."""

@@ -67,7 +67,7 @@ class RolloutWorker(Worker):
                     "response": response,
                 }
             )
-        return trajectory.from_rows(rows), {"time/generate_s": time.perf_counter() - start}
+        return trajectory.from_rows(rows, prompts.columns), {"time/generate_s": time.perf_counter() - start}
 
     def load_weights(self, manifest: WeightManifest, buckets: list[Any]) -> WeightAck:
         """Serve the weights in these buckets, references to objects of the store, from now on, and say so."""
@@ -104,7 +104,8 @@ class RolloutWorker(Worker):
 
 def draw_limits(rollout: RolloutConfig, seed: int, step: int, sample_ids: Sequence[int]) -> list[int]:
     """Draw the limit of each response, tokens, from its address."""
-    shortest, longest = rollout.min_response_tokens, rollout.max_response_tokens
+    longest = rollout.max_response_tokens
+    shortest = longest if rollout.min_response_tokens is None else rollout.min_response_tokens
     draws = [derive_seed(seed, "response_length", step, sample_id) for sample_id in sample_ids]
     return [shortest + draw % (longest - shortest + 1) for draw in draws]
 

@@ -175,6 +175,8 @@ def _make_config(config: PPOConfig, folder: str, options: Sequence[str]) -> Conf
             f"output_dir={folder}",
             "model.path=policy",
             "prompts.path=the-script's",
+            "prompts.max_tokens=1",  # the script's as well, as the next
+            "rollout.max_response_tokens=1",
             "reward.function=the_script:itself",
             f"seed={config.seed}",
             f"rollout.batch_size={config.batch_size}",

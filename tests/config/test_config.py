@@ -150,9 +150,9 @@ def test_an_option_offers_what_the_code_can_do(section, option, known):
         ("steps", "steps: not an override; write section.option=value, e.g. ppo.learning_rate=1e-5"),
         ("ppo..x=1", "ppo..x=1: not an override; write section.option=value, e.g. ppo.learning_rate=1e-5"),
         ("ppo.minibatch_size=7", "ppo.minibatch_size: 7 does not divide rollout.batch_size=128"),
-        ("prompts.min_tokens=9", "prompts.min_tokens: 9 exceeds prompts.max_tokens=8"),
-        ("rollout.max_context=23", None),
-        ("rollout.min_response_tokens=17", "rollout.min_response_tokens: 17 exceeds rollout.max_response_tokens=16"),
+        ("prompts.min_tokens=513", "prompts.min_tokens: 513 exceeds prompts.max_tokens=512"),
+        ("rollout.max_context=767", None),
+        ("rollout.min_response_tokens=257", "rollout.min_response_tokens: 257 exceeds rollout.max_response_tokens=256"),
         ("evaluation.num_samples=257", "evaluation.num_samples: 257 exceeds evaluation.num_prompts=256"),
         ("reward.function=a:b", None),
         ("reward.path=null", None),
@@ -223,8 +223,9 @@ def test_an_override_inside_a_list():
 
 
 def test_limits_themselves_are_allowed():
-    config = load_config(None, [*REQUIRED, "rollout.max_context=24", "ppo.gamma=1", "ppo.gae_lambda=0", "seed=0"])
-    assert config.rollout.max_context == 24  # 8 prompt and 16 response tokens
+    lengths = ["prompts.max_tokens=8", "rollout.max_response_tokens=16", "rollout.max_context=24"]
+    config = load_config(None, [*REQUIRED, *lengths, "ppo.gamma=1", "ppo.gae_lambda=0", "seed=0"])
+    assert config.rollout.max_context == 24
     assert load_config(None, [*REQUIRED, "evaluation.num_prompts=0"]).evaluation.num_prompts == 0
 
 

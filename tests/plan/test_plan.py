@@ -28,6 +28,7 @@ Configured = Callable[..., Config]
 def configured(tiny_policy: Path, tiny_classifier: Path, tiny_prompts: Path) -> Configured:
     base = (f"model.path={tiny_policy}", f"reward.path={tiny_classifier}", f"prompts.path={tiny_prompts}")
     base += ("output_dir=x", "rollout.batch_size=8", "rollout.kv_cache_mib=32", "learner.microbatch_tokens=100")
+    base += ("prompts.max_tokens=8", "rollout.max_response_tokens=16", "rollout.max_context=512")
     return lambda *overrides: load_config(None, [*base, *overrides])
 
 
@@ -42,7 +43,7 @@ def amounts(terms: tuple[Term, ...]) -> dict[str, int]:
 def test_models_are_measured_by_their_configs_alone(configured: Configured, tmp_path: Path) -> None:
     sizes = ModelSizes.read(configured())
     assert (sizes.policy.parameters, POLICY) == (361_088, 361_088)
-    assert sizes.classifier is not None and sizes.classifier.parameters == CLASSIFIER == 30_274
+    assert [size.parameters for size in sizes.classifiers] == [CLASSIFIER] == [30_274]
     assert (sizes.policy.key_values, sizes.critic) == (2 * 2 * 32, None)
     large = tmp_path / "large"  # 70 billion parameters that nobody has
     large.mkdir()

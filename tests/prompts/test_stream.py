@@ -38,7 +38,7 @@ def parquet(tmp_path):
 
 
 def config(path, **options):
-    return PromptsConfig(path=str(path), **{"min_chars": 3, **options})
+    return PromptsConfig(path=str(path), **{"min_chars": 3, "min_tokens": 2, "max_tokens": 8, **options})
 
 
 def numbers(batch):
@@ -197,7 +197,7 @@ def test_errors_name_the_option(parquet, tmp_path, tokenizer):
     assert "no such file" in message(path=tmp_path / "no.parquet")
     assert "no such file or folder" in message(path=tmp_path / "no")
     assert message(column="review").startswith("prompts.column=review") and "text, label" in message(column="review")
-    assert "int64, not text" in message(column="label")
+    assert "int64, neither text nor messages" in message(column="label")
     assert "prompts.min_chars=500: no prompt left: of 20 texts" in message(min_chars=500)
     (tmp_path / "broken.parquet").write_text("no parquet")
     assert "cannot be read" in message(path=tmp_path / "broken.parquet")

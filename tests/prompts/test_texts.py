@@ -130,7 +130,7 @@ def test_a_file_that_is_there_is_never_said_to_be_missing(tmp_path, monkeypatch)
         ('["1 1 1"]', "item 1 is not a JSON object"),
         ('"1 1 1"', "line 1 is not a JSON object"),
         ('[{"text": "1 1 1"}', "the file is not JSON"),
-        ('[{"text": "1 1 1"}, {"text": 3}]', r"item 2 of .* holds 3, not text"),
+        ('[{"text": "1 1 1"}, {"text": 3}]', r"item 2 of .* holds 3, neither text nor messages"),
     ],
 )
 def test_json_of_another_shape_is_refused(content, words, tmp_path):
@@ -166,7 +166,8 @@ def test_columns_of_any_kind_of_text(kind, tmp_path):
         usable = read_usable_texts(config(path, column=column), 0)
         assert (usable.texts, usable.left_out) == (["1 1 1", "2 2 2", "3 3 3"], LeftOut(blank=1, repeated=1))
     for column in ("number", "category of numbers", "meta", "meta.n"):
-        with pytest.raises(InputError, match=f"prompts.column={column}: the column in .* holds .*, not text"):
+        refusal = f"prompts.column={column}: the column in .* holds .*, neither text nor messages"
+        with pytest.raises(InputError, match=refusal):
             read_usable_texts(config(path, column=column), 0)
     for column in ("meta.other", "plain.text", "meta.text.x", "other.text"):
         with pytest.raises(InputError, match=f"prompts.column={column}: .* has no such column; it has plain, large"):
@@ -218,7 +219,9 @@ def test_another_column_that_differs_from_file_to_file_does_not_matter(tmp_path)
         datasets.load_dataset(str(tmp_path), split="train")
     assert read_usable_texts(config(tmp_path), 0).texts == ["1 1 1", "2 2 2"]
     fill(1, {"text": 2, "meta": {"n": 1}})
-    with pytest.raises(InputError, match=r"prompts.column=text: line 1 of .*train-1.jsonl holds 2, not text"):
+    with pytest.raises(
+        InputError, match=r"prompts.column=text: line 1 of .*train-1.jsonl holds 2, neither text nor messages"
+    ):
         read_usable_texts(config(tmp_path), 0)
 
 

@@ -1,8 +1,12 @@
 """What a reward worker adds to trajectories, and what it says of those without a score; without Ray around it."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pyarrow as pa
+import pytest
 
 from ppo_ray import trajectory
 from ppo_ray.config import load_config
@@ -24,6 +28,45 @@ def test_texts_that_were_cut_are_marked_and_counted(tiny_classifier: Path) -> No
     assert scored.column("truncated").to_pylist() == [False, True, False, False]
     metrics = summarize_table(scored, ResponseBatch.from_table(scored))
     assert metrics["score/truncated_rate"] == 0.25 and metrics["score/num_unscored"] == 1
+
+
+def score_length(responses: list[str], answer: list[int]) -> list[float | None]:
+    return [None if right < 0 else float(len(text) + right) for text, right in zip(responses, answer, strict=True)]
+
+
+def score_finish(finish_reasons: list[str], response_ids: list[list[int]], messages: list[Any]) -> list[float | None]:
+    return [
+        None if chat[0]["content"] == "none" else float(reason == "stop") + len(ids)
+        for reason, ids, chat in zip(finish_reasons, response_ids, messages, strict=True)
+    ]
+
+
+def test_parts_are_weighed_recorded_and_left_out_where_they_have_no_score(tiny_classifier: Path) -> None:
+    parts = [
+        {"name": "length", "function": f"{__name__}:score_length", "weight": 0.5},
+        {"name": "finish", "function": f"{__name__}:score_finish", "weight": -2},
+        {"name": "taste", "path": str(tiny_classifier), "transform": "softmax", "dtype": "bfloat16"},
+    ]
+    worker = RewardWorker.__ray_metadata__.modified_class("reward-0")
+    options = ["output_dir=x", "model.path=m", "prompts.path=p", "prompts.keep=[meta.answer]", f"reward.parts={parts}"]
+    worker.setup(load_config(None, options))
+    chats = [json.dumps([{"role": "user", "content": word}]) for word in ("a", "none", "none", "b")]
+    answers = pa.StructArray.from_arrays([pa.array([1, -1, -1, 2])], names=["answer"])
+    rows = [row(0), row(1), row(2, prompt="", response=""), row(3)]
+    table = trajectory.from_rows(rows, pa.table({"messages": chats, "row": answers}))
+    scored, _ = worker.score(table)
+    trajectory.validate(scored)
+    found, scores = scored.column("parts").to_pylist(), scored.column("score").to_pylist()
+    assert [part["length"] for part in found] == [len(row(0)["response"]) + 1, None, None, len(row(3)["response"]) + 2]
+    assert found[1]["finish"] is None and found[2] == {"length": None, "finish": None, "taste": None}
+    for part, score in zip(found, scores, strict=True):
+        terms = [w * part[n] for n, w in (("length", 0.5), ("finish", -2), ("taste", 1)) if part[n] is not None]
+        assert score == (pytest.approx(sum(terms), abs=1e-6) if terms else None)
+    metrics = summarize_table(scored, ResponseBatch.from_table(scored))
+    lengths = [part["length"] for part in found if part["length"] is not None]
+    assert metrics["parts/length_mean"] == pytest.approx(sum(lengths) / 2)
+    assert metrics["parts/length_unscored"] == 0.5 and metrics["parts/taste_unscored"] == 0.25
+    assert metrics["parts/taste_std"] >= 0 and metrics["score/num_unscored"] == 1
 
 
 def test_what_was_not_cut_by_a_classifier_counts_as_whole() -> None:

@@ -1,5 +1,7 @@
+import asyncio
 import math
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +163,74 @@ def test_what_counts_as_scores(kind: str, scores: list[float | None]) -> None:
 def test_what_does_not(kind: str, message: str) -> None:
     with pytest.raises(InputError, match=f"reward.function='.*:shaped' returned {message}"):
         RewardFunction(name(shaped)).score([kind, kind], ["a", "b"])
+
+
+def by_answer(answer: list[int], responses: list[str]) -> list[float]:
+    return [float(str(right) in response) for right, response in zip(answer, responses, strict=True)]
+
+
+def takes_all(responses: list[str], **columns: list[object]) -> list[float]:
+    return [float(len(columns)) for _ in responses]
+
+
+def with_default(responses: list[str], scale: float = 2.0) -> list[float]:
+    return [scale for _ in responses]
+
+
+def other_names(questions: list[str], replies: list[str]) -> list[float]:
+    return [float(len(question) - len(reply)) for question, reply in zip(questions, replies, strict=True)]
+
+
+def misspelt(responses: list[str], anwser: list[int]) -> list[float]:
+    return [0.0 for _ in responses]
+
+
+def three(a: list[str], b: list[str], c: list[str]) -> list[float]:
+    return [0.0 for _ in a]
+
+
+def test_a_function_gets_what_its_parameters_name() -> None:
+    columns = {"answer": [4, 5], "source": ["a", "b"]}
+    assert find("by_answer", columns).score(["", ""], ["it is 4", "it is 4"], columns) == [1.0, 0.0]
+    everything = columns | {name: [[], []] for name in ("messages", "response_ids", "finish_reasons")}
+    assert find("takes_all", columns).score(["", ""], ["x", "y"], everything) == [6.0, 6.0]
+    assert find("with_default").score([""], ["x"]) == [2.0]
+    assert find("other_names").score(["abc"], ["x"]) == [2.0]
+
+
+@pytest.mark.parametrize(("name", "unknown"), [("misspelt", "anwser"), ("three", "a, b, c"), ("by_answer", "answer")])
+def test_parameters_that_nothing_is_known_for_are_refused(name: str, unknown: str) -> None:
+    with pytest.raises(InputError, match=f"nothing is known for its parameters {unknown}; there are prompts, resp"):
+        find(name)
+
+
+def find(name: str, columns: Collection[str] = (), **limits: float) -> RewardFunction:
+    return RewardFunction(f"{__name__}:{name}", columns, **limits)
+
+
+RUNNING: list[int] = []
+
+
+async def waits(response: str, answer: int) -> float | None:
+    RUNNING.append(RUNNING[-1] + 1 if RUNNING else 1)
+    await asyncio.sleep({"late": 60.0}.get(response, 0.01))
+    RUNNING.append(RUNNING[-1] - 1)
+    if response == "bad":
+        raise RuntimeError("no answer")
+    return None if response == "none" else float(answer)
+
+
+def test_coroutines_run_at_one_time_up_to_the_limit() -> None:
+    RUNNING.clear()
+    function = find("waits", ["answer"], max_concurrent=8, timeout_s=30)
+    assert function.score([""] * 64, ["x"] * 64, {"answer": range(64)}) == [float(n) for n in range(64)]
+    assert max(RUNNING) == 8
+
+
+def test_a_coroutine_that_fails_or_is_late_costs_its_own_score_alone() -> None:
+    function = find("waits", ["answer"], timeout_s=0.5)
+    responses = ["x", "late", "bad", "none", "x"]
+    assert function.score(["p"] * 5, responses, {"answer": range(5)}) == [0.0, None, None, None, 4.0]
+    assert function.failure is not None and "it raised RuntimeError: no answer" in function.failure
+    assert function.score(["p"], ["late"], {"answer": [1]}) == [None]
+    assert function.failure is not None and "it took more than 0.5 s (reward.timeout_s)" in function.failure
