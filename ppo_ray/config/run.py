@@ -94,6 +94,24 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
             ("evaluation.num_samples", "evaluation.num_prompts"),
             f"{evaluation.num_samples} exceeds evaluation.num_prompts={evaluation.num_prompts}",
         )
+    if evaluation.pass_part and evaluation.pass_score is None:
+        yield Contradiction(("evaluation.pass_part", "evaluation.pass_score"), "says what passes with pass_score only")
+    if evaluation.pass_part and evaluation.pass_part not in [part.name for part in config.reward.parts]:
+        yield Contradiction(
+            ("evaluation.pass_part", "reward.parts"), f"{evaluation.pass_part} is no name of a part of the reward"
+        )
+    if evaluation.every_steps and not evaluation.num_prompts:
+        yield Contradiction(
+            ("evaluation.every_steps", "evaluation.num_prompts"), "needs held-out prompts; set num_prompts to 1 or more"
+        )
+    if config.checkpoint.keep_best and config.checkpoint.best_by != "score/mean":
+        every, saved = evaluation.every_steps, config.checkpoint.every_steps
+        if not every or not saved or every % saved:
+            yield Contradiction(
+                ("checkpoint.best_by", "evaluation.every_steps", "checkpoint.every_steps"),
+                f"{config.checkpoint.best_by} is known of evaluated policies alone: set evaluation.every_steps to a "
+                "multiple of checkpoint.every_steps",
+            )
     if config.rollout.max_staleness > 0:
         yield from _overlap_contradictions(config)
 

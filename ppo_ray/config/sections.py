@@ -222,12 +222,24 @@ class LearnerConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Held-out prompts, the same for every run seed, scored before and after training."""
+    """Held-out prompts, the same for every run seed, scored before, while and after training."""
 
     num_prompts: int = Field(default=256, ge=0)
     """How many prompts are held out; 0: none, and nothing is evaluated."""
     num_samples: int = Field(default=16, ge=0)
     """How many of them are shown in samples.md."""
+    every_steps: int = Field(default=0, ge=0)
+    """Steps from one evaluation to the next; its figures are in the metrics, `eval/...`. It changes nothing of the
+    training. 0: only before the first step and after the last."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses to each held-out prompt."""
+    temperature: float | None = Field(default=None, ge=0)
+    """Of sampling the responses; 0 takes the likeliest token each time. null: rollout.temperature."""
+    pass_score: float | None = None
+    """A response passes if its score is at least this. The figure `eval/pass@K` is then the share of prompts of which
+    one of K responses passes, for K = 1, 2, 4, ... up to samples_per_prompt. null: there is no such figure."""
+    pass_part: str | None = None
+    """The part of the reward whose score decides that; null: the score."""
 
 
 class RayConfig(Section):
@@ -273,4 +285,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(default=2, ge=1)
     """How many of the newest are kept."""
     keep_best: bool = True
-    """Whether the one whose policy scored highest is kept too: by `score/mean` of the step that it sampled."""
+    """Whether the one whose policy was best is kept too, by `best_by`."""
+    best_by: str = Field(default="score/mean", pattern=r"^(score/mean|eval/[^ ]+)$")
+    """The figure that is highest for the best policy: `score/mean` of the step that it sampled, or a figure of its
+    evaluation, e.g. `eval/score_mean` or `eval/pass@1`."""

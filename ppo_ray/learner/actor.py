@@ -126,6 +126,12 @@ class LearnerWorker(Worker):
         self._learner.controller = replace(self._learner.controller, kl_coef=kl_coef)
         return self._learner.update(table, step, orders.__getitem__)
 
+    def measure_kl(self, *shards: pa.Table) -> float:
+        """Return the KL to the reference of what the policy answered; see `PPOLearner.measure_kl`."""
+        found = self._learner.measure_kl(trajectory.concat(shards))
+        self._rest()
+        return found
+
     def value_head(self) -> dict[str, np.ndarray]:
         """Return a copy of the value head; see `PPOLearner.value_head`."""
         return self._learner.value_head()

@@ -184,6 +184,15 @@ class LearnerGroup:
             ]
         )
 
+    def measure_kl(self, generated: Shards) -> float:
+        """Return the KL to the reference of what the policy answered; see `PPOLearner.measure_kl`."""
+        ranks = self._group.members
+        return generated.use(
+            lambda tables: self._wait(
+                "measuring the KL", {member.handle.measure_kl.remote(*tables): member for member in ranks}
+            )[0]
+        )
+
     def save(self, path: Path, state: RunState, config: str) -> Pending:
         """Begin to write a checkpoint; only the learner's own next call waits until it is written.
 

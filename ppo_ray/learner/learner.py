@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import pyarrow as pa
@@ -71,20 +71,17 @@ class PPOLearner:
         self.policy_version = 0
         """Number of updates that the weights have seen."""
         self._policy, self._reference, self._ppo = policy, reference, ppo
-        self._seed, self._num_steps = seed, num_steps
+        self._seed, self._num_steps, self._moments = seed, num_steps, RunningMoments()
         row_width = _ROW_WIDTH if policy.packs and reference.packs else 0
         self._sharding = sharding = sharding or Replicated(policy, Ranks())
         self._layout = Layout(microbatch_tokens, row_width, policy.device, sharding.ranks, sharding.in_lockstep)
-        self._owns_optimizer = optimizer is None
-        self._optimizer = optimizer or make_adam(policy, sharding, ppo)
+        self._owns_optimizer, self._optimizer = optimizer is None, optimizer or make_adam(policy, sharding, ppo)
         self._updater = MinibatchUpdater(policy, sharding, self._optimizer, ppo, self._layout)
-        self._moments = RunningMoments()
         self.controller: KLController = FixedKLController(ppo.kl_coef)
         """Of the KL penalty's weight; may be replaced between updates."""
         if ppo.kl_controller == "adaptive":
             self.controller = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
-        self._tokenizer: Any = None
-        self._unfinished = False
+        self._tokenizer, self._unfinished = cast("Any", None), False
 
     @classmethod
     def load(
@@ -118,8 +115,8 @@ class PPOLearner:
             CheckpointError: the checkpoint does not give back the weights that went into it.
         """
         place = torch.device(device) if device is not None else default_device()
-        head_seed = derive_seed(seed, "value_head")
-        models = load_models(model, learner, temperature, head_seed, place, ranks or Ranks(), checkpoint)
+        at = (temperature, derive_seed(seed, "value_head"), place, ranks or Ranks())
+        models = load_models(model, learner, *at, checkpoint)
         loaded = cls(
             models.policy,
             models.reference,
@@ -158,14 +155,14 @@ class PPOLearner:
         batch = ResponseBatch.from_table(trajectories)
         if self._owns_optimizer:
             set_learning_rates(self._optimizer, ppo=self._ppo, step=step, num_steps=self._num_steps)
-        metrics = summarize_table(trajectories, batch)
-        metrics |= {"kl/coef": self.kl_coef, "learner/learning_rate": self._optimizer.param_groups[0]["lr"]}
+        metrics = summarize_table(trajectories, batch) | {"kl/coef": self.kl_coef}
+        metrics["learner/learning_rate"] = self._optimizer.param_groups[0]["lr"]
         with self._mark_unfinished():
             self.policy_version += 1
             if batch.num_response_tokens.sum() < 2:
                 nothing = dict.fromkeys(trajectory.LEARNED_FIELDS, [None] * trajectories.num_rows)
-                metrics |= {"learner/skipped_update": 1.0}
-                return UpdateReport(step, metrics, self.kl_coef, trajectory.with_learned(trajectories, nothing))
+                learned, skipped = trajectory.with_learned(trajectories, nothing), {"learner/skipped_update": 1.0}
+                return UpdateReport(step, metrics | skipped, self.kl_coef, learned)
             seconds = Stopwatch()
             outputs, forward = self._run_models(batch, step)
             metrics |= seconds.lap("time/old_s")
@@ -182,6 +179,11 @@ class PPOLearner:
             metrics |= seconds.lap("time/update_s")
         metrics |= {"policy/early_stopped": float(stopped_early), "learner/skipped_update": 0.0}
         return UpdateReport(step, metrics, self.kl_coef, learned, tuple(reports))
+
+    def measure_kl(self, trajectories: pa.Table) -> float:
+        """Return log(policy / reference) summed over a response's tokens, mean over responses; all ranks call it."""
+        outputs, _ = self._run_models(ResponseBatch.from_table(trajectories, scored_only=False))
+        return float((outputs.old_logprobs - outputs.ref_logprobs).double().sum(1).mean())
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the policy's full weights by their Hugging Face names, one at a time; a tied head is listed once.
@@ -222,9 +224,9 @@ class PPOLearner:
         """Return a probe of whether engines compute with the weights they are sent; all ranks make its calls."""
         return WeightProbe(self._policy, self._sharding, self._layout, derive_seed(self._seed, "probe"), wire or Wire())
 
-    def _run_models(self, batch: ResponseBatch, step: int) -> tuple[ModelOutputs, Forward | None]:
-        """Run policy and reference, and keep the policy's graph where the first mini-batch can use it."""
-        keep = not self._trains_values_only(step) and self._updater.first_pass_is_whole(batch)
+    def _run_models(self, batch: ResponseBatch, step: int | None = None) -> tuple[ModelOutputs, Forward | None]:
+        """Run policy and reference; in a step keep the policy's graph where the first mini-batch can use it."""
+        keep = step is not None and not self._trains_values_only(step) and self._updater.first_pass_is_whole(batch)
         with detect_lost_peers(self._layout.ranks.rank):
             found = run_models(self._policy, self._reference, batch, self._layout, self._ppo, keep)
         self._sharding.release_gathered(backward_follows=keep)
@@ -256,10 +258,9 @@ class PPOLearner:
         self.policy_version, self._moments = state.policy_version, state.moments
         self.controller = replace(self.controller, kl_coef=state.kl_coef)
         load_optimizer_state(checkpoint, self._optimizer, self._policy, self._sharding)
-        found = self._state()
-        if found.weights_checksum != state.weights_checksum:
+        if self._state().weights_checksum != state.weights_checksum:
             raise CheckpointError(f"{checkpoint}: its weights, loaded, are not those that were saved")
-        if found.reference_checksum != state.reference_checksum:
+        if self._reference_checksum != state.reference_checksum:
             raise InputError(
                 f"the reference model ({model.reference_path or model.path}) is not the one that the run began with; "
                 "the KL penalty would be another. Put the first one back, or begin a new run from "
@@ -278,18 +279,17 @@ class PPOLearner:
         """Make all mini-batch updates of all epochs; returns their reports, and whether early stopping ended them."""
         reports: list[MinibatchReport] = []
         values_only = self._trains_values_only(step)
-        order = order or draw_order(batch.num_sequences, self._seed, step)
+        draw = order or draw_order(batch.num_sequences, self._seed, step)
         for epoch in range(self._ppo.epochs):
-            for sequences in split_evenly(order(epoch), self._ppo.minibatch_size or batch.num_sequences):
+            for sequences in split_evenly(draw(epoch), self._ppo.minibatch_size or batch.num_sequences):
                 with detect_lost_peers(self._layout.ranks.rank):
                     report = self._updater.update(batch, experience, sequences, self.kl_coef, values_only, forward)
                 forward = None  # the policy has changed
                 if report.outcome == "nonfinite" and self._ppo.on_nonfinite == "stop":
                     raise NonFiniteError(
-                        f"learner: at step {step}, epoch {epoch} the loss is {report.metrics['loss/total']} and its "
-                        f"gradient's norm {report.grad_norm}. Lower ppo.learning_rate={self._ppo.learning_rate} or set "
-                        "ppo.max_grad_norm, and look at the scores; ppo.on_nonfinite=skip goes on without such "
-                        "mini-batches and counts them.",
+                        f"learner: at step {step}, epoch {epoch} the loss is {report.metrics['loss/total']}, the norm "
+                        f"of its gradient {report.grad_norm}. Lower ppo.learning_rate={self._ppo.learning_rate}, set "
+                        "ppo.max_grad_norm, look at the scores; or count such mini-batches: ppo.on_nonfinite=skip",
                         learned.take(batch.kept[sequences]),
                     )
                 reports.append(report)

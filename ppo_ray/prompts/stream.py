@@ -38,6 +38,8 @@ class PromptBatch:
     """`[P]` token ids of each prompt, at least one."""
     max_response_tokens: tuple[int, ...] | None = None
     """Limit of each response; None: drawn by the rollout worker, as the config says."""
+    temperature: float | None = None
+    """Of sampling; 0 is greedy. None: `rollout.temperature`."""
     columns: pa.Table | None = None
     """What goes with each prompt into its trajectory, as `trajectory.EXTRAS` says; None: nothing."""
     num_skipped: int = 0
@@ -53,6 +55,7 @@ class PromptBatch:
                 self.sample_ids[part],
                 self.prompt_ids[part],
                 None if limits is None else limits[part],
+                self.temperature,
                 None if columns is None else columns.slice(part.start, part.stop - part.start),
             )
             for part in parts

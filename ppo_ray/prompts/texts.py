@@ -204,7 +204,9 @@ def _read_folder(config: PromptsConfig) -> Rows:
         if not readers or None in readers:
             raise
         parts = [reader(Columns(config.column, config.keep)) for reader in readers if reader]
-        return Rows([text for part in parts for text in part.texts], _join_tables(config, [part.kept for part in parts]))
+        return Rows(
+            [text for part in parts for text in part.texts], _join_tables(config, [part.kept for part in parts])
+        )
 
 
 def _join_tables(config: PromptsConfig, parts: list[pa.Table | None]) -> pa.Table | None:

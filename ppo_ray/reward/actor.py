@@ -54,11 +54,16 @@ class RewardWorker(Worker):
         """Return why a text of the last `score` that had any without a score has none; None: every text had one."""
         return self._failure
 
-    def summarize(self, num_rows: int, *tables: pa.Table) -> tuple[list[float | None], list[dict[str, Any]]]:
-        """Return all scores of scored trajectories, and prompt, response and score of the first `num_rows` of them."""
+    def summarize(self, num_rows: int, *tables: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
+        """Return the figures of scored trajectories, and prompt, response and score of the first `num_rows` of them.
+
+        The figures are the columns `sample_id`, `score`, `finish_reason`, `parts` if there are any, and `num_tokens`.
+        """
         table = trajectory.concat(tables)
         rows = table.select(["prompt", "response", "score"]).slice(0, num_rows)
-        return table.column("score").to_pylist(), rows.to_pylist()
+        names = [name for name in ("sample_id", "score", "finish_reason", "parts") if name in table.column_names]
+        num_tokens = pa.array(trajectory.lengths(table, "response_ids"))
+        return table.select(names).append_column("num_tokens", num_tokens), rows.to_pylist()
 
 
 def _make_scorer(source: RewardSource, reward: RewardConfig, kept: Sequence[str]) -> Any:

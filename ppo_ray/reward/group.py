@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pyarrow as pa
+
 from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.placement import Seats
 from ppo_ray.actors.shards import Shards
@@ -34,8 +36,11 @@ class RewardGroup:
         calls = [lambda handle, table: handle.score.remote(table)] * len(trajectories.tables)
         return Shards(self._group, "scoring", calls, self._config.ray.call_timeout_s, source=trajectories)
 
-    def summarize(self, scored: Shards, num_rows: int) -> tuple[list[float | None], list[dict[str, Any]]]:
-        """Wait for the scores of all shards, and for prompt, response and score of the first `num_rows` rows."""
+    def summarize(self, scored: Shards, num_rows: int) -> tuple[pa.Table, list[dict[str, Any]]]:
+        """Wait for all shards' figures, and for prompt, response and score of the first `num_rows` rows.
+
+        See `RewardWorker.summarize`.
+        """
         doing = "summarizing"
         return scored.use(
             lambda tables: self._group.call_first(doing, lambda handle: handle.summarize.remote(num_rows, *tables))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pyarrow as pa
@@ -47,7 +48,10 @@ class RolloutWorker(Worker):
             GenerationRequest(tuple(prompt_ids), limit, derive_seed(seed, "sample", step, sample_id))
             for sample_id, prompt_ids, limit in zip(prompts.sample_ids, prompts.prompt_ids, limits, strict=True)
         ]
-        completions = self._engine.generate(requests, self._sampling)
+        sampling = self._sampling
+        if prompts.temperature is not None:
+            sampling = replace(sampling, temperature=prompts.temperature)
+        completions = self._engine.generate(requests, sampling)
         self._rest()
         rows = []
         for sample_id, request, completion in zip(prompts.sample_ids, requests, completions, strict=True):

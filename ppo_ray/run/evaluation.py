@@ -1,17 +1,25 @@
-"""Evaluation of a policy on held-out prompts."""
+"""Evaluation of a policy on held-out prompts: its figures, and samples to be read by people."""
 
 import json
+import math
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ppo_ray import atomic
 from ppo_ray.checkpoint import read_record
-from ppo_ray.config import Config
-from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.config import Config, EvaluationConfig
+from ppo_ray.learner.group import LearnerGroup
+from ppo_ray.prompts.stream import PromptBatch, PromptStream
 from ppo_ray.reward.group import RewardGroup
 from ppo_ray.rollout.group import RolloutGroup
+from ppo_ray.run.actors import Actors
+from ppo_ray.run.run import Run
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one response to each held-out prompt, in the unit of the reward."""
+    """The scores of the responses to held-out prompts, in the unit of the reward."""
 
     mean_score: float
     """Mean over the scored responses; NaN if there is none."""
@@ -34,9 +42,11 @@ class Evaluation:
     """Sample standard deviation over them; NaN if there are fewer than two."""
     num_prompts: int
     num_unscored: int
-    """Prompts whose response could not be scored; mean and deviation leave them out."""
+    """Responses that could not be scored; mean and deviation leave them out."""
     samples: tuple[Sample, ...]
     """The first prompts (`evaluation.num_samples`), to be read by people."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """All figures by the names that they have in a step's metrics, `eval/...`; see docs/diagnostics.md."""
 
     def write(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
@@ -56,18 +66,117 @@ EVALUATION_SEED = -1  # no run has this seed: held-out responses are sampled ali
 
 
 def score_held_out(
-    rollout: RolloutGroup, reward: RewardGroup, held_out: PromptBatch, config: Config
+    rollout: RolloutGroup,
+    reward: RewardGroup,
+    prompts: PromptStream,
+    config: Config,
+    learner: LearnerGroup | None = None,
 ) -> Evaluation | None:
-    """Score one response to every held-out prompt, each with its own fixed seed; None if none is held out."""
+    """Score responses to every held-out prompt, each with its own fixed seed; None if none is held out.
+
+    Args:
+        rollout: the engines, which have the policy's weights.
+        reward: what scores.
+        prompts: of the run; its position stays.
+        config: of the run.
+        learner: computes the KL to the reference, by the same policy; None: that figure is left out.
+    """
+    options = config.evaluation
+    held_out = prompts.held_out()
     if not held_out.sample_ids:
         return None
-    scored = reward.score(rollout.generate(held_out, 0, EVALUATION_SEED))
-    scores, rows = reward.summarize(scored, config.evaluation.num_samples)
-    known = [score for score in scores if score is not None]
+    asked = replace(repeat_prompts(held_out, options), temperature=options.temperature)
+    scored = reward.score(rollout.generate(asked, 0, EVALUATION_SEED))
+    table, rows = reward.summarize(scored, options.num_samples)
+    figures = dict(summarize_evaluation(table, options))
+    if learner is not None:
+        figures["eval/kl_per_sequence"] = learner.measure_kl(scored)
+    scores = [score for score in table.column("score").to_pylist() if score is not None]
     return Evaluation(
-        mean_score=statistics.fmean(known) if known else float("nan"),
-        std_score=statistics.stdev(known) if len(known) > 1 else float("nan"),
-        num_prompts=len(scores),
-        num_unscored=len(scores) - len(known),
+        mean_score=figures.get("eval/score_mean", math.nan),
+        std_score=statistics.stdev(scores) if len(scores) > 1 else math.nan,
+        num_prompts=len(held_out.sample_ids),
+        num_unscored=table.num_rows - len(scores),
         samples=tuple(Sample(**row) for row in rows),
+        figures=figures,
     )
+
+
+def evaluate_when_due(run: Run, actors: Actors) -> None:
+    """Evaluate the policy on held-out prompts every so many steps; before the first step that was done already."""
+    every, step = run.config.evaluation.every_steps, run.state.step
+    if not every or step % every:
+        return
+    found: Evaluation | None
+    if step == 0 and run.folder.before.is_file():
+        found = Evaluation.read(run.folder.before)
+    else:
+        found = score_held_out(actors.rollout, actors.reward, run.prompts, run.config, actors.learner)
+    if found:
+        run.note_evaluation(found.figures)
+
+
+def repeat_prompts(held_out: PromptBatch, options: EvaluationConfig) -> PromptBatch:
+    """Return the prompts as often as each is answered, the first answers first, each under a sample id of its own."""
+    times = options.samples_per_prompt
+    columns = held_out.columns
+    return PromptBatch(
+        tuple(sample_id - turn * options.num_prompts for turn in range(times) for sample_id in held_out.sample_ids),
+        held_out.prompt_ids * times,
+        columns=None if columns is None else pa.concat_tables([columns] * times),
+    )
+
+
+def summarize_evaluation(table: pa.Table, options: EvaluationConfig) -> Iterator[tuple[str, float]]:
+    """Yield the figures of scored responses by name.
+
+    Args:
+        table: `sample_id`, `score`, `finish_reason`, `num_tokens`, and `parts` where the reward has several.
+        options: how often each prompt was answered, and what passes.
+    """
+    score = table.column("score").drop_null()
+    if len(score):
+        yield "eval/score_mean", pc.mean(score).as_py()
+    yield "eval/unscored", 1 - len(score) / table.num_rows
+    yield "eval/tokens_mean", pc.mean(table.column("num_tokens")).as_py()
+    yield "eval/eos_rate", table.column("finish_reason").to_pylist().count("stop") / table.num_rows
+    parts = {}
+    if "parts" in table.column_names:
+        names = table.schema.field("parts").type.names
+        parts = dict(zip(names, table.column("parts").flatten(), strict=True))
+    for name, part in parts.items():
+        if part.null_count < len(part):
+            yield f"eval/{name}_mean", pc.mean(part).as_py()
+    if options.pass_score is None:
+        return
+    values = parts[options.pass_part] if options.pass_part else table.column("score")
+    passes: dict[int, list[bool]] = {}
+    for sample_id, value in zip(table.column("sample_id").to_pylist(), values.to_pylist(), strict=True):
+        if value is not None:
+            passes.setdefault((-1 - sample_id) % options.num_prompts, []).append(value >= options.pass_score)
+    k = 1
+    while k <= options.samples_per_prompt:
+        if (rate := pass_rate(list(passes.values()), k)) is not None:
+            yield f"eval/pass@{k}", rate
+        k *= 2
+
+
+def pass_rate(passes: Sequence[Sequence[bool]], k: int) -> float | None:
+    """Estimate pass@k, the share of prompts of which one of k answers passes: the mean of 1 - C(n-c, k) / C(n, k).
+
+    n is the number of a prompt's answers, c of those that pass. The estimate has no bias. Chen et al. 2021 (arXiv
+    2107.03374), eq. 1.
+
+    Args:
+        passes: for each prompt whether each answer passes; prompts with fewer than k answers are left out.
+        k: answers that one has.
+
+    Returns:
+        The rate; None if no prompt has k answers.
+    """
+    rates = [
+        1 - math.comb(len(answers) - sum(answers), k) / math.comb(len(answers), k)
+        for answers in passes
+        if len(answers) >= k
+    ]
+    return statistics.fmean(rates) if rates else None

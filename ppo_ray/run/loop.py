@@ -8,6 +8,7 @@ the update.
 """
 
 from ppo_ray.run.actors import Actors
+from ppo_ray.run.evaluation import evaluate_when_due
 from ppo_ray.run.run import Run
 
 
@@ -16,6 +17,7 @@ def run_steps(run: Run, actors: Actors) -> None:
     config, prompts = run.config, run.prompts
     with run.under_way(actors.learner.save, actors.reward.explain):
         for step in range(run.state.step, config.steps):
+            evaluate_when_due(run, actors)  # on held-out prompts, by the policy so far
             batch = prompts.take(config.rollout.batch_size)  # sample ids and token ids, in order
             trajectories = actors.rollout.generate(batch, step)  # references, in order, at once
             scored = actors.reward.score(trajectories)  # a shard is scored as soon as it is generated
@@ -38,6 +40,7 @@ def run_overlapped(run: Run, actors: Actors) -> None:
         if run.state.step == 0:  # else the learner holds what was sampled for these prompts
             actors.learner.hold(actors.reward.score(actors.rollout.generate(first, 0)), may_stop=True)
         for step in range(run.state.step, config.steps):
+            evaluate_when_due(run, actors)
             batch = prompts.take(config.rollout.batch_size)  # of the next step
             trajectories = actors.rollout.generate(batch, step + 1)  # by the weights before this step's update
             scored = actors.reward.score(trajectories)

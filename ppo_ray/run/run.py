@@ -1,7 +1,7 @@
 """A run: its prompts, its folder and what it keeps of every step."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import takewhile
 from typing import Self
 
@@ -18,7 +18,7 @@ from ppo_ray.run.checkpoints import Checkpoints
 from ppo_ray.run.folder import RunFolder, config_text
 from ppo_ray.run.gauges import Gauges
 from ppo_ray.run.log import MetricsLog
-from ppo_ray.run.progress import StepProgress
+from ppo_ray.run.progress import StepProgress, format_score
 from ppo_ray.run.resume import Start, find_start, is_finished, open_folder
 
 
@@ -39,6 +39,7 @@ class Run:
         """Metrics of each step."""
         self.is_finished = False
         """Whether all steps were made before this process began."""
+        self._evaluated: dict[str, float] = {}
         self._log, self._gauges = log, Gauges(folder.path.name)
         self._progress: StepProgress  # set by `under_way`, as the next two
         self._save: BeginSave
@@ -101,15 +102,27 @@ class Run:
             self._say_sanity()
         self.checkpoints.finish()  # the one before: it was written while the engines generated
         sampled_by = step - int(update.metrics["rollout/staleness_max"])
-        self.checkpoints.note_score(sampled_by, update.metrics.get("score/mean"))
+        best_by = self.config.checkpoint.best_by
+        if best_by == "score/mean":
+            self.checkpoints.note_score(sampled_by, update.metrics.get(best_by))
+        else:
+            self.checkpoints.note_score(step, self.history[-1].get(best_by))
         if self.checkpoints.is_due(step + 1, self.config.steps):
             self.checkpoints.save(self.state, self._save)
         self._check_scores()
         stopping.check()
 
+    def note_evaluation(self, figures: Mapping[str, float]) -> None:
+        """Keep the figures of the policy's evaluation for the metrics of the step that it samples, and show them."""
+        self._evaluated = dict(figures)
+        score = figures.get("eval/score_mean")
+        passes = "".join(f", {name[5:]} {rate:.3f}" for name, rate in figures.items() if name.startswith("eval/pass@"))
+        self.say(f"after {self.state.step} steps: held-out mean score {format_score(score)}{passes}")
+
     def record(self, update: UpdateReport) -> None:
         """Log an update's metrics; from now on its step is one of the run's."""
-        self.history.append(self._log.write(update.step, update.metrics))
+        metrics, self._evaluated = update.metrics | self._evaluated, {}
+        self.history.append(self._log.write(update.step, metrics))
         self._gauges.set(self.history[-1])
         position = self.state.prompt_position + self.config.rollout.batch_size  # however many are taken ahead
         self.state = RunState(update.step + 1, position, self.prompts.fingerprint)
@@ -117,7 +130,7 @@ class Run:
     def go_on_from(self, state: RunState) -> None:
         """Return to a state: prompts, metrics and history are as they were."""
         self.state, self.prompts.position = state, state.prompt_position
-        self.history = self._log.resume(state.step)
+        self.history, self._evaluated = self._log.resume(state.step), {}
 
     def report(self, event: Event) -> None:
         """Log an event, count it, and show it."""

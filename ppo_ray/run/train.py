@@ -76,9 +76,11 @@ def train(config: Config, console: Console | None = None) -> RunReport:
                 rebuild_on_loss(run, actors, steps)
             after = None
             with say_failure(run, "the evaluation after the last step"):
-                after = score_held_out(actors.rollout, actors.reward, run.prompts.held_out(), config)
+                after = score_held_out(actors.rollout, actors.reward, run.prompts, config, actors.learner)
                 if after:
                     after.write(run.folder.after)
+                    if config.checkpoint.best_by != "score/mean":
+                        run.checkpoints.note_score(run.state.step, after.figures.get(config.checkpoint.best_by))
             run.checkpoints.finish_run(run.state.step)
     with say_failure(run, "the table of samples"):
         if before and after:
@@ -136,10 +138,10 @@ def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), console: Con
     config, dropped = load_evaluation_config(checkpoint, overrides)
     for option in dropped:
         say(console, f"not taken from the checkpoint's config: {option}; give it on this command line if you trust it")
-    held_out = preflight.check(config).open_prompts(config).held_out()
+    prompts = preflight.check(config).open_prompts(config)
     show = partial(say, console)
     with ray_session(config.ray), launch_scorers(config, show, lambda event: show(event.message)) as (rollout, reward):
-        evaluation = score_held_out(rollout, reward, held_out, config)
+        evaluation = score_held_out(rollout, reward, prompts, config)
     if evaluation is None:
         raise InputError("evaluation.num_prompts=0: nothing is held out to be scored; set it to 1 or more")
     print_evaluation(console, evaluation)
@@ -242,7 +244,7 @@ def evaluate_before(run: Run, actors: Actors) -> Evaluation | None:
         return Evaluation.read(run.folder.before)
     if run.state.step:
         return None
-    before = score_held_out(rollout, actors.reward, run.prompts.held_out(), config)
+    before = score_held_out(rollout, actors.reward, run.prompts, config, actors.learner)
     if before:
         before.write(run.folder.before)
     return before
