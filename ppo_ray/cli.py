@@ -28,6 +28,7 @@ class AssetSet(StrEnum):
     """What `ppo-ray assets` can build."""
 
     imdb = "imdb"
+    arithmetic = "arithmetic"
 
 
 Overrides = Annotated[
@@ -69,16 +70,21 @@ def train(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, e.g. RUN/checkpoints/final.")
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A checkpoint folder, e.g. RUN/checkpoints/final, or a CONFIG.")
     ],
     overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, all else as errors.")] = False,
 ) -> None:
-    """Score one response of CHECKPOINT to each held-out prompt, by the config of the run it comes from."""
+    """Score responses to the held-out prompts: of a checkpoint by its run's config, or of the model of a CONFIG."""
     with _report_errors():
+        from rich.console import Console
+
         from ppo_ray.run.train import evaluate
 
-        evaluate(checkpoint, overrides or [])
+        evaluation = evaluate(source, overrides or [], Console(stderr=as_json))
+        if as_json:
+            typer.echo(evaluation.to_json())
 
 
 @app.command()
@@ -184,16 +190,14 @@ def submit(
 
 @app.command()
 def assets(
-    name: Annotated[
-        AssetSet, typer.Argument(metavar="NAME", help="imdb: the policy, classifier and prompts of configs/imdb.yaml.")
-    ],
+    name: Annotated[AssetSet, typer.Argument(metavar="NAME", help="imdb or arithmetic: what configs/NAME.yaml needs.")],
     force: Annotated[bool, typer.Option("--force", help="Build again what is there already.")] = False,
 ) -> None:
-    """Build the offline models and data of the reference task into the cache."""
+    """Build a demo's models and data into the cache; no hub is needed."""
     with _report_errors():
-        from ppo_ray.assets.build import build_imdb
+        from ppo_ray.assets.build import build_assets
 
-        build_imdb(force=force)
+        build_assets(name.value, force=force)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ def driver(monkeypatch):
     import ppo_ray.run
 
     calls = []
+    evaluation = types.SimpleNamespace(to_json=lambda: '{"mean_score": 1.5}')
     fake = types.ModuleType("ppo_ray.run.train")
     fake.error = None
 
@@ -28,6 +29,7 @@ def driver(monkeypatch):
         calls.append(arguments)
         if fake.error:
             raise fake.error
+        return evaluation
 
     fake.calls, fake.train, fake.check, fake.evaluate = calls, record, record, record
     monkeypatch.setitem(sys.modules, "ppo_ray.run.train", fake)
@@ -73,14 +75,16 @@ def test_a_signal_ends_with_its_code_and_is_no_error(config, driver, error):
 
 def test_evaluate_hands_over_checkpoint_and_overrides(driver, tmp_path):
     assert run("evaluate", str(tmp_path), "seed=3").exit_code == 0
-    assert driver.calls == [(tmp_path, ["seed=3"])]
+    assert run("evaluate", str(tmp_path), "--json").stdout == '{"mean_score": 1.5}\n'
+    assert [call[:2] for call in driver.calls] == [(tmp_path, ["seed=3"]), (tmp_path, [])]
+    assert [call[2].stderr for call in driver.calls] == [False, True]
 
 
 def test_assets(monkeypatch):
     calls = []
-    monkeypatch.setattr("ppo_ray.assets.build.build_imdb", lambda force: calls.append(force))
+    monkeypatch.setattr("ppo_ray.assets.build.build_assets", lambda demo, force: calls.append((demo, force)))
     assert run("assets", "imdb").exit_code == run("assets", "imdb", "--force").exit_code == 0
-    assert calls == [False, True]
+    assert calls == [("imdb", False), ("imdb", True)]
     assert run("assets", "mnist").exit_code == 2
 
 

@@ -1,4 +1,4 @@
-"""The builds of `ppo-ray assets imdb`: prompts, policy and reward classifier, made of installed Python packages.
+"""The builds of `ppo-ray assets`: prompts, policy and reward classifier, made of installed Python packages.
 
 A package's files are read; the package itself is never imported.
 """
@@ -22,7 +22,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from safetensors import SafetensorError
 
-from ppo_ray.assets.cache import ASSETS, asset_path, build_once, cache_folder
+from ppo_ray.assets.arithmetic import build_sums
+from ppo_ray.assets.cache import SETS, asset_path, build_once, cache_folder
 from ppo_ray.errors import AssetError
 
 NUM_REVIEWS = 25_000
@@ -33,12 +34,13 @@ Advance = Callable[[float], None]
 """Told the share of the work done since the last call."""
 
 
-def build_imdb(force: bool = False, console: Console | None = None) -> None:
-    """Build the prompts, the policy and the reward classifier of the demo, each unless it is there.
+def build_assets(demo: str, force: bool = False, console: Console | None = None) -> None:
+    """Build what a demo needs, each asset unless it is there.
 
-    Takes about three minutes on two idle cores the first time, and no time after that.
+    Those of imdb take about three minutes on two idle cores the first time, and no time after that.
 
     Args:
+        demo: one of `SETS`.
         force: build them again.
         console: where to print; the terminal by default.
 
@@ -50,14 +52,15 @@ def build_imdb(force: bool = False, console: Console | None = None) -> None:
     seconds: dict[str, float] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        for name, title, build in _BUILDS:
+        for name in SETS[demo]:
+            title, build = _BUILDS[name]
             task = progress.add_task(f"{name}: {title}", total=1.0)
             start = time.monotonic()
             advance = functools.partial(progress.advance, task)
             if build_once(asset_path(name), functools.partial(build, advance=advance), force):
                 seconds[name] = time.monotonic() - start
             progress.update(task, completed=1.0)
-    console.print(_summarize(seconds))
+    console.print(_summarize(demo, seconds))
 
 
 def build_prompts(path: Path, advance: Advance) -> None:
@@ -132,12 +135,13 @@ def build_classifier(folder: Path, advance: Advance) -> None:
     (folder / "accuracy.json").write_text(json.dumps(accuracy) + "\n")
 
 
-_BUILDS: tuple[tuple[str, str, Callable[..., None]], ...] = (
-    ("prompts", "25,000 IMDB reviews", build_prompts),
-    ("policy", "SmolLM2-135M", build_policy),
-    ("classifier", "MiniLM, fine-tuned", build_classifier),
-)
-"""Name, title and build of each asset, the quickest first."""
+_BUILDS: dict[str, tuple[str, Callable[..., None]]] = {
+    "prompts": ("25,000 IMDB reviews", build_prompts),
+    "sums": ("100 sums as chat messages", lambda path, advance: build_sums(path)),
+    "policy": ("SmolLM2-135M", build_policy),
+    "classifier": ("MiniLM, fine-tuned", build_classifier),
+}
+"""Title and build of each asset."""
 
 
 def read_reviews(source: str) -> pa.Table:
@@ -187,19 +191,17 @@ def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def _summarize(seconds: dict[str, float]) -> Table:
-    """Make a table of all assets; those without seconds were there already."""
+def _summarize(demo: str, seconds: dict[str, float]) -> Table:
+    """Make a table of a demo's assets; those without seconds were there already."""
     table = Table(
         "asset", "what", "size", "built in", title=f"offline assets in {cache_folder()}", title_justify="left"
     )
-    accuracy = json.loads((asset_path("classifier") / "accuracy.json").read_text())["accuracy"]
-    what = {
-        "policy": "SmolLM2, 135M parameters, float32",
-        "classifier": f"MiniLM, accuracy {accuracy:.3f} on 800 held-out sentences",
-        "prompts": "25,000 IMDB reviews",
-    }
-    for name in ASSETS:
+    what = {"policy": "SmolLM2, 135M parameters, float32", **{name: _BUILDS[name][0] for name in ("prompts", "sums")}}
+    for name in SETS[demo]:
         path = asset_path(name)
+        if name == "classifier":
+            accuracy = json.loads((path / "accuracy.json").read_text())["accuracy"]
+            what[name] = f"MiniLM, accuracy {accuracy:.3f} on 800 held-out sentences"
         size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
         built = f"{seconds[name]:.0f} s" if name in seconds else "there already"
         table.add_row(path.name, what[name], f"{size / 1e6:.0f} MB", built)

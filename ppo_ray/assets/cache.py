@@ -1,4 +1,4 @@
-"""The cache of the demo's assets: their names and paths, and building one whole or not at all."""
+"""The cache of the demos' assets: their names and paths, and building one whole or not at all."""
 
 import os
 from collections.abc import Callable
@@ -9,8 +9,10 @@ from platformdirs import user_cache_path
 from ppo_ray import atomic
 from ppo_ray.errors import AssetError
 
-ASSETS = {"policy": "policy", "classifier": "classifier", "prompts": "prompts.parquet"}
+ASSETS = {"policy": "policy", "classifier": "classifier", "prompts": "prompts.parquet", "sums": "sums.parquet"}
 """Every asset's name, as in `asset:NAME`, and its file or folder in the cache."""
+SETS = {"imdb": ("prompts", "policy", "classifier"), "arithmetic": ("sums", "policy")}
+"""The assets of each demo, the quickest to build first."""
 _VERSION = "imdb-v1"  # another recipe is another folder, so that a run never meets half of each
 
 

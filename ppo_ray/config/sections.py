@@ -33,7 +33,7 @@ def _resolve_folder(path: str) -> str:
 
 
 Source = Annotated[str, Field(min_length=1), AfterValidator(_resolve)]
-"""A folder, a file, a hub name, or `asset:policy`, `asset:classifier`, `asset:prompts` (`ppo-ray assets imdb`)."""
+"""A folder, a file, a hub name, or `asset:NAME` of what `ppo-ray assets` builds: policy, classifier, prompts, sums."""
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_resolve_folder)]
 """A folder that is written to."""
 DType = Literal["float32", "bfloat16"]

@@ -80,7 +80,7 @@ def read_tokenizer(key: str, model: ModelConfig | RewardSource) -> tuple[Any, st
 
 def asset_hint(path: str) -> str:
     """Return how to build what is missing, if it is one of our own assets."""
-    from ppo_ray.assets.cache import ASSETS, asset_path
+    from ppo_ray.assets.cache import SETS, asset_path
 
-    ours = {str(asset_path(name)) for name in ASSETS}
-    return "; build it with `ppo-ray assets imdb`" if path in ours and not Path(path).exists() else ""
+    demo = next((demo for demo, names in SETS.items() for name in names if path == str(asset_path(name))), None)
+    return f"; build it with `ppo-ray assets {demo}`" if demo and not Path(path).exists() else ""

@@ -50,7 +50,11 @@ class Evaluation:
 
     def write(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
-        atomic.write_text(path, json.dumps(asdict(self), indent=1))
+        atomic.write_text(path, self.to_json())
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -58,6 +58,14 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
         for sample in evaluation.samples:
             table.add_row(_plain(sample.prompt), _plain(sample.response), format_score(sample.score))
         console.print(table)
+    rates = {
+        name: rate for name, rate in evaluation.figures.items() if name not in ("eval/score_mean", "eval/unscored")
+    }
+    if rates:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, rate in rates.items():
+            table.add_row(name.removeprefix("eval/"), f"{rate:.3f}")
+        console.print(table)
     say(console, f"held-out mean score {_describe_mean(evaluation)}{_describe_failures(evaluation)}")
 
 

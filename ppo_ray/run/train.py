@@ -12,7 +12,7 @@ from rich.console import Console
 from ppo_ray import preflight
 from ppo_ray.actors.session import ray_session
 from ppo_ray.checkpoint import RunState
-from ppo_ray.config import Config, load_evaluation_config
+from ppo_ray.config import Config, load_config, load_evaluation_config
 from ppo_ray.errors import InputError, Interrupted, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event, say
 from ppo_ray.learner.reports import Agreement
@@ -117,25 +117,30 @@ def check(config: Config, console: Console | None = None) -> list[Agreement]:
     return agreements
 
 
-def evaluate(checkpoint: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> Evaluation:
-    """Score one response of a checkpoint's policy to each held-out prompt, by the config of its run, and show them.
+def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> Evaluation:
+    """Score a policy's responses to the held-out prompts, and show them.
 
-    The checkpoint may be a stranger's: its config runs no code, trusts no files and connects to nowhere.
+    A checkpoint may be a stranger's: its config runs no code, trusts no files and connects to nowhere.
 
     Args:
-        checkpoint: a folder such as `RUN/checkpoints/final`.
-        overrides: `section.option=value` each; they win over the run's config.
+        source: a checkpoint, a folder such as `RUN/checkpoints/final`; or the config file of a run, whose model is
+            evaluated.
+        overrides: `section.option=value` each; they win over the config.
         console: as in `train`.
 
     Returns:
         The scores. Responses are sampled with the same seeds in every run and every evaluation.
 
     Raises:
-        InputError: it is no checkpoint of ours, or its config cannot be used here.
+        InputError: it is no checkpoint of ours, or the config cannot be used here.
         WorkerError: an actor failed, was lost or was late.
     """
     console = console or Console()
-    config, dropped = load_evaluation_config(checkpoint, overrides)
+    dropped: list[str] = []
+    if Path(source).is_file():
+        config = load_config(source, ["output_dir=.", *overrides])
+    else:
+        config, dropped = load_evaluation_config(source, overrides)
     for option in dropped:
         say(console, f"not taken from the checkpoint's config: {option}; give it on this command line if you trust it")
     prompts = preflight.check(config).open_prompts(config)
