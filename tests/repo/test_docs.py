@@ -105,4 +105,5 @@ def test_files_that_are_named_exist(name: str) -> None:
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", OWN_TASK, re.DOTALL))
 def test_the_configs_of_ones_own_task_are_right(block: str, tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(block)
-    assert load_config(tmp_path / "task.yaml", []).reward.function == "short_answers:score"
+    sources = [source for _, source in load_config(tmp_path / "task.yaml", []).reward.sources]
+    assert all(source.function and source.function.startswith("rewards:score_") for source in sources)
