@@ -5,6 +5,8 @@ from typing import Any
 
 QUOTED = 60
 """Characters of a bad value that a message shows."""
+NUM_LOGGED = 3
+"""Texts of a batch whose failures are logged one by one; the others are counted."""
 
 
 class PPORayError(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.errors import QUOTED, InputError
+from ppo_ray.errors import NUM_LOGGED, QUOTED, InputError
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class RewardFunction:
             InputError: it cannot be imported, or is no function.
         """
         self._name, self._function = name, load_function(name)
+        self._num_raised = 0  # pairs of the batch in hand
         self.failure: str | None = None
         """Why the first pair without a score in the last `score` has none; None: every pair has one."""
 
@@ -86,7 +87,10 @@ class RewardFunction:
                 len(prompts),
                 exc_info=True,
             )
+            self._num_raised = 0
             scores = [self._score_alone(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+            if unsaid := max(self._num_raised - NUM_LOGGED, 0):
+                _LOG.warning("reward function %s raised on %d more pairs of this batch", self._name, unsaid)
         if self.failure is None and None in scores:
             self._note(
                 prompts[scores.index(None)], responses[scores.index(None)], "it returned None or no finite number"
@@ -104,7 +108,10 @@ class RewardFunction:
         except InputError:
             raise
         except _RAISED as error:
-            _LOG.warning("reward function %s raised on %r", self._name, prompt + response, exc_info=True)
+            self._num_raised += 1
+            if self._num_raised <= NUM_LOGGED:
+                shown = prompt[:QUOTED], response[:QUOTED]
+                _LOG.warning("reward function %s raised on %r with %r", self._name, *shown, exc_info=True)
             self._note(prompt, response, f"it raised {type(error).__name__}: {error}")
             return None
 
