@@ -16,6 +16,7 @@ from ppo_ray.config.sections import (
     Transport,
     Trust,
     in_job,
+    revision_problem,
 )
 from ppo_ray.config.transport import transport_problems, weight_transport
 
@@ -36,6 +37,7 @@ __all__ = [
     "in_job",
     "load_config",
     "load_evaluation_config",
+    "revision_problem",
     "to_yaml",
     "transport_problems",
     "weight_transport",

@@ -177,6 +177,15 @@ def _source_contradictions(config: Config) -> Iterator[Contradiction]:
             ("model.critic_path", "model.critic"),
             "is for model.critic=separate; set that, or leave critic_path out",
         )
+    for key, path, revision in (
+        ("model.reference", model.reference_path, model.reference_revision),
+        ("model.critic", model.critic_path, model.critic_revision),
+        ("reward", reward.path, reward.revision),
+    ):
+        if revision is not None and path is None:
+            separator = "." if key == "reward" else "_"
+            option, where = f"{key}{separator}revision", f"{key}{separator}path"
+            yield Contradiction((option, where), f"is for {where}; give that too, or leave it out")
     if (reward.path is None) == (reward.function is None):
         yield Contradiction(
             ("reward.path", "reward.function"),

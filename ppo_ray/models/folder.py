@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import ModelConfig, RewardConfig, Trust
+from ppo_ray.config import ModelConfig, RewardConfig, Trust, revision_problem
 from ppo_ray.errors import first_line
 
 
@@ -18,10 +18,12 @@ def read_config(key: str, path: str, trust: Trust) -> tuple[Any, str | None]:
     folder = Path(path)
     if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") > 1 or folder.exists()):
         return None, f"{key}={path}: missing model: no such folder{asset_hint(path)}"
+    if problem := revision_problem(path, trust.revision):
+        return None, f"{key}={path}: {problem}"
     try:
-        model = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code)
+        model = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code, **trust.place)
     except Exception as error:  # OSError, ValueError, whatever a hub client raises, or the model's own code
-        if not trust.remote_code and _has_code(lambda path: PreTrainedConfig.get_config_dict(path)[0], path):
+        if not trust.remote_code and _has_code(PreTrainedConfig.get_config_dict, path, trust):
             return None, _code_problem(key, path, "the model (auto_map in config.json)")
         where = "its config cannot be loaded" if folder.is_dir() else "neither a folder here nor to be had from the hub"
         return None, f"{key}={path}: missing model: {where}: {first_line(error)}{asset_hint(path)}"
@@ -45,10 +47,11 @@ def _weights_problem(key: str, folder: Path, trust: Trust) -> str | None:
     return f"{key}={folder}: missing model: the folder holds no *.safetensors"
 
 
-def _has_code(read: Callable[[str], Any], path: str) -> bool:
+def _has_code(read: Callable[..., Any], path: str, trust: Trust) -> bool:
     """Say whether the config of a model or tokenizer, which `read` returns, names Python code that lies with it."""
     try:
-        return "auto_map" in read(path)
+        found = read(path, **trust.place)
+        return "auto_map" in (found[0] if isinstance(found, tuple) else found)
     except Exception:  # what is wrong with it is said elsewhere
         return False
 
@@ -70,10 +73,10 @@ def read_tokenizer(key: str, model: ModelConfig | RewardConfig) -> tuple[Any, st
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     path, trust = str(model.path), model.trust
-    if not trust.remote_code and _has_code(get_tokenizer_config, path):
+    if not trust.remote_code and _has_code(get_tokenizer_config, path, trust):
         return None, _code_problem(key, path, "the tokenizer (auto_map in tokenizer_config.json)")
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code), None
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code, **trust.place), None
     except Exception as error:  # each tokenizer library has its own errors
         return None, f"{key}={path}: its tokenizer cannot be loaded: {first_line(error)}"
 

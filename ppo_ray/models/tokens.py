@@ -95,7 +95,8 @@ def _read_declaration(model: ModelConfig) -> tuple[Any, int]:
     from transformers import AutoConfig
     from transformers.utils import cached_file
 
-    whole = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust.remote_code)
+    trust = model.trust
+    whole = AutoConfig.from_pretrained(model.path, trust_remote_code=trust.remote_code, **trust.place)
     decoder = whole.get_text_config(decoder=True)
     path = cached_file(
         model.path,
@@ -103,6 +104,7 @@ def _read_declaration(model: ModelConfig) -> tuple[Any, int]:
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
+        **trust.place,
     )
     if path is None:
         own = getattr(whole, "eos_token_id", None)

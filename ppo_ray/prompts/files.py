@@ -1,22 +1,19 @@
 """Readers of one column of texts from a file: Parquet, Arrow, JSON, CSV or plain lines.
 
-A column of a struct is named by its path, `meta.text`. What is wrong with other columns does not matter. Bytes that are
-no UTF-8 are kept as lone surrogates (U+DC80 to U+DCFF): so they spoil only their own text, and `is_unicode` tells.
+What is wrong with other columns does not matter. A small file that unpacks to far more than its size is refused.
 """
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from ppo_ray.errors import QUOTED, InputError
+from ppo_ray.prompts.columns import ROWS, Meter, Texts, check_column, decode, find_column, is_unicode, pick_texts
 
-Texts = list[str | None]
-
-_SHOWN = 20  # columns that a message names
 _CSV_BLOCK = 64 << 20  # bytes that pyarrow parses at once; no row may be longer
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 
@@ -52,91 +49,33 @@ def describe_formats() -> str:
     return f"{', '.join(_BINARY)}, or {', '.join(_TEXTUAL)}, and these with {', '.join(_COMPRESSED)} behind"
 
 
-def pick_texts(path: Path | str, table: pa.Table, column: str) -> Texts:
-    """Return the texts of a column of a table, or of a struct's.
-
-    Raises:
-        InputError: there is no such column of texts; the message names `path`.
-    """
-    import pyarrow.compute as pc
-
-    first, *rest = find_column(path, table.schema, column)
-    found = table.column(first)
-    return to_texts(path, pc.struct_field(found, rest) if rest else found, column)
-
-
-def find_column(path: Path | str, schema: pa.Schema, column: str) -> list[str]:
-    """Return the names that lead to a column: its own, or those of the structs around it before it.
-
-    Raises:
-        InputError: there is no such column.
-    """
-    if column in schema.names:
-        return [column]
-    first, *rest = names = column.split(".")
-    inner = schema.field(first).type if rest and schema.names.count(first) == 1 else None
-    for name in rest:
-        inner = inner.field(name).type if inner is not None and _has_field(inner, name) else None
-    if inner is None:
-        _check_column(path, schema.names, column)
-    return names
-
-
-def _has_field(kind: pa.DataType, name: str) -> bool:
-    return pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
-
-
-def _check_column(path: Path | str, columns: Sequence[str], column: str) -> None:
-    if column not in columns:
-        shown = ", ".join(name[:QUOTED] for name in columns[:_SHOWN]) or "none"
-        more = f" and {len(columns) - _SHOWN:,} others" if len(columns) > _SHOWN else ""
-        raise InputError(f"prompts.column={column}: {path} has no such column; it has {shown}{more}")
-
-
-def to_texts(path: Path | str, column: pa.ChunkedArray, name: str) -> Texts:
-    """Return the texts of a column: strings of any kind, or a dictionary (a category) of such.
-
-    Raises:
-        InputError: the column holds something else.
-    """
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not any(is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
-        raise InputError(f"prompts.column={name}: the column in {path} holds {column.type}, not text")
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return _decode(column.cast(pa.large_binary()))
-
-
-def _decode(column: pa.ChunkedArray) -> Texts:
-    return [None if raw is None else raw.decode(errors="surrogateescape") for raw in column.to_pylist()]
-
-
-def is_unicode(text: str) -> bool:
-    """Say whether a text can be encoded; one that JSON or a reader gave a lone surrogate cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _read_parquet(path: Path, column: str) -> Texts:
+    """Read the column alone, a few rows at a time; equal texts stay the one entry that they are in the file."""
     import pyarrow.parquet as pq
 
-    find_column(path, pq.read_schema(path), column)
-    return to_texts(path, pq.read_table(path, columns=[column]).column(0), column)
+    with pq.ParquetFile(path) as file:
+        names, groups = find_column(path, file.schema_arrow, column), file.metadata
+        leaves = [file.schema.column(number).path for number in range(len(file.schema.names))]
+        size = path.stat().st_size
+        for group in map(groups.row_group, range(groups.num_row_groups)):
+            chunks = map(group.column, range(group.num_columns))
+            unpacked = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+            Meter(path, size).add(unpacked)  # a page of it is unpacked at once
+    with pq.ParquetFile(path, read_dictionary=[column] if column in leaves else None) as file:
+        batches = file.iter_batches(ROWS, columns=[column])
+        return pick_texts(path, file.schema_arrow, batches, ".".join(names), Meter(path, size))
 
 
 def _read_arrow(path: Path, column: str) -> Texts:
     """Read the file or stream format."""
     with pa.memory_map(str(path)) as source:
         try:
-            table = pa.ipc.open_file(source).read_all()
+            reader = pa.ipc.open_file(source)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
         except pa.ArrowInvalid:
             source.seek(0)
-            table = pa.ipc.open_stream(source).read_all()
-        return pick_texts(path, table, column)
+            batches = reader = pa.ipc.open_stream(source)
+        return pick_texts(path, reader.schema, batches, column, Meter(path, path.stat().st_size))
 
 
 def _read_csv(path: Path, column: str, delimiter: str = ",") -> Texts:
@@ -144,11 +83,16 @@ def _read_csv(path: Path, column: str, delimiter: str = ",") -> Texts:
 
     read_options = csv.ReadOptions(block_size=_CSV_BLOCK)
     parse_options = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with csv.open_csv(path, read_options, parse_options) as reader:
-        _check_column(path, reader.schema.names, column)
+    with _open_bytes(path) as source, csv.open_csv(source, read_options, parse_options) as reader:
+        check_column(path, reader.schema.names, column)
     # The other columns are not converted: a word among the numbers of one of them does not matter here.
     convert_options = csv.ConvertOptions(column_types={column: pa.large_binary()}, include_columns=[column])
-    return _decode(csv.read_csv(path, read_options, parse_options, convert_options).column(column))
+    meter, texts = Meter(path, path.stat().st_size), []
+    with _open_bytes(path) as source:
+        found = csv.read_csv(source, read_options, parse_options, convert_options).column(column)
+    for start in range(0, len(found), ROWS):
+        texts += [meter.add_text(text) for text in decode(found.slice(start, ROWS))]
+    return texts
 
 
 def _read_tsv(path: Path, column: str) -> Texts:
@@ -157,19 +101,21 @@ def _read_tsv(path: Path, column: str) -> Texts:
 
 def _read_lines(path: Path, column: str) -> Texts:
     """Read plain lines, each a text of the column `text`."""
-    _check_column(path, ["text"], column)
+    check_column(path, ["text"], column)
+    meter = Meter(path, path.stat().st_size)
     with _open(path) as lines:
-        return [line.rstrip("\n") for line in lines]
+        return [meter.add_text(line.rstrip("\n")) for line in lines]
 
 
 def _read_json(path: Path, column: str) -> Texts:
     """Read an object per line, or one list of objects."""
     texts: Texts = []
     seen: dict[str, None] = {}
+    meter = Meter(path, path.stat().st_size)
     with _open(path) as lines:
         for where, row, spoiled in _rows(lines):
             if spoiled:
-                texts.append(spoiled)
+                texts.append(meter.add_text(spoiled))
                 continue
             if not isinstance(row, dict):
                 raise ValueError(f"{where} is not a JSON object")
@@ -180,8 +126,8 @@ def _read_json(path: Path, column: str) -> Texts:
             if text is not None and not isinstance(text, str):
                 shown = repr(text)[:QUOTED]
                 raise InputError(f"prompts.column={column}: {where} of {path} holds {shown}, not text")
-            texts.append(text)
-    _check_column(path, list(seen), column)
+            texts.append(meter.add_text(text))
+    check_column(path, list(seen), column)
     return texts
 
 
@@ -227,7 +173,32 @@ def _look_up(row: dict[str, Any], column: str) -> tuple[Any, bool]:
 
 def _open(path: Path) -> io.TextIOWrapper:
     """Open a file of text, which may be compressed."""
-    return io.TextIOWrapper(pa.input_stream(str(path)), encoding="utf-8-sig", errors="surrogateescape")
+    return io.TextIOWrapper(_open_bytes(path), encoding="utf-8-sig", errors="surrogateescape")
+
+
+def _open_bytes(path: Path) -> io.BufferedReader:
+    """Open a file, and unpack what is compressed."""
+    return io.BufferedReader(_Unpacked(path), 1 << 20)
+
+
+class _Unpacked(io.RawIOBase):
+    """A file, unpacked as it is read; counts what it is unpacked to."""
+
+    def __init__(self, path: Path) -> None:
+        self._source, self._meter = pa.input_stream(str(path)), Meter(path, path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._source.read(len(buffer))
+        self._meter.add(len(content))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
 
 
 _Reader = Callable[[Path, str], Texts]

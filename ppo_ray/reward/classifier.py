@@ -57,7 +57,7 @@ class Classifier:
             dtype: torch's name of what the model computes in, e.g. `"float32"` or `"bfloat16"`.
             device: None takes the GPU if there is one.
             batch_size: texts per forward pass.
-            trust: what the model's folder may do.
+            trust: which revision, and what its files may do.
 
         Raises:
             InputError: there is no such model or label, the transform makes no sense for it, or it cannot score a text:
