@@ -3,12 +3,16 @@
 Each function returns what it has read, or None and a line that says what is wrong.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ppo_ray.config import ModelConfig, RewardConfig, Trust, revision_problem
-from ppo_ray.errors import first_line
+from ppo_ray.errors import QUOTED, first_line
+
+_PARTS = re.compile(r"layer|expert|label|block|depth|stage|(^|_)n_(enc|dec)", re.IGNORECASE)
+_MOST_PARTS = 100_000  # the largest models have some hundred layers and experts, classifiers some ten thousand labels
 
 
 def read_config(key: str, path: str, trust: Trust) -> tuple[Any, str | None]:
@@ -18,7 +22,7 @@ def read_config(key: str, path: str, trust: Trust) -> tuple[Any, str | None]:
     folder = Path(path)
     if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") > 1 or folder.exists()):
         return None, f"{key}={path}: missing model: no such folder{asset_hint(path)}"
-    if problem := revision_problem(path, trust.revision):
+    if problem := revision_problem(path, trust.revision) or _find_excess(path, trust):
         return None, f"{key}={path}: {problem}"
     try:
         model = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code, **trust.place)
@@ -28,6 +32,27 @@ def read_config(key: str, path: str, trust: Trust) -> tuple[Any, str | None]:
         where = "its config cannot be loaded" if folder.is_dir() else "neither a folder here nor to be had from the hub"
         return None, f"{key}={path}: missing model: {where}: {first_line(error)}{asset_hint(path)}"
     return model, _weights_problem(key, folder, trust) if folder.is_dir() else None
+
+
+def _find_excess(path: str, trust: Trust) -> str | None:
+    """Say which number in a model's config.json asks for more parts than any model has: they would be built one by one.
+
+    What cannot be read is said where the config is loaded.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        pending = [PreTrainedConfig.get_config_dict(path, **trust.place)[0]]
+    except Exception:  # OSError, ValueError, whatever a hub client raises
+        return None
+    while pending:
+        item = pending.pop()
+        for name, value in item.items():
+            if isinstance(value, dict):
+                pending.append(value)
+            elif isinstance(value, int) and value > _MOST_PARTS and _PARTS.search(str(name)):
+                return f"config.json asks for {name[:QUOTED]}={value:.3g}; the limit is {_MOST_PARTS:,}"
+    return None
 
 
 def _weights_problem(key: str, folder: Path, trust: Trust) -> str | None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ppo_ray.config import NO_TRUST, Trust, revision_problem
-from ppo_ray.errors import InputError
+from ppo_ray.errors import InputError, first_line
 from ppo_ray.models.saving import remember_generation_config
 from ppo_ray.models.tensors import catch_report, find_nonfinite, find_weights_problem, list_names
 
@@ -152,7 +152,7 @@ def _explain(error: Exception, reports: Iterable[str] = ()) -> str:
         return f"tensors that {list_names(set(failed))} is made of are missing or of another shape"
     if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to load it all the same
         return "its pickled weights are damaged or hold more than tensors"
-    line = str(error).strip().partition("\n")[0].rstrip(".")
+    line = first_line(error).rstrip(".") if str(error).strip() else ""
     return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
 
 

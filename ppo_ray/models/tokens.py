@@ -77,7 +77,7 @@ def read_end_tokens(config: Config, tokenizer: Any) -> EndTokens:
     try:
         declared, vocab_size = _read_declaration(config.model)
         ends = find_end_tokens(tokenizer.eos_token_id, declared, vocab_size)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{where}: what ends a response cannot be read: {first_line(error)}") from error
     if not ends.ids:
         why = "neither its tokenizer nor its generation_config.json names an end-of-sequence token"
