@@ -244,4 +244,4 @@ def test_trajectories_that_unpack_to_too_much_are_refused(folder: Path) -> None:
     (folder / "ahead.parquet").write_bytes(as_parquet(trajectory.from_rows(rows)))
     assert (folder / "ahead.parquet").stat().st_size < 1 << 20
     with pytest.raises(CheckpointError, match="bytes unpack to"):
-        trajectory.read(folder / "ahead.parquet")
+        read_ahead(folder)
