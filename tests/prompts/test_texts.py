@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -308,6 +309,21 @@ def asked(monkeypatch):
         yield server
         server.shutdown()
         thread.join(10)
+
+
+def test_a_hubs_data_set_has_its_revision_and_no_files_here(monkeypatch):
+    asked = []
+
+    def open_builder(path, **options):
+        asked.append((path, options))
+        return SimpleNamespace(
+            config=SimpleNamespace(data_files={"train": ["hf://datasets/org/set/a.csv", "/etc/x.txt"]})
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", open_builder)
+    with pytest.raises(InputError, match="prompts.path=org/set: '/etc/x.txt' is named there and lies outside of it"):
+        read_usable_texts(config("org/set", revision="v1"), 0)
+    assert asked == [("org/set", {"revision": "v1"})]
 
 
 def test_links_that_leave_a_folder_are_not_followed(tmp_path):
