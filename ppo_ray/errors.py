@@ -5,6 +5,9 @@ from typing import Any
 
 QUOTED = 60
 """Characters of a bad value that a message shows."""
+_LINE = 500  # characters of a library's message, which may quote a whole file
+NUM_LOGGED = 3
+"""Texts of a batch whose failures are logged one by one; the others are counted."""
 
 
 class PPORayError(Exception):
@@ -71,5 +74,6 @@ class NonFiniteError(WorkerError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its class's name where there is no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's message, cut if it is long, or its class's name where there is no message."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= _LINE else f"{line[:_LINE]}..."

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, RewardSource, in_job, transport_problems
+from ppo_ray.config import Config, RewardSource, Trust, in_job, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.machine import count_cpus
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
@@ -139,17 +139,17 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
         if not inputs.vocab_size:
             yield f"model.path={config.model.path}: its config has no vocab_size; give a language model"
         else:
-            yield from _network_problems(config, "model.path", config.model.path, model)
+            yield from _network_problems(config, "model.path", config.model.path, config.model.trust, model)
         positions = getattr(model.get_text_config(), "max_position_embeddings", None)
         if positions and config.rollout.max_context > positions:
             yield (
                 f"rollout.max_context={config.rollout.max_context}: {config.model.path} has only {positions} positions;"
                 f" set it to {positions} or less"
             )
-    for key, path in (("reference", config.model.reference_path), ("critic", config.model.critic_path)):
-        if path in (None, config.model.path):
+    for key, (path, trust) in (("reference", config.model.reference), ("critic", config.model.critic_source)):
+        if (path, trust) == (config.model.path, config.model.trust):
             continue
-        other, problem = read_config(f"model.{key}_path", str(path), config.model.trust)
+        other, problem = read_config(f"model.{key}_path", path, trust)
         if problem:
             yield problem
         elif model is not None and (ours := _num_tokens(model)) != (theirs := _num_tokens(other)):
@@ -158,10 +158,10 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
                 "share the policy's tokenizer"
             )
         else:
-            yield from _network_problems(config, f"model.{key}_path", str(path), other)
+            yield from _network_problems(config, f"model.{key}_path", path, trust, other)
 
 
-def _network_problems(config: Config, key: str, path: str, model: Any) -> Iterator[str]:
+def _network_problems(config: Config, key: str, path: str, trust: Trust, model: Any) -> Iterator[str]:
     """Yield what the learner cannot compute of a model, or does not find in its files; no weights are read."""
     from ppo_ray.models.loading import check_weights  # loads torch
 
@@ -175,7 +175,7 @@ def _network_problems(config: Config, key: str, path: str, model: Any) -> Iterat
             f"depend on the longest sequence of a batch; set it to {limit} or less"
         )
     auto_class = "AutoModel" if is_critic else "AutoModelForCausalLM"
-    empty, problem = check_weights(key, auto_class, path, config.model.trust)
+    empty, problem = check_weights(key, auto_class, path, trust)
     if problem:
         yield problem
     elif empty is not None and not is_critic:

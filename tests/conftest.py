@@ -26,6 +26,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a script's backgroun
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("busy machine", deadline=None)  # no test depends on how fast it is
+settings.register_profile("long", deadline=None, max_examples=1000)  # `make test-fuzz`
 settings.load_profile("busy machine")
 
 SENTENCES = [

@@ -2,6 +2,7 @@
 
 from ppo_ray.config.evaluation import load_evaluation_config
 from ppo_ray.config.ppo import UpdateConfig
+from ppo_ray.config.reward import RewardConfig, RewardSource
 from ppo_ray.config.rollout import RolloutConfig
 from ppo_ray.config.run import Config, load_config, to_yaml
 from ppo_ray.config.sections import (
@@ -12,11 +13,10 @@ from ppo_ray.config.sections import (
     ModelConfig,
     PromptsConfig,
     RayConfig,
-    RewardConfig,
-    RewardSource,
     Transport,
     Trust,
     in_job,
+    revision_problem,
 )
 from ppo_ray.config.transport import transport_problems, weight_transport
 
@@ -38,6 +38,7 @@ __all__ = [
     "in_job",
     "load_config",
     "load_evaluation_config",
+    "revision_problem",
     "to_yaml",
     "transport_problems",
     "weight_transport",

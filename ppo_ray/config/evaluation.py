@@ -18,7 +18,7 @@ _TAKEN = {
     *("rollout.engine", "rollout.workers", "rollout.threads", "rollout.gpus", "rollout.tensor_parallel"),
     *("rollout.batch_size", "rollout.min_response_tokens", "rollout.max_response_tokens", "rollout.temperature"),
     *("rollout.stop_at_eos", "rollout.stop_token_ids", "rollout.max_context", "rollout.kv_cache_mib", "rollout.dtype"),
-    *("reward.path", "reward.label", "reward.transform", "reward.batch_size"),
+    *("reward.path", "reward.revision", "reward.label", "reward.transform", "reward.dtype", "reward.batch_size"),
     *("reward.workers", "reward.threads", "reward.gpus"),
     *("ray.placement", "ray.object_store_mib", "ray.max_restarts"),
     *("ray.start_timeout_s", "ray.call_timeout_s", "ray.ping_timeout_s", "ray.stop_timeout_s"),
@@ -77,5 +77,8 @@ def load_evaluation_config(checkpoint: str | Path, overrides: Sequence[str] = ()
         )
     if {"reward.function", "reward.parts"} & given:
         taken.pop("reward.path", None)
+    for path, revision in (("reward.path", "reward.revision"), ("prompts.path", "prompts.revision")):
+        if path in given or path not in taken:
+            taken.pop(revision, None)  # of another path
     overrides = [f"model.path={checkpoint}", f"output_dir={checkpoint}", *overrides]
     return load(Config, None, overrides, given=taken), dropped

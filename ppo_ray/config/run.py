@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from ppo_ray.config.file import Contradiction, Contradictions, load
 from ppo_ray.config.ppo import UpdateConfig
+from ppo_ray.config.reward import RewardConfig, reward_contradictions
 from ppo_ray.config.rollout import MIN_VLLM_TEMPERATURE, RolloutConfig
 from ppo_ray.config.sections import (
     CheckpointConfig,
@@ -21,7 +22,6 @@ from ppo_ray.config.sections import (
     ModelConfig,
     PromptsConfig,
     RayConfig,
-    RewardConfig,
     Section,
 )
 
@@ -219,22 +219,16 @@ def _source_contradictions(config: Config) -> Iterator[Contradiction]:
             ("model.critic_path", "model.critic"),
             "is for model.critic=separate; set that, or leave critic_path out",
         )
-    if reward.parts and (reward.path is not None or reward.function is not None):
-        yield Contradiction(
-            ("reward.parts", "reward.path", "reward.function"),
-            "stands instead of reward.path and reward.function: name these as further parts, or leave parts out",
-        )
-        return
-    for key, source in reward.sources:
-        if (source.path is None) == (source.function is None):
-            yield Contradiction(
-                ("reward.parts",) if reward.parts else ("reward.path", "reward.function"),
-                f"give {key}.path (a classifier) or {key}.function (a Python function), "
-                + ("one of them" if source.path is None else "not both"),
-            )
-    names = [part.name for part in reward.parts]
-    if len(set(names)) < len(names):
-        yield Contradiction(("reward.parts",), f"{', '.join(names)}: two parts have one name")
+    for key, path, revision in (
+        ("model.reference", model.reference_path, model.reference_revision),
+        ("model.critic", model.critic_path, model.critic_revision),
+        *((key, source.path, source.revision) for key, source in reward.sources),
+    ):
+        if revision is not None and path is None:
+            separator = "_" if key.startswith("model") else "."
+            option, where = f"{key}{separator}revision", f"{key}{separator}path"
+            yield Contradiction((option, where), f"is for {where}; give that too, or leave it out")
+    yield from reward_contradictions(reward)
 
 
 def _engine_contradictions(config: Config) -> Iterator[Contradiction]:

@@ -1,7 +1,7 @@
 """The sections of a config but `ppo`: who does what, with which models and data, on what machine."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -34,6 +34,8 @@ def _resolve_folder(path: str) -> str:
 
 Source = Annotated[str, Field(min_length=1), AfterValidator(_resolve)]
 """A folder, a file, a hub name, or `asset:NAME` of what `ppo-ray assets` builds: policy, classifier, prompts, sums."""
+Revision = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w./-]{0,199}$")]
+"""A commit, tag or branch of a hub's repository."""
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_resolve_folder)]
 """A folder that is written to."""
 DType = Literal["float32", "bfloat16"]
@@ -42,12 +44,26 @@ Transport = Literal["object_store", "nccl", "ipc"]
 
 @dataclass(frozen=True)
 class Trust:
-    """Permissions of a model's folder beyond being read: none, unless its owner is trusted."""
+    """What of a model is trusted: which revision, and what its files may do beyond being read."""
 
     remote_code: bool = False
     """Run Python code that lies with the model."""
     pickles: bool = False
     """Load weights that are pickled, where there are no safetensors."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub name; None: the newest commit, or a folder here."""
+
+    @property
+    def place(self) -> dict[str, str]:
+        """The arguments that tell transformers which revision is meant."""
+        return {} if self.revision is None else {"revision": self.revision}
+
+
+def revision_problem(path: str, revision: str | None) -> str | None:
+    """Say why a path has no such revision: it is a file or folder here; None: it may have it."""
+    if revision is None or not (Path(path).exists() or path.startswith((".", "/"))):
+        return None
+    return f"revision={revision!r} is for a name on a hub, and {path} is a path here; leave it out"
 
 
 NO_TRUST = Trust()
@@ -85,11 +101,14 @@ class ModelSource(Section):
     you trust with your account."""
     allow_pickled_weights: bool = False
     """Whether weights are loaded that are pickled (.bin), where there are no safetensors. Only for models you trust."""
+    revision: Revision | None = None
+    """Commit, tag or branch of `path`, where that is a hub name; null: its newest commit. A branch or tag may move, the
+    hash of a commit names the same files for ever."""
 
     @property
     def trust(self) -> Trust:
-        """What the model's folder may do."""
-        return Trust(self.trust_remote_code, self.allow_pickled_weights)
+        """What of the model at `path` is trusted."""
+        return Trust(self.trust_remote_code, self.allow_pickled_weights, self.revision)
 
 
 class ModelConfig(ModelSource):
@@ -99,6 +118,8 @@ class ModelConfig(ModelSource):
     """Folder or hub name of a causal LM with its tokenizer, weights in safetensors. Required. TRL: `model_name`."""
     reference_path: Source | None = None
     """The same of the reference; null: the policy as it starts. It must share the policy's vocabulary."""
+    reference_revision: Revision | None = None
+    """The `revision` of `reference_path`."""
     dtype: DType = "float32"
     """That policy, critic and reference compute in, and of the weights that engines are sent. Under bfloat16 the
     optimizer steps float32 master weights, which are what a checkpoint holds."""
@@ -107,6 +128,22 @@ class ModelConfig(ModelSource):
     critic_path: Source | None = None
     """Folder or hub name of a separate critic's decoder, e.g. a reward model's; a value head in it is taken too.
     null: the critic that lies with the policy (`critic/` of a checkpoint), or else a copy of the policy."""
+    critic_revision: Revision | None = None
+    """The `revision` of `critic_path`."""
+
+    @property
+    def reference(self) -> tuple[str, Trust]:
+        """Where the reference is, and what of it is trusted."""
+        if self.reference_path is None:
+            return self.path, self.trust
+        return self.reference_path, replace(self.trust, revision=self.reference_revision)
+
+    @property
+    def critic_source(self) -> tuple[str, Trust]:
+        """The same of a separate critic's decoder."""
+        if self.critic_path is None:
+            return self.path, self.trust
+        return self.critic_path, replace(self.trust, revision=self.critic_revision)
 
 
 class PromptsConfig(Section):
@@ -114,7 +151,10 @@ class PromptsConfig(Section):
 
     path: Source
     """A file (.parquet, .arrow; .jsonl, .ndjson, .json, .csv, .tsv, .txt, also compressed: .gz, .bz2, .zst, .lz4), a
-    folder of such files or of `save_to_disk`, or a hub data set name. Required. TRL: `query_dataset`."""
+    folder of such files or of `save_to_disk`, or a hub data set name. A folder's files lie in it: its card may name no
+    others. A file's texts may take 64 MiB of memory, or 100 times its size. Required. TRL: `query_dataset`."""
+    revision: Revision | None = None
+    """Commit, tag or branch of a hub data set; null: its newest commit."""
     split: str = "train"
     """Split of a folder or hub data set; a single file is taken whole."""
     column: str = "text"
@@ -143,63 +183,6 @@ class PromptsConfig(Section):
     its end goes. null: cut where min_tokens is given, else drop."""
     shuffle: bool = True
     """Draw a new order each epoch from the run's seed; false: the order of the data set, every time."""
-
-
-class RewardSource(ModelSource):
-    """One thing that scores: a classifier or a Python function."""
-
-    path: Source | None = None
-    """Folder or hub name of a sequence classifier with its tokenizer, weights in safetensors. It scores prompt plus
-    response. TRL: `reward_model`."""
-    function: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
-    """A Python function instead, as "package.module:function". It gets a list for each parameter, by its name: prompts,
-    responses, messages, response_ids, finish_reasons, and the columns of `prompts.keep`. It returns a score (or None)
-    per response. An `async def` gets one response's values instead."""
-    label: str = "POSITIVE"
-    """The classifier's label, by name, whose output is the score."""
-    transform: Literal["logit", "softmax", "sigmoid"] = "logit"
-    """What makes a score of the classifier's outputs: the label's raw output, its probability, or its own sigmoid."""
-    dtype: DType = "float32"
-    """That the classifier computes in."""
-    batch_size: int = Field(default=32, ge=1)
-    """Texts per forward pass of the classifier."""
-
-
-class RewardPart(RewardSource):
-    """One of several things that are scored."""
-
-    name: str = Field(pattern=r"^[A-Za-z_]\w*$")
-    """In the metrics and in `trajectories/`. Required."""
-    weight: float = 1.0
-    """What its score is multiplied by."""
-
-
-class RewardConfig(RewardSource):
-    """What scores a response: a classifier (`path`), a Python function (`function`), or several of these (`parts`)."""
-
-    parts: Annotated[tuple[RewardPart, ...], Field(strict=False)] = ()
-    """Several rewards instead of one: a list of {name, weight, function or path, ...} with the options of this section
-    from `path` to `batch_size`. The score is the weighted sum. A part without a score is left out of it; a response
-    without any has none. The metrics have each part, `trajectories/` its score before the weight."""
-    max_concurrent: int = Field(default=64, ge=1)
-    """Most calls of an `async def` function at a time, per worker."""
-    timeout_s: float = Field(default=60.0, gt=0)
-    """Longest call of an `async def` function, seconds; then its response has no score."""
-    workers: int = Field(default=1, ge=1)
-    """Reward actors; each scores the shards it is given."""
-    threads: int = Field(default=1, ge=1)
-    """CPU threads per worker. workers x threads must not exceed the machine's CPUs."""
-    gpus: float = Field(default=0.0, ge=0)
-    """GPUs per worker; a fraction lets actors share one."""
-    max_unscored_steps: int = Field(default=3, ge=0)
-    """Largest number of steps in a row without any score. Nothing is learnt in such a step. One step more ends the run,
-    and the steps that were made are saved. 0: the first such step ends it."""
-
-    @property
-    def sources(self) -> tuple[tuple[str, RewardSource], ...]:
-        """All that scores, each with the key of its options, e.g. `reward.parts[0]`."""
-        parts = tuple((f"reward.parts[{index}]", part) for index, part in enumerate(self.parts))
-        return parts or (("reward", self),)
 
 
 class LearnerConfig(Section):

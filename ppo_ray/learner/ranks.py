@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import socket
 import time
 from collections import deque
@@ -102,11 +103,14 @@ def detect_lost_peers(rank: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """The address at which all ranks meet."""
+    """The place where all ranks meet."""
 
     host: str
     """IP address of the node of rank 0; loopback where all are on one node."""
     port: int
+    prefix: str
+    """Of the keys of this meeting, drawn anew for each and known by Ray alone: who comes to the port by mistake, as a
+    rank of a meeting before may, is none of these ranks. No lock: torch's store lists its keys to whoever asks."""
 
 
 def open_rendezvous(host: str, timeout_s: float) -> tuple[Rendezvous, dist.TCPStore]:
@@ -117,7 +121,7 @@ def open_rendezvous(host: str, timeout_s: float) -> tuple[Rendezvous, dist.TCPSt
         timeout_s: longest wait for a key, seconds.
 
     Returns:
-        The address, and the store, which must be kept alive as long as the ranks work together.
+        The place, and the store, which must be kept alive as long as the ranks work together.
     """
     listener = socket.create_server((host, 0), family=_family(host))
     port = listener.getsockname()[1]
@@ -129,7 +133,7 @@ def open_rendezvous(host: str, timeout_s: float) -> tuple[Rendezvous, dist.TCPSt
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
-    return Rendezvous(host, port), store
+    return Rendezvous(host, port, secrets.token_hex(16)), store
 
 
 def join(rendezvous: Rendezvous, rank: int, size: int, backend: str, timeout_s: float, call_timeout_s: float) -> Ranks:
@@ -151,9 +155,9 @@ def join(rendezvous: Rendezvous, rank: int, size: int, backend: str, timeout_s: 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
     with detect_lost_peers(rank):
-        store = dist.TCPStore(
-            rendezvous.host, rendezvous.port, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
-        )
+        timeout = timedelta(seconds=timeout_s)
+        everything = dist.TCPStore(rendezvous.host, rendezvous.port, timeout=timeout, wait_for_workers=False)
+        store = dist.PrefixStore(rendezvous.prefix, everything)
         _wait_for_all(store, rank, size, timeout_s)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=call_timeout_s)
@@ -167,7 +171,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _wait_for_all(store: dist.TCPStore, rank: int, size: int, timeout_s: float) -> None:
+def _wait_for_all(store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
     """Announce this rank and wait for the others; torch's own wait does not name those that are missing."""
     store.set(f"here/{rank}", "")
     deadline = time.monotonic() + timeout_s

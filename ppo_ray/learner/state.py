@@ -117,7 +117,8 @@ def load_models(
     """
     shared = learner.sharding == "fsdp2" and ranks.size > 1
     loaded_on = torch.device("cpu") if shared else device
-    trained = model.model_copy(update={"path": str(checkpoint), "critic_path": None}) if checkpoint else model
+    here = {"path": str(checkpoint), "revision": None, "critic_path": None, "critic_revision": None}
+    trained = model.model_copy(update=here) if checkpoint else model
     policy = load_actor_critic(trained, temperature, value_head_seed, loaded_on)
     reference = load_reference(model, temperature, loaded_on)
     tokenizer = load_tokenizer(model.path, model.trust)
@@ -163,14 +164,15 @@ def load_actor_critic(
     causal_lm = load_causal_lm(model.path, dtype=_master_dtype(model), device=device, trust=model.trust)
     actor_critic: ActorCritic
     if model.critic == "separate":
-        trained = Path(model.path) / CRITIC_FOLDER
-        path = model.critic_path or (str(trained) if trained.is_dir() else model.path)
-        critic = load_pretrained(AutoModel, path, dtype=_master_dtype(model), device=device, trust=model.trust)
+        trained, (path, trust) = Path(model.path) / CRITIC_FOLDER, model.critic_source
+        if model.critic_path is None and trained.is_dir():
+            path = str(trained)
+        critic = load_pretrained(AutoModel, path, dtype=_master_dtype(model), device=device, trust=trust)
         actor_critic = CausalLMWithCritic(causal_lm, critic, temperature=temperature, value_head_seed=value_head_seed)
     else:
-        path = model.path
+        path, trust = model.path, model.trust
         actor_critic = CausalLMWithValueHead(causal_lm, temperature=temperature, value_head_seed=value_head_seed)
-    actor_critic.load_value_head(path)
+    actor_critic.load_value_head(path, **trust.place)
     return actor_critic
 
 
@@ -180,8 +182,8 @@ def load_reference(model: ModelConfig, temperature: float, device: torch.device)
     Raises:
         InputError: it cannot be loaded or is not supported.
     """
-    path = model.reference_path or model.path
-    causal_lm = load_causal_lm(path, dtype=_master_dtype(model), device=device, trust=model.trust)
+    path, trust = model.reference
+    causal_lm = load_causal_lm(path, dtype=_master_dtype(model), device=device, trust=trust)
     reference = ResponseLM(causal_lm, temperature=temperature)  # checked in float32, where rounding hides nothing
     reference.requires_grad_(False)
     for parameter in reference.parameters():

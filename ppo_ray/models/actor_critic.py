@@ -48,12 +48,13 @@ class ActorCritic(ResponseLM):
         """Yield the parameters that estimate values and are no part of the policy."""
         return self.value_head.parameters()
 
-    def load_value_head(self, path: str | Path) -> None:
+    def load_value_head(self, path: str | Path, **place: Any) -> None:
         """Load the value head that was saved with its decoder, if there is one.
 
         Args:
             path: folder or hub name of the decoder. The head lies in a file of its own, as in a checkpoint, or as
                 `v_head.*` among the decoder's tensors, as `ppo_ray.trl` and TRL save it.
+            **place: where else to look, for transformers' `cached_file`.
 
         Raises:
             InputError: what lies there is not a value head of this hidden size, or holds NaN.
@@ -63,7 +64,7 @@ class ActorCritic(ResponseLM):
             where, tensors = str(file), safetensors.torch.load_file(file)
         else:
             where = f"{path} ({VALUE_HEAD}*)"
-            named = read_value_head(str(path))
+            named = read_value_head(str(path), **place)
             tensors = {name.removeprefix(f"{VALUE_HEAD}summary."): tensor for name, tensor in named.items()}
         if not tensors:
             return

@@ -3,12 +3,16 @@
 Each function returns what it has read, or None and a line that says what is wrong.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import ModelConfig, RewardSource, Trust
-from ppo_ray.errors import first_line
+from ppo_ray.config import ModelConfig, RewardSource, Trust, revision_problem
+from ppo_ray.errors import QUOTED, first_line
+
+_PARTS = re.compile(r"layer|expert|label|block|depth|stage|(^|_)n_(enc|dec)", re.IGNORECASE)
+_MOST_PARTS = 100_000  # the largest models have some hundred layers and experts, classifiers some ten thousand labels
 
 
 def read_config(key: str, path: str, trust: Trust) -> tuple[Any, str | None]:
@@ -18,14 +22,37 @@ def read_config(key: str, path: str, trust: Trust) -> tuple[Any, str | None]:
     folder = Path(path)
     if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") > 1 or folder.exists()):
         return None, f"{key}={path}: missing model: no such folder{asset_hint(path)}"
+    if problem := revision_problem(path, trust.revision) or _find_excess(path, trust):
+        return None, f"{key}={path}: {problem}"
     try:
-        model = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code)
+        model = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code, **trust.place)
     except Exception as error:  # OSError, ValueError, whatever a hub client raises, or the model's own code
-        if not trust.remote_code and _has_code(lambda path: PreTrainedConfig.get_config_dict(path)[0], path):
+        if not trust.remote_code and _has_code(PreTrainedConfig.get_config_dict, path, trust):
             return None, _code_problem(key, path, "the model (auto_map in config.json)")
         where = "its config cannot be loaded" if folder.is_dir() else "neither a folder here nor to be had from the hub"
         return None, f"{key}={path}: missing model: {where}: {first_line(error)}{asset_hint(path)}"
     return model, _weights_problem(key, folder, trust) if folder.is_dir() else None
+
+
+def _find_excess(path: str, trust: Trust) -> str | None:
+    """Say which number in a model's config.json asks for more parts than any model has: they would be built one by one.
+
+    What cannot be read is said where the config is loaded.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        pending = [PreTrainedConfig.get_config_dict(path, **trust.place)[0]]
+    except Exception:  # OSError, ValueError, whatever a hub client raises
+        return None
+    while pending:
+        item = pending.pop()
+        for name, value in item.items():
+            if isinstance(value, dict):
+                pending.append(value)
+            elif isinstance(value, int) and value > _MOST_PARTS and _PARTS.search(str(name)):
+                return f"config.json asks for {name[:QUOTED]}={value:.3g}; the limit is {_MOST_PARTS:,}"
+    return None
 
 
 def _weights_problem(key: str, folder: Path, trust: Trust) -> str | None:
@@ -45,10 +72,11 @@ def _weights_problem(key: str, folder: Path, trust: Trust) -> str | None:
     return f"{key}={folder}: missing model: the folder holds no *.safetensors"
 
 
-def _has_code(read: Callable[[str], Any], path: str) -> bool:
+def _has_code(read: Callable[..., Any], path: str, trust: Trust) -> bool:
     """Say whether the config of a model or tokenizer, which `read` returns, names Python code that lies with it."""
     try:
-        return "auto_map" in read(path)
+        found = read(path, **trust.place)
+        return "auto_map" in (found[0] if isinstance(found, tuple) else found)
     except Exception:  # what is wrong with it is said elsewhere
         return False
 
@@ -70,10 +98,10 @@ def read_tokenizer(key: str, model: ModelConfig | RewardSource) -> tuple[Any, st
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     path, trust = str(model.path), model.trust
-    if not trust.remote_code and _has_code(get_tokenizer_config, path):
+    if not trust.remote_code and _has_code(get_tokenizer_config, path, trust):
         return None, _code_problem(key, path, "the tokenizer (auto_map in tokenizer_config.json)")
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code), None
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code, **trust.place), None
     except Exception as error:  # each tokenizer library has its own errors
         return None, f"{key}={path}: its tokenizer cannot be loaded: {first_line(error)}"
 

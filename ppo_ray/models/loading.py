@@ -16,8 +16,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ppo_ray.config import NO_TRUST, Trust
-from ppo_ray.errors import InputError
+from ppo_ray.config import NO_TRUST, Trust, revision_problem
+from ppo_ray.errors import InputError, first_line
 from ppo_ray.models.saving import remember_generation_config
 from ppo_ray.models.tensors import catch_report, find_nonfinite, find_weights_problem, list_names
 
@@ -33,7 +33,7 @@ def load_causal_lm(
         path: folder or hub name.
         dtype: torch's name of the parameters' type.
         device: where to put it.
-        trust: what its folder may do; even pickles that are allowed may hold nothing but tensors.
+        trust: which revision, and what its files may do; even pickles that are allowed may hold nothing but tensors.
 
     Returns:
         The transformers model.
@@ -62,7 +62,7 @@ def check_weights(key: str, auto_class: str, path: str, trust: Trust) -> tuple[A
         key: the option that names the model.
         auto_class: name of one of transformers' Auto classes.
         path: folder or hub name. What is not on this machine yet is not fetched: its worker checks it as it loads it.
-        trust: what its folder may do.
+        trust: which revision, and what its files may do.
 
     Returns:
         The model on the meta device, or None; and what is wrong with it, or None.
@@ -81,6 +81,8 @@ def _read(auto_class: Any, path: str, trust: Trust, **options: Any) -> Any:
     Raises:
         InputError: it cannot be loaded, or they do not.
     """
+    if problem := revision_problem(path, trust.revision):
+        raise InputError(f"cannot load the model {path!r}: {problem}")
     try:
         with _hide_progress_bar(), catch_report() as reports:
             model, found = auto_class.from_pretrained(
@@ -90,6 +92,7 @@ def _read(auto_class: Any, path: str, trust: Trust, **options: Any) -> Any:
                 trust_remote_code=trust.remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are reported, and refused below
+                **trust.place,
                 **options,
             )
     except Exception as error:  # transformers, safetensors, pickle and a model's own code: each has errors of its own
@@ -98,8 +101,8 @@ def _read(auto_class: Any, path: str, trust: Trust, **options: Any) -> Any:
             "hub name with config.json and model.safetensors; `ppo-ray assets imdb` makes the offline models."
             + _name_refused_options(trust)
         ) from error
-    remember_generation_config(model, path)
-    if problem := find_weights_problem(model, found, path, auto_class.__name__):
+    remember_generation_config(model, path, **trust.place)
+    if problem := find_weights_problem(model, found, path, auto_class.__name__, **trust.place):
         raise InputError(f"cannot load the model {path!r} with {auto_class.__name__}: {problem}")
     return model
 
@@ -114,7 +117,7 @@ def load_tokenizer(path: str, trust: Trust = NO_TRUST) -> Any:
         InputError: there is none, or it is not trusted.
     """
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code, **trust.place)
     except Exception as error:  # the tokenizers library raises no narrower kind
         raise InputError(
             f"cannot load a tokenizer from {path!r}: {_explain(error)}. It must lie in the model's folder "
@@ -149,7 +152,7 @@ def _explain(error: Exception, reports: Iterable[str] = ()) -> str:
         return f"tensors that {list_names(set(failed))} is made of are missing or of another shape"
     if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to load it all the same
         return "its pickled weights are damaged or hold more than tensors"
-    line = str(error).strip().partition("\n")[0].rstrip(".")
+    line = first_line(error).rstrip(".") if str(error).strip() else ""
     return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
 
 

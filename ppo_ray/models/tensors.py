@@ -42,7 +42,7 @@ def catch_report() -> Iterator[list[str]]:
         logger.removeFilter(catch)
 
 
-def find_weights_problem(model: Any, found: dict[str, Any], path: str, auto_class: str) -> str | None:
+def find_weights_problem(model: Any, found: dict[str, Any], path: str, auto_class: str, **place: Any) -> str | None:
     """Say which tensors a model's files lack, hold besides, or hold in another shape; None: they are the model's own.
 
     Args:
@@ -51,12 +51,13 @@ def find_weights_problem(model: Any, found: dict[str, Any], path: str, auto_clas
         path: where it was loaded from.
         auto_class: name of the Auto class that loaded it. `AutoModel` leaves the head of the files' model out, and a
             classifier what it was pre-trained with.
+        **place: where else to look, for transformers' `cached_file`.
     """
     missing = set(found["missing_keys"])
     wrong = {f"{name} ({list(theirs)}, by config.json {list(ours)})" for name, theirs, ours in found["mismatched_keys"]}
     unused = {name for name in found["unexpected_keys"] if not _is_left_out(name, model, auto_class)}
     if "Sequence" not in auto_class and any(name.startswith(VALUE_HEAD) for name in unused):
-        unused -= read_value_head(path).keys()
+        unused -= read_value_head(path, **place).keys()
     expand = getattr(model, "get_expanded_tied_weights_keys", None)
     untied = set(expand(all_submodels=True)) - set(model.all_tied_weights_keys) if expand else set()
     problems = [

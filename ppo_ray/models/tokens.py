@@ -80,7 +80,7 @@ def read_end_tokens(config: Config, tokenizer: Any) -> EndTokens:
         declared, vocab_size = _read_declaration(config.model)
         at_eos = config.rollout.stop_at_eos
         ends = find_end_tokens(tokenizer.eos_token_id, declared, vocab_size) if at_eos else EndTokens(())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{where}: what ends a response cannot be read: {first_line(error)}") from error
     if unknown := [token for token in added if not 0 <= token < vocab_size]:
         raise InputError(
@@ -104,7 +104,8 @@ def _read_declaration(model: ModelConfig) -> tuple[Any, int]:
     from transformers import AutoConfig
     from transformers.utils import cached_file
 
-    whole = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust.remote_code)
+    trust = model.trust
+    whole = AutoConfig.from_pretrained(model.path, trust_remote_code=trust.remote_code, **trust.place)
     decoder = whole.get_text_config(decoder=True)
     path = cached_file(
         model.path,
@@ -112,6 +113,7 @@ def _read_declaration(model: ModelConfig) -> tuple[Any, int]:
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
+        **trust.place,
     )
     if path is None:
         own = getattr(whole, "eos_token_id", None)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, Trust
+from ppo_ray.config import Config, Trust, revision_problem
 from ppo_ray.errors import InputError, first_line
 
 
@@ -47,13 +47,12 @@ class ModelSizes:
 
         model, reward = config.model, config.reward
         policy = _read("model.path", model.path, model.trust, AutoModelForCausalLM)
-        other, path = model.reference_path, model.critic_path or model.path
-        reference = _read("model.reference_path", other, model.trust, AutoModelForCausalLM) if other else policy
-        separate = model.critic == "separate"
+        separate, other = model.critic == "separate", model.reference_path is not None
+        reference = _read("model.reference_path", *model.reference, AutoModelForCausalLM) if other else policy
         return cls(
             policy,
             reference,
-            _read("model.critic_path", path, model.trust, AutoModel) if separate else None,
+            _read("model.critic_path", *model.critic_source, AutoModel) if separate else None,
             tuple(
                 _read(f"{key}.path", source.path, source.trust, AutoModelForSequenceClassification)
                 for key, source in reward.sources
@@ -66,8 +65,10 @@ def _read(key: str, path: str, trust: Trust, auto_class: Any) -> ModelSize:
     import torch
     from transformers import AutoConfig
 
+    if problem := revision_problem(path, trust.revision):
+        raise InputError(f"{key}={path}: {problem}")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code, **trust.place)
         with torch.device("meta"):
             model = auto_class.from_config(config, trust_remote_code=trust.remote_code)
     except Exception as error:  # OSError, ValueError, whatever a hub client raises, or the model's own code

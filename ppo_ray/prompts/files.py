@@ -1,8 +1,6 @@
 """Readers of prompts and of the columns that go with them from a file: Parquet, Arrow, JSON, CSV or plain lines.
 
-A column of a struct is named by its path, `meta.text`. What is wrong with other columns does not matter. Bytes that are
-no UTF-8 are kept as lone surrogates (U+DC80 to U+DCFF): so they spoil only their own text, and `is_unicode` tells.
-Lists, which are conversations, become JSON texts.
+What is wrong with other columns does not matter. A small file that unpacks to far more than its size is refused.
 """
 
 import io
@@ -17,12 +15,13 @@ from ppo_ray.errors import QUOTED, InputError
 from ppo_ray.prompts.columns import (
     COLUMN,
     KEEP,
+    ROWS,
     Columns,
+    Meter,
     Rows,
     Texts,
     check_column,
     decode,
-    find_column,
     is_unicode,
     make_table,
     pick_rows,
@@ -35,7 +34,7 @@ _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 def find_reader(path: Path) -> "Callable[[Columns], Rows] | None":
     """Return what reads columns of the file, by the file's name; None: the name does not tell what it holds.
 
-    The reader raises InputError if the file cannot be read, or has no such column.
+    The reader raises InputError if the file cannot be read, or has no such columns.
     """
     name = path.name.lower()
     suffix = Path(name).suffix
@@ -64,24 +63,33 @@ def describe_formats() -> str:
 
 
 def _read_parquet(path: Path, columns: Columns) -> Rows:
+    """Read these columns alone, a few rows at a time; equal texts stay the one entry that they are in the file."""
     import pyarrow.parquet as pq
 
-    schema = pq.read_schema(path)
-    wanted = [(columns.prompts, COLUMN), *((name, KEEP) for name in columns.keep)]
-    names = list(dict.fromkeys(".".join(find_column(path, schema, name, option)) for name, option in wanted))
-    table = pq.read_table(path, columns=names)
-    return pick_rows(path, table.rename_columns(names), columns)  # what lies in a struct has lost its path
+    with pq.ParquetFile(path) as file:
+        names = [".".join(found) for found in columns.find(path, file.schema_arrow)]
+        prompts, groups = names[0], file.metadata
+        leaves = [file.schema.column(number).path for number in range(len(file.schema.names))]
+        size = path.stat().st_size
+        for group in map(groups.row_group, range(groups.num_row_groups)):
+            chunks = map(group.column, range(group.num_columns))
+            unpacked = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in names)
+            Meter(path, size).add(unpacked)  # a page of it is unpacked at once
+    with pq.ParquetFile(path, read_dictionary=[prompts] if prompts in leaves else None) as file:
+        batches = file.iter_batches(ROWS, columns=list(dict.fromkeys(names)))
+        return pick_rows(path, file.schema_arrow, batches, columns, Meter(path, size))
 
 
 def _read_arrow(path: Path, columns: Columns) -> Rows:
     """Read the file or stream format."""
     with pa.memory_map(str(path)) as source:
         try:
-            table = pa.ipc.open_file(source).read_all()
+            reader = pa.ipc.open_file(source)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
         except pa.ArrowInvalid:
             source.seek(0)
-            table = pa.ipc.open_stream(source).read_all()
-        return pick_rows(path, table, columns)
+            batches = reader = pa.ipc.open_stream(source)
+        return pick_rows(path, reader.schema, batches, columns, Meter(path, path.stat().st_size))
 
 
 def _read_csv(path: Path, columns: Columns, delimiter: str = ",") -> Rows:
@@ -89,7 +97,7 @@ def _read_csv(path: Path, columns: Columns, delimiter: str = ",") -> Rows:
 
     read_options = csv.ReadOptions(block_size=_CSV_BLOCK)
     parse_options = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with csv.open_csv(path, read_options, parse_options) as reader:
+    with _open_bytes(path) as source, csv.open_csv(source, read_options, parse_options) as reader:
         names = reader.schema.names
     for name in columns.keep:
         check_column(path, names, name, KEEP)
@@ -101,8 +109,12 @@ def _read_csv(path: Path, columns: Columns, delimiter: str = ",") -> Rows:
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
     )
-    table = csv.read_csv(path, read_options, parse_options, convert_options)
-    texts = decode(table.column(columns.prompts))
+    meter, texts = Meter(path, path.stat().st_size), []
+    with _open_bytes(path) as source:
+        table = csv.read_csv(source, read_options, parse_options, convert_options)
+    found = table.column(columns.prompts)
+    for start in range(0, len(found), ROWS):
+        texts += [meter.add_text(text) for text in decode(found.slice(start, ROWS))]
     kept = [pa.chunked_array([texts]) if name == columns.prompts else table.column(name) for name in columns.keep]
     return Rows(texts, make_table(path, columns.keep, kept))
 
@@ -115,8 +127,9 @@ def _read_lines(path: Path, columns: Columns) -> Rows:
     """Read plain lines, each a text of the column `text`."""
     for name, option in ((columns.prompts, COLUMN), *((name, KEEP) for name in columns.keep)):
         check_column(path, ["text"], name, option)
+    meter = Meter(path, path.stat().st_size)
     with _open(path) as lines:
-        texts: Texts = [line.rstrip("\n") for line in lines]
+        texts: Texts = [meter.add_text(line.rstrip("\n")) for line in lines]
     return Rows(texts, make_table(path, columns.keep, [texts] * len(columns.keep)))
 
 
@@ -126,10 +139,11 @@ def _read_json(path: Path, columns: Columns) -> Rows:
     texts: Texts = []
     kept: list[list[Any]] = [[] for _ in columns.keep]
     seen: dict[str, None] = {}
+    meter = Meter(path, path.stat().st_size)
     with _open(path) as lines:
         for where, row, spoiled in _rows(lines):
             if spoiled:
-                texts.append(spoiled)
+                texts.append(meter.add_text(spoiled))
                 for values in kept:
                     values.append(None)
                 continue
@@ -142,7 +156,7 @@ def _read_json(path: Path, columns: Columns) -> Rows:
             if text is not None and not isinstance(text, str | list):
                 shown = repr(text)[:QUOTED]
                 raise InputError(f"{COLUMN}={column}: {where} of {path} holds {shown}, neither text nor messages")
-            texts.append(json.dumps(text) if isinstance(text, list) else text)
+            texts.append(meter.add_text(json.dumps(text) if isinstance(text, list) else text))
             for name, values in zip(columns.keep, kept, strict=True):
                 value, found = _look_up(row, name)
                 if found:
@@ -196,7 +210,32 @@ def _look_up(row: dict[str, Any], column: str) -> tuple[Any, bool]:
 
 def _open(path: Path) -> io.TextIOWrapper:
     """Open a file of text, which may be compressed."""
-    return io.TextIOWrapper(pa.input_stream(str(path)), encoding="utf-8-sig", errors="surrogateescape")
+    return io.TextIOWrapper(_open_bytes(path), encoding="utf-8-sig", errors="surrogateescape")
+
+
+def _open_bytes(path: Path) -> io.BufferedReader:
+    """Open a file, and unpack what is compressed."""
+    return io.BufferedReader(_Unpacked(path), 1 << 20)
+
+
+class _Unpacked(io.RawIOBase):
+    """A file, unpacked as it is read; counts what it is unpacked to."""
+
+    def __init__(self, path: Path) -> None:
+        self._source, self._meter = pa.input_stream(str(path)), Meter(path, path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._source.read(len(buffer))
+        self._meter.add(len(content))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
 
 
 _Reader = Callable[[Path, Columns], Rows]

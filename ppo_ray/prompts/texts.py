@@ -1,16 +1,15 @@
-"""Reader of the prompts' texts or conversations, and of the columns that go with them, from any data set."""
+"""The texts or conversations that prompts are made of: which can be used, and how many cannot."""
 
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from ppo_ray.config import PromptsConfig
-from ppo_ray.errors import InputError, first_line
+from ppo_ray.errors import InputError
 from ppo_ray.prompts.chat import holds_messages, parse_messages
-from ppo_ray.prompts.columns import COLUMN, KEEP, Columns, Rows, find_column, is_unicode, pick_rows
-from ppo_ray.prompts.files import describe_formats, find_reader
+from ppo_ray.prompts.columns import COLUMN, is_unicode
+from ppo_ray.prompts.sources import read_rows
 
 
 @dataclass(frozen=True)
@@ -148,99 +147,3 @@ def _check_conversations(config: PromptsConfig, texts: list[tuple[int, str]]) ->
             parse_messages(text)
         except ValueError as error:
             raise InputError(f"{COLUMN}={config.column}: row {index + 1} of {config.path} {error}") from error
-
-
-def read_rows(config: PromptsConfig) -> Rows:
-    """Read the texts of `config.column`, and the columns that are kept.
-
-    Bytes that are no UTF-8 are kept as lone surrogates, which `is_unicode` tells.
-
-    Raises:
-        InputError: there is no such data set, it cannot be read, or it has no such columns.
-    """
-    path = Path(config.path)
-    if path.is_dir():
-        return _read_folder(config)
-    reader = find_reader(path)
-    if reader is not None:
-        return reader(Columns(config.column, config.keep))
-    if path.exists():
-        raise InputError(
-            f"prompts.path={config.path}: the file's name does not tell what it holds; let it end in "
-            f"{describe_formats()}"
-        )
-    if config.path.startswith((".", "/")):
-        raise InputError(f"prompts.path={config.path}: no such file or folder")
-    return _load(config, "neither a file nor a folder here, and not to be had from the hub")
-
-
-def _read_folder(config: PromptsConfig) -> Rows:
-    """Read what `save_to_disk` of the `datasets` library wrote, or a folder of data files."""
-    import datasets
-
-    path = Path(config.path)
-    names = (datasets.config.DATASETDICT_JSON_FILENAME, datasets.config.DATASET_STATE_JSON_FILENAME)
-    if any((path / name).is_file() for name in names):
-        try:
-            saved = datasets.load_from_disk(config.path)
-        except Exception as error:  # the library raises a dozen kinds, some of them its dependencies' own
-            raise InputError(f"prompts.path={config.path}: cannot be read: {first_line(error)}") from error
-        if isinstance(saved, datasets.DatasetDict):
-            if config.split not in saved:
-                raise InputError(
-                    f"prompts.split={config.split}: {config.path} has no such split; it has {', '.join(saved)}"
-                )
-            saved = saved[config.split]
-        return _pick(config, saved)
-    try:
-        return _load(config, "the folder cannot be read as a data set")
-    except InputError:
-        # The library reads whole rows, and fails where another column differs from file to file.
-        try:
-            files = datasets.load_dataset_builder(config.path).config.data_files[config.split]
-        except Exception:  # what is wrong is said above
-            files = []
-        readers = [find_reader(Path(file)) for file in files]
-        if not readers or None in readers:
-            raise
-        parts = [reader(Columns(config.column, config.keep)) for reader in readers if reader]
-        return Rows(
-            [text for part in parts for text in part.texts], _join_tables(config, [part.kept for part in parts])
-        )
-
-
-def _join_tables(config: PromptsConfig, parts: list[pa.Table | None]) -> pa.Table | None:
-    """Join the kept columns of several files."""
-    tables = [part for part in parts if part is not None]
-    if not tables:
-        return None
-    try:
-        return pa.concat_tables(tables, promote_options="default")
-    except pa.ArrowException as error:
-        kept = f"{KEEP}=[{', '.join(config.keep)}]"
-        raise InputError(f"{kept}: the files of {config.path} hold other types: {error}") from error
-
-
-def _load(config: PromptsConfig, what: str) -> Rows:
-    """Read a folder or a hub data set through the `datasets` library; `what` begins the message if it cannot."""
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(config.path, split=config.split)
-    except Exception as error:  # the library raises a dozen kinds, some of them its dependencies' own
-        where = f"prompts.path={config.path}, prompts.split={config.split}"
-        cause = f" ({first_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
-        remedy = "; without a hub give asset:prompts, a folder, or a file that ends in " + describe_formats()
-        if Path(config.path).is_dir():
-            remedy = ""
-        raise InputError(f"{where}: {what}: {error}{cause}{remedy}") from error
-    return _pick(config, dataset)
-
-
-def _pick(config: PromptsConfig, dataset: Any) -> Rows:
-    """Read the wanted columns of a data set of the library."""
-    schema = dataset.features.arrow_schema
-    wanted = [(config.column, COLUMN), *((name, KEEP) for name in config.keep)]
-    first = list(dict.fromkeys(find_column(config.path, schema, name, option)[0] for name, option in wanted))
-    table = dataset.select_columns(first).with_format("arrow")[:]
-    return pick_rows(config.path, table, Columns(config.column, config.keep))

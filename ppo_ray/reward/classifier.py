@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from ppo_ray.config import NO_TRUST, Trust
-from ppo_ray.errors import QUOTED, InputError, first_line
+from ppo_ray.errors import NUM_LOGGED, QUOTED, InputError, first_line
 from ppo_ray.models.loading import default_device, load_pretrained, load_tokenizer
 from ppo_ray.reward.batching import (
     PROBE_LENGTHS,
@@ -57,7 +57,7 @@ class Classifier:
             dtype: torch's name of what the model computes in, e.g. `"float32"` or `"bfloat16"`.
             device: None takes the GPU if there is one.
             batch_size: texts per forward pass.
-            trust: what the model's folder may do.
+            trust: which revision, and what its files may do.
 
         Raises:
             InputError: there is no such model or label, the transform makes no sense for it, or it cannot score a text:
@@ -109,10 +109,13 @@ class Classifier:
                     failures[index] = f"its score is {result}"
                 else:
                     scores[index] = result
-        for index in sorted(failures):
-            message = f"the text {(texts[index] or '')[:QUOTED]!r} has no score: {failures[index]}"
-            self.failure = self.failure or message
+        shown = sorted(failures)[:NUM_LOGGED]
+        messages = [f"the text {(texts[index] or '')[:QUOTED]!r} has no score: {failures[index]}" for index in shown]
+        self.failure = messages[0] if messages else None
+        for message in messages:
             _log.warning(message)
+        if unsaid := len(failures) - len(shown):
+            _log.warning("%d more texts of this batch have no score", unsaid)
         return scores
 
     def _encode(self, text: str) -> tuple[Encoded, bool]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.errors import QUOTED, InputError
+from ppo_ray.errors import NUM_LOGGED, QUOTED, InputError
 
 _LOG = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ class RewardFunction:
         self._limits = max_concurrent, timeout_s
         self.arguments = find_arguments(name, self._function, columns, self._is_async)
         """Names of the values that it takes."""
+        self._num_raised = 0  # responses of the batch in hand
         self.failure: str | None = None
         """Why the first response without a score in the last `score` has none; None: every one has one."""
 
@@ -143,12 +144,14 @@ class RewardFunction:
         Raises:
             InputError: the function does not return one number (or None) per response.
         """
-        self.failure = None
+        self.failure, self._num_raised = None, 0
         samples = {"prompts": prompts, "responses": responses, **columns}
         if self._is_async:
             scores = asyncio.run(self._score_concurrently(samples, len(prompts)))
         else:
             scores = self._score_batch(samples, len(prompts))
+        if unsaid := max(self._num_raised - NUM_LOGGED, 0):
+            _LOG.warning("reward function %s raised on %d more responses of this batch", self._name, unsaid)
         if self.failure is None and None in scores:
             row = scores.index(None)
             self._note(prompts[row], responses[row], "it returned None or no finite number")
@@ -172,8 +175,7 @@ class RewardFunction:
         except InputError:
             raise
         except _RAISED as error:
-            _LOG.warning("reward function %s raised on %r", self._name, prompt + response, exc_info=True)
-            self._note(prompt, response, f"it raised {type(error).__name__}: {error}")
+            self._note_error(prompt, response, error)
             return None
 
     def _call(self, samples: Mapping[str, Sequence[Any]], rows: slice, size: int) -> list[float | None]:
@@ -197,11 +199,18 @@ class RewardFunction:
             except InputError:
                 raise
             except _RAISED as error:
-                _LOG.warning("reward function %s raised on %r", self._name, prompt + response, exc_info=True)
-                self._note(prompt, response, f"it raised {type(error).__name__}: {error}")
+                self._note_error(prompt, response, error)
             return None
 
         return await asyncio.gather(*(score_one(row) for row in range(size)))
+
+    def _note_error(self, prompt: str, response: str, error: BaseException) -> None:
+        """Log an error for one response, if it is among the first of its batch, and keep it as the reason."""
+        self._num_raised += 1
+        if self._num_raised <= NUM_LOGGED:
+            shown = prompt[:QUOTED], response[:QUOTED]
+            _LOG.warning("reward function %s raised on %r with %r", self._name, *shown, exc_info=error)
+        self._note(prompt, response, f"it raised {type(error).__name__}: {error}")
 
     def _note(self, prompt: str, response: str, why: str) -> None:
         """Keep the reason why a response has no score, if it is the first."""

@@ -24,7 +24,7 @@ class HFEngine:
             path: a Hugging Face folder or hub name; weights in safetensors.
             dtype: torch's name of what the model computes in, e.g. `"float32"` or `"bfloat16"`.
             max_context: prompt and response tokens of one sequence at most.
-            trust: what the model's folder may do.
+            trust: which revision, and what its files may do.
 
         Raises:
             InputError: the model cannot be loaded.

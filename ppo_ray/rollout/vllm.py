@@ -70,7 +70,7 @@ class VLLMEngine:
             seed: vLLM's own seed; the responses depend on their requests' seeds alone.
             tensor_parallel: ranks that share the model; above 1 they are Ray actors in this one's placement group.
             may_sleep: whether `sleep` will be called, for which a GPU's memory is set up in another way.
-            trust: permissions of the model's folder: remote code, pickled weights.
+            trust: which revision, and what its files may do: remote code, pickled weights.
             transport: the transport of its weights: `load_weights` takes buckets, `receive_weights` the others.
 
         Raises:
@@ -99,6 +99,8 @@ class VLLMEngine:
             **({"distributed_executor_backend": "ray"} if tensor_parallel > 1 else {}),
             skip_tokenizer_init=True,
             trust_remote_code=trust.remote_code,
+            revision=trust.revision,
+            code_revision=trust.revision,
             load_format="auto" if trust.pickles else "safetensors",
             disable_log_stats=True,
             weight_transfer_config=vllm.config.WeightTransferConfig(backend=BACKENDS[transport]),

@@ -58,7 +58,7 @@ def load_with_value_head(path: str, *args: Any, **kwargs: Any) -> tuple[Any, dic
     found["unexpected_keys"] -= value_head.keys()
     if resize:  # the caller wants them new
         found["mismatched_keys"] = set()
-    if problem := find_weights_problem(model, found, path, "AutoModelForCausalLM"):
+    if problem := find_weights_problem(model, found, path, "AutoModelForCausalLM", **place):
         raise ValueError(f"{path}: {problem}")
     if problem := find_nonfinite(model):
         raise ValueError(f"{path}: {problem}")

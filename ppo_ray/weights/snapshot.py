@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ppo_ray.errors import WorkerError
+from ppo_ray.errors import WorkerError, first_line
 from ppo_ray.weights.checksums import byte_checksum
 from ppo_ray.weights.manifest import BucketCursor, TensorEntry, WeightManifest
 
@@ -138,13 +138,18 @@ class WeightSnapshot:
             WorkerError: a tensor was damaged between the learner and here; names it.
         """
         for bucket, entries in self.manifest.buckets():
+            damaged = f"weights of policy version {self.policy_version} arrived damaged: bucket {bucket}"
+            if not 0 <= bucket < len(self.buckets):
+                raise WorkerError(f"{damaged} is none of {len(self.buckets)}")
             buffer = self.buckets[bucket]
-            if len(buffer) < _end(entries):
-                raise WorkerError(
-                    f"weights of policy version {self.policy_version} arrived damaged: bucket {bucket} has "
-                    f"{len(buffer)} bytes of {_end(entries)}"
-                )
-            views = [_view(buffer, entry) for entry in entries]
+            try:
+                if any(entry.offset < 0 or min(entry.shape, default=0) < 0 for entry in entries):
+                    raise ValueError("a place or a size below 0")  # numpy would read before the buffer
+                if len(buffer) < (end := max(entry.offset + entry.num_bytes for entry in entries)):
+                    raise WorkerError(f"{damaged} has {len(buffer)} bytes of {end}")
+                views = [_view(buffer, entry) for entry in entries]
+            except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+                raise WorkerError(f"{damaged}: its manifest does not fit: {first_line(error)}") from error
             self.manifest.check(entries, map(byte_checksum, views))
             yield [(entry.name, view) for entry, view in zip(entries, views, strict=True)]
 

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import subprocess
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_the_driver_stays_on_the_head_and_no_actor_does() -> None:
 def test_a_run_that_is_started_again_goes_on_in_a_shared_folder() -> None:
     (job,) = documents("rayjob.yaml")
     command = job["spec"]["entrypoint"].split()
-    assert command[:4] == ["python", "-m", "ppo_ray", "train"]
+    assert command[:5] == ["python", "-P", "-m", "ppo_ray", "train"]  # -P: no file of the job's folder is a library
     assert "resume=auto" in command and job["spec"]["backoffLimit"] > 0
     paths = [word.removeprefix("output_dir=") for word in command if "/" in word]
     assert len(paths) == 2 and all(path.startswith("/shared/") for path in paths)
@@ -166,7 +167,8 @@ def test_a_group_of_gpus_is_scaled() -> None:
 
 
 def test_nobody_is_root_and_what_is_asked_for_is_the_limit() -> None:
-    everywhere = [*pods("rayjob.yaml").values()]
+    (job,) = documents("rayjob.yaml")
+    everywhere = [*pods("rayjob.yaml").values(), job["spec"]["submitterPodTemplate"]["spec"]]
     everywhere += [
         item["spec"]["template"]["spec"] for item in documents("shared.yaml") if item["kind"] == "Deployment"
     ]
@@ -180,6 +182,124 @@ def test_nobody_is_root_and_what_is_asked_for_is_the_limit() -> None:
             assert container["resources"]["limits"].keys() == container["resources"]["requests"].keys()
     for pod in pods("rayjob.yaml").values():  # Ray takes the limits for what there is
         assert pod["containers"][0]["resources"]["limits"] == pod["containers"][0]["resources"]["requests"]
+
+
+def test_every_pod_is_one_that_a_restricted_namespace_takes() -> None:
+    """The rules of Kubernetes' Pod Security Standard `restricted`, as far as the manifests come near them."""
+    (job,) = documents("rayjob.yaml")
+    (redis,) = [item for item in documents("shared.yaml") if item["kind"] == "Deployment"]
+    submitter = job["spec"]["submitterPodTemplate"]["spec"]
+    for pod in (*pods("rayjob.yaml").values(), submitter, redis["spec"]["template"]["spec"]):
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & pod.keys()
+        kinds = {kind for volume in pod.get("volumes", []) for kind in volume.keys() - {"name"}}
+        assert kinds <= {"emptyDir", "persistentVolumeClaim"}
+        assert not [
+            port for container in pod["containers"] for port in container.get("ports", []) if "hostPort" in port
+        ]
+    autoscaler = job["spec"]["rayClusterSpec"]["autoscalerOptions"]["securityContext"]
+    assert autoscaler == submitter["containers"][0]["securityContext"]
+    assert "pod-security.kubernetes.io/enforce=restricted" in (FOLDER.parent / "README.md").read_text()
+    tokens = {name: pod.get("automountServiceAccountToken", True) for name, pod in pods("rayjob.yaml").items()}
+    assert tokens == {"head": True, "gpu": False, "cpu": False}  # the head's autoscaler needs one
+    assert (
+        submitter["automountServiceAccountToken"] is redis["spec"]["template"]["spec"]["automountServiceAccountToken"]
+    )
+
+
+LABELS = {
+    "head": {"ray.io/is-ray-node": "yes", "ray.io/node-type": "head"},
+    "worker": {"ray.io/is-ray-node": "yes", "ray.io/node-type": "worker"},
+    "redis": {"app.kubernetes.io/name": "ppo-ray-redis"},
+    "submitter": {"app.kubernetes.io/name": "ppo-ray-submitter"},
+    "other": {"app": "somebody-else"},
+}
+"""Labels of pods: KubeRay's own, and those of the manifests."""
+
+
+def selects(selector: Document, labels: dict[str, str]) -> bool:
+    return selector["podSelector"].get("matchLabels", {}).items() <= labels.items()
+
+
+def ports_between(source: str, target: str) -> set[Any]:
+    """Return the ports that the policies let one pod reach another by; `"all"` among them: any."""
+    policies = [item["spec"] for item in documents("shared.yaml") if item["kind"] == "NetworkPolicy"]
+    allowed = []
+    for ours, theirs, direction, key in ((source, target, "egress", "to"), (target, source, "ingress", "from")):
+        walls = [
+            policy
+            for policy in policies
+            if selects(policy, LABELS[ours]) and direction.title() in policy["policyTypes"]
+        ]
+        rules = [rule for policy in walls for rule in policy.get(direction) or []]
+        open_to = [
+            rule
+            for rule in rules
+            if key not in rule
+            or any(
+                "podSelector" in peer and "namespaceSelector" not in peer and selects(peer, LABELS[theirs])
+                for peer in rule[key]
+            )
+        ]
+        if walls:
+            allowed.append({port["port"] for rule in open_to for port in rule.get("ports", [{"port": "all"}])})
+    narrow = [ports for ports in allowed if "all" not in ports]
+    return set.intersection(*narrow) if narrow else {"all"}
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "ports"),
+    [
+        ("head", "worker", {"all"}),
+        ("worker", "head", {"all"}),
+        ("worker", "worker", {"all"}),
+        ("submitter", "head", {8265}),
+        ("submitter", "worker", set()),
+        ("head", "redis", {6379}),
+        ("worker", "redis", set()),
+        ("submitter", "redis", set()),
+        ("other", "head", set()),
+        ("other", "worker", set()),
+        ("other", "redis", set()),
+        ("other", "submitter", set()),
+        ("redis", "head", set()),
+        ("worker", "other", {53}),
+        ("head", "other", {53}),
+        ("redis", "other", set()),
+    ],
+)
+def test_who_reaches_whom(source: str, target: str, ports: set[Any]) -> None:
+    assert ports_between(source, target) == ports
+
+
+def test_of_all_pods_the_head_alone_reaches_the_api_server() -> None:
+    policies = [item["spec"] for item in documents("shared.yaml") if item["kind"] == "NetworkPolicy"]
+    outside = [
+        (policy["podSelector"]["matchLabels"], rule["ports"])
+        for policy in policies
+        for rule in policy.get("egress") or []
+        if any("ipBlock" in peer for peer in rule.get("to", []))
+    ]
+    assert outside == [({"ray.io/node-type": "head"}, [{"port": 443}, {"port": 6443}])]
+
+
+def test_the_policies_mean_the_pods_that_there_are() -> None:
+    (job,) = documents("rayjob.yaml")
+    (redis,) = [item for item in documents("shared.yaml") if item["kind"] == "Deployment"]
+    assert job["spec"]["submitterPodTemplate"]["metadata"]["labels"] == LABELS["submitter"]
+    assert redis["spec"]["template"]["metadata"]["labels"] == LABELS["redis"]
+
+
+def test_redis_password_is_in_no_list_of_processes(tmp_path: Path) -> None:
+    (redis,) = [item for item in documents("shared.yaml") if item["kind"] == "Deployment"]
+    (container,) = redis["spec"]["template"]["spec"]["containers"]
+    server = tmp_path / "redis-server"
+    server.write_text('#!/bin/sh\necho "$#: $*"; cat\n')
+    server.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REDIS_PASSWORD": "a-secret"}
+    said = subprocess.run(container["command"], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert said.stdout.splitlines() == ["1: -", "appendonly yes", "requirepass a-secret"]
+    assert "args" not in container and "REDIS_PASSWORD" not in str(container.get("readinessProbe"))
 
 
 def test_the_redis_pod_is_one_that_kubernetes_knows() -> None:

@@ -54,6 +54,15 @@ def test_every_node_wants_the_token_and_nobody_gets_it_from_the_file() -> None:
     assert "0.0.0.0" not in TEXT
 
 
+def test_what_runs_on_a_node_has_few_rights_in_the_cloud() -> None:
+    types = read()["available_node_types"]
+    configs = {name: kind["node_config"] for name, kind in types.items()}
+    assert configs["head"]["IamInstanceProfile"]  # else Ray takes one that may do all with EC2 and S3
+    assert "IamInstanceProfile" not in configs["gpu"]
+    for node in configs.values():
+        assert node["MetadataOptions"]["HttpTokens"] == "required"
+
+
 def test_no_actor_runs_beside_the_driver() -> None:
     config = read()
     assert config["available_node_types"][config["head_node_type"]]["resources"]["CPU"] == 0

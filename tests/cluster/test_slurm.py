@@ -117,7 +117,7 @@ def test_all_nodes_start_ray_with_one_token_and_the_head_trains(job: Job) -> Non
         f"--object-store-memory={300 << 20} -- "
     )
     assert job.record("python") == (
-        f"-m ppo_ray train run.yaml steps=3 prompts.column=a b ray.address={address} resume=auto"
+        f"-P -m ppo_ray train run.yaml steps=3 prompts.column=a b ray.address={address} resume=auto"
     )
     assert "--cpus-per-task=24" in job.record("srun")
     environment = dict(line.split("=", 1) for line in job.record("environment").splitlines())
@@ -163,6 +163,22 @@ def test_a_ray_that_still_starts_is_ended(job: Job) -> None:
     assert job.tell(signal.SIGUSR1, RAY_DOES="hang") == 143
     assert job.record("python") is None
     assert job.record("scontrol") == f"requeue {job.number}"
+
+
+def test_rays_files_are_in_no_folder_that_somebody_else_chose(job: Job) -> None:
+    planted = Path(f"/tmp/ppo-ray-{job.number}")
+    (job.folder / "mine").mkdir()
+    planted.symlink_to(job.folder / "mine")  # it is this user's own folder, and yet not one for Ray
+    try:
+        code, _ = job.run("run.yaml")
+    finally:
+        planted.unlink()
+    assert code == 1 and job.record("ray") is None
+
+
+def test_a_folder_that_is_there_already_is_closed_to_others(job: Job) -> None:
+    Path(f"/tmp/ppo-ray-{job.number}").mkdir(mode=0o755)  # the fixture looks at its mode
+    assert job.run("run.yaml")[0] == 0
 
 
 def test_what_is_missing_is_said_at_once(job: Job) -> None:

@@ -76,6 +76,21 @@ def test_a_function_on_the_command_line_replaces_the_files_classifier(checkpoint
     assert (config.reward.path, config.reward.function) == (None, "mine:score")
 
 
+def test_a_revision_goes_with_its_path(checkpoint):
+    folder = checkpoint(
+        model={"path": "m", "revision": "v0"},
+        reward={"path": "c", "revision": "v1"},
+        prompts={"path": "p", "revision": "v2"},
+    )
+    config, _ = load_evaluation_config(folder)
+    assert config.model.revision is None  # the checkpoint is a folder
+    assert (config.reward.revision, config.prompts.revision) == ("v1", "v2")
+    config, _ = load_evaluation_config(folder, ["reward.path=other", "prompts.path=others", "prompts.revision=v3"])
+    assert (config.reward.revision, config.prompts.revision) == (None, "v3")
+    config, _ = load_evaluation_config(folder, ["reward.function=mine:score"])
+    assert config.reward.revision is None
+
+
 def test_the_file_reads_no_environment_variable(checkpoint, monkeypatch):
     monkeypatch.setenv("PRIVATE_NAME", "hidden")
     with pytest.raises(InputError, match="prompts.path holds an interpolation") as refusal:

@@ -92,6 +92,12 @@ def test_checksums(folder: Path, sums: Any) -> None:
     assert isinstance(outcome(verify, folder), PPORayError) or sums == {}
 
 
+@given(content=damaged(json.dumps({"run.json": [9, "a" * 16], "a/b": [0, ""]}).encode()))
+def test_damaged_checksums(folder: Path, content: bytes) -> None:
+    (folder / "checksums.json").write_bytes(content)
+    assert isinstance(outcome(verify, folder), PPORayError) or json.loads(content) == {}
+
+
 @given(content=damaged(b'{"step": 0, "score/mean": 1.0}\n{"event": "resumed", "step": 1}\n{"step": 1, "a": null}\n'))
 def test_a_log_of_metrics(folder: Path, content: bytes) -> None:
     (folder / "metrics.jsonl").write_bytes(content)

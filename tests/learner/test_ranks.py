@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 
 from ppo_ray.errors import WorkerError
 from ppo_ray.learner import ranks
@@ -53,6 +54,8 @@ def test_many_tensors_are_added_up_in_buckets(crew: Any) -> None:
 
 def test_a_rank_that_does_not_come_is_named() -> None:
     rendezvous, store = ranks.open_rendezvous("127.0.0.1", 60)
+    stray = dist.TCPStore("127.0.0.1", rendezvous.port, wait_for_workers=False)
+    stray.set("here/2", "")  # of another meeting: it is not the one that is missing
     heard, said = zip(*(CONTEXT.Pipe(duplex=False) for _ in range(2)), strict=True)
     together = CONTEXT.Barrier(2)
     processes = [CONTEXT.Process(target=join, args=(rank, rendezvous, said[rank], together)) for rank in (1, 0)]
@@ -63,6 +66,12 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     for process in processes:
         process.join(30)
     del store
+
+
+def test_no_two_meetings_have_the_same_keys() -> None:
+    meetings = [ranks.open_rendezvous("127.0.0.1", 5) for _ in range(2)]
+    first, second = (rendezvous.prefix for rendezvous, _ in meetings)
+    assert first != second and len(first) == len(second) == 32
 
 
 def test_the_meeting_is_open_on_its_own_address_alone() -> None:

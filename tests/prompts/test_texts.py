@@ -1,4 +1,9 @@
+import http.server
 import json
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -205,7 +210,7 @@ def test_what_save_to_disk_wrote(tmp_path):
     with pytest.raises(InputError, match="prompts.split=valid: .* has no such split; it has train, test"):
         read_usable_texts(config(tmp_path / "two", split="valid"), 0)
     (tmp_path / "one" / "data-00000-of-00002.arrow").write_bytes(b"torn")
-    with pytest.raises(InputError, match="one: cannot be read: "):
+    with pytest.raises(InputError, match=r"data-00000-of-00002\.arrow: cannot be read: "):
         read_usable_texts(config(tmp_path / "one"), 0)
 
 
@@ -228,3 +233,199 @@ def test_another_column_that_differs_from_file_to_file_does_not_matter(tmp_path)
 def test_a_folder_without_data_is_said_to_be_one(tmp_path):
     with pytest.raises(InputError, match="the folder cannot be read as a data set: .* doesn't contain any data files"):
         read_usable_texts(config(tmp_path), 0)
+
+
+def test_a_folder_is_read_as_its_files_are(tmp_path):
+    (tmp_path / "train-1.csv").write_text("text,n\nNA NA,1\n1 1 1,2\n")
+    (tmp_path / "train-2.jsonl").write_text('{"text": "2 2 2"}\n')
+    (tmp_path / "test.csv").write_text("text\n3 3 3\n")
+    with pytest.raises(InputError, match="cannot be read as a data set"):  # two formats: the library does not say which
+        read_usable_texts(config(tmp_path), 0)
+    (tmp_path / "train-2.jsonl").unlink()
+    assert read_usable_texts(config(tmp_path), 0).texts == ["NA NA", "1 1 1"]
+    assert read_usable_texts(config(tmp_path, split="test"), 0).texts == ["3 3 3"]
+    with pytest.raises(InputError, match="prompts.split=valid: .*valid"):
+        read_usable_texts(config(tmp_path, split="valid"), 0)
+
+
+def test_a_folders_card_says_which_files_are_which_split(tmp_path):
+    data = tmp_path / "set" / "data"
+    data.mkdir(parents=True)
+    (data / "a.csv").write_text("text\n1 1 1\n")
+    (data / "b.csv").write_text("text\n2 2 2\n")
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/b*\n{}---\n# Set\n"
+    (tmp_path / "set" / "README.md").write_text(card.format(""))
+    assert read_usable_texts(config(tmp_path / "set"), 0).texts == ["2 2 2"]
+    (data / "b.csv").write_text("text;n\n2 2, 2;1\n")
+    (tmp_path / "set" / "README.md").write_text(card.format("  sep: ;\n"))
+    assert read_usable_texts(config(tmp_path / "set"), 0).texts == ["2 2, 2"]  # an option of the format counts
+
+
+OUTSIDE = (
+    "../outside/secret.jsonl",
+    "{root}/outside/secret.jsonl",
+    "http://127.0.0.1:{port}/x.jsonl",
+    "data/../../outside/*",
+)
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize(
+    "pattern", [*OUTSIDE, "zip://x.jsonl::http://127.0.0.1:{port}/x.zip", "file://{root}/outside/secret.jsonl"]
+)
+@pytest.mark.parametrize("key", ["data_files: {}", "data_files: [{}]", "data_files: [{{split: train, path: [{}]}}]"])
+def test_a_folder_names_no_file_outside_it_and_no_address(name, pattern, key, tmp_path, asked):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.jsonl").write_text('{"text": "a secret of this account"}\n')
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "own.jsonl").write_text('{"text": "1 1 1"}\n')
+    named = key.format('"' + pattern.format(root=tmp_path, port=asked.server_port) + '"')
+    yaml = f"configs:\n- config_name: default\n  {named}\n"
+    (tmp_path / "set" / name).write_text(f"---\n{yaml}---\n" if name.endswith(".md") else yaml)
+    with pytest.raises(InputError, match=r"prompts\.path=.*is named there and lies outside of it") as error:
+        read_usable_texts(config(tmp_path / "set"), 0)
+    assert "a secret" not in str(error.value) and asked.paths == []
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A server that notes what it is asked for."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.paths.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *unused):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.paths = []
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join(10)
+
+
+def test_a_hubs_data_set_has_its_revision_and_no_files_here(monkeypatch):
+    asked = []
+
+    def open_builder(path, **options):
+        asked.append((path, options))
+        return SimpleNamespace(
+            config=SimpleNamespace(data_files={"train": ["hf://datasets/org/set/a.csv", "/etc/x.txt"]})
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", open_builder)
+    with pytest.raises(InputError, match="prompts.path=org/set: '/etc/x.txt' is named there and lies outside of it"):
+        read_usable_texts(config("org/set", revision="v1"), 0)
+    assert asked == [("org/set", {"revision": "v1"})]
+
+
+def test_links_that_leave_a_folder_are_not_followed(tmp_path):
+    (tmp_path / "secret.txt").write_text("a secret of this account\n")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(InputError, match="lies outside of it"):
+        read_usable_texts(config(tmp_path / "set"), 0)
+    (tmp_path / "set" / "real.txt").write_text("1 1 1\n")
+    (tmp_path / "set" / "train.txt").unlink()
+    (tmp_path / "set" / "train.txt").symlink_to("real.txt")  # to another file of the folder
+    (tmp_path / "link").symlink_to(tmp_path / "set")  # the folder itself
+    assert read_usable_texts(config(tmp_path / "link"), 0).texts == ["1 1 1"]
+
+
+def test_a_snapshot_of_a_hub_links_to_its_own_blobs(tmp_path):
+    repository = tmp_path / "datasets--org--set"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "snapshots" / "c0ffee").mkdir(parents=True)
+    (repository / "blobs" / "abc").write_text('{"text": "1 1 1"}\n')
+    (repository / "snapshots" / "c0ffee" / "train.jsonl").symlink_to("../../blobs/abc")
+    assert read_usable_texts(config(repository / "snapshots" / "c0ffee"), 0).texts == ["1 1 1"]
+
+
+def test_records_of_save_to_disk_name_no_file_outside(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a secret of this account"]}).save_to_disk(tmp_path / "other")
+    datasets.Dataset.from_dict({"text": ["1 1 1"]}).save_to_disk(tmp_path / "set")
+    state = json.loads((tmp_path / "set" / "state.json").read_text())
+    for name in ("../other/data-00000-of-00001.arrow", str(tmp_path / "other" / "data-00000-of-00001.arrow")):
+        state["_data_files"] = [{"filename": name}]
+        (tmp_path / "set" / "state.json").write_text(json.dumps(state))
+        with pytest.raises(InputError, match="lies outside of it"):
+            read_usable_texts(config(tmp_path / "set"), 0)
+    for broken in ("[]", "{}", '{"_data_files": 3}', "[" * 100_000, "torn"):
+        (tmp_path / "set" / "state.json").write_text(broken)
+        with pytest.raises(InputError, match="set: cannot be read: "):
+            read_usable_texts(config(tmp_path / "set"), 0)
+
+
+BOMB = """
+import resource, sys
+from ppo_ray.config import PromptsConfig
+from ppo_ray.errors import InputError
+from ppo_ray.prompts.texts import read_usable_texts
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[2]) << 20, int(sys.argv[2]) << 20))
+try:
+    print(read_usable_texts(PromptsConfig(path=sys.argv[1], min_chars=3), 0).describe())
+except InputError as error:
+    print("refused:", error)
+"""
+
+
+def read_in(mebibytes, path):
+    """Read in a process whose memory is limited; return what it says."""
+    command = [sys.executable, "-c", BOMB, str(path), str(mebibytes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_text_that_is_there_often_is_held_once(tmp_path):
+    table = pa.table({"text": pa.array(["x" * 8000, "y" * 8000] * 40_000)})  # 640 MB
+    pq.write_table(table, tmp_path / "t.parquet")
+    pq.write_table(table, tmp_path / "plain.parquet", use_dictionary=False, compression="zstd", row_group_size=5000)
+    (tmp_path / "set").mkdir()
+    pq.write_table(table, tmp_path / "set" / "train.parquet")
+    del table
+    for path in ("t.parquet", "plain.parquet", "set"):
+        said = read_in(500, tmp_path / path)
+        assert "2 texts of" in said and "79,998 repeated" in said
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl.gz", "json.zst", "txt.zst", "csv.gz", "blank.txt.zst"])
+def test_a_small_file_that_unpacks_to_too_much_is_refused(kind, tmp_path):
+    texts = [f"{number:09d}" * 800 for number in range(12_000)]  # 86 MB
+    path = tmp_path / f"t.{kind}"
+    if kind in ("parquet", "arrow"):
+        schema = pa.schema({"text": pa.string()})
+        writer = pq.ParquetWriter(path, schema, compression="zstd") if kind == "parquet" else None
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with writer or pa.ipc.new_file(str(path), schema, options=options) as sink:
+            for start in range(0, len(texts), 1000):
+                sink.write_batch(pa.record_batch({"text": texts[start : start + 1000]}))
+    else:
+        rows = {
+            "jsonl.gz": ('{"text": "%s"}\n', ""),
+            "json.zst": ('[{"text": "%s"}],', "[0]"),
+            "csv.gz": ("%s\n", "text\n"),
+        }
+        row, around = rows.get(kind, ("%s\n", ""))
+        with pa.CompressedOutputStream(str(path), {"gz": "gzip", "zst": "zstd"}[kind.rpartition(".")[2]]) as sink:
+            sink.write(around[:1].encode() if kind == "json.zst" else around.encode())
+            for text in [""] if kind == "blank.txt.zst" else texts:
+                sink.write((row % text).encode() * (100_000_000 if kind == "blank.txt.zst" else 1))
+    assert path.stat().st_size < 3 << 20
+    said = read_in(900, path)
+    assert said.startswith("refused: ") and "unpack to more than" in said and "write them less compressed" in said
+
+
+def test_a_large_file_of_short_lines_is_no_bomb(tmp_path):
+    (tmp_path / "t.txt").write_text("abcd\n" + "\n" * 2_000_000)
+    assert read_usable_texts(config(tmp_path / "t.txt"), 0).left_out.blank == 2_000_000

@@ -38,7 +38,7 @@ HOMES = {
     "assets/*  trl/*",
     "matplotlib": "run/summary.py",
     "tensorboard": "run/log.py",
-    "datasets": "prompts/texts.py  assets/*",
+    "datasets": "prompts/sources.py  assets/*",
     "typer": "cli.py",
     "omegaconf": "config/file.py",
 }

@@ -60,6 +60,15 @@ def test_what_cannot_be_scored_is_none_and_costs_nobody_else(tiny_classifier: Pa
     assert [score for score in mixed if score is not None] == pytest.approx(clean, abs=1e-5)
 
 
+def test_many_texts_without_a_score_do_not_fill_the_log(
+    tiny_classifier: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    classifier = Classifier(str(tiny_classifier))
+    caplog.clear()
+    assert classifier.score([None] * 500) == [None] * 500
+    assert len(caplog.records) == 4 and "497 more texts of this batch" in caplog.records[-1].getMessage()
+
+
 def test_a_text_that_is_too_long_is_cut(tiny_classifier: Path) -> None:
     (score,) = Classifier(str(tiny_classifier)).score(["a wonderful film " * 500])
     assert score is not None

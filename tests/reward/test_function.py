@@ -83,6 +83,19 @@ def test_one_bad_text_costs_no_other_its_score() -> None:
     assert RewardFunction(name(dislikes_bad)).score(["p"] * 3, ["good", "bad", "fine"]) == [0.0, None, 0.0]
 
 
+def test_a_function_that_raises_on_all_texts_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    function = RewardFunction(name(dislikes_bad))
+    for _ in range(2):  # each batch has its own count
+        caplog.clear()
+        assert function.score(["p"] * 1000, ["bad" + "x" * 500] * 1000) == [None] * 1000
+        assert len(caplog.records) == 5  # the batch, three pairs, how many more
+        assert caplog.records[-1].getMessage().endswith("raised on 997 more pairs of this batch")
+        assert len(caplog.text) < 10_000 and "x" * 100 not in caplog.text
+    caplog.clear()
+    function.score(["p"] * 3, ["bad", "good", "bad"])
+    assert len(caplog.records) == 3 and "more" not in caplog.text
+
+
 def test_the_first_reason_of_a_missing_score_is_kept_until_the_next_batch() -> None:
     function = RewardFunction(name(dislikes_bad))
     function.score(["why?"] * 3, ["good", "a bad one", "bad too"])
