@@ -63,9 +63,11 @@ def find_engine_problem(rollout: RolloutConfig, model: Any) -> str | None:
         return None
     if text.model_type in _NO_UPDATES:
         return f"vLLM cannot replace the experts' weights of the kind {text.model_type}. {_ADVICE}"
-    heads = getattr(text, "num_attention_heads", 0)
-    size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
-    if rollout.gpus or not size or getattr(text, "kv_lora_rank", None) or _has_attention(size):
+    size, heads, width = (getattr(text, name, None) for name in ("head_dim", "num_attention_heads", "hidden_size"))
+    if not size and heads and isinstance(heads, int) and isinstance(width, int):  # some have other heads in each layer
+        size = width // heads
+    latent = getattr(text, "kv_lora_rank", None) is not None  # DeepSeek's attention, which has heads of another size
+    if rollout.gpus or latent or not isinstance(size, int) or _has_attention(size):
         return None
     return f"its attention heads have {size} units, and vLLM has no attention for that size on a CPU. {_ADVICE}"
 
