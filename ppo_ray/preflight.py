@@ -127,7 +127,7 @@ def _cpu_problems(config: Config) -> Iterator[str]:
 
 
 def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
-    from ppo_ray.rollout.vllm import find_engine_problem  # loads torch
+    from ppo_ray.rollout.support import find_engine_problem  # loads torch
 
     model, problem = read_config("model.path", config.model.path, config.model.trust)
     if problem:

@@ -14,6 +14,7 @@ from transformers import (
     BertForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -26,6 +27,7 @@ from transformers import (
 from ppo_ray.config import load_config
 from ppo_ray.errors import InputError
 from ppo_ray.preflight import check, cpu_demand
+from ppo_ray.rollout.support import find_engine_problem
 
 SIZES = {
     "vocab_size": 8,
@@ -466,6 +468,14 @@ def test_vllm_has_no_attention_on_a_cpu_for_some_sizes_of_heads(configured, tmp_
             "a CPU. rollout.engine=hf samples with transformers, slower, from any model the learner takes"
         ]
     assert "vllm" not in sys.modules
+
+
+def test_layers_may_have_heads_of_different_sizes(configured):
+    rollout = configured().rollout
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 6, "head_dim": 64}
+    assert find_engine_problem(rollout, Gemma4TextConfig(**sizes, global_head_dim=128)) is None
+    problem = find_engine_problem(rollout, Gemma4TextConfig(**sizes, global_head_dim=72))
+    assert problem is not None and problem.startswith("its attention heads have 72 units")
 
 
 def test_a_model_whose_weights_vllm_cannot_replace(configured, tmp_path):

@@ -6,20 +6,18 @@ runtime environment, and the engine sets what is still missing.
 """
 
 import gc
-import importlib.util
 import os
-import platform
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ppo_ray.config import NO_TRUST, RolloutConfig, Transport, Trust
+from ppo_ray.config import NO_TRUST, Transport, Trust
 from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.plan.demand import CPU_ALLOCATION
 from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling, check_finite, check_requests
+from ppo_ray.rollout.support import ADVICE
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.snapshot import WeightSnapshot
 
@@ -45,47 +43,7 @@ _BLOCK_SIZE = 32  # tokens per KV-cache block; the CPU default of 128 wastes mos
 # an engine that starts anew beside a learner would never find the default of 0.92.
 _SHARED_GPU = {"gpu_memory_utilization": 0.01}
 
-_ADVICE = "rollout.engine=hf samples with transformers, slower, from any model the learner takes"
 _LONGEST = 300  # characters of a reason
-_NO_UPDATES = ("gpt_oss",)
-"""Kinds of models whose layers vLLM does not replace as it loads new weights."""
-
-
-def find_engine_problem(rollout: RolloutConfig, model: Any) -> str | None:
-    """Say why engines on vLLM cannot sample from a model with ever new weights, or None; vLLM itself is not imported.
-
-    Args:
-        rollout: of the run; other engines have no problem, and vLLM lacks sizes of attention heads on a CPU alone.
-        model: its config, of transformers.
-    """
-    text = model.get_text_config()
-    if rollout.engine != "vllm":
-        return None
-    if text.model_type in _NO_UPDATES:
-        return f"vLLM cannot replace the experts' weights of the kind {text.model_type}. {_ADVICE}"
-    size, heads, width = (getattr(text, name, None) for name in ("head_dim", "num_attention_heads", "hidden_size"))
-    if not size and heads and isinstance(heads, int) and isinstance(width, int):  # some have other heads in each layer
-        size = width // heads
-    latent = getattr(text, "kv_lora_rank", None) is not None  # DeepSeek's attention, which has heads of another size
-    if rollout.gpus or latent or not isinstance(size, int) or _has_attention(size):
-        return None
-    return f"its attention heads have {size} units, and vLLM has no attention for that size on a CPU. {_ADVICE}"
-
-
-def _has_attention(size: int) -> bool:
-    """Ask vLLM's library for this CPU whether it has attention for heads of a size; True where it cannot be asked."""
-    name = "_C.abi3.so"
-    if platform.machine() == "x86_64" and not torch.cpu._is_avx512_bf16_supported():
-        name = "_C_AVX512.abi3.so" if torch.cpu._is_avx512_supported() else "_C_AVX2.abi3.so"
-    package = importlib.util.find_spec("vllm")  # its import would take seconds
-    lengths = torch.tensor([1], dtype=torch.int32), torch.float32, torch.tensor([0, 1], dtype=torch.int32)
-    kind = "vec16" if size % 32 and size % 16 == 0 else "vec"  # as vLLM chooses
-    try:
-        torch.ops.load_library(Path(*package.submodule_search_locations, name))  # type: ignore[union-attr, misc]
-        torch.ops._C.get_scheduler_metadata(1, 1, 1, size, *lengths, True, -1, kind, False, None, "auto")
-    except (AttributeError, OSError, RuntimeError) as error:  # no vLLM, one for GPUs, or another version
-        return "Unsupported CPU attention" not in str(error)
-    return True
 
 
 class VLLMEngine:
@@ -159,7 +117,7 @@ class VLLMEngine:
             first = vllm.SamplingParams(max_tokens=1, detokenize=False)
             self._llm.generate([vllm.TokensPrompt(prompt_token_ids=[0])], first, use_tqdm=False)
         except Exception as error:  # of vLLM's, pydantic's and torch's; their words may be pages
-            raise WorkerError(f"vLLM does not start with {path!r}: {_explain(error)}. {_ADVICE}") from error
+            raise WorkerError(f"vLLM does not start with {path!r}: {_explain(error)}. {ADVICE}") from error
         config = self._llm.llm_engine.model_config.hf_text_config
         self._max_context = max_context
         self._vocab_size = int(config.vocab_size)

@@ -24,7 +24,7 @@ from ppo_ray.models.saving import save_model
 from ppo_ray.models.tokens import read_end_tokens
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.rollout.group import RolloutGroup
-from ppo_ray.rollout.vllm import find_engine_problem
+from ppo_ray.rollout.support import find_engine_problem
 from ppo_ray.trl.config import PPOConfig
 from ppo_ray.trl.generation import GenerateCall
 from ppo_ray.trl.limits import TokenIds
