@@ -128,6 +128,8 @@ def _cpu_problems(config: Config) -> Iterator[str]:
 
 
 def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
+    from ppo_ray.rollout.support import find_engine_problem  # loads torch
+
     model, problem = read_config("model.path", config.model.path, config.model.trust)
     if problem:
         yield problem
@@ -140,6 +142,8 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
             yield f"model.path={config.model.path}: its config has no vocab_size; give a language model"
         else:
             yield from _network_problems(config, "model.path", config.model.path, config.model.trust, model)
+            if problem := find_engine_problem(config.rollout, model):
+                yield f"model.path={config.model.path}: {problem}"
         positions = getattr(model.get_text_config(), "max_position_embeddings", None)
         if positions and config.rollout.max_context > positions:
             yield (

@@ -14,6 +14,9 @@ from transformers import (
     BertForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma4TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
@@ -24,6 +27,7 @@ from transformers import (
 from ppo_ray.config import load_config
 from ppo_ray.errors import InputError
 from ppo_ray.preflight import check, cpu_demand
+from ppo_ray.rollout.support import find_engine_problem
 
 SIZES = {
     "vocab_size": 8,
@@ -43,8 +47,8 @@ def save_model(model, folder):
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
 
 
-def llama(vocab_size=8):
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+def llama(vocab_size=8, hidden_size=32):
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=64, **sizes))
 
 
@@ -449,11 +453,40 @@ def test_positions_that_depend_on_the_batch_bound_the_context(configured, tmp_pa
         eos_token_id=0,
     )
     save_model(Phi3ForCausalLM(config), tmp_path)
-    check(configured(f"model.path={tmp_path}", "rollout.max_context=32"))
-    assert problems(configured(f"model.path={tmp_path}", "rollout.max_context=33")) == [
+    check(configured(f"model.path={tmp_path}", "rollout.engine=hf", "rollout.max_context=32"))
+    assert problems(configured(f"model.path={tmp_path}", "rollout.engine=hf", "rollout.max_context=33")) == [
         f"rollout.max_context=33: beyond 32 tokens, the longrope positions of {tmp_path} depend on the longest "
         "sequence of a batch; set it to 32 or less"
     ]
+
+
+@pytest.mark.parametrize(("size", "serves"), [(8, False), (24, False), (48, True), (64, True), (504, False)])
+def test_vllm_has_no_attention_on_a_cpu_for_some_sizes_of_heads(configured, tmp_path, size, serves):
+    save_model(llama(hidden_size=size), tmp_path)
+    check(configured(f"model.path={tmp_path}", "rollout.engine=hf"))
+    if serves:
+        check(configured(f"model.path={tmp_path}"))
+    else:
+        assert problems(configured(f"model.path={tmp_path}")) == [
+            f"model.path={tmp_path}: its attention heads have {size} units, and vLLM has no attention for that size on "
+            "a CPU. rollout.engine=hf samples with transformers, slower, from any model the learner takes"
+        ]
+    assert "vllm" not in sys.modules
+
+
+def test_layers_may_have_heads_of_different_sizes(configured):
+    rollout = configured().rollout
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 6, "head_dim": 64}
+    assert find_engine_problem(rollout, Gemma4TextConfig(**sizes, global_head_dim=128)) is None
+    problem = find_engine_problem(rollout, Gemma4TextConfig(**sizes, global_head_dim=72))
+    assert problem is not None and problem.startswith("its attention heads have 72 units")
+
+
+def test_a_model_whose_weights_vllm_cannot_replace(configured, tmp_path):
+    save_model(GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=2, head_dim=32, eos_token_id=0)), tmp_path)
+    check(configured(f"model.path={tmp_path}", "rollout.engine=hf"))
+    (line,) = problems(configured(f"model.path={tmp_path}", "rollout.gpus=0"))
+    assert line.startswith(f"model.path={tmp_path}: vLLM cannot replace the experts' weights of the kind gpt_oss. roll")
 
 
 def test_a_classifier_must_have_room_for_a_response(configured, home, tmp_path):

@@ -43,7 +43,7 @@ class RolloutConfig(Section):
     )
 
     engine: Literal["vllm", "hf"] = "vllm"
-    """vLLM, or transformers where vLLM cannot be installed (slow)."""
+    """vLLM, or transformers (slow) where vLLM cannot be installed or does not have the model."""
     workers: int = Field(default=1, ge=1)
     """Rollout actors; each holds the whole policy and takes an equal share of the batch."""
     threads: int = Field(default=1, ge=1)

@@ -18,8 +18,8 @@ from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config
 from ppo_ray.errors import CheckpointError, NonFiniteError, WorkerError
 from ppo_ray.learner.publisher import WeightPublisher
-from ppo_ray.learner.reports import Agreement, UpdateReport
-from ppo_ray.weights.acks import WeightAck
+from ppo_ray.learner.reports import UpdateReport
+from ppo_ray.weights.acks import Agreement, WeightAck
 
 if TYPE_CHECKING:
     from ppo_ray.learner.ranks import Rendezvous

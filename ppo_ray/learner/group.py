@@ -24,10 +24,10 @@ from ppo_ray.config import Config
 from ppo_ray.errors import InputError, PeersLost, WorkerError, WorkerLost
 from ppo_ray.events import Event, Report
 from ppo_ray.learner.actor import LearnerWorker
-from ppo_ray.learner.reports import Agreement, UpdateReport
+from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.plan import ActorSpec
 from ppo_ray.plan.demand import CPU_ALLOCATION, actor_specs
-from ppo_ray.weights.acks import PublishedWeights
+from ppo_ray.weights.acks import Agreement, PublishedWeights
 from ppo_ray.weights.snapshot import WeightSnapshot
 
 if TYPE_CHECKING:

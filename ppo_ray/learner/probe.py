@@ -15,9 +15,9 @@ import torch
 
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.learner.ranks import detect_lost_peers
-from ppo_ray.learner.reports import Agreement
 from ppo_ray.learner.sharding import Sharding, gather_full, shard_like
 from ppo_ray.models.response_lm import ResponseLM
+from ppo_ray.weights.acks import Agreement
 from ppo_ray.weights.snapshot import Wire
 
 _RELATIVE_MOVE = 0.1

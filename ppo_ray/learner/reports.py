@@ -10,9 +10,6 @@ import pyarrow as pa
 
 Outcome = Literal["stepped", "ratio_exceeded", "early_stopped", "nonfinite"]
 
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""Largest mean difference of log-probabilities, nats per token, by the coarser dtype of both; measured: 1e-5, 0.03."""
-
 
 @dataclass(frozen=True)
 class MinibatchReport:
@@ -45,35 +42,6 @@ class UpdateReport:
     """Table of `trajectory.LEARNED_SCHEMA`, in the order given; None where the caller only wants metrics."""
     minibatches: tuple[MinibatchReport, ...] = ()
     """Every mini-batch in order, those without an optimizer step included."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Mean absolute differences between an engine's and the learner's log-probabilities of sampled tokens, in nats."""
-
-    worker: str
-    """The rollout worker whose engine it is."""
-    to_moved: float
-    """Between the engine and the learner under the moved weights, which the engine was sent."""
-    to_own: float
-    """Between the engine and the learner under its own weights."""
-    move: float
-    """Between the learner under the two sets of weights: how much there was to see."""
-
-    def problem(self, dtype: str) -> str | None:
-        """Say what is wrong with the engine; None if it computes with the weights it was sent.
-
-        Args:
-            dtype: the coarser of the engine's and the learner's, `"float32"` or `"bfloat16"`.
-        """
-        tolerance = _TOLERANCE[dtype]
-        seen = f"{self.to_moved:.1e} nats a token off the learner with the weights it was sent"
-        if math.isnan(self.to_moved) or self.to_moved > tolerance:
-            before = "; it still computes with those before" if self.to_own <= tolerance else ""
-            return f"{self.worker} is {seen} (at most {tolerance:g} in {dtype}){before}"
-        if self.to_own < 5 * self.to_moved:
-            return f"{self.worker} is {seen} and {self.to_own:.1e} off with the ones before: it cannot be told"
-        return None
 
 
 class Stopwatch:

@@ -45,7 +45,9 @@ class RolloutWorker(Worker):
         start = time.perf_counter()
         limits = prompts.max_response_tokens or draw_limits(self._config.rollout, seed, step, prompts.sample_ids)
         requests = [
-            GenerationRequest(tuple(prompt_ids), limit, derive_seed(seed, "sample", step, sample_id))
+            GenerationRequest(
+                tuple(prompt_ids), limit, derive_seed(seed, "sample", step, sample_id), f"sample {sample_id}"
+            )
             for sample_id, prompt_ids, limit in zip(prompts.sample_ids, prompts.prompt_ids, limits, strict=True)
         ]
         sampling = self._sampling

@@ -1,5 +1,6 @@
 """The interface of all engines: token ids in, token ids and their log-probabilities out; weights replaced on demand."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -31,6 +32,8 @@ class GenerationRequest:
     """The response's own limit, tokens, at least 1."""
     seed: int
     """Seed of this response alone, in `[0, 2**63)`. The same request gives the same response in any batch."""
+    name: str = ""
+    """The name that errors call it by, e.g. `"sample 12"`; empty: its place in the call."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,38 @@ def check_requests(requests: Sequence[GenerationRequest], vocab_size: int, max_c
     Raises:
         WorkerError: a token id is outside the vocabulary, or prompt and response do not fit into `max_context`.
     """
-    for request in requests:
+    for index, request in enumerate(requests):
         if not all(0 <= token < vocab_size for token in request.prompt_ids):
             raise WorkerError(
-                f"a prompt has token ids {list(request.prompt_ids)[:20]} but the model knows 0 to {vocab_size - 1}; "
-                "is this the model's own tokenizer?"
+                f"{_name(request, index)}: its prompt has token ids {list(request.prompt_ids)[:20]} but the model "
+                f"knows 0 to {vocab_size - 1}; is this the model's own tokenizer?"
             )
         if len(request.prompt_ids) + request.max_tokens > max_context:
             raise WorkerError(
-                f"a prompt of {len(request.prompt_ids)} tokens and its response of up to {request.max_tokens} exceed "
-                f"rollout.max_context={max_context}"
+                f"{_name(request, index)}: a prompt of {len(request.prompt_ids)} tokens and its response of up to "
+                f"{request.max_tokens} exceed rollout.max_context={max_context}"
             )
+
+
+def check_finite(request: GenerationRequest, index: int, logprobs: Sequence[float]) -> None:
+    """Refuse a response whose log-probabilities are not numbers: its tokens were drawn from no distribution.
+
+    Args:
+        request: it answers.
+        index: of the request in its call.
+        logprobs: of the response's tokens so far, nats.
+
+    Raises:
+        WorkerError: one is NaN or infinite; names the sample.
+    """
+    for place, logprob in enumerate(logprobs):
+        if not math.isfinite(logprob):
+            raise WorkerError(
+                f"{_name(request, index)}: the log-probability of its response's token {place + 1} is {logprob}, after "
+                f"a prompt of {len(request.prompt_ids)} tokens: the policy computes no finite logits. Its weights may "
+                "have diverged (lower ppo.learning_rate), or not fit the dtype (rollout.dtype=float32)"
+            )
+
+
+def _name(request: GenerationRequest, index: int) -> str:
+    return request.name or f"request {index}"

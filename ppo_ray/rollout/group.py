@@ -1,7 +1,7 @@
 """The rollout workers as the driver sees them: what the loop calls `rollout`."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.placement import Seats
@@ -13,7 +13,7 @@ from ppo_ray.plan import ActorSpec, make_request
 from ppo_ray.plan.demand import actor_name, actor_specs
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.rollout.actor import RolloutWorker
-from ppo_ray.weights.acks import PublishedWeights, check_acks
+from ppo_ray.weights.acks import Agreement, PublishedWeights, check_acks, check_agreements
 from ppo_ray.weights.transports import make_transport
 
 
@@ -30,6 +30,18 @@ def rollout_spec(config: Config) -> ActorSpec:
         bundles = ",".join(map(str, range(spec.ranks)))
         environment |= {"VLLM_RAY_BUNDLE_INDICES": bundles, "VLLM_RAY_PER_WORKER_GPUS": f"{gpus:g}"}
     return replace(spec, environment=environment)
+
+
+class Learner(Protocol):
+    """The learner, as far as a check of the engines needs it."""
+
+    def publish(self, moved: bool = False) -> PublishedWeights:
+        """Make the weights ready to be sent; `moved`: others than the policy's."""
+        ...
+
+    def compare(self, generated: Shards) -> list[Agreement]:
+        """Compare every engine's log-probabilities of what it generated with the learner's."""
+        ...
 
 
 class RolloutGroup:
@@ -59,11 +71,6 @@ class RolloutGroup:
         timeout_s = self._config.ray.call_timeout_s
         return Shards(self._group, "generating", calls, timeout_s, metrics=self._weight_metrics)
 
-    def generate_everywhere(self, prompts: PromptBatch, seed: int) -> Shards:
-        """Let every worker sample for all of the prompts, one shard per worker, so that workers can be compared."""
-        calls = [_generate_call(prompts, 0, seed)] * self._config.rollout.workers
-        return Shards(self._group, "generating for a check", calls, self._config.ray.call_timeout_s)
-
     def load_weights(self, weights: PublishedWeights) -> float:
         """Send weights to every engine and check that each serves them.
 
@@ -82,6 +89,27 @@ class RolloutGroup:
         seconds = max(ack.seconds for ack in acks)
         self._weight_metrics = {"time/publish_s": weights.publish_s, "time/sync_s": seconds}
         return seconds
+
+    def check_engines(self, learner: Learner, prompts: PromptBatch) -> list[Agreement]:
+        """Prove that new weights change what every engine computes as they change what the learner computes.
+
+        Weights that differ from the policy's are sent to all engines, which generate for the prompts; their
+        log-probabilities must be the learner's under those weights, and no others. The engines have these weights
+        afterwards: send them the policy's.
+
+        Returns:
+            What was found of each worker.
+
+        Raises:
+            WorkerError: an engine does not compute with what it was sent; names it.
+        """
+        self.load_weights(learner.publish(moved=True))
+        calls = [_generate_call(prompts, 0, self._config.seed)] * self._config.rollout.workers
+        timeout_s = self._config.ray.call_timeout_s
+        agreements = learner.compare(Shards(self._group, "generating for a check", calls, timeout_s))
+        coarser = "bfloat16" if "bfloat16" in (self._config.model.dtype, self._config.rollout.dtype) else "float32"
+        check_agreements(agreements, coarser)
+        return agreements
 
     def close(self) -> None:
         """End the workers."""

@@ -7,6 +7,7 @@ runtime environment, and the engine sets what is still missing.
 
 import gc
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from ppo_ray.config import NO_TRUST, Transport, Trust
 from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.plan.demand import CPU_ALLOCATION
-from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling, check_requests
+from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling, check_finite, check_requests
+from ppo_ray.rollout.support import ADVICE
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.snapshot import WeightSnapshot
 
@@ -40,6 +42,8 @@ _BLOCK_SIZE = 32  # tokens per KV-cache block; the CPU default of 128 wastes mos
 # The KV cache's size is given, yet vLLM still refuses to start on a GPU with less than this share of its memory free:
 # an engine that starts anew beside a learner would never find the default of 0.92.
 _SHARED_GPU = {"gpu_memory_utilization": 0.01}
+
+_LONGEST = 300  # characters of a reason
 
 
 class VLLMEngine:
@@ -75,6 +79,7 @@ class VLLMEngine:
 
         Raises:
             ImportError: vLLM is not installed.
+            WorkerError: vLLM cannot serve the model.
         """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -86,31 +91,36 @@ class VLLMEngine:
         self._asleep: set[str] = set()
         on_gpu = torch.cuda.is_available()
         self._half_loaded = False
-        self._llm: Any = vllm.LLM(
-            model=path,
-            dtype=dtype,
-            seed=seed,
-            max_model_len=max_context,
-            max_num_seqs=max_num_seqs,
-            kv_cache_memory_bytes=kv_cache_mib << 20,
-            enforce_eager=not on_gpu,
-            enable_sleep_mode=may_sleep and on_gpu,  # on a CPU it is refused, and sleep ignored
-            tensor_parallel_size=tensor_parallel,
-            **({"distributed_executor_backend": "ray"} if tensor_parallel > 1 else {}),
-            skip_tokenizer_init=True,
-            trust_remote_code=trust.remote_code,
-            revision=trust.revision,
-            code_revision=trust.revision,
-            load_format="auto" if trust.pickles else "safetensors",
-            disable_log_stats=True,
-            weight_transfer_config=vllm.config.WeightTransferConfig(backend=BACKENDS[transport]),
-            worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
-            # log-probabilities of the distribution that was sampled from: after the temperature
-            logprobs_mode="processed_logprobs",
-            **(_SHARED_GPU if on_gpu else {"block_size": _BLOCK_SIZE}),
-        )
+        try:
+            self._llm: Any = vllm.LLM(
+                model=path,
+                dtype=dtype,
+                seed=seed,
+                max_model_len=max_context,
+                max_num_seqs=max_num_seqs,
+                kv_cache_memory_bytes=kv_cache_mib << 20,
+                enforce_eager=not on_gpu,
+                enable_sleep_mode=may_sleep and on_gpu,  # on a CPU it is refused, and sleep ignored
+                tensor_parallel_size=tensor_parallel,
+                **({"distributed_executor_backend": "ray"} if tensor_parallel > 1 else {}),
+                skip_tokenizer_init=True,
+                trust_remote_code=trust.remote_code,
+                revision=trust.revision,
+                code_revision=trust.revision,
+                load_format="ppo_ray_auto" if trust.pickles else "ppo_ray_safetensors",
+                disable_log_stats=True,
+                weight_transfer_config=vllm.config.WeightTransferConfig(backend=BACKENDS[transport]),
+                worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+                # log-probabilities of the distribution that was sampled from: after the temperature
+                logprobs_mode="processed_logprobs",
+                **(_SHARED_GPU if on_gpu else {"block_size": _BLOCK_SIZE}),
+            )
+            # what vLLM does not have on this machine it may only tell when it is asked
+            first = vllm.SamplingParams(max_tokens=1, detokenize=False)
+            self._llm.generate([vllm.TokensPrompt(prompt_token_ids=[0])], first, use_tqdm=False)
+        except Exception as error:  # of vLLM's, pydantic's and torch's; their words may be pages
+            raise WorkerError(f"vLLM does not start with {path!r}: {_explain(error)}. {ADVICE}") from error
         config = self._llm.llm_engine.model_config.hf_text_config
-        self._tied_head = bool(getattr(config, "tie_word_embeddings", False))
         self._max_context = max_context
         self._vocab_size = int(config.vocab_size)
 
@@ -118,7 +128,8 @@ class VLLMEngine:
         """Sample one response per request, in the order of the requests; see `Engine.generate`.
 
         Raises:
-            WorkerError: a request cannot be served; see `check_requests`.
+            WorkerError: a request cannot be served, or the model's log-probabilities are not finite; see
+                `check_requests` and `check_finite`.
             WorkerLost: an update broke off; the weights are of two policies.
         """
         import vllm
@@ -143,7 +154,10 @@ class VLLMEngine:
             ],
             use_tqdm=False,
         )
-        return [_completion(output.outputs[0]) for output in outputs]
+        completions = [_completion(output.outputs[0]) for output in outputs]
+        for index, (request, completion) in enumerate(zip(requests, completions, strict=True)):
+            check_finite(request, index, completion.logprobs)
+        return completions
 
     def load_weights(self, snapshot: WeightSnapshot) -> None:
         """Replace layer after layer as buckets come, and drop the prefix cache; see `Engine.load_weights`.
@@ -185,12 +199,12 @@ class VLLMEngine:
         self._check_whole()
         for update in updates:
             if not self._half_loaded:
-                self.policy_version, self._half_loaded = -1, True
                 self._wake("weights")
-                self._llm.collective_rpc("begin_check", args=(self._tied_head, not verified))
+                self._llm.collective_rpc("begin_check", args=(manifest, not verified))
+                self.policy_version, self._half_loaded = -1, True
                 self._llm.start_weight_update()
             self._llm.update_weights({"update_info": update})
-        self._llm.collective_rpc("end_check", args=(manifest,))
+        self._llm.collective_rpc("end_check")
         self._llm.finish_weight_update(weight_version=str(manifest.policy_version))
         self._wake("kv_cache")  # only now: while weights are loaded some of them are there twice
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
@@ -225,6 +239,14 @@ class VLLMEngine:
         self._llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def _explain(error: Exception) -> str:
+    """Give the reason why vLLM does not start in a few words: pydantic wraps them, and lists may follow."""
+    words = " ".join(str(error).split())
+    wrapped = re.search(r"Value error, (.*?)(?: \[type=|$)", words)
+    words = (wrapped.group(1) if wrapped else words).partition(". ")[0][:_LONGEST].rstrip(".")
+    return words if isinstance(error, OSError | RuntimeError | ValueError) else f"{type(error).__name__} {words}"
 
 
 def _completion(output: Any) -> Completion:

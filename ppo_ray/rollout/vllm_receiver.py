@@ -5,37 +5,127 @@ transports differ only in how tensors arrive: as views of buckets on the host, b
 vLLM's own backends check nothing; here every tensor passes a check on its way into the model.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
+from vllm.model_executor.models.bloom import BloomMLP
+from vllm.platforms import current_platform
 
 from ppo_ray.config import Transport
 from ppo_ray.errors import WorkerError
+from ppo_ray.models.tensors import VALUE_HEAD, list_names
 from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.manifest import WeightManifest
 
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+_LAYER = re.compile(r".*?\.\d+(?=\.)")
+
+NamedTensors = list[tuple[str, torch.Tensor]]
+
+
+class CheckpointForm:
+    """Turns tensors as transformers holds them into those of a model's files, which are all that vLLM can load.
+
+    Some models differ: transformers 5 fuses a layer's experts, whose files have one tensor for each. A layer is turned
+    when all of its tensors have arrived, so no more than a layer is held.
+    """
+
+    def __init__(self, path: str, remote_code: bool) -> None:
+        """Read from a model's config how its tensors differ; `remote_code`: whether its own code is trusted."""
+        config = AutoConfig.from_pretrained(path, trust_remote_code=remote_code)
+        with torch.device("meta"):
+            self._model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
+        self._differs = bool(get_model_conversion_mapping(self._model, add_legacy=False))
+        self._layers: dict[str, set[str]] = {}
+        for name, _ in self._model.named_parameters():
+            self._layers.setdefault(_find_layer(name), set()).add(name)
+        self._held: dict[str, dict[str, torch.Tensor]] = {}
+
+    def begin(self, manifest: WeightManifest) -> None:
+        """Prepare for an update; raises WorkerError if it has not all of the model's tensors, or others."""
+        self._held = {}
+        if differing := {entry.name for entry in manifest.entries} ^ set().union(*self._layers.values()):
+            raise WorkerError(f"the weights are of another model: names differ, {list_names(differing)}")
+
+    def turn(self, arrived: NamedTensors) -> NamedTensors:
+        """Return the tensors of all layers that are whole now; the others are kept, as copies, until they are."""
+        if not self._differs:
+            return arrived
+        whole: NamedTensors = []
+        for name, tensor in arrived:
+            layer = _find_layer(name)
+            held = self._held.setdefault(layer, {})
+            held[name] = tensor
+            if held.keys() == self._layers[layer]:
+                whole += revert_weight_conversion(self._model, self._held.pop(layer)).items()
+        for name, tensor in arrived:  # what lends them may be used again for the next ones
+            if name in (held := self._held.get(_find_layer(name), {})):
+                held[name] = tensor.clone()
+        return whole
+
+
+def _find_layer(name: str) -> str:
+    """Return the first part of a tensor's name, up to the number of its layer, or the whole name."""
+    found = _LAYER.match(name)
+    return found.group() if found else name
+
+
+@register_model_loader("ppo_ray_auto")
+@register_model_loader("ppo_ray_safetensors")
+class PolicyLoader(DefaultModelLoader):
+    """vLLM's loader, but for the value head that `ppo_ray.trl` saves among a model's own tensors."""
+
+    def __init__(self, load_config: Any) -> None:
+        """Load as vLLM's format of that name, without `ppo_ray_`, does."""
+        super().__init__(replace(load_config, load_format=load_config.load_format.removeprefix("ppo_ray_")))
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
+        """Load a model; its `checkpoint_form` is what it loads later weights by.
+
+        The form comes first: where vLLM runs transformers' own layers, it changes their classes.
+        """
+        form = CheckpointForm(model_config.model, model_config.trust_remote_code)
+        model = super().load_model(vllm_config, model_config, prefix)
+        model.checkpoint_form = form
+        for layer in model.modules():
+            if isinstance(layer, BloomMLP):
+                layer.gelu_impl = torch.nn.GELU("tanh")  # the model's own; vLLM's is the exact function, 1e-3 nats off
+        return model
+
+    def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield all tensors of the model's files but the value head's."""
+        tensors = super().get_all_weights(model_config, model)
+        return ((name, tensor) for name, tensor in tensors if not name.startswith(VALUE_HEAD))
 
 
 class CheckedModel:
     """A model that records every tensor it is given to load; it stands in for the model in vLLM's backends."""
 
-    def __init__(self, model: Any, tied_head: bool, summed: bool) -> None:
+    def __init__(self, model: Any, manifest: WeightManifest, summed: bool) -> None:
         """Wrap a model.
 
         Args:
-            model: vLLM's.
-            tied_head: whether its head is its embedding.
+            model: vLLM's, loaded by `PolicyLoader`.
+            manifest: of the tensors that are sent.
             summed: whether to make checksums: of tensors that nobody has verified yet.
+
+        Raises:
+            WorkerError: they are of another model.
         """
-        self._model, self._tied_head, self._summed = model, tied_head, summed
-        self._embeddings: list[str] = []
+        model.checkpoint_form.begin(manifest)
+        self._manifest = manifest
+        self._model, self._form, self._summed = model, model.checkpoint_form, summed
         self._seen: list[tuple[str, str, tuple[int, ...]]] = []
         self._sums: list[torch.Tensor] = []
 
@@ -45,40 +135,46 @@ class CheckedModel:
         if self._summed:
             self._seen += [(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in arrived]
             self._sums += [word_sums(tensor) for _, tensor in arrived]
-        if self._tied_head:
-            # On a CPU the head multiplies with a packed copy of its own: without its own entry it would stay stale
-            # and no error would tell.
-            heads = [("lm_head.weight", tensor) for name, tensor in arrived if name.endswith(_EMBEDDINGS)]
-            self._embeddings += [name for name, _ in arrived if name.endswith(_EMBEDDINGS)]
-            arrived = [(name, tensor) for name, tensor in arrived if name != "lm_head.weight"] + heads
-        return self._model.load_weights(arrived)
+        return self._model.load_weights(self._form.turn(arrived))
 
-    def check(self, manifest: WeightManifest) -> None:
+    def check(self) -> None:
         """Compare the tensors that arrived with those that were sent.
 
         Raises:
             WorkerError: names the tensors that differ, or the first that is missing or one too many.
         """
-        if self._tied_head and len(self._embeddings) != 1:
-            raise WorkerError(f"cannot tell which tensor is the tied embedding among {self._embeddings or 'all'}")
         if not self._summed:
             return
-        expected = [(entry.name, entry.dtype, entry.shape) for entry in manifest.entries]
+        expected = [(entry.name, entry.dtype, entry.shape) for entry in self._manifest.entries]
         if self._seen != expected:
             pairs = zip([*self._seen, None], [*expected, None], strict=False)
             found, wanted = next(pair for pair in pairs if pair[0] != pair[1])
             raise WorkerError(
-                f"weights of policy version {manifest.policy_version} arrived damaged: {found or 'nothing'} where "
-                f"{wanted or 'nothing'} was sent"
+                f"weights of policy version {self._manifest.policy_version} arrived damaged: {found or 'nothing'} "
+                f"where {wanted or 'nothing'} was sent"
             )
-        manifest.check(manifest.entries, format_sums(self._sums))
+        self._manifest.check(self._manifest.entries, format_sums(self._sums))
 
 
 class CheckedBackend:
-    """Mixin of vLLM's backends: for the length of an update the backend's model is a `CheckedModel`."""
+    """Mixin of vLLM's backends: for the length of an update the backend's model is a `CheckedModel`.
+
+    On a CPU vLLM multiplies with packed copies of its weights. It packs a layer anew when it replaces it, but neither
+    experts nor an output embedding that is the input embedding too.
+    """
 
     model: Any
     checked: CheckedModel
+
+    def start_weight_update(self) -> None:
+        """Let the backend begin, with experts that are not packed: vLLM then packs them as it does at its start."""
+        on_cpu = [(layer, getattr(layer, "quant_method", None)) for layer in self.model.modules()]
+        on_cpu = on_cpu if current_platform.is_cpu() else []
+        self._packed = {layer: layer.cpu_linear for layer, _ in on_cpu if hasattr(layer, "cpu_linear")}
+        self._experts = {layer: method for layer, method in on_cpu if isinstance(method, UnquantizedFusedMoEMethod)}
+        for method in self._experts.values():
+            method.moe_kernel = None
+        super().start_weight_update()  # type: ignore[misc]
 
     def receive_weights(self, update_info: Any) -> None:
         """Let the backend receive tensors, and load them through the check."""
@@ -88,19 +184,36 @@ class CheckedBackend:
         finally:
             self.model = model
 
+    def finish_weight_update(self) -> None:
+        """Let the backend finish, and pack what shares its weights with a layer that was replaced.
+
+        Raises:
+            WorkerError: a layer is as it was, and has no weights but packed ones.
+        """
+        super().finish_weight_update()  # type: ignore[misc]
+        names = {layer: name for name, layer in self.model.named_modules()}
+        same = [layer for layer, packed in self._packed.items() if layer.cpu_linear is packed]
+        stale = [names[layer] for layer in same if not layer.weight.numel()]
+        stale += [names[layer] for layer, method in self._experts.items() if method.moe_kernel is None]
+        if stale:
+            raise WorkerError(f"vLLM got no new weights for {list_names(stale)}, and would compute with those before")
+        for layer in same:
+            layer.quant_method.process_weights_after_loading(layer)
+
 
 class WorkerExtension:
     """Mixin of vLLM's worker; vLLM imports this module in the worker's process, which registers the backends."""
 
     weight_transfer_engine: Any
 
-    def begin_check(self, tied_head: bool, summed: bool) -> None:
+    def begin_check(self, manifest: WeightManifest, summed: bool) -> None:
         """Prepare the check of the next update; arguments as in `CheckedModel`."""
-        self.weight_transfer_engine.checked = CheckedModel(self.weight_transfer_engine.model, tied_head, summed)
+        backend = self.weight_transfer_engine
+        backend.checked = CheckedModel(backend.model, manifest, summed)
 
-    def end_check(self, manifest: WeightManifest) -> None:
+    def end_check(self) -> None:
         """Compare the loaded tensors with those that were sent; see `CheckedModel.check`."""
-        self.weight_transfer_engine.checked.check(manifest)
+        self.weight_transfer_engine.checked.check()
 
 
 @dataclass

@@ -7,11 +7,8 @@ from pathlib import Path
 
 from ppo_ray.actors.placement import Seats, reserve
 from ppo_ray.config import Config
-from ppo_ray.errors import WorkerError
 from ppo_ray.events import Report
 from ppo_ray.learner.group import LearnerGroup
-from ppo_ray.learner.reports import Agreement
-from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.reward.group import RewardGroup
 from ppo_ray.rollout.group import RolloutGroup
 
@@ -84,28 +81,6 @@ def _set_up_scorers(config: Config, rollout: RolloutGroup, reward: RewardGroup, 
     """Set up the engines first and alone: they take longest and use all cores."""
     _say_ready(say, f"{config.rollout.workers} x rollout ({config.rollout.engine})", rollout.setup())
     _say_ready(say, f"{config.reward.workers} x reward", reward.setup())
-
-
-def check_engines(actors: Actors, config: Config, prompts: PromptBatch) -> list[Agreement]:
-    """Prove that new weights change what every engine computes as they change what the learner computes.
-
-    Weights that differ from the policy's are sent to all engines, which generate for the prompts; their
-    log-probabilities must be the learner's under those weights, and no others. The engines have these weights
-    afterwards: send them the policy's.
-
-    Returns:
-        What was found of each worker.
-
-    Raises:
-        WorkerError: an engine does not compute with what it was sent; names it.
-    """
-    actors.rollout.load_weights(actors.learner.publish(moved=True))
-    agreements = actors.learner.compare(actors.rollout.generate_everywhere(prompts, config.seed))
-    coarser = "bfloat16" if "bfloat16" in (config.model.dtype, config.rollout.dtype) else "float32"
-    wrong = [problem for item in agreements if (problem := item.problem(coarser))]
-    if wrong:
-        raise WorkerError("after new weights " + "; ".join(wrong) + ". Its samples would be of another policy")
-    return agreements
 
 
 def _say_ready(say: Say, who: str, answers: list[dict[str, float]]) -> None:

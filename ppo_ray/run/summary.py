@@ -13,10 +13,10 @@ from rich.text import Text
 
 from ppo_ray import atomic
 from ppo_ray.events import say
-from ppo_ray.learner.reports import Agreement
 from ppo_ray.run.evaluation import Evaluation
 from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.progress import PARTS, STEP_SECONDS, format_score
+from ppo_ray.weights.acks import Agreement
 
 # Whatever Markdown, GitHub's dialect of it (tables, strikethrough, mathematics, mentions, bare links) or HTML could
 # read as structure. Character references are text in all of them, in a table's cell too.

@@ -15,14 +15,14 @@ from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config, load_config, load_evaluation_config
 from ppo_ray.errors import InputError, Interrupted, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event, say
-from ppo_ray.learner.reports import Agreement
-from ppo_ray.run.actors import Actors, check_engines, launch, launch_scorers
+from ppo_ray.run.actors import Actors, launch, launch_scorers
 from ppo_ray.run.evaluation import Evaluation, score_held_out
 from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.log import read_steps
 from ppo_ray.run.loop import run_overlapped, run_steps
 from ppo_ray.run.run import Run
 from ppo_ray.run.summary import draw_curves, print_agreements, print_evaluation, print_summary, write_samples
+from ppo_ray.weights.acks import Agreement
 
 Result = TypeVar("Result")
 
@@ -112,7 +112,7 @@ def check(config: Config, console: Console | None = None) -> list[Agreement]:
         ray_session(config.ray),
         launch(config, None, None, show, lambda event: show(event.message)) as actors,
     ):
-        agreements = check_engines(actors, config, prompts)
+        agreements = actors.rollout.check_engines(actors.learner, prompts)
         print_agreements(console, agreements)
     return agreements
 
@@ -238,7 +238,7 @@ def evaluate_before(run: Run, actors: Actors) -> Evaluation | None:
     """
     config, rollout = run.config, actors.rollout
     if config.rollout.self_check:
-        agreements = check_engines(actors, config, run.prompts.peek(_CHECK_PROMPTS))
+        agreements = actors.rollout.check_engines(actors.learner, run.prompts.peek(_CHECK_PROMPTS))
         worst = max(item.to_moved for item in agreements)
         run.say(
             f"new weights change what every engine computes, as they should: {worst:.1e} nats a token off the learner"

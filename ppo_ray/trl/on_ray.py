@@ -24,12 +24,14 @@ from ppo_ray.models.saving import save_model
 from ppo_ray.models.tokens import read_end_tokens
 from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.rollout.group import RolloutGroup
+from ppo_ray.rollout.support import find_engine_problem
 from ppo_ray.trl.config import PPOConfig
 from ppo_ray.trl.generation import GenerateCall
 from ppo_ray.trl.limits import TokenIds
 from ppo_ray.trl.modeling import AutoModelForCausalLMWithValueHead
 
 _LOG = logging.getLogger(__name__)
+_NUM_PROBES = 8
 _SECTIONS = ("output_dir", "rollout", "learner", "ray")
 _ARGUMENTS = {
     "max_new_tokens",
@@ -67,8 +69,9 @@ class OnRay:
 
         Raises:
             ValueError: a parameter of the model is frozen, which the learner would not know.
-            InputError: an option is wrong, nothing can end a response, or the machine cannot hold the actors.
-            WorkerError: an actor did not start.
+            InputError: an option is wrong, nothing can end a response, vLLM cannot serve the model, or the machine
+                cannot hold the actors.
+            WorkerError: an actor did not start, or an engine does not compute with the weights that it was sent.
         """
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         if frozen:
@@ -78,6 +81,8 @@ class OnRay:
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ppo_ray-"))
             self._config = _make_config(config, folder, options)
+            if problem := find_engine_problem(self._config.rollout, model.config):
+                raise InputError(f"on_ray: {problem}")
             _write_models(self._config, model, ref_model, tokenizer)
             ends = read_end_tokens(self._config, tokenizer)
             self._ends = ends.ids
@@ -90,6 +95,8 @@ class OnRay:
             self._learner = LearnerGroup(self._config, None, _log_event, seats)
             stack.callback(self._learner.close)
             self._learner.setup()
+            if self._config.rollout.self_check:
+                self._rollout.check_engines(self._learner, _make_probes(self._config, model.config.get_text_config()))
             self._rollout.load_weights(self._learner.publish())
             self._stack = stack.pop_all()
 
@@ -151,6 +158,19 @@ class OnRay:
         wanted, given = self._config.rollout.temperature, arguments.get("temperature", 1.0)
         if given != wanted:
             raise ValueError(f"temperature={given}: on Ray it is said once, on_ray=['rollout.temperature={given}']")
+
+
+def _make_probes(config: Config, model: Any) -> PromptBatch:
+    """Make prompts for a check of the engines, of any token ids: a script's own are not known yet.
+
+    Args:
+        config: whose engines are checked.
+        model: config of the model, of transformers.
+    """
+    width = config.prompts.max_tokens  # for which, and a longest response, there is room
+    ids = np.linspace(0, model.vocab_size - 1, _NUM_PROBES * width, dtype=np.int64).reshape(width, _NUM_PROBES).T
+    limits = (config.rollout.max_response_tokens,) * _NUM_PROBES
+    return PromptBatch(tuple(range(_NUM_PROBES)), tuple(map(tuple, ids.tolist())), limits)
 
 
 def _log_event(event: Event) -> None:

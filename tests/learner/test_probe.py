@@ -9,7 +9,7 @@ import torch
 from ppo_ray import trajectory
 from ppo_ray.learner.batch import ResponseBatch
 from ppo_ray.learner.learner import PPOLearner
-from ppo_ray.learner.reports import Agreement
+from ppo_ray.weights.acks import Agreement
 from ppo_ray.weights.snapshot import Wire
 from tests.learning import largest_difference, make_learner, make_table, weights
 

@@ -1,4 +1,4 @@
-"""One vLLM engine for all tests of this folder: its imports cost more than everything it is asked to do."""
+"""One process with vLLM for most tests of this folder, another for models that it cannot serve beside others."""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ import pytest
 
 from ppo_ray.rollout.engine import Engine
 from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT
+from tests.rollout.comparison import DistantVLLM
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,10 @@ def vllm_engine(tiny_policy: Path) -> Iterator[Engine]:
     engine = VLLMEngine(str(tiny_policy), max_context=128, max_num_seqs=32, kv_cache_mib=32)
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def distant_vllm() -> Iterator[DistantVLLM]:
+    distant = DistantVLLM()
+    yield distant
+    distant.close()

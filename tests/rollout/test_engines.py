@@ -6,19 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from ppo_ray.errors import WorkerError
-from ppo_ray.rollout.engine import Completion, Engine, GenerationRequest, Sampling
+from ppo_ray.rollout.engine import Engine, GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
 from ppo_ray.weights.snapshot import WeightSnapshot, Wire
+from tests.rollout.comparison import REQUESTS, largest_difference, reference
 
-REQUESTS = [
-    GenerationRequest(
-        tuple((7 * i + 13 * k) % 500 + 5 for k in range(2 + i % 7)), max_tokens=4 + i % 13, seed=10**18 + i
-    )
-    for i in range(24)
-]
 GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(temperature=1.0)
 
 
@@ -32,32 +26,11 @@ def engine(request: pytest.FixtureRequest, tiny_policy: Path) -> Iterator[Engine
         yield engine
 
 
-def reference(folder: Path, noise: float = 0.0) -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + noise * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def snapshot_of(model: torch.nn.Module, version: int, dtype: str | None = None) -> WeightSnapshot:
     """Return buckets so small that the embedding has one of its own, and that a layer is cut in two by them."""
     snapshot = WeightSnapshot.take(model.named_parameters(), version, Wire(dtype, 200_000))
     assert len(snapshot.buckets) == (9 if dtype is None else 4)
     return snapshot
-
-
-@torch.inference_mode()
-def largest_difference(model: torch.nn.Module, completions: list[Completion], temperature: float = 1.0) -> float:
-    """Return the largest difference to the log-probabilities that plain transformers gives, one sequence at a time."""
-    worst = 0.0
-    for request, completion in zip(REQUESTS, completions, strict=True):
-        ids = torch.tensor([[*request.prompt_ids, *completion.response_ids]])
-        logprobs = (model(ids).logits[0].float() / temperature).log_softmax(-1)[len(request.prompt_ids) - 1 : -1]
-        expected = logprobs.gather(1, torch.tensor(completion.response_ids)[:, None])[:, 0]
-        worst = max(worst, (expected - torch.tensor(completion.logprobs)).abs().max().item())
-    return worst
 
 
 @torch.inference_mode()
@@ -158,6 +131,19 @@ def test_prompts_that_cannot_be_generated_for(engine: Engine) -> None:
         engine.generate([GenerationRequest((3, 600), 4, 0)], SAMPLED)
     with pytest.raises(WorkerError, match="max_context=128"):
         engine.generate([GenerationRequest((3,) * 120, 20, 0)], SAMPLED)
+
+
+def test_logits_that_are_not_finite_are_refused(engine: Engine, tiny_policy: Path) -> None:
+    model = reference(tiny_policy)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 5] = torch.nan
+    engine.load_weights(snapshot_of(model, 10))
+    for requests, named in ((REQUESTS, "request 0"), ([replace(REQUESTS[3], name="sample 7")], "sample 7")):
+        with pytest.raises(WorkerError, match=f"^{named}: the log-probability of its response's token 1 is nan, after"):
+            engine.generate(requests, SAMPLED)
+    model = reference(tiny_policy)
+    engine.load_weights(snapshot_of(model, 11))  # nothing of it is left in a cache
+    assert largest_difference(model, engine.generate(REQUESTS, SAMPLED)) < 1e-4
 
 
 def test_sleep_changes_no_answer(engine: Engine, tiny_policy: Path) -> None:

@@ -24,7 +24,8 @@ from ppo_ray.weights.nccl_sender import new_group_id
 from ppo_ray.weights.snapshot import Wire
 from ppo_ray.weights.transports import engine_init
 from tests.learning import make_learner
-from tests.rollout.test_engines import REQUESTS, SAMPLED, largest_difference, reference
+from tests.rollout.comparison import REQUESTS, largest_difference, reference
+from tests.rollout.test_engines import SAMPLED
 
 pytestmark = pytest.mark.slow
 

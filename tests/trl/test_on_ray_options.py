@@ -1,16 +1,21 @@
 """What a trainer over Ray actors takes, and what it makes. Starts no actor."""
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ppo_ray.errors import InputError
+from ppo_ray.errors import InputError, WorkerError
+from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.rollout.group import RolloutGroup
 from ppo_ray.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_ray.trl.generation import GenerateCall
 from ppo_ray.trl.on_ray import OnRay, _make_config
+from ppo_ray.weights.acks import Agreement
 
 
 def test_options_of_the_actors_are_taken(tmp_path: Path) -> None:
@@ -78,6 +83,69 @@ def test_ends_are_those_of_the_engines(start: Any) -> None:
     check(backend, 100_000, ())
     with pytest.raises(ValueError, match=r"on Ray responses end at \[\]"):
         check(backend, 0, (0,))
+
+
+@pytest.mark.parametrize(("options", "sent"), [((), ["moved", "own"]), (("rollout.self_check=false",), ["own"])])
+def test_engines_are_checked_before_they_are_used(
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], sent: list[str]
+) -> None:
+    """With prompts of the model's own tokens, which fit into its context."""
+    calls: list[str] = []
+
+    class Learner:
+        def __init__(self, *given: Any) -> None: ...
+
+        def setup(self) -> None: ...
+
+        def publish(self, moved: bool = False) -> str:
+            return "moved" if moved else "own"
+
+        def compare(self, generated: PromptBatch) -> list[Agreement]:
+            assert all(0 <= token < 512 for prompt in generated.prompt_ids for token in prompt)
+            assert generated.max_response_tokens is not None
+            sizes = zip(generated.prompt_ids, generated.max_response_tokens, strict=True)
+            assert all(0 < len(prompt) <= 13 - limit for prompt, limit in sizes)
+            return [Agreement("rollout-0", to_moved=off, to_own=3.0, move=3.0)]
+
+        def close(self) -> None:
+            calls.append("learner closed")
+
+    class Engines(RolloutGroup):
+        def __init__(self, config: Any, *given: Any) -> None:
+            self._config, self._group = config, None  # type: ignore[assignment]
+
+        def setup(self) -> None: ...  # type: ignore[override]
+
+        def load_weights(self, weights: Any) -> float:
+            calls.append(weights)
+            return 0.0
+
+        def close(self) -> None:
+            calls.append("engines closed")
+
+    monkeypatch.setattr("ppo_ray.rollout.group.Shards", lambda group, doing, shards, timeout_s: shards[0].prompts)
+    monkeypatch.setattr("ppo_ray.rollout.group._generate_call", lambda prompts, *rest: SimpleNamespace(prompts=prompts))
+    for name, stand_in in (("LearnerGroup", Learner), ("RolloutGroup", Engines)):
+        monkeypatch.setattr(f"ppo_ray.trl.on_ray.{name}", stand_in)
+    for name in ("ray_session", "reserve"):
+        monkeypatch.setattr(f"ppo_ray.trl.on_ray.{name}", lambda *given: contextlib.nullcontext())
+
+    def start() -> OnRay:
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_policy)
+        given = [f"output_dir={tmp_path}", "rollout.max_context=13", "rollout.max_response_tokens=5", *options]
+        return OnRay(PPOConfig(), model, model, AutoTokenizer.from_pretrained(tiny_policy), given)
+
+    off = 1e-5
+    start().close()
+    assert calls == [*sent, "learner closed", "engines closed"]
+    off = 0.4
+    if "moved" in sent:
+        calls.clear()
+        with pytest.raises(
+            WorkerError, match=r"rollout-0 is 4.0e-01 nats a token off the learner .* of another policy"
+        ):
+            start()
+        assert calls == ["moved", "learner closed", "engines closed"]
 
 
 class Remote:

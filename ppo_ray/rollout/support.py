@@ -1,0 +1,61 @@
+"""What engines on vLLM can sample from, told by a config; vLLM itself, whose import takes seconds, is not loaded."""
+
+import importlib.util
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppo_ray.config import RolloutConfig
+
+ADVICE = "rollout.engine=hf samples with transformers, slower, from any model the learner takes"
+"""Ends what is said of a model that vLLM does not serve."""
+_NO_UPDATES = ("gpt_oss",)
+"""Kinds of models whose layers vLLM does not replace as it loads new weights."""
+
+
+def find_engine_problem(rollout: RolloutConfig, model: Any) -> str | None:
+    """Say why engines on vLLM cannot sample from a model with ever new weights, or None; vLLM itself is not imported.
+
+    Args:
+        rollout: of the run; other engines have no problem, and vLLM lacks sizes of attention heads on a CPU alone.
+        model: its config, of transformers.
+    """
+    text = model.get_text_config()
+    if rollout.engine != "vllm":
+        return None
+    if text.model_type in _NO_UPDATES:
+        return f"vLLM cannot replace the experts' weights of the kind {text.model_type}. {ADVICE}"
+    latent = getattr(text, "kv_lora_rank", None) is not None  # DeepSeek's attention, which has heads of another size
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    sizes = {size for layer in layers if (size := _head_size(layer))} if not rollout.gpus and not latent else set()
+    if lacking := [size for size in sorted(sizes) if not _has_attention(size)]:
+        return (
+            f"its attention heads have {lacking[0]} units, and vLLM has no attention for that size on a CPU. {ADVICE}"
+        )
+    return None
+
+
+def _head_size(layer: Any) -> int | None:
+    """Return the units of an attention head by a config; None: it has no such number."""
+    size, heads, width = (getattr(layer, name, None) for name in ("head_dim", "num_attention_heads", "hidden_size"))
+    if not size and heads and isinstance(heads, int) and isinstance(width, int):
+        size = width // heads
+    return size if isinstance(size, int) else None
+
+
+def _has_attention(size: int) -> bool:
+    """Ask vLLM's library for this CPU whether it has attention for heads of a size; True where it cannot be asked."""
+    name = "_C.abi3.so"
+    if platform.machine() == "x86_64" and not torch.cpu._is_avx512_bf16_supported():
+        name = "_C_AVX512.abi3.so" if torch.cpu._is_avx512_supported() else "_C_AVX2.abi3.so"
+    package = importlib.util.find_spec("vllm")  # its import would take seconds
+    lengths = torch.tensor([1], dtype=torch.int32), torch.float32, torch.tensor([0, 1], dtype=torch.int32)
+    kind = "vec16" if size % 32 and size % 16 == 0 else "vec"  # as vLLM chooses
+    try:
+        torch.ops.load_library(Path(*package.submodule_search_locations, name))  # type: ignore[union-attr, misc]
+        torch.ops._C.get_scheduler_metadata(1, 1, 1, size, *lengths, True, -1, kind, False, None, "auto")
+    except (AttributeError, OSError, RuntimeError) as error:  # no vLLM, one for GPUs, or another version
+        return "Unsupported CPU attention" not in str(error)
+    return True
