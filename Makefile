@@ -15,7 +15,7 @@ TRL_STAMP := $(TRL_VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup assets demo benchmark test test-fast test-slow test-faults lint types lock clean
+.PHONY: help setup assets demo benchmark test test-fast test-slow test-faults test-architectures lint types lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -62,6 +62,9 @@ test-slow: assets ## tests with real vLLM, real Ray, real models
 
 test-faults: assets ## tests/faults alone, with ten kills of each kind of worker instead of two
 	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal --kills 10 tests/faults
+
+test-architectures: setup ## every architecture of transformers, not the day's sample: an hour, most of it vLLM
+	PPO_RAY_ALL_ARCHITECTURES=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/architectures
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,13 +5,14 @@ alone (half an hour); names of architectures restrict it to these. What is not t
 """
 
 import argparse
+import re
 import tempfile
 from pathlib import Path
 
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
-import tests.conftest  # sets the environment of torch and vLLM, which are imported below
+import tests.conftest  # noqa: F401  (sets the environment of torch and vLLM, which are imported below)
 
 FILE = Path(__file__).parents[2] / "docs" / "models.md"
 ARCHITECTURES = sorted(CLASSES)
@@ -19,19 +20,19 @@ COLUMNS = ("learner", "transformers engine", "vLLM")
 HEAD = """\
 # Causal language models
 
-Every causal language model of transformers {version}, tried as a tiny random one with a layer of each kind and attention
-windows shorter than the sequences. `python -m tests.architectures.table` makes this page.
+Every causal language model of transformers {version}, tried as a tiny random one with a layer of each kind and with
+attention windows shorter than the sequences. `python -m tests.architectures.table` makes this page.
 
 - **learner**: log-probabilities, values and gradients of packed rows are those of transformers' own forward pass over
-  each sequence alone, without padding, to 2e-5 in float32; a saved checkpoint loads with equal logits. {exact} of {total} are
-  exact. The others are refused in these words before anything is learnt.
-- **transformers engine** (`rollout.engine=hf`) and **vLLM**: log-probabilities of sampled tokens are the model's own, to
-  1e-4 and 2e-4, before a weight update and after it. `fails` is an error of the engine's own, which ends a run as
-  it starts.
+  each sequence alone, without padding, to 2e-5 in float32; a saved checkpoint loads with equal logits. {exact} of
+  {total} are exact. The others are refused in these words before anything is learnt.
+- **transformers engine** (`rollout.engine=hf`) and **vLLM**: log-probabilities of sampled tokens are the model's own,
+  to 1e-4 and 2e-4, before a weight update and after it. `fails` is an error of the engine's own; `wrong` are other
+  figures, which a run's self-check finds. Both end a run before it has learnt anything.
 
 The tests try a sample, another each day, and hold it to this page; `make test-architectures` tries all. What a model
-needs of memory is another question: `ppo-ray plan` answers it. Indexed attention (DeepSeek V3.2, GLM DSA) was tried on sequences
-that the indexer takes whole.
+needs of memory is another question: `ppo-ray plan` answers it. Indexed attention (DeepSeek V3.2, GLM DSA) was tried on
+sequences that the indexer takes whole.
 
 | `model_type` | class | learner | transformers engine | vLLM |
 |---|---|---|---|---|
@@ -41,8 +42,8 @@ that the indexer takes whole.
 def read_table() -> dict[str, dict[str, str]]:
     """Return the verdicts on each architecture by column."""
     lines = FILE.read_text().splitlines() if FILE.exists() else []
-    rows = [[cell.strip() for cell in line.split(" | ")] for line in lines if line.startswith("| `") and "``" not in line]
-    return {row[0].strip("|` "): dict(zip(COLUMNS, [cell.strip("| ") for cell in row[2:]], strict=True)) for row in rows[1:]}
+    rows = [re.split(r" *\| +", line.removesuffix("|")) for line in lines if line.startswith("| `")]
+    return {row[1].strip("`"): dict(zip(COLUMNS, map(str.strip, row[3:6]), strict=True)) for row in rows[1:]}
 
 
 def write_table(table: dict[str, dict[str, str]]) -> None:
@@ -65,14 +66,14 @@ def main() -> None:
     from tests.architectures.causal_lms import judge
 
     for name in arguments.names:
-        table = read_table()
-        known = table.get(name, {})
-        if arguments.vllm and known.get("learner") != "exact":
+        if arguments.vllm and read_table()[name]["learner"] != "exact":
             continue
         with tempfile.TemporaryDirectory() as folder:
             verdicts = judge(name, Path(folder), COLUMNS[2:] if arguments.vllm else COLUMNS[:2])
-        kept = {"vLLM": known.get("vLLM", "")} if verdicts.get("learner") == "exact" else {}
-        table[name] = known | verdicts if arguments.vllm else kept | verdicts
+        table = read_table()  # only now: another process may try another column
+        known = table.get(name, {})
+        kept = known if arguments.vllm else {"vLLM": known.get("vLLM", "")} if verdicts["learner"] == "exact" else {}
+        table[name] = kept | verdicts
         write_table(table)
         print(name, verdicts, flush=True)
 

@@ -63,7 +63,11 @@ INDEXED |= {"indexer_compress_ratio": 4, "ple_layer_ids": [1], "ple_embed_dim": 
 INDEXED |= {"hc_lowrank": 8, "heads_per_ngram": 2, "split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 8}
 CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
 PER_LAYER = {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 8}
-MUSIC: dict[str, Any] = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}}
+ENCODERS: dict[str, Any] = {
+    "text_encoder": {"model_type": "t5"},
+    "audio_encoder": {"model_type": "encodec"},
+    "decoder": {},
+}
 ASSISTANT: dict[str, Any] = {
     "text_config": {
         **{"model_type": "gemma4_text", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
@@ -102,7 +106,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     **dict.fromkeys(("gemma4", "gemma4_text"), PER_LAYER),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), ASSISTANT),
-    **dict.fromkeys(("musicgen", "musicgen_melody"), MUSIC),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), ENCODERS),
     "funnel": {"num_hidden_layers": DEFAULT, "block_sizes": [1, 1, 1]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
@@ -132,6 +136,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
 }
 """What else some of them need."""
+
 
 def chosen(names: list[str], size: int = 6) -> list[str]:
     """Return all names if the environment says so, else a few, other ones each day."""

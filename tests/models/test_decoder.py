@@ -234,3 +234,14 @@ def test_a_model_that_computes_nan_is_said_to() -> None:
         model.model.norm.weight[3] = torch.nan
     with pytest.raises(InputError, match="computes NaN or infinite states"):
         CausalLMWithValueHead(model, temperature=1.0)
+
+
+def test_a_model_for_which_memory_is_too_small_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = policy("llama").causal_lm
+
+    def run_out(*unused: Any, **unused_too: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(model.model, "forward", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        Decoder(model.model)
