@@ -93,6 +93,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "mamba_dt_rank": 4},
     "blt": {"vocab_size": 260, "encoder_hash_byte_group_vocab": 50},
     **dict.fromkeys(("lfm2", "lfm2_moe"), CONVOLUTION),
+    "falcon": {"ffn_hidden_size": 256},
     "mamba2": {"num_heads": 4, "n_groups": 1},
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), HYBRID | INDEXED | {"layer_types": DEFAULT}),
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid_sliding", "hybrid"]},
