@@ -12,18 +12,19 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from ppo_ray.config import NO_TRUST
+from ppo_ray.config import load_config
 from ppo_ray.errors import InputError
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import Replicated
 from ppo_ray.models.actor_critic import CausalLMWithValueHead
-from ppo_ray.models.loading import check_weights, load_causal_lm
+from ppo_ray.models.loading import load_causal_lm
 from ppo_ray.models.packing import make_microbatches, pack
-from ppo_ray.models.support import check_head, find_config_problem
+from ppo_ray.models.support import find_config_problem
+from ppo_ray.preflight import Inputs, _policy_problems
 from ppo_ray.rollout.engine import Engine, GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
 from ppo_ray.weights.snapshot import WeightSnapshot
-from tests.architectures.tiny import make_model, tiny_config
+from tests.architectures.tiny import make_model, save_tokenizer, tiny_config
 
 TEMPERATURE = 0.8
 SIZES = [(1, 1), (2, 5), (7, 15), (3, 3), (12, 9), (1, 20), (5, 8), (18, 4)]
@@ -87,12 +88,17 @@ def differentiate(
     return {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
 
 
+def check_run(folder: Path, engine: str) -> None:
+    """Raise what a run with this policy would refuse before anything starts."""
+    options = ["steps=1", "output_dir=run", "prompts.path=prompts", "reward.function=builtins:len"]
+    options += [f"model.path={folder}", f"rollout.engine={engine}", "rollout.max_context=64"]
+    if problems := list(_policy_problems(load_config(None, options), Inputs())):
+        raise InputError(problems[0])
+
+
 def judge_learner(folder: Path) -> str:
     """Compare the learner's passes with the model's own over each sequence alone, and what is saved with what was."""
-    empty, problem = check_weights("model.path", "AutoModelForCausalLM", str(folder), NO_TRUST)
-    if problem is not None:
-        raise InputError(problem)
-    check_head(empty)
+    check_run(folder, "hf")
     policy = CausalLMWithValueHead(load_causal_lm(str(folder)), temperature=TEMPERATURE)
     wanted = []
     for prompt, response in SEQUENCES:
@@ -155,6 +161,7 @@ def judge_hf(folder: Path) -> str:
 
 def judge_vllm(folder: Path) -> str:
     """Judge vLLM, in this process."""
+    check_run(folder, "vllm")
     from ppo_ray.rollout.vllm import VLLMEngine
 
     options = {"max_context": 64, "max_num_seqs": 8, "kv_cache_mib": 32}
@@ -179,6 +186,7 @@ def judge(name: str, folder: Path, columns: Sequence[str]) -> dict[str, str]:
         if problem := find_config_problem(config):
             return {"learner": shorten(problem)}
         make_model(AutoModelForCausalLM, config, embedding_size=0.2).save_pretrained(folder)
+        save_tokenizer(folder)
         config.save_pretrained(folder)  # where the causal LM is a part of the whole, its own config was saved
         verdicts = {}
         for column in columns:

@@ -8,32 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from ppo_ray.errors import InputError
 from ppo_ray.reward.classifier import Classifier
-from tests.architectures.tiny import chosen, make_model, tiny_config
+from tests.architectures.tiny import chosen, make_model, save_tokenizer, tiny_config
 
 ARCHITECTURES = sorted(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
 
 REFUSED = {"layoutlmv2": "requires the detectron2 library", "mra": "gives every text the same outputs"}
 """Those that are refused, and by which words."""
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Save a tokenizer of bytes that puts a text between <cls> (1) and <eos> (2); <pad> is 0."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<cls>", "<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<cls> $A <eos>", special_tokens=[("<cls>", 1), ("<eos>", 2)]
-    )
-    names = {"pad_token": "<pad>", "cls_token": "<cls>", "eos_token": "<eos>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
 TEXTS = ["so", "what a slow film", "x", "I liked it, and the end", "awful", "funny people"]

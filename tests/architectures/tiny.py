@@ -8,10 +8,12 @@ import dataclasses
 import datetime
 import os
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size", "pooler_hidden_size"), 64),
@@ -204,3 +206,17 @@ def make_model(auto_class: Any, config: Any, embedding_size: float = 1.0) -> Any
             elif not key.endswith(("A_log", "dt_bias", "D")):
                 parameter.add_(0.2 * noise)
     return model
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of bytes that puts a text between <cls> (1) and <eos> (2); <pad> is 0."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<cls>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<cls> $A <eos>", special_tokens=[("<cls>", 1), ("<eos>", 2)]
+    )
+    names = {"pad_token": "<pad>", "cls_token": "<cls>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
