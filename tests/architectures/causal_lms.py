@@ -31,6 +31,8 @@ SIZES = [(1, 1), (2, 5), (7, 15), (3, 3), (12, 9), (1, 20), (5, 8), (18, 4)]
 """Tokens of prompt and response; most are longer than the attention windows of 8."""
 TOLERANCE = 2e-5
 """Of figures, nats; of a parameter's gradient, relative to its norm."""
+CLOSE = 1e-3
+"""Of an engine's figures, nats, as a run's self-check has it."""
 
 
 def draw_tokens(*lengths: int) -> list[np.ndarray]:
@@ -140,18 +142,20 @@ def judge_engine(folder: Path, start: Callable[[str], Engine], tolerance: float)
     for module in policy.modules():  # vLLM may have decorated the class of a module, and asks its objects for this
         module.do_not_compile = True
     try:
-        if not (worst := find_difference()) <= tolerance:
-            return f"wrong: off by {worst:.1e} nats"
+        before = find_difference()
+        if not before <= CLOSE:
+            return f"wrong: off by {before:.1e} nats"
         draw = torch.Generator().manual_seed(5)
         for parameter in policy.causal_lm.parameters():
             parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=draw))
-        assert find_difference() > 10 * tolerance, "the weights do not matter"
+        assert find_difference() > 5 * CLOSE, "the weights do not matter"
         engine.load_weights(WeightSnapshot.take(Replicated(policy, Ranks()).weights(), 1))
-        if not (worst := find_difference()) <= tolerance:
-            return f"wrong: off by {worst:.1e} nats after a weight update"
+        after = find_difference()
+        if not after <= CLOSE:
+            return f"wrong: off by {after:.1e} nats after a weight update"
     finally:
         engine.close()
-    return "exact"
+    return "exact" if max(before, after) <= tolerance else f"within {CLOSE:g} nats"
 
 
 def judge_hf(folder: Path) -> str:
@@ -173,7 +177,7 @@ JUDGES = {"learner": judge_learner, "transformers engine": judge_hf, "vLLM": jud
 
 
 def judge(name: str, folder: Path, columns: Sequence[str]) -> dict[str, str]:
-    """Give the verdicts of some columns on an architecture: "exact", "refused: ...", "fails: ..." or "wrong: ...".
+    """Give the verdicts of some columns on an architecture: "exact", "within ...", or "refused", "fails" or "wrong" and how.
 
     Args:
         name: of the architecture.

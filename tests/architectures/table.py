@@ -27,8 +27,8 @@ attention windows shorter than the sequences. `python -m tests.architectures.tab
   each sequence alone, without padding, to 2e-5 in float32; a saved checkpoint loads with equal logits. {exact} of
   {total} are exact. The others are refused in these words before anything is learnt.
 - **transformers engine** (`rollout.engine=hf`) and **vLLM**: log-probabilities of sampled tokens are the model's own,
-  to 1e-4 and 2e-4, before a weight update and after it. `fails` is an error of the engine's own; `wrong` are other
-  figures, which a run's self-check finds. Both end a run before it has learnt anything.
+  to 1e-4 and 2e-4 nats, before a weight update and after it; `within 0.001 nats` is what a run's self-check takes.
+  `wrong` are figures that it finds, `fails` an error of the engine's own: both end a run before it has learnt anything.
 
 The tests try a sample, another each day, and hold it to this page; `make test-architectures` tries all. What a model
 needs of memory is another question: `ppo-ray plan` answers it. Indexed attention (DeepSeek V3.2, GLM DSA) was tried on
