@@ -177,7 +177,7 @@ JUDGES = {"learner": judge_learner, "transformers engine": judge_hf, "vLLM": jud
 
 
 def judge(name: str, folder: Path, columns: Sequence[str]) -> dict[str, str]:
-    """Give the verdicts of some columns on an architecture: "exact", "within ...", or "refused", "fails" or "wrong" and how.
+    """Say of an architecture "exact", "within ...", "refused: ...", "fails: ..." or "wrong: ...", column by column.
 
     Args:
         name: of the architecture.

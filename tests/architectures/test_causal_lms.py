@@ -15,17 +15,15 @@ from tests.architectures.tiny import chosen
 
 TABLE = read_table()
 SERVED = [name for name in ARCHITECTURES if TABLE[name]["vLLM"] == "exact"]
-WRONG = {"deepseek_v4", "git", "moshi", "nemotron_h", "zamba2"}
-"""Those whose figures the transformers engine gets wrong; a run's self-check ends it before it has learnt."""
 
 
 @pytest.mark.parametrize("name", chosen(ARCHITECTURES))
 def test_an_architecture_is_as_the_table_says(name: str, tmp_path: Path) -> None:
-    verdicts = judge(name, tmp_path, COLUMNS[:2])
-    wanted = {column: TABLE[name][column] for column in verdicts}
-    if name in WRONG:  # by how much depends on the order of sums
-        wanted, verdicts = ({column: cell.split(":")[0] for column, cell in row.items()} for row in (wanted, verdicts))
-    assert verdicts == wanted
+    for column, verdict in judge(name, tmp_path, COLUMNS[:2]).items():
+        wanted = TABLE[name][column]
+        if wanted.startswith("wrong"):  # by how much depends on the order of sums
+            wanted, verdict = wanted[:5], verdict[:5]
+        assert verdict == wanted, column
 
 
 @pytest.mark.slow
@@ -47,7 +45,6 @@ def test_what_is_listed_is_exact_or_says_why_not() -> None:
             served = verdicts["learner"] == "exact"
             said = verdicts[column].startswith(("exact", "within ", "refused: ", "fails: ", "wrong: "))
             assert said if served else not verdicts[column], name
-    assert {name for name, row in TABLE.items() if any("wrong: " in cell for cell in row.values())} == WRONG
 
 
 @pytest.mark.parametrize(
