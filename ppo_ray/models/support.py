@@ -80,7 +80,7 @@ def _can_load(config: Any) -> bool:
     """Say whether a causal LM that was saved with this config can be loaded; one with its own code brings the class."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+    return hasattr(config, "auto_map") or any(kind in MODEL_FOR_CAUSAL_LM_MAPPING for kind in type(config).__mro__)
 
 
 def check_head(causal_lm: Any) -> None:

@@ -245,3 +245,11 @@ def test_a_model_for_which_memory_is_too_small_is_not_blamed(monkeypatch: pytest
     monkeypatch.setattr(model.model, "forward", run_out)
     with pytest.raises(torch.OutOfMemoryError):
         Decoder(model.model)
+
+
+def test_a_config_of_ones_own_is_that_which_it_derives_from() -> None:
+    class Own(LlamaConfig):
+        pass
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CausalLMWithValueHead(LlamaForCausalLM(Own(vocab_size=50, **sizes)).eval(), temperature=1.0)
