@@ -15,7 +15,7 @@ TRL_STAMP := $(TRL_VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup assets demo benchmark test test-fast test-slow test-faults test-fuzz lint types lock clean
+.PHONY: help setup assets demo benchmark test test-fast test-slow test-faults test-fuzz test-architectures lint types lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -65,6 +65,9 @@ test-faults: assets ## tests/faults alone, with ten kills of each kind of worker
 
 test-fuzz: setup ## tests/fuzz alone, with ten times as many hostile files: a few minutes
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile long tests/fuzz
+
+test-architectures: setup ## every architecture of transformers, not the day's sample: an hour, most of it vLLM
+	PPO_RAY_ALL_ARCHITECTURES=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/architectures
 
 lint: setup
 	$(BIN)/ruff check .

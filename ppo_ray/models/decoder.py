@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ppo_ray.errors import InputError
+from ppo_ray.errors import InputError, first_line
 from ppo_ray.models.packing import PackedRows, pack
 from ppo_ray.models.support import find_config_problem, max_exact_tokens
 
@@ -28,7 +28,7 @@ class Decoder:
             base_model: a transformers model without its head, on its device, in eval mode.
 
         Raises:
-            InputError: the model looks ahead, as encoders do, or computes NaN.
+            InputError: the model looks ahead, as encoders do, needs more than token ids, or computes NaN.
         """
         config = base_model.config
         self._name = config.name_or_path or type(base_model).__name__
@@ -100,7 +100,15 @@ class Decoder:
         early, later = self._tokens[[2, 3, 4, 5]], self._tokens[:2]  # these two differ
         inputs = (pack([[0]], [early[:2]], [np.append(early[2:], [token, 0])], self.device) for token in later)
         # all states but that of the later token itself, the last one
-        first, second = (self._run(rows, block_diagonal=False)[:-1] for rows in inputs)
+        try:
+            first, second = (self._run(rows, block_diagonal=False)[:-1] for rows in inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # each model's own code has errors of its own
+            raise InputError(
+                f"the model {self._name!r} cannot be run on token ids alone ({type(error).__name__}: "
+                f"{first_line(error)}); give a decoder that reads nothing else, such as GPT-2, Llama or Qwen"
+            ) from error
         if not agree(first, second):
             raise InputError(
                 f"the model {self._name!r} looks ahead at later tokens; give a decoder, such as GPT-2, Llama or Qwen"

@@ -10,6 +10,8 @@ _LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_
 _LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 CHOOSE = "Choose a model without it, such as GPT-2, Llama or Qwen."
 """Ends what is said of a model that the learner does not compute."""
+_UNTRAINABLE = {"reformer": "computes gradients in training mode alone, with dropout"}
+"""Why a kind of model cannot learn, by its `model_type`."""
 
 
 def find_config_problem(config: Any, is_critic: bool = False) -> str | None:
@@ -21,6 +23,8 @@ def find_config_problem(config: Any, is_critic: bool = False) -> str | None:
     """
     if getattr(config, "is_encoder_decoder", False):
         return f"is an encoder-decoder ({config.model_type}); give a model that is a decoder alone"
+    if reason := _UNTRAINABLE.get(config.model_type):
+        return f"{reason}; the learner has none. {CHOOSE}"
     if is_critic:
         return None
     text = config.get_text_config()
@@ -72,6 +76,13 @@ def find_decoder(causal_lm: Any) -> Any:
     return getattr(causal_lm, "model", base) if base is causal_lm else base
 
 
+def _can_load(config: Any) -> bool:
+    """Say whether a causal LM that was saved with this config can be loaded; one with its own code brings the class."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return hasattr(config, "auto_map") or any(kind in MODEL_FOR_CAUSAL_LM_MAPPING for kind in type(config).__mro__)
+
+
 def check_head(causal_lm: Any) -> None:
     """Check that a causal LM's output embedding is a linear map of the decoder's last hidden state.
 
@@ -79,12 +90,18 @@ def check_head(causal_lm: Any) -> None:
         causal_lm: of transformers, on any device, the meta device too.
 
     Raises:
-        InputError: its config says that it is not, there is no linear output embedding, or it is an encoder-decoder's
-            decoder (BART), whose positions count the padding that engines put before a prompt.
+        InputError: its config says that it is not, there is no linear output embedding, it cannot be loaded once it is
+            saved, or it is an encoder-decoder's decoder (BART), whose positions count the padding that engines put
+            before a prompt.
     """
     name = causal_lm.config.name_or_path or type(causal_lm).__name__
     if problem := find_config_problem(causal_lm.config):
         raise InputError(f"the model {name!r} {problem}")
+    if not _can_load(causal_lm.config):
+        raise InputError(
+            f"the model {name!r} is a part of another ({causal_lm.config.model_type}), which AutoModelForCausalLM does "
+            "not load by itself, so a checkpoint of it could not be loaded; give a model that is a decoder alone"
+        )
     decoder, kind = find_decoder(causal_lm), type(causal_lm).__name__
     if decoder is causal_lm:
         raise InputError(f"the model {name!r} has no decoder apart from its head ({kind}); {CHOOSE}")

@@ -234,3 +234,22 @@ def test_a_model_that_computes_nan_is_said_to() -> None:
         model.model.norm.weight[3] = torch.nan
     with pytest.raises(InputError, match="computes NaN or infinite states"):
         CausalLMWithValueHead(model, temperature=1.0)
+
+
+def test_a_model_for_which_memory_is_too_small_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = policy("llama").causal_lm
+
+    def run_out(*unused: Any, **unused_too: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(model.model, "forward", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        Decoder(model.model)
+
+
+def test_a_config_of_ones_own_is_that_which_it_derives_from() -> None:
+    class Own(LlamaConfig):
+        pass
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CausalLMWithValueHead(LlamaForCausalLM(Own(vocab_size=50, **sizes)).eval(), temperature=1.0)

@@ -1,0 +1,82 @@
+"""Writes docs/models.md: verdicts on every causal LM of transformers.
+
+`python -m tests.architectures.table` tries the learner and the transformers engine (five minutes), with `--vllm` vLLM
+alone (half an hour); names of architectures restrict it to these. What is not tried keeps its verdict.
+"""
+
+import argparse
+import re
+import tempfile
+from pathlib import Path
+
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+import tests.conftest  # noqa: F401  (sets the environment of torch and vLLM, which are imported below)
+
+FILE = Path(__file__).parents[2] / "docs" / "models.md"
+ARCHITECTURES = sorted(CLASSES)
+COLUMNS = ("learner", "transformers engine", "vLLM")
+HEAD = """\
+# Causal language models
+
+Every causal language model of transformers {version}, tried as a tiny random one with a layer of each kind and with
+attention windows shorter than the sequences. `python -m tests.architectures.table` makes this page.
+
+- **learner**: log-probabilities, values and gradients of packed rows are those of transformers' own forward pass over
+  each sequence alone, without padding, to 2e-5 in float32; a saved checkpoint loads with equal logits. {exact} of
+  {total} are exact. The others are refused in these words before anything is learnt.
+- **transformers engine** (`rollout.engine=hf`) and **vLLM**: log-probabilities of sampled tokens are the model's own,
+  to 1e-4 and 2e-4 nats, before a weight update and after it; `within 0.001 nats` is what a run's self-check takes.
+  `wrong` are figures that it finds, `fails` an error of the engine's own: both end a run before it has learnt anything.
+
+The tests try a sample, another each day, and hold it to this page; `make test-architectures` tries all. What a model
+needs of memory is another question: `ppo-ray plan` answers it. Indexed attention (DeepSeek V3.2, GLM DSA) was tried on
+sequences that the indexer takes whole.
+
+| `model_type` | class | learner | transformers engine | vLLM |
+|---|---|---|---|---|
+"""
+
+
+def read_table() -> dict[str, dict[str, str]]:
+    """Return the verdicts on each architecture by column."""
+    lines = FILE.read_text().splitlines() if FILE.exists() else []
+    rows = [re.split(r" *\| +", line.removesuffix("|")) for line in lines if line.startswith("| `")]
+    return {row[1].strip("`"): dict(zip(COLUMNS, map(str.strip, row[3:6]), strict=True)) for row in rows[1:]}
+
+
+def write_table(table: dict[str, dict[str, str]]) -> None:
+    """Write the page."""
+    exact = sum(verdicts.get("learner") == "exact" for verdicts in table.values())
+    rows = [
+        f"| `{name}` | {CLASSES[name]} | {' | '.join(table.get(name, {}).get(column, '') for column in COLUMNS)} |\n"
+        for name in ARCHITECTURES
+    ]
+    head = HEAD.format(version=transformers.__version__, total=len(ARCHITECTURES), exact=exact)
+    FILE.write_text(head + "".join(rows))
+
+
+def main() -> None:
+    """Judge, and write the page after each architecture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--vllm", action="store_true")
+    arguments = parser.parse_args()
+    from tests.architectures.causal_lms import judge
+
+    for name in arguments.names:
+        if arguments.vllm and read_table()[name]["learner"] != "exact":
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            verdicts = judge(name, Path(folder), COLUMNS[2:] if arguments.vllm else COLUMNS[:2])
+        table = read_table()  # only now: another process may try another column
+        known = table.get(name, {})
+        kept = known if arguments.vllm else {"vLLM": known.get("vLLM", "")} if verdicts["learner"] == "exact" else {}
+        table[name] = kept | verdicts
+        write_table(table)
+        print(name, verdicts, flush=True)
+
+
+if __name__ == "__main__":
+    main()

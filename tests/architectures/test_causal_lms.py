@@ -1,0 +1,60 @@
+"""Every causal LM of the installed transformers, tiny and random: exact in the learner and in engines, or refused.
+
+`docs/models.md` lists the verdicts, and these tests hold it to them.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT
+from tests.architectures.causal_lms import judge
+from tests.architectures.table import ARCHITECTURES, COLUMNS, read_table
+from tests.architectures.tiny import chosen
+
+TABLE = read_table()
+SERVED = [name for name in ARCHITECTURES if TABLE[name]["vLLM"] == "exact"]
+
+
+@pytest.mark.parametrize("name", chosen(ARCHITECTURES))
+def test_an_architecture_is_as_the_table_says(name: str, tmp_path: Path) -> None:
+    for column, verdict in judge(name, tmp_path, COLUMNS[:2]).items():
+        wanted = TABLE[name][column]
+        if wanted.startswith("wrong"):  # by how much depends on the order of sums
+            wanted, verdict = wanted[:5], verdict[:5]
+        assert verdict == wanted, column
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", chosen(SERVED, size=2))
+def test_vllm_serves_an_architecture_as_the_table_says(name: str, tmp_path: Path) -> None:
+    os.environ.update(ENVIRONMENT | CPU_ENVIRONMENT)  # read when vllm is imported
+    assert judge(name, tmp_path, ["vLLM"]) == {"vLLM": "exact"}
+
+
+def test_the_table_lists_the_architectures_of_the_installed_transformers() -> None:
+    """After another transformers: `python -m tests.architectures.table`."""
+    assert list(TABLE) == ARCHITECTURES
+
+
+def test_what_is_listed_is_exact_or_says_why_not() -> None:
+    for name, verdicts in TABLE.items():
+        assert verdicts["learner"].startswith(("exact", "refused: ")), name
+        for column in COLUMNS[1:]:
+            served = verdicts["learner"] == "exact"
+            said = verdicts[column].startswith(("exact", "within ", "refused: ", "fails: ", "wrong: "))
+            assert said if served else not verdicts[column], name
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("reformer", "computes gradients in training mode alone, with dropout"),
+        ("emu3", "is a part of another (emu3_text_model), which AutoModelForCausalLM does not load by itself"),
+        ("gemma4_assistant", "cannot be run on token ids alone (KeyError: 'sliding_attention')"),
+        ("musicgen", "is an encoder-decoder (musicgen)"),
+    ],
+)
+def test_models_that_would_fail_in_words_of_their_own_are_refused(name: str, words: str, tmp_path: Path) -> None:
+    assert f"refused: {words}" in judge(name, tmp_path, COLUMNS[:1])["learner"]
