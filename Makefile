@@ -24,8 +24,8 @@ setup: ## a virtual environment with the locked packages, made, mended or left a
 assets: setup ## the demo's models and data, built once into the user's cache
 	@$(BIN)/ppo-ray assets imdb
 
-demo: assets ## train the 135M demo policy (ARGS="steps=5 output_dir=runs/short" to change options)
-	@$(BIN)/ppo-ray train configs/imdb.yaml $(ARGS)
+demo: setup ## train the 135M demo policy, go on with it, or show what it left (ARGS="steps=5 output_dir=runs/short")
+	@$(BIN)/ppo-ray demo $(ARGS)
 
 # TRL 0.11.3 wants libraries of its time, so it lives in an environment of its own.
 benchmark: assets ## ppo_ray beside TRL 0.11.3: an hour, see docs/performance.md (ARGS="--batch-size 128")
