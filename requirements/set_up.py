@@ -28,9 +28,9 @@ GLIBC = (2, 28)
 """Oldest that the wheels of torch and vLLM run on."""
 DRIVER = 580
 """Oldest major version of NVIDIA's driver that CUDA 13 runs on, which PyPI's torch is built with."""
-DISK_GB = {"cpu": 5, "gpu": 16, "trl": 2}
+DISK_GB = {"cpu": 5, "gpu": 12, "trl": 2}
 """Size of an environment with torch's CPU build, or of gpu with CUDA."""
-CUDA_GB = 5
+CUDA_GB = 3
 """What torch's CUDA build and its libraries take beyond the CPU build."""
 
 
@@ -215,7 +215,7 @@ class Environment:
             return lock
         print(
             f"pip sees no torch {version}: PyPI's torch is installed with the CUDA libraries that it needs, "
-            f"2.4 GB more to download and {CUDA_GB} GB more on disk. For the CPU build (0.2 GB), stop this, tell pip where "
+            f"2.3 GB more to download and {CUDA_GB} GB more on disk. For the CPU build (0.2 GB), stop this, tell pip where "
             "torch's CPU builds are, and start again: export PIP_EXTRA_INDEX_URL= and the index that torch's "
             "installation page names for CPU",
             flush=True,
