@@ -72,8 +72,8 @@ def train(
 def demo(overrides: Overrides = None) -> None:
     """Build the demo's models and data, then train as configs/imdb.yaml says: 30 steps on two CPU cores.
 
-    Called again, it goes on with a run that was stopped, and shows what a finished one left. More steps: steps=40. A run
-    of other options needs another folder: output_dir=runs/other seed=1.
+    Called again, it goes on with a run that was stopped, and shows what a finished one left. More steps: steps=40.
+    A run with other options needs another folder: output_dir=runs/other seed=1.
     """
     with _report_errors():
         from ppo_ray.config import load_config

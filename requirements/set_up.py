@@ -83,7 +83,7 @@ def read_driver_version() -> str:
         if not shutil.which("nvidia-smi"):
             return ""
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        text = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True).stdout
+        text = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
     match = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
     return match.group() if match else ""
 
@@ -125,9 +125,7 @@ def describe_python(command: str) -> str:
         "print(version + (' without the GIL' if sysconfig.get_config_var('Py_GIL_DISABLED') else ''))"
     )
     try:
-        result = subprocess.run(
-            [command, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, universal_newlines=True
-        )
+        result = subprocess.run([command, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     except OSError:
         return ""
     return result.stdout.strip()
@@ -183,12 +181,14 @@ class Environment:
         self._pip_install("--no-deps", "--require-hashes", *(part for lock in locks for part in ("-r", str(lock))))
         if self.extra != "trl":
             self._pip_install("--no-deps", "--no-build-isolation", "--editable", str(ROOT))
-        packages = sorted(str(path.relative_to(self.path)) for path in self.path.glob("lib/*/site-packages/*.dist-info"))
+        packages = sorted(
+            str(path.relative_to(self.path)) for path in self.path.glob("lib/*/site-packages/*.dist-info")
+        )
         self.stamp.write_text(json.dumps({"locks": self._digest(), "packages": packages}, indent=0))
         self.unfinished.unlink()
 
     def _must_be_made(self) -> bool:
-        """Say whether nothing in the folder can be used: no Python that runs, another one, other or half the packages."""
+        """Say whether nothing there can be used: no Python that runs, another Python, other or half the packages."""
         others = [stamp for stamp in self.path.glob(".installed-*") if stamp != self.stamp]
         version = describe_python(str(self.python))
         wanted = (describe_python(self.named),) if self.named else PYTHONS
@@ -200,7 +200,10 @@ class Environment:
     def _digest(self) -> str:
         """Return a checksum of all that decides what is installed."""
         names = ["pip", self.extra, *([] if self.extra == "gpu" else ["torch-cpu", "torch-cuda"])]
-        files = [*(LOCKS / f"{name}.txt" for name in names), *([] if self.extra == "trl" else [ROOT / "pyproject.toml"])]
+        files = [
+            *(LOCKS / f"{name}.txt" for name in names),
+            *([] if self.extra == "trl" else [ROOT / "pyproject.toml"]),
+        ]
         return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
     def _find_torch_lock(self) -> Path:
@@ -208,15 +211,15 @@ class Environment:
         lock = LOCKS / "torch-cpu.txt"
         (version,) = re.findall(r"^torch==(\S+)", lock.read_text(), re.MULTILINE)
         command = [str(self.python), "-m", "pip", "index", "versions", "torch", "--json"]
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             refuse(f"pip cannot list the builds of torch:\n{result.stderr.strip()}", 1)
         if version in json.loads(result.stdout)["versions"]:
             return lock
         print(
-            f"pip sees no torch {version}: PyPI's torch is installed with the CUDA libraries that it needs, "
-            f"2.3 GB more to download and {CUDA_GB} GB more on disk. For the CPU build (0.2 GB), stop this, tell pip where "
-            "torch's CPU builds are, and start again: export PIP_EXTRA_INDEX_URL= and the index that torch's "
+            f"pip sees no torch {version}, so PyPI's torch is installed with the CUDA libraries that it needs: "
+            f"2.3 GB more to download and {CUDA_GB} GB more on disk. For the CPU build (0.2 GB), stop this, tell pip "
+            "where torch's CPU builds are, and start again: export PIP_EXTRA_INDEX_URL= and the index that torch's "
             "installation page names for CPU",
             flush=True,
         )
@@ -229,9 +232,8 @@ class Environment:
         command = [str(self.python), "-m", "pip", "install", "--progress-bar", "off", *arguments]
         variables = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_USER": "0"}
         lines = []
-        with subprocess.Popen(
-            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True
-        ) as pip, self.log.open("a") as log:
+        pip = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with self.log.open("a") as log:
             log.write(f"$ {' '.join(command)}\n")
             number, name = 0, ""
             for line in pip.stdout or ():
@@ -246,7 +248,7 @@ class Environment:
                     print(f"[{number}/{total}] {name} {size.group(3) if size else ''}".rstrip(), flush=True)
                 elif line.startswith("Installing collected packages") and total > 1:
                     print("installing what was fetched: a minute or two", flush=True)
-        if pip.returncode:
+        if pip.wait():
             said = "".join(line for line in lines if not line.startswith("WARNING"))[-3000:].rstrip()
             refuse(f"pip failed; all that it said is in {self.log}, its last words are:\n{said}", 1)
 

@@ -66,7 +66,9 @@ def test_what_the_package_is_built_from_is_copied_before(extra: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     build = position(extra, "RUN", "--no-build-isolation .")
     before = [rest for name, rest in instructions(extra)[:build] if name == "COPY"]
-    assert {"pyproject.toml", project["readme"], "ppo_ray", "configs"} <= {word for rest in before for word in rest.split()}
+    assert {"pyproject.toml", project["readme"], "ppo_ray", "configs"} <= {
+        word for rest in before for word in rest.split()
+    }
 
 
 @pytest.mark.parametrize("extra", FILES)

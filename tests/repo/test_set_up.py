@@ -101,7 +101,7 @@ def test_a_whole_environment_is_left_alone(environment: Environment, monkeypatch
     [
         ("rm lib/python3.12/site-packages/numpy-2.0.dist-info/RECORD", False),
         ("rm .installed-cpu", False),
-        ("sed -i 's/\"locks\": \"./&0/' .installed-cpu", False),
+        ('sed -i \'s/"locks": "./&0/\' .installed-cpu', False),
         ("rm bin/python", True),
         ("echo 'echo 3.14' > bin/python", True),
         ("rm -r lib/python3.12/site-packages/pip", True),

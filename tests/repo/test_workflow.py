@@ -1,4 +1,4 @@
-"""The workflow for GitHub: it runs what CONTRIBUTING says, on the versions that the locks serve, with pinned actions."""
+"""The workflow for GitHub: what every submission must pass, on the versions that the locks serve; pinned actions."""
 
 import re
 from pathlib import Path
