@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ROOT / "requirements"
 PYTHONS = ("3.11", "3.12", "3.13")
 """Versions that the locks serve, the one that they are tested with most first."""
-GLIBC = (2, 28)
-"""Oldest that the wheels of torch and vLLM run on."""
+GLIBC = (2, 31)
+"""Oldest that all locked wheels run on."""
 DRIVER = 580
 """Oldest major version of NVIDIA's driver that CUDA 13 runs on, which PyPI's torch is built with."""
 DISK_GB = {"cpu": 5, "gpu": 12, "trl": 2}
@@ -178,7 +178,12 @@ class Environment:
         free = shutil.disk_usage(str(self.path)).free / 1e9
         if anew and free < needed:
             refuse(f"{self.path.name} needs {needed} GB of disk, and {free:.1f} GB are free in {ROOT}", 1)
-        self._pip_install("--no-deps", "--require-hashes", *(part for lock in locks for part in ("-r", str(lock))))
+        self._pip_install(
+            "--no-deps",
+            "--only-binary=:all:",
+            "--require-hashes",
+            *(part for lock in locks for part in ("-r", str(lock))),
+        )
         if self.extra != "trl":
             self._pip_install("--no-deps", "--no-build-isolation", "--editable", str(ROOT))
         packages = sorted(
