@@ -2,16 +2,13 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-PYTHON ?= python3.11
+export PYTHON ?=
 EXTRA ?= cpu
 ARGS ?=
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-LOCK := requirements/$(EXTRA).txt
-STAMP := $(VENV)/.installed-$(EXTRA)
 TRL_VENV := .venv-trl
-TRL_STAMP := $(TRL_VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -21,35 +18,18 @@ export TOKENIZERS_PARALLELISM := false
 help: ## show this
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## a virtual environment with the locked packages (EXTRA=gpu for a GPU machine)
-
-# The stamp comes last: an interrupted installation is taken up again, from an environment still without pip too.
-$(STAMP): $(LOCK) pyproject.toml
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	@rm -f $(VENV)/.installed-*
-	@echo "installing $(LOCK) into $(VENV): a few minutes the first time"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r $(LOCK)
-	@[ $(EXTRA) != cpu ] || grep -q '^cuda.*= None' $(VENV)/lib/python*/site-packages/torch/version.py || \
-	  { echo "torch is a CUDA build, and $(LOCK) has none of the libraries that it needs. Tell pip where torch's CPU builds are:" \
-	         "export PIP_EXTRA_INDEX_URL= and the index that torch's installation page names for CPU; then rm -r $(VENV) and again" >&2; exit 1; }
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	@touch $@
+setup: ## a virtual environment with the locked packages, made, mended or left alone (EXTRA=gpu for a GPU machine)
+	@$(or $(PYTHON),python3) requirements/set_up.py $(EXTRA)
 
 assets: setup ## the demo's models and data, built once into the user's cache
 	@$(BIN)/ppo-ray assets imdb
 
-demo: assets ## train the 135M demo policy (ARGS="steps=5 output_dir=runs/short" to change options)
-	@$(BIN)/ppo-ray train configs/imdb.yaml $(ARGS)
+demo: setup ## train the 135M demo policy, go on with it, or show what it left (ARGS="steps=5 output_dir=runs/short")
+	@$(BIN)/ppo-ray demo $(ARGS)
 
-# TRL 0.11.3 wants libraries of its time, so it lives in an environment of its own; the stamp comes last, as above.
-$(TRL_STAMP): requirements/trl.txt
-	@$(TRL_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(TRL_VENV)
-	@rm -f $@
-	@echo "installing requirements/trl.txt into $(TRL_VENV): a minute the first time"
-	@$(TRL_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements/trl.txt
-	@touch $@
-
-benchmark: assets $(TRL_STAMP) ## ppo_ray beside TRL 0.11.3: an hour, see docs/performance.md (ARGS="--batch-size 128")
+# TRL 0.11.3 wants libraries of its time, so it lives in an environment of its own.
+benchmark: assets ## ppo_ray beside TRL 0.11.3: an hour, see docs/performance.md (ARGS="--batch-size 128")
+	@$(or $(PYTHON),python3) requirements/set_up.py trl
 	@$(BIN)/python -m benchmarks.compare $(ARGS)
 
 test: lint types assets test-fast test-slow ## everything
@@ -76,25 +56,31 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-lock: setup requirements/cpu.lock requirements/gpu.lock requirements/trl.lock ## remake requirements/*.txt
+LOCKS := pip torch-cuda cpu gpu trl
+lock: setup $(LOCKS:%=requirements/%.lock) ## remake requirements/*.txt, with the versions that they have (UPGRADE=--upgrade: newer)
 
-# The CPU lock takes torch's CPU build from where pip finds it, the GPU lock does not. torch's local version (+cpu) is left
-# out, so that the lock can be installed wherever a build of that version is to be had.
-requirements/cpu.lock requirements/trl.lock: export UV_FIND_LINKS := $(PIP_FIND_LINKS)
-requirements/cpu.lock requirements/trl.lock: export UV_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL)
-PLATFORM := --python-version 3.11 --python-platform x86_64-manylinux_2_28
-requirements/%.lock: setup
-	@{ echo "# Made by \`make lock\` from pyproject.toml and requirements/overrides-$*.txt; install with: pip install --no-deps -r"; \
-	  $(BIN)/uv pip compile --quiet pyproject.toml --extra $* --extra demo --extra dev \
-	    --override requirements/overrides-$*.txt $(PLATFORM) --no-header --no-annotate | sed 's/+cpu$$//'; } > $@
+# One lock serves all Python versions, and Linux on x86-64 alone ([tool.uv] in pyproject.toml): no line repeats that.
+# torch is in none but gpu.txt: its CPU build is in torch-cpu.txt, PyPI's build and CUDA's libraries are in torch-cuda.txt.
+SERVED := python_full_version < '3.14' and implementation_name == 'cpython' and platform_machine == 'x86_64' and \
+  platform_python_implementation == 'CPython' and sys_platform == 'linux'
+UPGRADE ?=
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+  --no-header --no-annotate $(UPGRADE) --output-file requirements/$*.txt
+TORCH = $(shell sed -n 's/^torch==\([^+ ]*\).*/\1/p' requirements/torch-cpu.txt)
+NO_TORCH = $(shell sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' requirements/torch-cuda.txt)
+NO_PURE = $(patsubst %,--no-emit-package %,filelock fsspec jinja2 markupsafe mpmath networkx setuptools sympy triton typing-extensions)
+PROJECT = pyproject.toml --extra $* --extra demo --extra dev --override requirements/overrides-$*.txt $(wildcard requirements/$*.in)
+
+requirements/pip.lock: INPUT = - <<<pip
+requirements/torch-cuda.lock: INPUT = - $(NO_PURE) <<<torch==$(TORCH)
+requirements/cpu.lock: INPUT = $(PROJECT) $(NO_TORCH)
+requirements/gpu.lock: INPUT = $(PROJECT)
+requirements/trl.lock: INPUT = requirements/trl.in $(NO_TORCH)
+requirements/%.lock:
+	@$(COMPILE) $(INPUT)
+	@{ echo "# Made by \`make lock\`; pip install --no-deps -r installs it, and nothing whose checksum is not here."; \
+	  sed "s/ ; $(SERVED)//" requirements/$*.txt; } > $@
 	@mv $@ requirements/$*.txt
-
-# Its packages may come from any of the indexes, as with pip: not all have old versions.
-requirements/trl.lock: setup
-	@{ echo "# Made by \`make lock\` from requirements/trl.in; install with: pip install --no-deps -r"; \
-	  $(BIN)/uv pip compile --quiet requirements/trl.in --index-strategy unsafe-best-match \
-	    $(PLATFORM) --no-header --no-annotate | sed 's/+cpu$$//'; } > $@
-	@mv $@ requirements/trl.txt
 
 clean: ## remove the virtual environments and caches (not runs/, not the assets)
 	rm -rf $(VENV) $(TRL_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -88,6 +88,15 @@ def test_assets(monkeypatch):
     assert run("assets", "mnist").exit_code == 2
 
 
+def test_the_demo_builds_its_assets_and_goes_on_with_its_run(driver, monkeypatch):
+    calls = driver.calls
+    monkeypatch.setattr("ppo_ray.assets.build.build_imdb", lambda: calls.append("assets"))
+    assert run("demo", "steps=5").exit_code == 0
+    assert run("demo", "stpes=5").exit_code == 2  # said before anything is built
+    built, (parsed,) = calls
+    assert (built, parsed.steps, parsed.resume, parsed.output_dir) == ("assets", 5, "auto", "runs/imdb")
+
+
 def test_submit_hands_over_what_was_asked_for(config, monkeypatch, tmp_path):
     from ppo_ray.jobs import submit as submission
 

@@ -65,7 +65,9 @@ def train(config: Config, console: Console | None = None) -> RunReport:
     with Run.open(config, console) as run:
         if run.is_finished:
             run.say(f"the run in {run.folder.path} has made its {config.steps} steps: nothing to do")
-            return RunReport(run.folder, read_steps(run.folder.path), None, None)
+            history = read_steps(run.folder.path)
+            print_summary(console, run.folder, history, None, None)
+            return RunReport(run.folder, history, None, None)
         steps = run_overlapped if config.rollout.max_staleness else run_steps
         with (
             ray_session(config.ray),

@@ -41,7 +41,7 @@ def test_hadolint_would() -> None:
 
 @pytest.mark.parametrize("extra", FILES)
 def test_packages_are_those_of_the_lock_and_are_not_installed_again_for_new_code(extra: str) -> None:
-    install = position(extra, "RUN", f"--no-deps -r requirements/{extra}.txt")
+    install = position(extra, "RUN", f"--no-deps --require-hashes -r requirements/{extra}.txt")
     assert position(extra, "COPY", f"requirements/{extra}.txt") < install < position(extra, "COPY", "ppo_ray ppo_ray")
     pips = [rest for name, rest in instructions(extra) if name == "RUN" and "pip install" in rest]
     assert all("--no-deps" in rest for rest in pips)
@@ -66,7 +66,9 @@ def test_what_the_package_is_built_from_is_copied_before(extra: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     build = position(extra, "RUN", "--no-build-isolation .")
     before = [rest for name, rest in instructions(extra)[:build] if name == "COPY"]
-    assert {"pyproject.toml", project["readme"], "ppo_ray"} <= {word for rest in before for word in rest.split()}
+    assert {"pyproject.toml", project["readme"], "ppo_ray", "configs"} <= {
+        word for rest in before for word in rest.split()
+    }
 
 
 @pytest.mark.parametrize("extra", FILES)

@@ -115,7 +115,8 @@ def test_the_end_of_a_long_text_stays_and_its_beginning_goes(tiny_classifier: Pa
     long = "a wonderful story " * 200
     kept = AutoTokenizer.from_pretrained(tiny_classifier)(long + "slow")["input_ids"][-128:]
     found = classifier.score([long + "slow", "what came before " + long + "slow", long + "funny", "slow"])
-    assert found[0] == found[1] == pytest.approx(score_ids(tiny_classifier, kept), abs=1e-5)
+    wanted = pytest.approx(score_ids(tiny_classifier, kept), abs=1e-5)  # rows of one batch may round differently
+    assert found[0] == wanted and found[1] == wanted
     assert abs(found[2] - found[0]) > 1e-3
     assert classifier.max_tokens == 128 and classifier.truncated == [True, True, True, False]
 

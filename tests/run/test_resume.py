@@ -1,6 +1,10 @@
+import io
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from ppo_ray import checkpoint
 from ppo_ray.checkpoint import RunState
@@ -9,6 +13,8 @@ from ppo_ray.errors import InputError
 from ppo_ray.run.checkpoints import Checkpoints
 from ppo_ray.run.folder import RunFolder, config_text
 from ppo_ray.run.resume import Difference, differences, find_start, is_finished, open_folder
+from ppo_ray.run.run import Run
+from ppo_ray.run.train import train
 
 
 def make(folder: Path, *overrides: str) -> Config:
@@ -116,6 +122,19 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert not is_finished(leave_run(tmp_path / "not", 10), make(tmp_path / "not", "resume=auto"))  # not yet evaluated
     (run.checkpoints / "step-00010" / "run.json").write_text("{}")
     assert not is_finished(run, make(run.path, "resume=auto"))
+
+
+def test_training_shows_what_a_finished_run_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = leave_run(tmp_path, 10, done=True)
+    folder.metrics.write_text('{"step": 0, "score/mean": 0.25}\n{"step": 1, "score/mean": 0.75}\n')
+    console = Console(file=io.StringIO(), width=300)
+    finished = SimpleNamespace(is_finished=True, folder=folder, say=console.print)
+    monkeypatch.setattr(Run, "open", lambda config, console: nullcontext(finished))
+    report = train(make(tmp_path, "resume=auto"), console)
+    said = console.file.getvalue()
+    assert "nothing to do" in said and "batch mean score +0.25 -> +0.75 over 2 steps" in said
+    assert str(folder.final_checkpoint) in said
+    assert [step["score/mean"] for step in report.history] == [0.25, 0.75]
 
 
 def test_differences_name_every_leaf(tmp_path: Path) -> None:
