@@ -12,7 +12,7 @@ TRL_VENV := .venv-trl
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup assets demo benchmark test test-fast test-slow test-faults test-fuzz test-architectures lint types lock clean
+.PHONY: help setup assets demo demo-arithmetic benchmark test test-fast test-slow test-faults test-fuzz test-architectures lint types lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -26,6 +26,9 @@ assets: setup ## the demo's models and data, built once into the user's cache
 
 demo: setup ## train the 135M demo policy, go on with it, or show what it left (ARGS="steps=5 output_dir=runs/short")
 	@$(BIN)/ppo-ray demo $(ARGS)
+
+demo-arithmetic: setup ## teach a 135M chat model sums, with the right answers as the reward
+	@$(BIN)/ppo-ray demo --task arithmetic $(ARGS)
 
 # TRL 0.11.3 wants libraries of its time, so it lives in an environment of its own.
 benchmark: assets ## ppo_ray beside TRL 0.11.3: an hour, see docs/performance.md (ARGS="--batch-size 128")

@@ -14,7 +14,7 @@ from ppo_ray import __version__
 from ppo_ray.errors import Interrupted, PPORayError
 from ppo_ray.events import escape_controls
 
-_DEMO = Path(__file__).parent / "assets" / "imdb.yaml"  # configs/imdb.yaml, for those who have the package alone
+_DEMOS = Path(__file__).parent / "assets"  # with configs/imdb.yaml and others, for those who have the package alone
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 app = typer.Typer(
@@ -70,8 +70,13 @@ def train(
 
 
 @app.command()
-def demo(overrides: Overrides = None) -> None:
-    """Build the demo's models and data, then train as configs/imdb.yaml says: 30 steps on two CPU cores.
+def demo(
+    overrides: Overrides = None,
+    task: Annotated[
+        AssetSet, typer.Option("--task", help="imdb: happier film reviews. arithmetic: a chat model learns sums.")
+    ] = AssetSet.imdb,
+) -> None:
+    """Build a demo's models and data, then train as configs/imdb.yaml says: 30 steps on two CPU cores.
 
     Called again, it goes on with a run that was stopped, and shows what a finished one left. More steps: steps=40.
     A run with other options needs another folder: output_dir=runs/other seed=1.
@@ -79,11 +84,11 @@ def demo(overrides: Overrides = None) -> None:
     with _report_errors():
         from ppo_ray.config import load_config
 
-        parsed = load_config(_DEMO, ["resume=auto", *(overrides or [])])
+        parsed = load_config(_DEMOS / f"{task.value}.yaml", ["resume=auto", *(overrides or [])])
 
-        from ppo_ray.assets.build import build_imdb
+        from ppo_ray.assets.build import build_assets
 
-        build_imdb()
+        build_assets(task.value)
 
         from ppo_ray.run.train import train
 

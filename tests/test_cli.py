@@ -90,11 +90,13 @@ def test_assets(monkeypatch):
 
 def test_the_demo_builds_its_assets_and_goes_on_with_its_run(driver, monkeypatch):
     calls = driver.calls
-    monkeypatch.setattr("ppo_ray.assets.build.build_imdb", lambda: calls.append("assets"))
+    monkeypatch.setattr("ppo_ray.assets.build.build_assets", calls.append)
     assert run("demo", "steps=5").exit_code == 0
     assert run("demo", "stpes=5").exit_code == 2  # said before anything is built
-    built, (parsed,) = calls
-    assert (built, parsed.steps, parsed.resume, parsed.output_dir) == ("assets", 5, "auto", "runs/imdb")
+    assert run("demo", "--task", "arithmetic").exit_code == 0
+    built, (films,), also_built, (sums,) = calls
+    assert (built, films.steps, films.resume, films.output_dir) == ("imdb", 5, "auto", "runs/imdb")
+    assert (also_built, sums.resume, sums.output_dir) == ("arithmetic", "auto", "runs/arithmetic")
 
 
 def test_submit_hands_over_what_was_asked_for(config, monkeypatch, tmp_path):
