@@ -16,6 +16,7 @@ import tests.conftest  # noqa: F401  (sets the environment of torch and vLLM, wh
 
 FILE = Path(__file__).parents[2] / "docs" / "models.md"
 ARCHITECTURES = sorted(CLASSES)
+NOT_TRIED = "not tried"
 COLUMNS = ("learner", "transformers engine", "vLLM")
 HEAD = """\
 # Causal language models
@@ -29,6 +30,7 @@ attention windows shorter than the sequences. `python -m tests.architectures.tab
 - **transformers engine** (`rollout.engine=hf`) and **vLLM**: log-probabilities of sampled tokens are the model's own,
   to 1e-4 and 2e-4 nats, before a weight update and after it; `within 0.001 nats` is what a run's self-check takes.
   `wrong` are figures that it finds, `fails` an error of the engine's own: both end a run before it has learnt anything.
+  `python -m tests.architectures.table --vllm` tries what was not tried yet.
 
 The tests try a sample, another each day, and hold it to this page; `make test-architectures` tries all. What a model
 needs of memory is another question: `ppo-ray plan` answers it. Indexed attention (DeepSeek V3.2, GLM DSA) was tried on
@@ -49,10 +51,12 @@ def read_table() -> dict[str, dict[str, str]]:
 def write_table(table: dict[str, dict[str, str]]) -> None:
     """Write the page."""
     exact = sum(verdicts.get("learner") == "exact" for verdicts in table.values())
-    rows = [
-        f"| `{name}` | {CLASSES[name]} | {' | '.join(table.get(name, {}).get(column, '') for column in COLUMNS)} |\n"
-        for name in ARCHITECTURES
-    ]
+    rows = []
+    for name in ARCHITECTURES:
+        verdicts = table.get(name, {})
+        unknown = NOT_TRIED if verdicts.get("learner") == "exact" else ""
+        cells = [verdicts.get(column) or unknown for column in COLUMNS]
+        rows.append(f"| `{name}` | {CLASSES[name]} | {' | '.join(cells)} |\n")
     head = HEAD.format(version=transformers.__version__, total=len(ARCHITECTURES), exact=exact)
     FILE.write_text(head + "".join(rows))
 
@@ -72,8 +76,7 @@ def main() -> None:
             verdicts = judge(name, Path(folder), COLUMNS[2:] if arguments.vllm else COLUMNS[:2])
         table = read_table()  # only now: another process may try another column
         known = table.get(name, {})
-        kept = known if arguments.vllm else {"vLLM": known.get("vLLM", "")} if verdicts["learner"] == "exact" else {}
-        table[name] = kept | verdicts
+        table[name] = known | verdicts if arguments.vllm or verdicts["learner"] == "exact" else verdicts
         write_table(table)
         print(name, verdicts, flush=True)
 
