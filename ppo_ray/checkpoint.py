@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self, TypeVar
 
-import pyarrow as pa
 import xxhash
 
-from ppo_ray import atomic, trajectory
+from ppo_ray import atomic
 from ppo_ray.errors import CheckpointError, UnreadableError
 
 LATEST, BEST, FINAL = "latest", "best", "final"
@@ -27,7 +26,6 @@ LEARNER_FOLDER = "learner"
 _CHECKSUMS, _STATE, _CONFIG = "checksums.json", "run.json", "config.yaml"
 _CHUNK = 16 << 20  # bytes
 _QUOTED = 300  # characters of an error
-_LEAST_LIMIT, _TIMES = 256 << 20, 100  # bytes that trajectories may unpack to, or how many times the file's size
 
 Record = TypeVar("Record")
 
@@ -72,29 +70,6 @@ def read_record(kind: type[Record], path: Path) -> Record:
         return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
     except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())[:_QUOTED]}") from error
-
-
-def read_ahead(checkpoint: Path) -> pa.Table:
-    """Read the next step's trajectories out of a checkpoint.
-
-    Raises:
-        CheckpointError: they are not there, or damaged, or something else, or unpack to far more than their size.
-    """
-    import pyarrow.parquet as pq
-
-    path = checkpoint / AHEAD
-    try:
-        with pq.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-            unpacked, size = sum(group.total_byte_size for group in groups), path.stat().st_size
-            if unpacked > max(_LEAST_LIMIT, _TIMES * size):
-                raise ValueError(f"its {size:,} bytes unpack to {unpacked:,}")
-            table = file.read()
-        table.validate(full=True)
-        trajectory.validate(table)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())[:_QUOTED]}") from error
-    return table
 
 
 def write(path: Path, state: RunState, config: str, save_learner: Callable[[Path], None]) -> None:

@@ -75,7 +75,9 @@ class LearnerWorker(Worker):
         self._max_staleness, self._batch_size = config.rollout.max_staleness, config.rollout.batch_size
         self._held: pa.Table | None = None
         if self._max_staleness and checkpoint is not None:
-            self._held = checkpoints.read_ahead(Path(checkpoint))
+            from ppo_ray.learner.state import read_ahead
+
+            self._held = read_ahead(Path(checkpoint))
         return {"time/learner_start_s": time.perf_counter() - start}
 
     def num_buckets(self) -> int:

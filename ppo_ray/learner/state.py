@@ -9,13 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from transformers import AutoModel
 
+from ppo_ray import trajectory
 from ppo_ray.algo.rewards import RunningMoments
-from ppo_ray.checkpoint import LEARNER_FOLDER, read_record
+from ppo_ray.checkpoint import AHEAD, LEARNER_FOLDER, read_record
 from ppo_ray.config import LearnerConfig, ModelConfig
-from ppo_ray.errors import InputError, first_line
+from ppo_ray.errors import CheckpointError, InputError, first_line
 from ppo_ray.learner.optimizer import save_optimizer_state
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
@@ -25,6 +28,7 @@ from ppo_ray.models.loading import cast, load_causal_lm, load_pretrained, load_t
 from ppo_ray.models.response_lm import ResponseLM
 
 _FILE = "state.json"
+_LEAST_LIMIT, _TIMES = 256 << 20, 100  # bytes that trajectories may unpack to, or how many times the file's size
 
 
 @dataclass(frozen=True)
@@ -199,3 +203,24 @@ def _compute_dtype(model: ModelConfig) -> torch.dtype:
 def _master_dtype(model: ModelConfig) -> str:
     """Return the type of the parameters that the optimizer steps: float32 under bfloat16, which would lose 1e-5."""
     return "float32" if model.dtype == "bfloat16" else model.dtype
+
+
+def read_ahead(checkpoint: Path) -> pa.Table:
+    """Read the next step's trajectories out of a checkpoint.
+
+    Raises:
+        CheckpointError: they are not there, or damaged, or something else, or unpack to far more than their size.
+    """
+    path = checkpoint / AHEAD
+    try:
+        with pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            unpacked, size = sum(group.total_byte_size for group in groups), path.stat().st_size
+            if unpacked > max(_LEAST_LIMIT, _TIMES * size):
+                raise ValueError(f"its {size:,} bytes unpack to {unpacked:,}")
+            table = file.read()
+        table.validate(full=True)
+        trajectory.validate(table)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+    return table

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 
 from ppo_ray import trajectory
-from ppo_ray.checkpoint import read_ahead
 from ppo_ray.config import Config, Trust, load_config
 from ppo_ray.errors import CheckpointError, InputError, WorkerError
+from ppo_ray.learner.state import read_ahead
 from ppo_ray.models.folder import read_config
 from ppo_ray.models.loading import load_causal_lm
 from ppo_ray.preflight import check
