@@ -10,13 +10,15 @@ import stat
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-import pyarrow as pa
 import xxhash
 
-from ppo_ray import atomic, trajectory
+from ppo_ray import atomic
 from ppo_ray.errors import CheckpointError, UnreadableError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LATEST, BEST, FINAL = "latest", "best", "final"
 """Links to a checkpoint: the newest, the one whose policy scored highest, the one after the last step."""
@@ -74,13 +76,16 @@ def read_record(kind: type[Record], path: Path) -> Record:
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())[:_QUOTED]}") from error
 
 
-def read_ahead(checkpoint: Path) -> pa.Table:
+def read_ahead(checkpoint: Path) -> "pa.Table":
     """Read the next step's trajectories out of a checkpoint.
 
     Raises:
         CheckpointError: they are not there, or damaged, or something else, or unpack to far more than their size.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
+
+    from ppo_ray import trajectory
 
     path = checkpoint / AHEAD
     try:
