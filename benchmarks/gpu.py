@@ -87,7 +87,7 @@ def measure(shape: str, options: argparse.Namespace, peak: Peak, folder: Path) -
     parameters = _check_memory(config, device, shape)
     try:
         write_model(shape, folder, torch.bfloat16, str(device))
-        engine = HFEngine(str(folder), dtype="bfloat16", max_context=config.rollout.max_context)
+        engine = HFEngine(str(folder), dtype="bfloat16", max_context=config.max_context)
         learner = PPOLearner.load(config.model, config.ppo, config.learner, temperature=config.rollout.temperature)
         buffers, taken, lengths = Buffers(), [], []
         for step in range(1 + options.steps):

@@ -145,9 +145,9 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
             if problem := find_engine_problem(config.rollout, model):
                 yield f"model.path={config.model.path}: {problem}"
         positions = getattr(model.get_text_config(), "max_position_embeddings", None)
-        if positions and config.rollout.max_context > positions:
+        if positions and config.max_context > positions:
             yield (
-                f"rollout.max_context={config.rollout.max_context}: {config.model.path} has only {positions} positions;"
+                f"rollout.max_context={config.max_context}: {config.model.path} has only {positions} positions;"
                 f" set it to {positions} or less"
             )
     for key, (path, trust) in (("reference", config.model.reference), ("critic", config.model.critic_source)):
@@ -172,10 +172,10 @@ def _network_problems(config: Config, key: str, path: str, trust: Trust, model: 
     if problem := find_config_problem(model, is_critic := key == "model.critic_path"):
         yield f"{key}={path}: {problem}"
         return
-    limit, rope = max_exact_tokens(model) or (config.rollout.max_context, "")
-    if config.rollout.max_context > limit:
+    limit, rope = max_exact_tokens(model) or (config.max_context, "")
+    if config.max_context > limit:
         yield (
-            f"rollout.max_context={config.rollout.max_context}: beyond {limit} tokens, the {rope} positions of {path} "
+            f"rollout.max_context={config.max_context}: beyond {limit} tokens, the {rope} positions of {path} "
             f"depend on the longest sequence of a batch; set it to {limit} or less"
         )
     auto_class = "AutoModel" if is_critic else "AutoModelForCausalLM"
@@ -256,7 +256,7 @@ def _length_problems(config: Config, inputs: Inputs, path: str, classifier: Any,
     if limit is None:
         return
     room = limit - tokenizer.num_special_tokens_to_add()
-    whole = min(config.prompts.max_tokens + longest, config.rollout.max_context)
+    whole = min(config.prompts.max_tokens + longest, config.max_context)
     if longest > room:
         yield (
             f"rollout.max_response_tokens={longest}: {path} takes texts of at most {limit} tokens and would not see a "

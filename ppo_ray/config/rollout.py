@@ -67,8 +67,9 @@ class RolloutConfig(Section):
     generation_config.json; false: every response has its full length."""
     stop_token_ids: Annotated[tuple[int, ...], Field(strict=False)] = ()
     """Further tokens that end a response, by their ids; also with stop_at_eos=false."""
-    max_context: int = Field(default=768, ge=2)
-    """Longest prompt plus response that an engine has room for, in tokens."""
+    max_context: int | None = Field(default=None, ge=2)
+    """Longest prompt plus response that an engine has room for, in tokens; null: prompts.max_tokens +
+    rollout.max_response_tokens."""
     kv_cache_mib: int = Field(default=512, ge=1)
     """Memory of each vLLM engine for keys and values, MiB."""
     dtype: DType = "float32"

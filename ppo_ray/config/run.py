@@ -49,6 +49,12 @@ class Config(Section):
     ray: RayConfig = Field(default_factory=RayConfig)
 
     @property
+    def max_context(self) -> int:
+        """Longest prompt plus response that an engine has room for, in tokens."""
+        longest = self.prompts.max_tokens + self.rollout.max_response_tokens
+        return longest if self.rollout.max_context is None else self.rollout.max_context
+
+    @property
     def colocated(self) -> bool:
         """Whether every engine's rank shares its GPU with a learner's."""
         ranks = self.rollout.workers * self.rollout.tensor_parallel
@@ -149,10 +155,10 @@ def _length_contradictions(config: Config) -> Iterator[Contradiction]:
             f"{rollout.min_response_tokens} exceeds rollout.max_response_tokens={rollout.max_response_tokens}",
         )
     longest = prompts.max_tokens + rollout.max_response_tokens
-    if longest > rollout.max_context:
+    if longest > config.max_context:
         yield Contradiction(
             ("rollout.max_context", "prompts.max_tokens", "rollout.max_response_tokens"),
-            f"{rollout.max_context} tokens cannot hold prompts.max_tokens={prompts.max_tokens} "
+            f"{config.max_context} tokens cannot hold prompts.max_tokens={prompts.max_tokens} "
             f"+ rollout.max_response_tokens={rollout.max_response_tokens} = {longest}",
         )
     if rollout.workers > rollout.batch_size:

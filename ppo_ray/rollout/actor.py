@@ -123,14 +123,14 @@ def _start_engine(config: Config) -> Engine:
         from ppo_ray.rollout.hf import HFEngine
 
         return HFEngine(
-            config.model.path, dtype=rollout.dtype, max_context=rollout.max_context, trust=config.model.trust
+            config.model.path, dtype=rollout.dtype, max_context=config.max_context, trust=config.model.trust
         )
     from ppo_ray.rollout.vllm import VLLMEngine
 
     return VLLMEngine(
         config.model.path,
         dtype=rollout.dtype,
-        max_context=rollout.max_context,
+        max_context=config.max_context,
         kv_cache_mib=rollout.kv_cache_mib,
         tensor_parallel=rollout.tensor_parallel,
         may_sleep=config.ray.placement == "colocated",

@@ -93,7 +93,8 @@ def differentiate(
 def check_run(folder: Path, engine: str) -> None:
     """Raise what a run with this policy would refuse before anything starts."""
     options = ["steps=1", "output_dir=run", "prompts.path=prompts", "reward.function=builtins:len"]
-    options += [f"model.path={folder}", f"rollout.engine={engine}", "rollout.max_context=64"]
+    options += [f"model.path={folder}", f"rollout.engine={engine}", "prompts.max_tokens=32"]
+    options += ["rollout.max_response_tokens=32"]
     if problems := list(_policy_problems(load_config(None, options), Inputs())):
         raise InputError(problems[0])
 

@@ -43,7 +43,12 @@ def config(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
             [
                 *(f"output_dir={home / 'run'}", f"model.path={home / 'policy'}", f"prompts.path={home / 'p.parquet'}"),
                 *("prompts.min_chars=0", "evaluation.num_prompts=0", "evaluation.num_samples=0"),
-                *("reward.function=judge_of_fuzz:score", "rollout.max_context=64", "learner.threads=1"),
+                *(
+                    "reward.function=judge_of_fuzz:score",
+                    "prompts.max_tokens=8",
+                    "rollout.max_response_tokens=16",
+                    "learner.threads=1",
+                ),
             ],
         )
 

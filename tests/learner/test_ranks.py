@@ -106,4 +106,4 @@ def test_an_address_that_no_interface_has_is_named(monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         WorkerError, match=r"own address on the way to 127\.0\.0\.1.* is 127\.0\.0\.1, which is on none"
     ):
-        ranks.join(Rendezvous("127.0.0.1", 1), 0, 2, "gloo", 1, 1)
+        ranks.join(Rendezvous("127.0.0.1", 1, "x"), 0, 2, "gloo", 1, 1)

@@ -61,7 +61,7 @@ def configured(tmp_path: Path, *overrides: str) -> Config:
             *(
                 f"prompts.path={tmp_path / 'p.parquet'}",
                 "prompts.min_chars=0",
-                "rollout.max_context=64",
+                *("prompts.max_tokens=8", "rollout.max_response_tokens=16"),
                 "learner.threads=1",
             ),
             *overrides,

@@ -89,7 +89,7 @@ def test_a_function_that_raises_on_all_texts_does_not_fill_the_log(caplog: pytes
         caplog.clear()
         assert function.score(["p"] * 1000, ["bad" + "x" * 500] * 1000) == [None] * 1000
         assert len(caplog.records) == 5  # the batch, three pairs, how many more
-        assert caplog.records[-1].getMessage().endswith("raised on 997 more pairs of this batch")
+        assert caplog.records[-1].getMessage().endswith("raised on 997 more responses of this batch")
         assert len(caplog.text) < 10_000 and "x" * 100 not in caplog.text
     caplog.clear()
     function.score(["p"] * 3, ["bad", "good", "bad"])
