@@ -73,7 +73,7 @@ def test_assets_and_home_become_paths(tmp_path, monkeypatch):
     assert config.reward.path == str(tmp_path / "imdb-v1" / "classifier")
     assert config.prompts.path == str(tmp_path / "imdb-v1" / "prompts.parquet")
     assert violations(*REQUIRED, "model.path=asset:polcy") == [
-        "model.path: 'asset:polcy' is no asset; there are asset:policy, asset:classifier, asset:prompts"
+        "model.path: 'asset:polcy' is no asset; there are asset:policy, asset:classifier, asset:prompts, asset:sums"
     ]
 
 

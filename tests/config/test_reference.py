@@ -31,7 +31,7 @@ def test_values_default_and_meaning_are_those_of_the_model() -> None:
     assert option("rollout.wire_dtype").values == "`bfloat16`, null"
     assert option("rollout.engine").values == "`vllm`, `hf`"
     assert (option("model.path").default, option("seed").values) == ("", "integer >= 0")
-    assert option("rollout.max_context").meaning.endswith("in tokens.")
+    assert option("rollout.max_context").meaning.endswith("rollout.max_response_tokens.")
 
 
 def test_a_section_is_found_by_its_name() -> None:

@@ -78,7 +78,7 @@ def test_config_tokenizer_weights_and_value_head_are_those_of_the_revision(hub: 
     config = configured(tmp_path)
     inputs = check(config)
     assert inputs.tokenizer is not None and inputs.end_tokens.ids == (0, 1)  # the tokenizer's, and this commit's
-    assert ModelSizes.read(config).classifier is not None
+    assert len(ModelSizes.read(config).classifiers) == 1
     learner = PPOLearner.load(config.model, config.ppo, config.learner, temperature=1.0, seed=0, num_steps=2)
     assert float(learner.value_head()["weight"].flatten()[0]) == 1.0
     policy = load_actor_critic(config.model, 1.0, 0, torch.device("cpu"))
