@@ -146,10 +146,7 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
                 yield f"model.path={config.model.path}: {problem}"
         positions = getattr(model.get_text_config(), "max_position_embeddings", None)
         if positions and config.max_context > positions:
-            yield (
-                f"rollout.max_context={config.max_context}: {config.model.path} has only {positions} positions;"
-                f" set it to {positions} or less"
-            )
+            yield _too_long(config, positions, f"{config.model.path} has only {positions} positions")
     for key, (path, trust) in (("reference", config.model.reference), ("critic", config.model.critic_source)):
         if (path, trust) == (config.model.path, config.model.trust):
             continue
@@ -165,6 +162,15 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
             yield from _network_problems(config, f"model.{key}_path", path, trust, other)
 
 
+def _too_long(config: Config, limit: int, why: str) -> str:
+    """Return the line for sequences that may be longer than a model's limit, in tokens."""
+    if config.rollout.max_context is not None:
+        return f"rollout.max_context={config.max_context}: {why}; set it to {limit} or less"
+    prompt, response = config.prompts.max_tokens, config.rollout.max_response_tokens
+    options = f"prompts.max_tokens={prompt} + rollout.max_response_tokens={response}"
+    return f"{options}: {why}; lower them to {limit} together"
+
+
 def _network_problems(config: Config, key: str, path: str, trust: Trust, model: Any) -> Iterator[str]:
     """Yield what the learner cannot compute of a model, or does not find in its files; no weights are read."""
     from ppo_ray.models.loading import check_weights  # loads torch
@@ -174,10 +180,8 @@ def _network_problems(config: Config, key: str, path: str, trust: Trust, model: 
         return
     limit, rope = max_exact_tokens(model) or (config.max_context, "")
     if config.max_context > limit:
-        yield (
-            f"rollout.max_context={config.max_context}: beyond {limit} tokens, the {rope} positions of {path} "
-            f"depend on the longest sequence of a batch; set it to {limit} or less"
-        )
+        why = f"beyond {limit} tokens, the {rope} positions of {path} depend on the longest sequence of a batch"
+        yield _too_long(config, limit, why)
     auto_class = "AutoModel" if is_critic else "AutoModelForCausalLM"
     empty, problem = check_weights(key, auto_class, path, trust)
     if problem:

@@ -324,6 +324,11 @@ def test_context_must_fit_the_model(configured, home):
     assert problems(configured("rollout.max_context=65")) == [
         f"rollout.max_context=65: {home / 'policy'} has only 64 positions; set it to 64 or less"
     ]
+    lengths = ("rollout.max_context=null", "prompts.max_tokens=60", "rollout.max_response_tokens=5")
+    assert problems(configured(*lengths)) == [
+        f"prompts.max_tokens=60 + rollout.max_response_tokens=5: {home / 'policy'} has only 64 positions; lower them "
+        "to 64 together"
+    ]
 
 
 def test_reference_must_share_the_vocabulary(configured, tmp_path):

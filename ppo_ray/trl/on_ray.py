@@ -197,6 +197,7 @@ def _make_config(config: PPOConfig, folder: str, options: Sequence[str]) -> Conf
             "prompts.path=the-script's",
             "prompts.max_tokens=1",  # the script's as well, as the next
             "rollout.max_response_tokens=1",
+            "rollout.max_context=512",
             "reward.function=the_script:itself",
             f"seed={config.seed}",
             f"rollout.batch_size={config.batch_size}",
