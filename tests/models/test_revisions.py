@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ppo_ray.config import Config, load_config
-from ppo_ray.errors import InputError
+from ppo_ray.errors import InputError, WorkerError
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.state import load_actor_critic, load_reference
 from ppo_ray.plan import ModelSizes
@@ -152,8 +152,9 @@ def test_vllm_gets_it(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise Asked(options)
 
     monkeypatch.setattr(vllm, "LLM", ask)
-    with pytest.raises(Asked) as error:
+    with pytest.raises(WorkerError) as error:
         VLLMEngine("org/policy", trust=configured(tmp_path).model.trust)
-    (options,) = error.value.args
+    assert isinstance(error.value.__cause__, Asked)
+    (options,) = error.value.__cause__.args
     assert (options["model"], options["revision"], options["code_revision"]) == ("org/policy", FIRST, FIRST)
     assert {"revision", "code_revision"} <= vllm.EngineArgs.__dataclass_fields__.keys()
