@@ -229,7 +229,7 @@ def _function_problems(config: Config, inputs: Inputs, key: str, name: str) -> I
 
 def _server_problems(config: Config, inputs: Inputs, key: str, source: RewardSource) -> Iterator[str]:
     """Yield what keeps a server from being asked; whether it answers is known at the first batch."""
-    reward, name = config.reward, f"{key}.url={source.shown_url}"
+    reward, name = config.reward, f"{key}.url={source.url}"
     try:
         RewardServer(source, [column.rpartition(".")[2] for column in config.prompts.keep])
         for batch in inputs.texts.kept.to_batches(1024) if inputs.texts and inputs.texts.kept else ():

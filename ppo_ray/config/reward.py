@@ -24,8 +24,8 @@ def _check_url(url: str) -> str:
         right = False
     if not right or not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError("must be the address of a server, e.g. https://judge.example.org:8000/score")
-    if "@" in parts.netloc:
-        raise ValueError("holds a user or password, which would be written into config.yaml; leave them out")
+    if "@" in parts.netloc or parts.query:
+        raise ValueError("holds a user, password or query, which would be written into config.yaml; use token_env")
     return url
 
 
@@ -73,11 +73,6 @@ class RewardSource(ModelSource):
     def address(self) -> SplitResult:
         """The parts of `url`."""
         return urlsplit(self.url or "")
-
-    @property
-    def shown_url(self) -> str:
-        """The `url` for messages: without its query, which may hold a key."""
-        return self.address._replace(query="").geturl()
 
 
 class RewardPart(RewardSource):

@@ -96,8 +96,8 @@ class RewardServer:
             raise InputError(
                 f"prompts.keep: {min(same)} is the name of something else that a server is sent; rename it"
             )
-        self._url, self._shown, self._host = str(source.url), source.shown_url, source.address.hostname or ""
-        self._query, self._token = source.address.query, read_token(source.token_env)
+        self._url, self._token = str(source.url), read_token(source.token_env)
+        self._is_here = is_loopback(source.address.hostname or "")
         self._retries, self._timeout_s = retries, timeout_s
         self.arguments = ("finish_reasons", "messages", *columns)
         """Names of the values that it is sent beside prompts and responses, where there are such."""
@@ -128,12 +128,12 @@ class RewardServer:
         try:
             scores = _read_scores(self._ask(sent), len(prompts))
         except (OSError, HTTPError, ValueError) as error:  # those of requests are OSError
-            self.failure = f"reward.url={self._shown}: the batch has no scores: {self._describe(error)}"
+            self.failure = f"reward.url={self._url}: the batch has no scores: {self._describe(error)}"
             _LOG.warning(self.failure)
             return [None] * len(prompts)
         if None in scores:
             response = responses[scores.index(None)][:QUOTED]
-            self.failure = f"reward.url={self._shown}: the server has no score for the response {response!r}"
+            self.failure = f"reward.url={self._url}: the server has no score for the response {response!r}"
         return scores
 
     def _ask(self, body: bytes) -> bytes:
@@ -180,7 +180,7 @@ class RewardServer:
                 timeout=self._timeout_s,
                 allow_redirects=False,
                 stream=True,
-                proxies={"no_proxy": self._host} if is_loopback(self._host) else None,
+                proxies={"no_proxy": "*"} if self._is_here else None,
             ) as answer:
                 content = bytearray()
                 for chunk in answer.iter_content(1 << 16):
@@ -201,7 +201,7 @@ class RewardServer:
         return request
 
     def _describe(self, error: Exception) -> str:
-        """Return an error's message without token and query."""
+        """Return an error's message without the token."""
         if isinstance(error, OSError | HTTPError):
             cause = getattr(error.args[0], "reason", error) if error.args else error  # urllib3's own
             error = cause if isinstance(cause, Exception) else error
@@ -209,9 +209,7 @@ class RewardServer:
             text += f" (reward.timeout_s={self._timeout_s:g}, reward.retries={self._retries})"
         else:
             text = first_line(error)
-        for secret in (self._token, self._query):
-            text = text.replace(secret, "...") if secret else text
-        return text
+        return text.replace(self._token, "...") if self._token else text
 
 
 def _read_scores(answer: bytes, expected: int) -> list[float | None]:

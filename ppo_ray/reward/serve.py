@@ -63,7 +63,7 @@ def make_app(config: Config, token: str | None = None) -> FastAPI:
     """
     for key, source in config.reward.sources:
         if source.url is not None:
-            raise InputError(f"{key}.url={source.shown_url}: is a server itself; give a classifier or a function")
+            raise InputError(f"{key}.url={source.url}: is a server itself; give a classifier or a function")
     reward, scorer = config.reward, Scorer(config)
     if "response_ids" in scorer.arguments:
         raise InputError("reward.function: takes response_ids, which a server is not sent; leave that parameter out")
