@@ -226,7 +226,9 @@ def test_without_a_token_nothing_of_netrc_is_sent(
     assert "authorization" not in server.headers[0]
 
 
-@pytest.mark.parametrize(("value", "why"), [(None, "not set"), (" ", "not set"), ("a b", "cannot be sent"), ("ü", "be")])
+@pytest.mark.parametrize(
+    ("value", "why"), [(None, "not set"), (" ", "not set"), ("a b", "cannot be sent"), ("ü", "be")]
+)
 def test_a_token_that_is_not_there_or_cannot_be_sent_is_refused(
     server: Server, monkeypatch: pytest.MonkeyPatch, value: str | None, why: str
 ) -> None:
