@@ -1,13 +1,16 @@
 """A reward over HTTP, against a real server on loopback that answers rightly, wrongly, late, or not at all."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from fastapi.testclient import TestClient
 
 from ppo_ray import trajectory
 from ppo_ray.config import RewardSource, load_config
@@ -247,3 +250,13 @@ def test_columns_that_json_cannot_hold_or_that_hide_others_are_refused(server: S
     assert server.requests == []
     with pytest.raises(InputError, match="prompts.keep: messages is the name of something else"):
         client(server, ("messages",))
+
+
+def test_the_server_of_the_page_scores() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "own_task.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "FastAPI" in block)
+    (request,) = (block for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL) if "responses" in block)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    batch = {**json.loads(request), "responses": ["It is Paris."]}
+    assert TestClient(names["app"]).post("/score", json=batch).json() == {"scores": [1.0]}
