@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, RewardSource, Trust, in_job, is_loopback, transport_problems
+from ppo_ray.config import Config, RewardSource, Trust, in_job, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.machine import count_cpus
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
@@ -18,7 +18,7 @@ from ppo_ray.prompts.chat import has_template
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
 from ppo_ray.reward.function import RewardFunction
-from ppo_ray.reward.http import RewardServer, encode
+from ppo_ray.reward.http import describe_exposure, server_problems
 from ppo_ray.reward.labels import check_transform, classifies_text, find_label, token_limit
 
 
@@ -209,7 +209,8 @@ def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:
         if source.function is not None:
             yield from _function_problems(config, inputs, f"{key}.function", source.function)
         elif source.url is not None:
-            yield from _server_problems(config, inputs, key, source)
+            yield from server_problems(config, key, source, inputs.texts and inputs.texts.kept)
+            inputs.notes.extend(describe_exposure(key, source))
         else:
             yield from _classifier_problems(config, inputs, f"{key}.path", source)
 
@@ -225,27 +226,6 @@ def _function_problems(config: Config, inputs: Inputs, key: str, name: str) -> I
     else:
         if "messages" in arguments and inputs.texts and not has_template(config.prompts, inputs.texts.are_chats):
             yield f"{key}={name}: takes messages, and the prompts are plain texts; set prompts.chat_template=tokenizer"
-
-
-def _server_problems(config: Config, inputs: Inputs, key: str, source: RewardSource) -> Iterator[str]:
-    """Yield what keeps a server from being asked; whether it answers is known at the first batch."""
-    reward, name = config.reward, f"{key}.url={source.url}"
-    try:
-        RewardServer(source, [column.rpartition(".")[2] for column in config.prompts.keep])
-        for batch in inputs.texts.kept.to_batches(1024) if inputs.texts and inputs.texts.kept else ():
-            encode(batch.to_pydict())
-    except InputError as error:
-        yield f"{name}: {error}"
-    longest = (reward.retries + 1) * reward.timeout_s
-    if longest >= config.ray.call_timeout_s:
-        yield (
-            f"{name}: a batch waits for (reward.retries={reward.retries} + 1) x reward.timeout_s={reward.timeout_s:g} "
-            f"seconds at most, and a worker at work longer than ray.call_timeout_s={config.ray.call_timeout_s:g} is "
-            "taken for dead; lower the first or raise the last"
-        )
-    if source.address.scheme == "http" and not is_loopback(source.address.hostname or ""):
-        what = "texts" if source.token_env is None else "texts and the token"
-        inputs.notes.append(f"warning: {name} is not encrypted: {what} can be read on the way; use https, or a tunnel")
 
 
 def _classifier_problems(config: Config, inputs: Inputs, key: str, source: RewardSource) -> Iterator[str]:

@@ -13,7 +13,7 @@ import queue
 import re
 import threading
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import requests
@@ -21,7 +21,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from ppo_ray.config import RewardSource, is_loopback
+from ppo_ray.config import Config, RewardSource, is_loopback
 from ppo_ray.errors import QUOTED, InputError, first_line
 
 _LOG = logging.getLogger(__name__)
@@ -70,6 +70,37 @@ def encode(request: Mapping[str, Any]) -> bytes:
         return json.dumps(request, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise InputError(f"a server is sent JSON, which cannot hold a value of the kept columns: {error}") from error
+
+
+def server_problems(config: Config, key: str, source: RewardSource, kept: Any) -> Iterator[str]:
+    """Yield what keeps a server from being asked; whether it answers is known at the first batch.
+
+    Args:
+        config: whose reward it is.
+        key: of the source's options, e.g. `reward.parts[0]`.
+        source: names the server.
+        kept: the columns of `prompts.keep`, a `pyarrow.Table`; None: there are none.
+    """
+    reward = config.reward
+    try:
+        RewardServer(source, [column.rpartition(".")[2] for column in config.prompts.keep])
+        for batch in kept.to_batches(1024) if kept is not None else ():
+            encode(batch.to_pydict())
+    except InputError as error:
+        yield f"{key}.url={source.url}: {error}"
+    if (reward.retries + 1) * reward.timeout_s >= config.ray.call_timeout_s:
+        yield (
+            f"{key}.url={source.url}: a batch waits for (reward.retries={reward.retries} + 1) x reward.timeout_s="
+            f"{reward.timeout_s:g} seconds at most, and a worker at work longer than ray.call_timeout_s="
+            f"{config.ray.call_timeout_s:g} is taken for dead; lower the first or raise the last"
+        )
+
+
+def describe_exposure(key: str, source: RewardSource) -> Iterator[str]:
+    """Yield a warning where texts cross a network in clear."""
+    if source.address.scheme == "http" and not is_loopback(source.address.hostname or ""):
+        what = "texts" if source.token_env is None else "texts and the token"
+        yield f"warning: {key}.url={source.url} is not encrypted: {what} can be read on the way; use https, or a tunnel"
 
 
 class RewardServer:
