@@ -158,6 +158,29 @@ def plan(
             raise typer.Exit(2)
 
 
+@app.command("serve-reward")
+def serve_reward(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/imdb.yaml.")],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; any other than loopback is a network's.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="To listen at; 0: a free one.")] = 8000,
+    token_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A variable with the token that requests must have.")
+    ] = None,
+) -> None:
+    """Serve the reward of CONFIG over HTTP, for the reward.url of other runs."""
+    with _report_errors():
+        from ppo_ray.config import load_config
+
+        parsed = load_config(config, overrides or [])
+
+        from ppo_ray.reward.serve import serve
+
+        serve(parsed, host, port, token_env, partial(typer.echo, err=True))
+
+
 @app.command()
 def options(
     section: Annotated[

@@ -1,4 +1,4 @@
-"""Checks before any actor starts: models, labels, texts, reward function, CPU threads, weight transport, output folder.
+"""Checks before any actor starts: models, labels, texts, rewards, CPU threads, weight transport, output folder.
 
 Each check yields a line for everything that cannot be used, so that all of it is reported at once.
 """
@@ -18,6 +18,7 @@ from ppo_ray.prompts.chat import has_template
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
 from ppo_ray.reward.function import RewardFunction
+from ppo_ray.reward.http import describe_exposure, server_problems
 from ppo_ray.reward.labels import check_transform, classifies_text, find_label, token_limit
 
 
@@ -211,6 +212,9 @@ def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:
     for key, source in config.reward.sources:
         if source.function is not None:
             yield from _function_problems(config, inputs, f"{key}.function", source.function)
+        elif source.url is not None:
+            yield from server_problems(config, key, source, inputs.texts and inputs.texts.kept)
+            inputs.notes.extend(describe_exposure(key, source))
         else:
             yield from _classifier_problems(config, inputs, f"{key}.path", source)
 

@@ -158,13 +158,23 @@ def with_parts(
         name: [score if score is not None and np.isfinite(score) else None for score in scores]
         for name, scores in parts.items()
     }
-    sums: list[float | None] = []
-    for row in zip(*known.values(), strict=True):
-        terms = [weights[name] * score for name, score in zip(known, row, strict=True) if score is not None]
-        sums.append(sum(terms) if terms else None)
     columns = [pa.array(scores, pa.float32()) for scores in known.values()]
     together = pa.StructArray.from_arrays(columns, names=list(known))
-    return with_scores(table, sums, truncated).append_column("parts", together)
+    return with_scores(table, weigh_parts(known, weights), truncated).append_column("parts", together)
+
+
+def weigh_parts(parts: Mapping[str, Sequence[float | None]], weights: Mapping[str, float]) -> list[float | None]:
+    """Return the weighted sum of each trajectory's parts: of those that are not None; None where all are.
+
+    Args:
+        parts: one finite score or None per trajectory, by the part's name.
+        weights: by the same names.
+    """
+    sums: list[float | None] = []
+    for row in zip(*parts.values(), strict=True):
+        terms = [weights[name] * score for name, score in zip(parts, row, strict=True) if score is not None]
+        sums.append(sum(terms) if terms else None)
+    return sums
 
 
 def with_learned(table: pa.Table, figures: Mapping[str, Sequence[np.ndarray | None]]) -> pa.Table:

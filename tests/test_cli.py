@@ -118,6 +118,18 @@ def test_submit_hands_over_what_was_asked_for(config, monkeypatch, tmp_path):
     assert len(calls) == 2
 
 
+def test_serve_reward_listens_on_loopback_unless_told_otherwise(config, monkeypatch):
+    from ppo_ray.reward import serve
+
+    calls = []
+    monkeypatch.setattr(serve, "serve", lambda *arguments: calls.append(arguments[:4]))
+    assert run("serve-reward", config, "reward.label=GOOD").exit_code == 0
+    assert run("serve-reward", config, "--host", "::", "--port", "0", "--token-env", "T").exit_code == 0
+    assert run("serve-reward", config, "--port", "65536").exit_code == 2
+    assert [call[1:] for call in calls] == [("127.0.0.1", 8000, None), ("::", 0, "T")]
+    assert calls[0][0].reward.label == "GOOD"
+
+
 def test_bad_config_is_a_message_and_exit_code_2(config, driver):
     result = run("train", config, "ppo.clip_rnage=1", "steps=x")
     assert result.exit_code == 2 and not driver.calls

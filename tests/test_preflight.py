@@ -360,6 +360,24 @@ def test_reward_function(configured, tmp_path, monkeypatch):
         assert line.startswith("reward.function=") and function in line
 
 
+def test_reward_server(configured, tmp_path, monkeypatch):
+    def served(url, *options):
+        return configured("reward.path=null", f"reward.url={url}", *options)
+
+    monkeypatch.setenv("JUDGE_TOKEN", "s3cret")
+    assert check(served("http://[::1]:1/score")).notes == check(served("https://h/score")).notes == []
+    (note,) = check(served("http://h/score", "reward.token_env=JUDGE_TOKEN")).notes
+    assert note.startswith("warning: reward.url=http://h/score is not encrypted: texts and the token can be read")
+    assert "texts can be read" in check(served("http://h/score")).notes[0]
+    (line,) = problems(served("https://h/", "reward.token_env=NO_SUCH_TOKEN"))
+    assert line.startswith("reward.url=https://h/: token_env=NO_SUCH_TOKEN: this environment variable is not set")
+    (line,) = problems(served("https://h/", "reward.retries=3", "reward.timeout_s=450"))
+    assert "(reward.retries=3 + 1) x reward.timeout_s=450" in line and "ray.call_timeout_s=1800" in line
+    (tmp_path / "dates.csv").write_text("text,day\n" + "".join(f"film number {n},2020-01-0{n + 1}\n" for n in range(5)))
+    (line,) = problems(served("https://h/", f"prompts.path={tmp_path / 'dates.csv'}", "prompts.keep=[day]"))
+    assert "JSON, which cannot hold a value of the kept columns" in line and "date" in line
+
+
 def test_prompts_are_checked(configured):
     assert problems(configured("prompts.column=review"))[0].startswith("prompts.column=review")
     assert problems(configured("prompts.min_chars=100"))[0].startswith("prompts.min_chars=100: no prompt left")

@@ -2,7 +2,7 @@
 
 from ppo_ray.config.evaluation import load_evaluation_config
 from ppo_ray.config.ppo import UpdateConfig
-from ppo_ray.config.reward import RewardConfig, RewardSource
+from ppo_ray.config.reward import RewardConfig, RewardSource, is_loopback
 from ppo_ray.config.rollout import RolloutConfig
 from ppo_ray.config.run import Config, load_config, to_yaml
 from ppo_ray.config.sections import (
@@ -36,6 +36,7 @@ __all__ = [
     "Trust",
     "UpdateConfig",
     "in_job",
+    "is_loopback",
     "load_config",
     "load_evaluation_config",
     "revision_problem",

@@ -28,12 +28,19 @@ _SAID = (
     "model.trust_remote_code",
     "model.allow_pickled_weights",
     "reward.function",
+    "reward.url",
     "reward.parts",
     "reward.trust_remote_code",
     "reward.allow_pickled_weights",
     "ray.address",
 )
 """The options that are dropped and said: they run code, trust files or connect to another machine."""
+_SCORERS = {
+    "reward.function": "code that is not run",
+    "reward.url": "a server that is sent nothing",
+    "reward.parts": "which are not used",
+}
+"""What scores by running code or by asking another machine, and what does not become of it."""
 
 
 def load_evaluation_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
@@ -68,14 +75,14 @@ def load_evaluation_config(checkpoint: str | Path, overrides: Sequence[str] = ()
         for key in _SAID
         if key not in given and options.get(key, defaults[key]) != defaults[key]
     ]
-    scored_by = next((key for key in ("reward.function", "reward.parts") if options.get(key)), None)
-    if scored_by and not {"reward.function", "reward.path", "reward.parts"} & given:
+    scored_by = next((key for key in _SCORERS if options.get(key)), None)
+    if scored_by and not {"reward.path", *_SCORERS} & given:
         raise InputError(
-            f"{source}: the run was scored by {scored_by}={str(options[scored_by])[:QUOTED]}, code that is not run "
+            f"{source}: the run was scored by {scored_by}={str(options[scored_by])[:QUOTED]}, {_SCORERS[scored_by]} "
             f"because a checkpoint names it. If you trust it, give {scored_by}=... here, or a classifier: "
             "reward.path=..."
         )
-    if {"reward.function", "reward.parts"} & given:
+    if _SCORERS.keys() & given:
         taken.pop("reward.path", None)
     for path, revision in (("reward.path", "reward.revision"), ("prompts.path", "prompts.revision")):
         if path in given or path not in taken:

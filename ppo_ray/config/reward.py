@@ -1,16 +1,51 @@
 """The options of scoring: one reward, or a weighted sum of several."""
 
+import ipaddress
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
+from urllib.parse import SplitResult, urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ppo_ray.config.file import Contradiction
 from ppo_ray.config.sections import DType, ModelSource, Source
 
+_KINDS = {"path": "a classifier", "function": "a Python function", "url": "a server"}
+"""The options of a source that name what scores; each has one of them."""
+
+
+def _check_url(url: str) -> str:
+    """Refuse what is no address of a server; the message does not show it, for it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.fragment
+    except ValueError:  # a port that is no number, half an IPv6 address
+        right = False
+    if not right or not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError("must be the address of a server, e.g. https://judge.example.org:8000/score")
+    if "@" in parts.netloc or parts.query:
+        raise ValueError("holds a user, password or query, which would be written into config.yaml; use token_env")
+    return url
+
+
+def _check_variable(name: str) -> str:
+    """Refuse what is no variable's name; the message does not show it, for it may be the token itself."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("must be the name of an environment variable, e.g. JUDGE_TOKEN, not the token itself")
+    return name
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether what is sent to a host stays on this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
 
 class RewardSource(ModelSource):
-    """One thing that scores: a classifier or a Python function."""
+    """One thing that scores: a classifier, a Python function or a server."""
 
     path: Source | None = None
     """Folder or hub name of a sequence classifier with its tokenizer, weights in safetensors. It scores prompt plus
@@ -19,6 +54,12 @@ class RewardSource(ModelSource):
     """A Python function instead, as "package.module:function". It gets a list for each parameter, by its name: prompts,
     responses, messages, response_ids, finish_reasons, and the columns of `prompts.keep`. It returns a score (or None)
     per response. An `async def` gets one response's values instead."""
+    url: Annotated[str, AfterValidator(_check_url)] | None = None
+    """Address of a server instead, http:// or https://, that is sent each batch's texts as JSON and answers with their
+    scores; docs/own_task.md has the form. `ppo-ray serve-reward` is such a server."""
+    token_env: Annotated[str, AfterValidator(_check_variable)] | None = None
+    """Name of an environment variable, on the machines of the reward workers, with a token for the server: it goes as
+    `Authorization: Bearer ...`. The token itself is never written or shown."""
     label: str = "POSITIVE"
     """The classifier's label, by name, whose output is the score."""
     transform: Literal["logit", "softmax", "sigmoid"] = "logit"
@@ -27,6 +68,11 @@ class RewardSource(ModelSource):
     """That the classifier computes in."""
     batch_size: int = Field(default=32, ge=1)
     """Texts per forward pass of the classifier."""
+
+    @property
+    def address(self) -> SplitResult:
+        """The parts of `url`."""
+        return urlsplit(self.url or "")
 
 
 class RewardPart(RewardSource):
@@ -39,16 +85,19 @@ class RewardPart(RewardSource):
 
 
 class RewardConfig(RewardSource):
-    """What scores a response: a classifier (`path`), a Python function (`function`), or several of these (`parts`)."""
+    """What scores a response: a classifier (`path`), a function (`function`), a server (`url`) or several (`parts`)."""
 
     parts: Annotated[tuple[RewardPart, ...], Field(strict=False)] = ()
-    """Several rewards instead of one: a list of {name, weight, function or path, ...} with the options of this section
-    from `path` to `batch_size`. The score is the weighted sum. A part without a score is left out of it; a response
-    without any has none. The metrics have each part, `trajectories/` its score before the weight."""
+    """Several rewards instead of one: a list of {name, weight, function, path or url, ...} with the options of this
+    section from `path` to `batch_size`. The score is the weighted sum. A part without a score is left out of it; a
+    response without any has none. The metrics have each part, `trajectories/` its score before the weight."""
     max_concurrent: int = Field(default=64, ge=1)
     """Most calls of an `async def` function at a time, per worker."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """Longest call of an `async def` function, seconds; then its response has no score."""
+    """Longest call of an `async def` function, seconds; then its response has no score. Of a server: longest silence,
+    and (retries + 1) times this is the longest that a batch waits for its scores; then it has none."""
+    retries: int = Field(default=3, ge=0, le=100)
+    """How often a batch is sent again to a server that does not answer, or answers 429, 500, 502, 503 or 504."""
     workers: int = Field(default=1, ge=1)
     """Reward actors; each scores the shards it is given."""
     threads: int = Field(default=1, ge=1)
@@ -68,18 +117,26 @@ class RewardConfig(RewardSource):
 
 def reward_contradictions(reward: RewardConfig) -> Iterator[Contradiction]:
     """Yield the contradictions of what scores."""
-    if reward.parts and (reward.path is not None or reward.function is not None):
+    kinds = tuple(f"reward.{kind}" for kind in _KINDS)
+    if reward.parts and any(getattr(reward, kind) is not None for kind in (*_KINDS, "token_env")):
         yield Contradiction(
-            ("reward.parts", "reward.path", "reward.function"),
-            "stands instead of reward.path and reward.function: name these as further parts, or leave parts out",
+            ("reward.parts", *kinds, "reward.token_env"),
+            "stands instead of reward.path, reward.function and reward.url: name these as further parts, or leave "
+            "parts out",
         )
         return
     for key, source in reward.sources:
-        if (source.path is None) == (source.function is None):
+        given = [kind for kind in _KINDS if getattr(source, kind) is not None]
+        if len(given) != 1:
+            *others, last = (f"{key}.{kind} ({meaning})" for kind, meaning in _KINDS.items())
             yield Contradiction(
-                ("reward.parts",) if reward.parts else ("reward.path", "reward.function"),
-                f"give {key}.path (a classifier) or {key}.function (a Python function), "
-                + ("one of them" if source.path is None else "not both"),
+                ("reward.parts",) if reward.parts else kinds,
+                f"give {', '.join(others)} or {last}, " + ("not several" if given else "one of them"),
+            )
+        elif source.token_env is not None and source.url is None:
+            yield Contradiction(
+                ("reward.parts",) if reward.parts else ("reward.token_env", "reward.url"),
+                f"{key}.token_env is for {key}.url; give that too, or leave it out",
             )
     names = [part.name for part in reward.parts]
     if len(set(names)) < len(names):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ppo_ray.config import Config
+from ppo_ray.config import Config, is_loopback
 from ppo_ray.preflight import output_problems
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -64,8 +64,7 @@ def describe_exposure(address: str) -> str | None:
     """Return a warning where the cluster's token crosses a network in clear; None where it does not."""
     parts = urlsplit(address)
     host = parts.hostname or ""
-    loopback = host == "localhost" or (host.replace(".", "").isdigit() and host.startswith("127.")) or host == "::1"
-    if parts.scheme != "http" or loopback:
+    if parts.scheme != "http" or is_loopback(host):
         return None
     return (
         f"warning: {address} is not encrypted: the cluster's token, and what is sent, can be read on the way. On a "

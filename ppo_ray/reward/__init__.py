@@ -1,1 +1,1 @@
-"""Scoring of responses: a classifier or a Python function, the worker around it, and the group of all workers."""
+"""Scoring of responses: a classifier, a Python function or a server, the worker around it, the group of all workers."""

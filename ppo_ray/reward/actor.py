@@ -1,4 +1,4 @@
-"""Reward workers: a shell over `Classifier` and `RewardFunction` that adds scores to trajectories."""
+"""Reward workers: a shell over `Scorer` that adds scores to trajectories."""
 
 import json
 import time
@@ -11,8 +11,8 @@ import ray
 
 from ppo_ray import trajectory
 from ppo_ray.actors.worker import CONTROL, Worker
-from ppo_ray.config import Config, RewardConfig, RewardSource
-from ppo_ray.reward.function import RewardFunction
+from ppo_ray.config import Config
+from ppo_ray.reward.scorer import Scorer
 
 
 @ray.remote(concurrency_groups=CONTROL)
@@ -20,29 +20,19 @@ class RewardWorker(Worker):
     """Scores trajectories."""
 
     def setup(self, config: Config) -> dict[str, float]:
-        """Load the classifiers, and import the functions; returns the seconds it took."""
+        """Load the classifiers, import the functions, read the tokens; returns the seconds it took."""
         start = time.perf_counter()
-        self._reward, self._failure = config.reward, None
-        kept = [name.rpartition(".")[2] for name in config.prompts.keep]
-        self._scorers = [_make_scorer(source, config.reward, kept) for _, source in config.reward.sources]
+        self._reward, self._scorer = config.reward, Scorer(config)
+        self._failure: str | None = None
         return {"time/reward_start_s": time.perf_counter() - start}
 
     @ray.method(num_returns=2)
     def score(self, table: pa.Table) -> tuple[pa.Table, dict[str, float]]:
         """Return the trajectories with their scores, null where there is none, and metrics."""
         start = time.perf_counter()
-        parts, truncated = [], None
-        for scorer in self._scorers:
-            prompts, responses = table.column("prompt").to_pylist(), table.column("response").to_pylist()
-            if isinstance(scorer, RewardFunction):
-                parts.append(scorer.score(prompts, responses, _read_columns(table, scorer.arguments or ())))
-            else:
-                parts.append(
-                    scorer.score([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
-                )
-                before = truncated or [False] * table.num_rows
-                truncated = [any(pair) for pair in zip(before, scorer.truncated, strict=True)]
-            self._failure = scorer.failure or self._failure
+        prompts, responses = table.column("prompt").to_pylist(), table.column("response").to_pylist()
+        parts = self._scorer.score(prompts, responses, lambda names: _read_columns(table, names))
+        truncated, self._failure = self._scorer.truncated, self._scorer.failure or self._failure
         if not self._reward.parts:
             scored = trajectory.with_scores(table, parts[0], truncated)
         else:
@@ -66,23 +56,8 @@ class RewardWorker(Worker):
         return table.select(names).append_column("num_tokens", num_tokens), rows.to_pylist()
 
 
-def _make_scorer(source: RewardSource, reward: RewardConfig, kept: Sequence[str]) -> Any:
-    if source.function is not None:
-        return RewardFunction(source.function, kept, max_concurrent=reward.max_concurrent, timeout_s=reward.timeout_s)
-    from ppo_ray.reward.classifier import Classifier  # loads torch
-
-    return Classifier(
-        str(source.path),
-        label=source.label,
-        transform=source.transform,
-        dtype=source.dtype,
-        batch_size=source.batch_size,
-        trust=source.trust,
-    )
-
-
 def _read_columns(table: pa.Table, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Return what a reward function asks for beside prompts and responses, by name."""
+    """Return what a function or server is given beside prompts and responses, by name; no messages where none are."""
     columns: dict[str, list[Any]] = {}
     for name in names:
         match name:
@@ -92,6 +67,8 @@ def _read_columns(table: pa.Table, names: Sequence[str]) -> dict[str, list[Any]]
                 columns["finish_reasons"] = table.column("finish_reason").to_pylist()
             case "response_ids":
                 columns[name] = table.column(name).to_pylist()
+            case "messages" if name not in table.column_names:
+                continue
             case "messages":
                 columns[name] = [json.loads(text) for text in table.column(name).to_pylist()]
             case _:

@@ -35,6 +35,8 @@ MAY_CHANGE = (
     "reward.threads",
     "reward.gpus",
     "reward.batch_size",
+    "reward.retries",
+    "reward.token_env",
     "learner.workers",
     "learner.threads",
     "learner.gpus",

@@ -15,6 +15,7 @@ from ppo_ray.learner.optimizer import Schedule
 from ppo_ray.reward.classifier import Transform
 
 REQUIRED = ["output_dir=runs/x", "model.path=gpt2", "prompts.path=reviews.csv", "reward.path=judge"]
+NO_REWARD = REQUIRED[:3]
 
 
 def violations(*overrides, path=None):
@@ -155,7 +156,13 @@ def test_an_option_offers_what_the_code_can_do(section, option, known):
         ("rollout.min_response_tokens=257", "rollout.min_response_tokens: 257 exceeds rollout.max_response_tokens=256"),
         ("evaluation.num_samples=257", "evaluation.num_samples: 257 exceeds evaluation.num_prompts=256"),
         ("reward.function=a:b", None),
+        ("reward.url=http://h/", None),
         ("reward.path=null", None),
+        ("reward.retries=-1", "reward.retries: -1 must be at least 0"),
+        (
+            "reward.token_env=TOKEN",
+            "reward.token_env: reward.token_env is for reward.url; give that too, or leave it out",
+        ),
     ],
 )
 def test_one_violation_one_line(override, line):
@@ -163,6 +170,39 @@ def test_one_violation_one_line(override, line):
     assert len(found) == 1
     if line:
         assert found == [line]
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        *(
+            (url, "must be the address of a server")
+            for url in ("judge", "ftp://h/", "http://", "http://h:x/", "http://[::1")
+        ),
+        *((url, "must be the address of a server") for url in ("http://h/a b", "http://h/#part", "file:///etc/passwd")),
+        *((url, "holds a user, password or query") for url in ("https://me:s3cret@h/", "https://h/score?key=s3cret")),
+    ],
+)
+def test_what_is_no_address_or_holds_a_secret_is_refused_and_not_shown(url, why):
+    (line,) = violations(*NO_REWARD, f"reward.url={url!r}")
+    assert line.startswith("reward.url: ") and why in line and "s3cret" not in line
+
+
+def test_a_token_in_place_of_its_variables_name_is_not_shown():
+    (line,) = violations(*NO_REWARD, "reward.url=https://h/", "reward.token_env=s3cret-token")
+    assert line.startswith("reward.token_env: must be the name of an environment variable") and "s3cret" not in line
+
+
+def test_each_part_is_one_kind_of_reward():
+    first = "{name: a, url: 'https://h/', function: 'b:c'}, {name: b}"
+    both, none, token = violations(*NO_REWARD, f"reward.parts=[{first}, {{name: c, function: 'b:c', token_env: T}}]")
+    assert "give reward.parts[0].path (a classifier), reward.parts[0].function (a Python function) or" in both
+    assert both.endswith("reward.parts[0].url (a server), not several") and none.endswith("one of them")
+    assert "reward.parts[2].token_env is for reward.parts[2].url" in token
+    (line,) = violations(*NO_REWARD, "reward.parts=[{name: a, url: 'https://h/'}]", "reward.url=https://h/")
+    assert line.startswith("reward.parts: stands instead of reward.path, reward.function and reward.url")
+    config = load_config(None, [*NO_REWARD, "reward.parts=[{name: a, url: 'https://h/', token_env: T}]"])
+    assert config.reward.parts[0].url == "https://h/"
 
 
 @pytest.mark.parametrize("name", ["top_k=50", "top_p=0.9", "repetition_penalty=1.1", "num_beams=4", "min_new_tokens=2"])

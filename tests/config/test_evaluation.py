@@ -76,6 +76,21 @@ def test_a_function_on_the_command_line_replaces_the_files_classifier(checkpoint
     assert (config.reward.path, config.reward.function) == (None, "mine:score")
 
 
+def test_a_server_that_the_file_names_is_sent_nothing(checkpoint):
+    folder = checkpoint(reward={"url": "https://stranger.example.org/score", "token_env": "HF_TOKEN"})
+    with pytest.raises(
+        InputError, match=r"reward.url=https://stranger.example.org/score, a server that is sent nothing"
+    ):
+        load_evaluation_config(folder)
+    config, dropped = load_evaluation_config(folder, ["reward.path=classifier"])
+    assert (config.reward.url, config.reward.token_env) == (None, None)
+    assert dropped == ["reward.url=https://stranger.example.org/score"]
+    config, dropped = load_evaluation_config(folder, ["reward.url=https://mine.example.org/"])
+    assert (config.reward.url, config.reward.token_env, dropped) == ("https://mine.example.org/", None, [])
+    config, _ = load_evaluation_config(checkpoint(reward={"path": "c"}), ["reward.url=https://mine.example.org/"])
+    assert config.reward.path is None
+
+
 def test_a_revision_goes_with_its_path(checkpoint):
     folder = checkpoint(
         model={"path": "m", "revision": "v0"},

@@ -41,6 +41,9 @@ HOMES = {
     "tensorboard": "run/log.py",
     "datasets": "prompts/sources.py  assets/*",
     "typer": "cli.py",
+    "requests": "jobs/server.py  reward/http.py",
+    "fastapi": "reward/serve.py",
+    "uvicorn": "reward/serve.py",
     "omegaconf": "config/file.py",
 }
 """The files that may import a library, even inside a function."""
