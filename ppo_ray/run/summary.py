@@ -190,7 +190,7 @@ def _show_character(character: str) -> str:
 def draw_curves(
     path: Path, history: Sequence[Mapping[str, float]], before: Evaluation | None, after: Evaluation | None
 ) -> None:
-    """Draw the batch's mean score and KL over the steps, and the held-out mean score before and after.
+    """Draw the batch's mean score and KL over the steps, and the held-out mean score wherever it was measured.
 
     Args:
         path: the PNG to write, all of it or nothing.
@@ -208,7 +208,7 @@ def draw_curves(
     FigureCanvasAgg(figure)
     score_axes, kl_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     score_axes.plot(steps, _column(history, "score/mean"), color=_BATCH, marker="o", ms=3, lw=1.5, label="batch mean")
-    _mark_held_out(score_axes, len(history), before, after)
+    _mark_held_out(score_axes, history, before, after)
     score_axes.set_title("PPO: score and KL over the steps", loc="left", fontsize=12, fontweight="bold")
     score_axes.set_ylabel("score (reward model's output)")
     score_axes.legend(frameon=False, loc="best", fontsize=9)
@@ -224,25 +224,23 @@ def draw_curves(
     atomic.write(path, lambda aside: figure.savefig(aside, format="png"))
 
 
-def _mark_held_out(axes: Any, num_steps: int, before: Evaluation | None, after: Evaluation | None) -> None:
-    """Put a diamond and its value where the policy was evaluated: at 0 steps and after the last."""
-    both = ((0, before), (num_steps, after))
-    points = [(step, found) for step, found in both if found and math.isfinite(found.mean_score)]
+def _mark_held_out(
+    axes: Any, history: Sequence[Mapping[str, float]], before: Evaluation | None, after: Evaluation | None
+) -> None:
+    """Draw the held-out mean score where the policy was evaluated; the first and the last with their values."""
+    scores = {int(metrics["step"]): metrics["eval/score_mean"] for metrics in history if "eval/score_mean" in metrics}
+    scores |= {step: found.mean_score for step, found in ((0, before), (len(history), after)) if found}
+    points = [(step, score) for step, score in sorted(scores.items()) if math.isfinite(score)]
     if not points:
         return
-    axes.plot(
-        [step for step, _ in points],
-        [found.mean_score for _, found in points],
-        color=_HELD_OUT,
-        marker="D",
-        ms=7,
-        ls="none",
-        label=f"held-out mean ({points[-1][1].num_prompts} prompts)",
-    )
-    for step, found in points:
+    steps, means = zip(*points, strict=True)
+    known = after or before
+    label = f"held-out mean ({known.num_prompts} prompts)" if known else "held-out mean"
+    axes.plot(steps, means, color=_HELD_OUT, marker="D", ms=7, ls=":" if len(points) > 2 else "none", label=label)
+    for step, score in {points[0], points[-1]}:
         axes.annotate(
-            f"{found.mean_score:+.2f}",
-            (step, found.mean_score),
+            f"{score:+.2f}",
+            (step, score),
             xytext=(0, 9),
             textcoords="offset points",
             ha="center",
