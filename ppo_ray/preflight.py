@@ -220,9 +220,8 @@ def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:
 
 
 def _function_problems(config: Config, inputs: Inputs, key: str, name: str) -> Iterator[str]:
-    kept = [column.rpartition(".")[2] for column in config.prompts.keep]
     try:
-        arguments = RewardFunction(name, kept).arguments or ()
+        arguments = RewardFunction(name, config.prompts.kept_names).arguments or ()
     except InputError as error:
         yield str(error).replace("reward.function", key, 1)
     except Exception as error:  # whatever the user's own module raises when it is imported

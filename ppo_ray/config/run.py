@@ -146,8 +146,7 @@ def _length_contradictions(config: Config) -> Iterator[Contradiction]:
             ("prompts.chat_template", "prompts.system", "prompts.template_arguments"),
             "none has no place for a system message or arguments; set auto, tokenizer or a file",
         )
-    names = [name.rpartition(".")[2] for name in prompts.keep]
-    if len(set(names)) < len(names):
+    if len(set(prompts.kept_names)) < len(prompts.keep):
         yield Contradiction(("prompts.keep",), f"{', '.join(prompts.keep)}: two columns would have one name")
     if rollout.min_response_tokens is not None and rollout.min_response_tokens > rollout.max_response_tokens:
         yield Contradiction(

@@ -184,6 +184,11 @@ class PromptsConfig(Section):
     shuffle: bool = True
     """Draw a new order each epoch from the run's seed; false: the order of the data set, every time."""
 
+    @property
+    def kept_names(self) -> list[str]:
+        """The names that the columns of `keep` have from then on: the last parts of theirs."""
+        return [name.rpartition(".")[2] for name in self.keep]
+
 
 class LearnerConfig(Section):
     """Where the update runs."""

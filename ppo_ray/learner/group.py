@@ -177,21 +177,11 @@ class LearnerGroup:
 
     def compare(self, generated: Shards) -> list[Agreement]:
         """Compare every engine's log-probabilities of what it generated with the learner's; see `WeightProbe`."""
-        ranks = self._group.members
-        return generated.use(
-            lambda tables: self._wait("comparing", {member.handle.compare.remote(*tables): member for member in ranks})[
-                0
-            ]
-        )
+        return self._ask_of(generated, "comparing", lambda handle, tables: handle.compare.remote(*tables))
 
     def measure_kl(self, generated: Shards) -> float:
         """Return the KL to the reference of what the policy answered; see `PPOLearner.measure_kl`."""
-        ranks = self._group.members
-        return generated.use(
-            lambda tables: self._wait(
-                "measuring the KL", {member.handle.measure_kl.remote(*tables): member for member in ranks}
-            )[0]
-        )
+        return self._ask_of(generated, "measuring the KL", lambda handle, tables: handle.measure_kl.remote(*tables))
 
     def save(self, path: Path, state: RunState, config: str) -> Pending:
         """Begin to write a checkpoint; only the learner's own next call waits until it is written.
@@ -257,6 +247,11 @@ class LearnerGroup:
         return self._wait_start({leader.handle.open_rendezvous.remote(host, self._config.ray.start_timeout_s): leader})[
             0
         ]
+
+    def _ask_of(self, generated: Shards, doing: str, call: Callable[[Any, list[Any]], Any]) -> Any:
+        """Let all ranks answer a call on generated shards, and return the first one's answer."""
+        ranks = self._group.members
+        return generated.use(lambda tables: self._wait(doing, {call(rank.handle, tables): rank for rank in ranks})[0])
 
     def _wait(self, doing: str, calls: dict[Any, Member]) -> list[Any]:
         """Wait for calls, which no signal ends, and return their answers."""

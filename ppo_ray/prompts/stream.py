@@ -157,8 +157,9 @@ class PromptStream:
         if not indices:
             return PromptBatch((), ())
         texts = [self._usable.texts[index] for index in indices]
+        conversations = None if self._template is None else self._converse(texts)
         # The whole text is tokenised: cut before, its last token could be another one.
-        tokens = self._tokenize(texts)
+        tokens = self._tokenize(texts, conversations)
         kept: list[int] = []
         prompts: list[tuple[int, ...]] = []
         for place, (sample_id, ids) in enumerate(zip(sample_ids, tokens, strict=True)):
@@ -171,7 +172,9 @@ class PromptStream:
         return PromptBatch(
             tuple(sample_ids[place] for place in kept),
             tuple(prompts),
-            columns=self._columns([indices[place] for place in kept]),
+            columns=self._columns(
+                [indices[place] for place in kept], conversations and [conversations[place] for place in kept]
+            ),
             num_skipped=len(texts) - len(kept),
         )
 
@@ -182,11 +185,10 @@ class PromptStream:
             return ids[: shortest + derive_seed(seed, purpose, sample_id) % (longest - shortest + 1)]
         return ids[-longest:] if self._config.too_long == "keep_end" else ids[:longest]
 
-    def _columns(self, indices: list[int]) -> pa.Table | None:
+    def _columns(self, indices: list[int], conversations: list[list[Message]] | None) -> pa.Table | None:
         """Return what goes with the prompts of the texts at `indices`; see `PromptBatch.columns`."""
         columns: dict[str, Any] = {}
-        if self._template is not None:
-            conversations = self._converse([self._usable.texts[index] for index in indices])
+        if conversations is not None:
             columns["messages"] = [json.dumps(messages, ensure_ascii=False) for messages in conversations]
         if self._usable.kept is not None:
             columns["row"] = self._usable.kept.take(indices).to_struct_array()
@@ -214,14 +216,18 @@ class PromptStream:
             raise InputError(self._describe_mismatch(usable.texts, example))
         return usable.select(fitting, replace(usable.left_out, long=num_long, strange=num_strange))
 
-    def _tokenize(self, texts: list[str]) -> list[Sequence[int]]:
+    def _tokenize(self, texts: list[str], conversations: list[list[Message]] | None = None) -> list[Sequence[int]]:
         """Return the ids of each text; no ids for a text that the tokenizer refuses, which spoils no other text.
 
         A conversation's are those of its template. Of a plain text what the tokenizer puts in front is kept, and what
         it puts behind is not: a prompt goes on.
+
+        Args:
+            texts: of the data set.
+            conversations: that they stand for; None: they are read from the texts, where there is a template.
         """
         if self._template is not None:
-            return list(self._template.tokenize(self._converse(texts)))
+            return list(self._template.tokenize(conversations or self._converse(texts)))
         try:
             # not verbose, for a whole text may well be longer than the model's context
             whole = self._tokenizer(texts, verbose=False)["input_ids"]

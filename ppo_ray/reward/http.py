@@ -83,7 +83,7 @@ def server_problems(config: Config, key: str, source: RewardSource, kept: Any) -
     """
     reward = config.reward
     try:
-        RewardServer(source, [column.rpartition(".")[2] for column in config.prompts.keep])
+        RewardServer(source, config.prompts.kept_names)
         for batch in kept.to_batches(1024) if kept is not None else ():
             encode(batch.to_pydict())
     except InputError as error:

@@ -17,7 +17,7 @@ class Scorer:
         Raises:
             InputError: one of them cannot be used.
         """
-        kept = [name.rpartition(".")[2] for name in config.prompts.keep]
+        kept = config.prompts.kept_names
         self._scorers = [_make_scorer(source, config.reward, kept) for _, source in config.reward.sources]
         self.truncated: list[bool] | None = None
         """Whether a classifier saw only the end of each text of the last `score`; None: no classifier scores."""

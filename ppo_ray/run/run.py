@@ -101,12 +101,9 @@ class Run:
         if step == 0 and not update.metrics["learner/skipped_update"]:
             self._say_sanity()
         self.checkpoints.finish()  # the one before: it was written while the engines generated
-        sampled_by = step - int(update.metrics["rollout/staleness_max"])
         best_by = self.config.checkpoint.best_by
-        if best_by == "score/mean":
-            self.checkpoints.note_score(sampled_by, update.metrics.get(best_by))
-        else:
-            self.checkpoints.note_score(step, self.history[-1].get(best_by))
+        staleness = int(update.metrics["rollout/staleness_max"]) if best_by == "score/mean" else 0
+        self.checkpoints.note_score(step - staleness, self.history[-1].get(best_by))
         if self.checkpoints.is_due(step + 1, self.config.steps):
             self.checkpoints.save(self.state, self._save)
         self._check_scores()

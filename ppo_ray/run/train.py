@@ -81,8 +81,7 @@ def train(config: Config, console: Console | None = None) -> RunReport:
                 after = score_held_out(actors.rollout, actors.reward, run.prompts, config, actors.learner)
                 if after:
                     after.write(run.folder.after)
-                    if config.checkpoint.best_by != "score/mean":
-                        run.checkpoints.note_score(run.state.step, after.figures.get(config.checkpoint.best_by))
+                    run.checkpoints.note_score(run.state.step, after.figures.get(config.checkpoint.best_by))
             run.checkpoints.finish_run(run.state.step)
     with say_failure(run, "the table of samples"):
         if before and after:
