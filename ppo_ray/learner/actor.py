@@ -51,9 +51,10 @@ class LearnerWorker(Worker):
 
         from ppo_ray.learner.learner import PPOLearner
         from ppo_ray.learner.ranks import Ranks, join
-        from ppo_ray.models.loading import default_device
+        from ppo_ray.models.loading import check_gpu, default_device
 
         start = time.perf_counter()
+        check_gpu("learner.gpus", config.learner.gpus)
         torch.set_num_threads(config.learner.threads)
         self._leads, ranks = rank == 0, Ranks()
         self._shares_gpu = config.ray.placement == "colocated"

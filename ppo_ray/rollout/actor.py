@@ -27,9 +27,10 @@ class RolloutWorker(Worker):
 
     def setup(self, config: Config) -> dict[str, float]:
         """Start the engine and load the tokenizer; returns the seconds it took, by part."""
-        from ppo_ray.models.loading import load_tokenizer  # loads torch
+        from ppo_ray.models.loading import check_gpu, load_tokenizer  # loads torch
 
         start = time.perf_counter()
+        check_gpu("rollout.gpus", config.rollout.gpus)
         self._config, self._engine = config, _start_engine(config)
         if weight_transport(config) == "ipc":
             self.connect()
