@@ -185,7 +185,7 @@ def _translate(error: Exception, member: Member, doing: str) -> PPORayError:
         return WorkerError(f"{who} failed while {doing}: {error if cause is None else cause}")
     if isinstance(cause, ray.exceptions.RayError):
         return DependencyLost(f"{who}, {doing}: {type(cause).__name__}: {cause}")
-    if type(cause).__name__ == "AcceleratorError":  # torch's, which the driver need not load
+    if cause is not None and type(cause).__name__ == "AcceleratorError":  # torch's, which the driver need not load
         return WorkerLost(f"{who} lost its GPU while {doing}: {first_line(cause)}", member.name)
     if cause is not None:
         return WorkerError(f"{who} failed while {doing}: {type(cause).__name__}: {cause}\n{error}")

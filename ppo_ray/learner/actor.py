@@ -56,6 +56,7 @@ class LearnerWorker(Worker):
         start = time.perf_counter()
         check_gpu("learner.gpus", config.learner.gpus)
         torch.set_num_threads(config.learner.threads)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # vLLM does so once NCCL sends the weights: the same kernels always
         self._leads, ranks = rank == 0, Ranks()
         self._shares_gpu = config.ray.placement == "colocated"
         self._publisher = WeightPublisher(config, self._leads)

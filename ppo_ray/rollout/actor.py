@@ -31,7 +31,8 @@ class RolloutWorker(Worker):
 
         start = time.perf_counter()
         check_gpu("rollout.gpus", config.rollout.gpus)
-        self._config, self._engine = config, _start_engine(config)
+        self._config = config
+        self._engine, self._waits = _start_engine(config)
         if weight_transport(config) == "ipc":
             self.connect()
         self._tokenizer = load_tokenizer(config.model.path, config.model.trust)
@@ -39,6 +40,10 @@ class RolloutWorker(Worker):
         self._sampling = Sampling(config.rollout.temperature, ends.ids)
         self._rest()
         return {"time/engine_start_s": time.perf_counter() - start}
+
+    def describe_limits(self) -> str | None:
+        """Say by how much the engine's memory for keys and values makes generation wait; None: it does not."""
+        return self._waits
 
     @ray.method(num_returns=2)
     def generate(self, prompts: PromptBatch, step: int, seed: int) -> tuple[pa.Table, dict[str, float]]:
@@ -117,24 +122,32 @@ def draw_limits(rollout: RolloutConfig, seed: int, step: int, sample_ids: Sequen
     return [shortest + draw % (longest - shortest + 1) for draw in draws]
 
 
-def _start_engine(config: Config) -> Engine:
-    """Start the engine that `rollout.engine` names."""
-    rollout = config.rollout
+def _start_engine(config: Config) -> tuple[Engine, str | None]:
+    """Start the engine that `rollout.engine` names; also returns what `RolloutWorker.describe_limits` does."""
+    rollout, path, trust = config.rollout, config.model.path, config.model.trust
     if rollout.engine == "hf":
         from ppo_ray.rollout.hf import HFEngine
 
-        return HFEngine(
-            config.model.path, dtype=rollout.dtype, max_context=config.max_context, trust=config.model.trust
-        )
+        return HFEngine(path, dtype=rollout.engine_dtype, max_context=config.max_context, trust=trust), None
+    import torch
+
+    from ppo_ray.plan import ModelSizes
+    from ppo_ray.plan.engine import kv_cache_term, waiting_problem
     from ppo_ray.rollout.vllm import VLLMEngine
 
-    return VLLMEngine(
-        config.model.path,
-        dtype=rollout.dtype,
+    kv_cache_mib = rollout.kv_cache_mib
+    if kv_cache_mib is None:
+        here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+        kv_cache_mib = kv_cache_term(config, ModelSizes.read(config), here).num_bytes >> 20
+    engine = VLLMEngine(
+        path,
+        dtype=rollout.engine_dtype,
         max_context=config.max_context,
-        kv_cache_mib=rollout.kv_cache_mib,
+        max_num_seqs=rollout.num_decoded,
+        kv_cache_mib=kv_cache_mib,
         tensor_parallel=rollout.tensor_parallel,
         may_sleep=config.ray.placement == "colocated",
-        trust=config.model.trust,
+        trust=trust,
         transport=weight_transport(config),
     )
+    return engine, waiting_problem(config, engine.num_cached, kv_cache_mib)

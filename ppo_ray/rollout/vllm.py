@@ -37,11 +37,23 @@ CPU_ENVIRONMENT = {
 }
 """Environment variables beside `ENVIRONMENT` on a CPU, and never on a GPU."""
 
+GPU_ENVIRONMENT = {
+    # Attention in float32 is Triton's, which would cut its operands to TensorFloat-32: 2e-3 nats off, twice what a
+    # run's self-check takes.
+    "TRITON_F32_DEFAULT": "ieee",
+    # Without its compiler FlashInfer's sampler cannot be built, and seeded sampling does not use it.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+"""Environment variables beside `ENVIRONMENT` on a GPU."""
+
 _BLOCK_SIZE = 32  # tokens per KV-cache block; the CPU default of 128 wastes most of a short sequence's block
 
 # The KV cache's size is given, yet vLLM still refuses to start on a GPU with less than this share of its memory free:
 # an engine that starts anew beside a learner would never find the default of 0.92.
-_SHARED_GPU = {"gpu_memory_utilization": 0.01}
+#
+# Logits are in float32, as the learner's are: rounded to bfloat16 they were 0.03 nats off, nearly all of the difference
+# between the two.
+_ON_GPU = {"gpu_memory_utilization": 0.01, "hf_overrides": {"head_dtype": "float32"}}
 
 _LONGEST = 300  # characters of a reason
 
@@ -113,7 +125,7 @@ class VLLMEngine:
                 worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
                 # log-probabilities of the distribution that was sampled from: after the temperature
                 logprobs_mode="processed_logprobs",
-                **(_SHARED_GPU if on_gpu else {"block_size": _BLOCK_SIZE}),
+                **(_ON_GPU if on_gpu else {"block_size": _BLOCK_SIZE}),
             )
             # what vLLM does not have on this machine it may only tell when it is asked
             first = vllm.SamplingParams(max_tokens=1, detokenize=False)
@@ -123,6 +135,9 @@ class VLLMEngine:
         config = self._llm.llm_engine.model_config.hf_text_config
         self._max_context = max_context
         self._vocab_size = int(config.vocab_size)
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        self.num_cached = int(cache.num_gpu_blocks) * int(cache.block_size)
+        """Tokens whose keys and values there is room for."""
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
         """Sample one response per request, in the order of the requests; see `Engine.generate`.

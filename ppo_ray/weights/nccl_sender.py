@@ -7,6 +7,7 @@ for it.
 """
 
 import base64
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -53,7 +54,8 @@ class NCCLSender:
             packed_num_buffers=NUM_BUFFERS,
         )
         device = torch.accelerator.current_device_index()
-        sender.model_update_group = uid_init_process_group(base64.b64decode(group_id), 0, world_size, device)
+        with _keep_stream():
+            sender.model_update_group = uid_init_process_group(base64.b64decode(group_id), 0, world_size, device)
         self._sender = sender
 
     def send(self, manifest: WeightManifest, tensors: NamedTensors) -> None:
@@ -64,7 +66,8 @@ class NCCLSender:
             tensors: may be made as they are asked for.
         """
         self._sender.source = _source(manifest, tensors)
-        self._sender.send_weights()
+        with _keep_stream():
+            self._sender.send_weights()
 
     def leave(self) -> None:
         """Abort the group, from any thread; a broadcast that waits for a lost engine ends."""
@@ -83,6 +86,21 @@ def ipc_handles(tensors: Iterable[torch.Tensor]) -> list[dict[str, Any]]:
     torch.cuda.synchronize(device)
     gpu = str(torch.cuda.get_device_properties(device).uuid)
     return [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors]
+
+
+@contextlib.contextmanager
+def _keep_stream() -> Iterator[None]:
+    """Restore this thread's CUDA stream at the end of a block.
+
+    vLLM moves a thread that it is first used in to a stream of its own, but the learner's kernels must not depend on
+    how its weights are sent.
+    """
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        if stream is not None:
+            torch.cuda.set_stream(stream)
 
 
 class _DriverCalls:
