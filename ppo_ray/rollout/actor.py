@@ -18,7 +18,7 @@ from ppo_ray.seeding import derive_seed
 from ppo_ray.weights.acks import WeightAck
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.snapshot import WeightSnapshot
-from ppo_ray.weights.transports import RemoteBuckets, merge_handles
+from ppo_ray.weights.transports import RemoteBuckets
 
 
 @ray.remote(concurrency_groups=CONTROL)
@@ -33,8 +33,6 @@ class RolloutWorker(Worker):
         check_gpu("rollout.gpus", config.rollout.gpus)
         self._config = config
         self._engine, self._waits = _start_engine(config)
-        if weight_transport(config) == "ipc":
-            self.connect()
         self._tokenizer = load_tokenizer(config.model.path, config.model.trust)
         ends = read_end_tokens(config, self._tokenizer)
         self._sampling = Sampling(config.rollout.temperature, ends.ids)
@@ -88,15 +86,21 @@ class RolloutWorker(Worker):
         self._engine.load_weights(WeightSnapshot(manifest, fetched))
         return self._ack(manifest, start)
 
-    def connect(self, init_info: dict[str, Any] | None = None) -> None:
-        """Prepare to receive weights by NCCL or CUDA IPC; see `Receiver.connect`."""
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Join a NCCL group with the learner; see `Receiver.connect`."""
         cast("Receiver", self._engine).connect(init_info)
 
-    def receive_weights(self, manifest: WeightManifest, *exports: list[dict[str, Any]]) -> WeightAck:
-        """Receive weights by NCCL, or from what learner ranks export by CUDA IPC; serve them, and say so."""
+    def receive_weights(self, manifest: WeightManifest) -> WeightAck:
+        """Receive weights by NCCL; serve them, and say so."""
         start = time.perf_counter()
-        handles = {"ipc_handles": merge_handles(exports)} if exports else {}
-        cast("Receiver", self._engine).receive_weights(manifest, handles)
+        cast("Receiver", self._engine).receive_weights(manifest)
+        return self._ack(manifest, start)
+
+    def map_weights(self, manifest: WeightManifest, bucket: int, *handles: dict[str, Any]) -> WeightAck:
+        """Read a bucket that learner ranks lend by CUDA IPC; with the last, serve the weights. Say which are served."""
+        start = time.perf_counter()
+        by_gpu = {gpu: handle for of_rank in handles for gpu, handle in of_rank.items()}
+        cast("Receiver", self._engine).map_weights(manifest, bucket, by_gpu)
         return self._ack(manifest, start)
 
     def close(self) -> None:

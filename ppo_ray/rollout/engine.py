@@ -91,12 +91,16 @@ class Engine(Protocol):
 class Receiver(Engine, Protocol):
     """An engine whose weights come from another GPU, or from its own, without passing the host."""
 
-    def connect(self, init_info: dict[str, Any] | None = None) -> None:
-        """Prepare to receive; joins the sender's group where the transport has one."""
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Join the sender's group, for `receive_weights`."""
         ...
 
-    def receive_weights(self, manifest: WeightManifest, handles: dict[str, Any]) -> None:
-        """Receive the tensors that the manifest lists, verify and serve them; otherwise as `load_weights`."""
+    def receive_weights(self, manifest: WeightManifest) -> None:
+        """Receive the tensors that the manifest lists from the group; otherwise as `load_weights`."""
+        ...
+
+    def map_weights(self, manifest: WeightManifest, bucket: int, handles: dict[str, Any]) -> None:
+        """Read one of the manifest's buckets from memory that is lent to this GPU; otherwise as `load_weights`."""
         ...
 
 

@@ -182,21 +182,13 @@ class VLLMEngine:
         """
         self._update(({"tensors": tensors} for tensors in snapshot.verify_buckets()), snapshot.manifest, verified=True)
 
-    def connect(self, init_info: dict[str, Any] | None = None) -> None:
-        """Prepare to receive weights.
-
-        Args:
-            init_info: of vLLM's NCCL backend, as vLLM documents it; None: by CUDA IPC, which needs no group.
-        """
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Join a NCCL group with the learner; `init_info` is of vLLM's NCCL backend, as vLLM documents it."""
         self._llm.shutdown_weight_transfer_engine()  # the group before
-        self._llm.init_weight_transfer_engine({"init_info": init_info or {"packed": False}})
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
 
-    def receive_weights(self, manifest: WeightManifest, handles: dict[str, Any]) -> None:
-        """Receive all tensors by NCCL or CUDA IPC, verify and serve them; see `load_weights`.
-
-        Args:
-            manifest: what is sent.
-            handles: what else vLLM's backend needs to receive it: nothing for NCCL, `ipc_handles` for CUDA IPC.
+    def receive_weights(self, manifest: WeightManifest) -> None:
+        """Receive all tensors by NCCL, verify and serve them; see `load_weights`.
 
         Raises:
             WorkerError: a tensor did not arrive as it was sent; the engine cannot be used afterwards.
@@ -207,18 +199,40 @@ class VLLMEngine:
             "dtype_names": [entry.dtype for entry in entries],
             "shapes": [list(entry.shape) for entry in entries],
         }
-        self._update([update | handles], manifest, verified=False)
+        self._update([update], manifest, verified=False)
+
+    def map_weights(self, manifest: WeightManifest, bucket: int, handles: dict[str, Any]) -> None:
+        """Read one bucket by CUDA IPC; verify and serve the weights with the last. Raises as `receive_weights`.
+
+        Args:
+            manifest: what is sent.
+            bucket: which of its buckets; they come in order, from 0 on.
+            handles: of the learner ranks' buffers that hold it, by the UUID of their GPU.
+        """
+        buckets = [entries for _, entries in manifest.buckets()]
+        if bucket == 0:
+            self._check_whole()
+            self._begin(manifest, verified=False)
+        self._llm.update_weights({"update_info": {"handles": handles, "entries": buckets[bucket]}})
+        if bucket == len(buckets) - 1:
+            self._finish(manifest)
 
     def _update(self, updates: Iterable[dict[str, Any]], manifest: WeightManifest, verified: bool) -> None:
         """Apply an update; nothing is changed before its first part has arrived."""
         self._check_whole()
         for update in updates:
             if not self._half_loaded:
-                self._wake("weights")
-                self._llm.collective_rpc("begin_check", args=(manifest, not verified))
-                self.policy_version, self._half_loaded = -1, True
-                self._llm.start_weight_update()
+                self._begin(manifest, verified)
             self._llm.update_weights({"update_info": update})
+        self._finish(manifest)
+
+    def _begin(self, manifest: WeightManifest, verified: bool) -> None:
+        self._wake("weights")
+        self._llm.collective_rpc("begin_check", args=(manifest, not verified))
+        self.policy_version, self._half_loaded = -1, True
+        self._llm.start_weight_update()
+
+    def _finish(self, manifest: WeightManifest) -> None:
         self._llm.collective_rpc("end_check")
         self._llm.finish_weight_update(weight_version=str(manifest.policy_version))
         self._wake("kv_cache")  # only now: while weights are loaded some of them are there twice

@@ -1,8 +1,8 @@
 """The receiving end of vLLM's weight-transfer API: backends for every transport, with a check of every tensor.
 
 An update is a session: start, tensors, finish. Meanwhile vLLM replaces layer after layer as its tensors arrive. The
-transports differ only in how tensors arrive: as views of buckets on the host, broadcast by NCCL, or mapped by CUDA IPC.
-vLLM's own backends check nothing; here every tensor passes a check on its way into the model.
+transports differ only in how tensors arrive: as views of buckets on the host, broadcast by NCCL, or in a buffer that is
+mapped by CUDA IPC. vLLM's own backends check nothing; here every tensor passes a check on its way into the model.
 """
 
 import re
@@ -16,8 +16,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.distributed.weight_transfer.packed_tensor import PackedBufferImporter
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 from vllm.model_executor.models.bloom import BloomMLP
@@ -27,8 +27,10 @@ from ppo_ray.config import Transport
 from ppo_ray.errors import WorkerError
 from ppo_ray.models.tensors import VALUE_HEAD, list_names
 from ppo_ray.weights.checksums import format_sums, word_sums
-from ppo_ray.weights.manifest import WeightManifest
+from ppo_ray.weights.manifest import TensorEntry, WeightManifest
+from ppo_ray.weights.nccl_sender import view_tensor
 
+_DEVICE = 6  # the place of the device among the arguments of torch's `rebuild_cuda_tensor`
 _LAYER = re.compile(r".*?\.\d+(?=\.)")
 
 NamedTensors = list[tuple[str, torch.Tensor]]
@@ -264,8 +266,46 @@ class NCCL(CheckedBackend, NCCLWeightTransferEngine):
     """vLLM's NCCL backend, its tensors checked."""
 
 
-class IPC(CheckedBackend, IPCWeightTransferEngine):
-    """vLLM's CUDA IPC backend, its tensors checked."""
+@dataclass
+class LentBucket(WeightTransferUpdateInfo):
+    """Tensors in memory of a learner rank, which each engine's rank maps on its own GPU."""
+
+    handles: dict[str, tuple[Any, ...]]
+    """Arguments of torch's `rebuild_cuda_tensor` for the rank's buffer of bytes, under its GPU's UUID."""
+    entries: list[TensorEntry]
+
+
+class _LentBuckets(_Buckets):
+    """A backend whose tensors lie in a buffer that is filled anew when this process has read it."""
+
+    update_info_cls = LentBucket
+
+    def receive_weights(self, update_info: LentBucket) -> None:
+        """Copy a bucket out of the buffer, and load its tensors; the buffer is mapped once per sync.
+
+        Raises:
+            WorkerError: no learner rank is on this GPU.
+        """
+        if not hasattr(self, "_importer"):
+            self._importer = PackedBufferImporter()
+        gpu = str(torch.cuda.get_device_properties(self.device).uuid)
+        if gpu not in update_info.handles:
+            raise WorkerError(f"no learner rank has lent its weights on GPU {gpu}, but on {list(update_info.handles)}")
+        arguments = list(update_info.handles[gpu])
+        arguments[_DEVICE] = self.device.index
+        # vLLM keeps tensors of a layer until all of them are there, when the buffer has others already
+        copy = self._importer.rebuild(arguments).clone()
+        self.model.load_weights([(entry.name, view_tensor(copy, entry)) for entry in update_info.entries])
+        torch.cuda.synchronize(self.device)
+
+    def finish_weight_update(self) -> None:
+        """Restore the layers that were not replaced, and give the buffer back."""
+        super().finish_weight_update()
+        self._importer.close()
+
+
+class IPC(CheckedBackend, _LentBuckets):
+    """A backend for buckets that are lent by CUDA IPC, its tensors checked."""
 
 
 BACKENDS: dict[Transport, str] = {"object_store": "ppo_ray_buckets", "nccl": "ppo_ray_nccl", "ipc": "ppo_ray_ipc"}

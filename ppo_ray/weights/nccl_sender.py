@@ -1,4 +1,4 @@
-"""The sending end of vLLM's weight-transfer API: NCCL broadcasts, and CUDA IPC handles.
+"""The sending end of vLLM's weight-transfer API: NCCL broadcasts, and memory that is lent by CUDA IPC.
 
 vLLM's trainer classes call the engines themselves, all with the same rank, and wait without a limit. Here the driver
 calls the engines and the learner, watches all of them, and names the one that is late. So the sender's own calls do
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
-from ppo_ray.weights.manifest import WeightManifest
+from ppo_ray.weights.manifest import TensorEntry, WeightManifest
 from ppo_ray.weights.snapshot import NUM_BUFFERS
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
+
+_GPU = "cuda"
 
 
 def new_group_id() -> str:
@@ -76,16 +78,33 @@ class NCCLSender:
             sender.shutdown()
 
 
-def ipc_handles(tensors: Iterable[torch.Tensor]) -> list[dict[str, Any]]:
-    """Return handles by which an engine on the same GPU maps the tensors, which must live until it has read them.
+class LentBuffer:
+    """Memory on this process's GPU that engines on the same GPU map.
 
-    Returns:
-        For each tensor, vLLM's arguments of it under the GPU's UUID.
+    One buffer serves a whole sync: each export of memory is counted by torch until another process has mapped and
+    released it.
     """
-    device = torch.cuda.current_device()
-    torch.cuda.synchronize(device)
-    gpu = str(torch.cuda.get_device_properties(device).uuid)
-    return [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors]
+
+    def __init__(self, num_bytes: int) -> None:
+        """Allocate and export it."""
+        device = torch.cuda.current_device()
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=_GPU)
+        self.handle: dict[str, Any] = {gpu: reduce_tensor(self._buffer)[1]}
+        """vLLM's arguments to map it, under the GPU's UUID."""
+
+    def fill(self, placed: Iterable[tuple[TensorEntry, torch.Tensor]]) -> None:
+        """Copy tensors to the places that their entries name; returns when they are there."""
+        for entry, tensor in placed:
+            view_tensor(self._buffer, entry).copy_(tensor.detach())
+            del tensor  # before the next is made
+        torch.cuda.synchronize()
+
+
+def view_tensor(buffer: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    """Return a tensor that lies in a buffer of bytes, as a view."""
+    raw = buffer[entry.offset : entry.offset + entry.num_bytes]
+    return raw.view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
 @contextlib.contextmanager

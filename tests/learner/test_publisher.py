@@ -13,5 +13,5 @@ def test_weights_that_the_learner_no_longer_has_are_lost_with_it(transport: str)
     options = ["output_dir=o", "model.path=m", "prompts.path=p", "reward.path=r"]
     sender = WeightPublisher(load_config(None, [*options, f"rollout.weight_transport={transport}"]), leads=True)
     with pytest.raises(WorkerLost, match="policy version 3 are asked for, but the learner has those of") as caught:
-        sender.send(3) if transport == "nccl" else sender.export(3)
+        sender.send(3) if transport == "nccl" else sender.export(3, 0)
     assert pickle.loads(pickle.dumps(caught.value)).name == "learner-0"
