@@ -5,16 +5,17 @@ weights be handed over by reference. `ENVIRONMENT` must be set before `vllm` is 
 runtime environment, and the engine sets what is still missing.
 """
 
+import contextlib
 import gc
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ppo_ray.config import NO_TRUST, Transport, Trust
-from ppo_ray.errors import WorkerError, WorkerLost
+from ppo_ray.errors import WorkerError, WorkerLost, first_line
 from ppo_ray.plan.demand import CPU_ALLOCATION
 from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling, check_finite, check_requests
 from ppo_ray.rollout.support import ADVICE
@@ -152,23 +153,22 @@ class VLLMEngine:
         self._check_whole()
         check_requests(requests, self._vocab_size, self._max_context)
         self._wake("weights", "kv_cache")
-        self._llm.reset_prefix_cache()  # what was asked before must not change the last bits of what is asked now
-        outputs = self._llm.generate(
-            [vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests],
-            [
-                vllm.SamplingParams(
-                    temperature=sampling.temperature,
-                    seed=request.seed,
-                    max_tokens=request.max_tokens,
-                    stop_token_ids=list(sampling.stop_token_ids),
-                    ignore_eos=True,  # what ends a response is said above, not in the model's folder
-                    logprobs=0,
-                    detokenize=False,
-                )
-                for request in requests
-            ],
-            use_tqdm=False,
-        )
+        prompts = [vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
+        params = [
+            vllm.SamplingParams(
+                temperature=sampling.temperature,
+                seed=request.seed,
+                max_tokens=request.max_tokens,
+                stop_token_ids=list(sampling.stop_token_ids),
+                ignore_eos=True,  # what ends a response is said above, not in the model's folder
+                logprobs=0,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        with self._detect_lost_ranks():
+            self._llm.reset_prefix_cache()  # what was asked before must not change the last bits of what is asked now
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
         completions = [_completion(output.outputs[0]) for output in outputs]
         for index, (request, completion) in enumerate(zip(requests, completions, strict=True)):
             check_finite(request, index, completion.logprobs)
@@ -213,18 +213,20 @@ class VLLMEngine:
         if bucket == 0:
             self._check_whole()
             self._begin(manifest, verified=False)
-        self._llm.update_weights({"update_info": {"handles": handles, "entries": buckets[bucket]}})
-        if bucket == len(buckets) - 1:
-            self._finish(manifest)
+        with self._detect_lost_ranks():
+            self._llm.update_weights({"update_info": {"handles": handles, "entries": buckets[bucket]}})
+            if bucket == len(buckets) - 1:
+                self._finish(manifest)
 
     def _update(self, updates: Iterable[dict[str, Any]], manifest: WeightManifest, verified: bool) -> None:
         """Apply an update; nothing is changed before its first part has arrived."""
         self._check_whole()
-        for update in updates:
-            if not self._half_loaded:
-                self._begin(manifest, verified)
-            self._llm.update_weights({"update_info": update})
-        self._finish(manifest)
+        with self._detect_lost_ranks():
+            for update in updates:
+                if not self._half_loaded:
+                    self._begin(manifest, verified)
+                self._llm.update_weights({"update_info": update})
+            self._finish(manifest)
 
     def _begin(self, manifest: WeightManifest, verified: bool) -> None:
         self._wake("weights")
@@ -241,6 +243,16 @@ class VLLMEngine:
                 "vLLM did not drop its prefix cache after new weights; its answers would mix two policies"
             )
         self.policy_version, self._half_loaded = manifest.policy_version, False
+
+    @contextlib.contextmanager
+    def _detect_lost_ranks(self) -> Iterator[None]:
+        """Raise the death of a tensor-parallel rank, of which vLLM makes a bare RuntimeError, as the engine's loss."""
+        try:
+            yield
+        except RuntimeError as error:
+            if getattr(self._llm.llm_engine.model_executor, "is_failed", False):
+                raise WorkerLost(f"one of its tensor-parallel ranks died: {first_line(error)}") from error
+            raise
 
     def _check_whole(self) -> None:
         if self._half_loaded:
