@@ -1,12 +1,13 @@
 """The learner's end of the weight transports: weights made ready, and sent where they stay on its GPU."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ppo_ray.config import Config, weight_transport
-from ppo_ray.errors import WorkerLost
+from ppo_ray.errors import InputError, WorkerLost
 from ppo_ray.plan.demand import actor_name
 from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.manifest import WeightManifest
@@ -28,8 +29,17 @@ class WeightPublisher:
         Args:
             config: of the run.
             leads: whether this is the first rank; the others only describe their weights.
+
+        Raises:
+            InputError: the environment sets torch's memory up so that it cannot be lent by CUDA IPC.
         """
         self._transport, self._leads = weight_transport(config), leads
+        for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            if self._transport == "ipc" and "expandable_segments:true" in os.environ.get(variable, "").lower():
+                raise InputError(
+                    f"{variable} has expandable_segments:True, whose memory other processes may not map where ptrace "
+                    "is not allowed; unset it, or take rollout.weight_transport=object_store"
+                )
         self._wire = Wire(config.rollout.wire_dtype, config.rollout.weight_bucket_mib << 20)
         self._buffers = Buffers()
         self._sums = bool(config.learner.gpus) and config.learner.workers > 1

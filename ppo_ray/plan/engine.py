@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
-from ppo_ray.config import Config
+from ppo_ray.config import Config, weight_transport
 from ppo_ray.plan.memory import (
     BYTES,
     MIB,
     Device,
     Term,
+    bucket_term,
     cuda_term,
     learner_terms,
     parameter_term,
@@ -36,8 +37,12 @@ def rollout_terms(config: Config, sizes: ModelSizes, gpu_memory: int | None = No
         yield cuda_term("rollout")
     yield _weights_term(config, sizes)
     if device == "gpu" and config.ray.placement == "colocated":
-        kept = "weights of the sleeping engine"
-        yield parameter_term(kept, policy.parameters, size, "host", ranks=rollout.tensor_parallel)
+        kept, ranks = -(-policy.parameters * size // rollout.tensor_parallel), rollout.tensor_parallel
+        share = f" / {ranks} ranks" if ranks > 1 else ""
+        how = f"weights{share} x 1.5: torch rounds pinned memory up to powers of two, assumed"
+        yield Term("weights of the sleeping engine", how, kept * 3 // 2, "host")
+    if weight_transport(config) != "object_store":
+        yield bucket_term(config, weight_transport(config))
     if rollout.engine == "vllm":
         yield kv_cache_term(config, sizes, gpu_memory)
         if device == "host":
@@ -82,6 +87,8 @@ def _room(config: Config, sizes: ModelSizes, gpu_memory: int) -> int:
     """Return the bytes of a GPU that are left for keys and values when an engine is at work."""
     apart = config.ray.placement == "apart"
     others = [cuda_term("rollout"), _weights_term(config, sizes)]
+    if weight_transport(config) != "object_store":
+        others.append(bucket_term(config, weight_transport(config)))
     if not apart:  # then the learner rank and the reward worker that share the GPU rest, and keep some of it
         others += [term for term in learner_terms(config, sizes, 0) if term.when == "always"]
         others += reward_terms(config, sizes) if config.reward.gpus else ()

@@ -42,8 +42,9 @@ STATE: tuple[tuple[str, int, When], ...] = (
 _PROCESS_MIB = {"rollout": 750, "hf": 500, "reward": 500, "learner": 550}
 """Python with its libraries, without a model worth mention: measured, see `docs/placement.md`."""
 _NODE_MIB = 1200
-_CUDA_MIB = {"rollout": 2500, "reward": 800, "learner": 1000}
-"""CUDA's context and kernels, an engine's graphs and workspace: assumed, not measured."""
+_CUDA_MIB = {"rollout": 4000, "reward": 800, "learner": 1000}
+"""CUDA's context and kernels, an engine's graphs and the pass that it measures itself by: assumed, not measured."""
+_SHORTEST_ROW = 64  # tokens, as the learner packs them
 
 
 def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
@@ -132,10 +133,19 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
         yield cuda_term("learner")
     yield from _state_terms(config, sizes, device)
     yield from _pass_terms(config, sizes, device)
-    if rank == 0 and weight_transport(config) == "object_store":
+    transport = weight_transport(config)
+    if transport != "object_store" and (rank == 0 or transport == "ipc"):
+        yield bucket_term(config, transport)
+    if rank == 0 and transport == "object_store":
         yield parameter_term("weights to publish", sizes.policy.parameters, _wire_bytes(config), "host")
     if rank == 0 and device == "gpu":
         yield parameter_term("a checkpoint on its way to the disk", _actor_critic_parameters(sizes), 3 * EXACT, "host")
+
+
+def bucket_term(config: Config, transport: str) -> Term:
+    """Return the buffer on a GPU that weights are sent from, or received in; one tensor may be larger."""
+    mib = config.rollout.weight_bucket_mib
+    return Term(f"a bucket of weights ({transport})", f"rollout.weight_bucket_mib={mib}", mib * MIB, "gpu")
 
 
 def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
@@ -151,6 +161,9 @@ def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[
         layer = max((model.parameters - model.embeddings) // model.layers for model in models)
         gathered = sum(model.embeddings for model in models) + 2 * layer
         yield parameter_term("gathered: embeddings, two layers", gathered, size, device, "at work")
+        roots = sum(model.embeddings for model in (sizes.policy, sizes.critic) if model)
+        reduced = max(roots, layer)
+        yield parameter_term("gradients that are being reduced", reduced, size + EXACT, device, "at work")
         whole = _actor_critic_parameters(sizes) + sizes.reference.parameters
         yield parameter_term("whole models, before they are shared", whole, EXACT, "host")
     elif size != EXACT:
@@ -164,8 +177,17 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
     yield _activation_term("activations", sizes.policy, tokens, size, device, recomputed)
     if sizes.critic:
         yield _activation_term("the critic's activations", sizes.critic, tokens, size, device, recomputed)
+    if device == "gpu":
+        width, layers = _row_width(config), 1 if recomputed else sizes.policy.layers
+        how = f"{tokens} tokens x {width} x {layers} layers x {size} bytes"
+        yield Term("attention masks", how, tokens * width * layers * size, device, "at work")
     how = f"{tokens} tokens x {sizes.policy.vocabulary} entries x 4 bytes, at most"
     yield Term("probabilities", how, tokens * sizes.policy.vocabulary * 4, device, "at work")
+
+
+def _row_width(config: Config) -> int:
+    """Return the tokens of a packed row, at most: one sequence, or several short ones."""
+    return max(_SHORTEST_ROW, config.prompts.max_tokens + config.rollout.max_response_tokens)
 
 
 def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:

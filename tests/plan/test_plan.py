@@ -99,13 +99,13 @@ def test_on_one_gpu_the_hungriest_of_all_counts_where_they_take_turns(configured
     shared = planned(configured(*gpus, "ray.placement=colocated"), ClusterShape.uniform(1, 8, 1, 64 * GIB, 8 * GIB))
     (gpu,) = shared.gpus
     kept = (12 * TRAINED + 4 * POLICY) + 4 * CLASSIFIER + 24 * 8 * (4 * 32 + 2 * 64) * 4
-    cuda = (2500 + 800 + 1000) * MIB
+    cuda = (4000 + 800 + 1000 + 2 * 256) * MIB  # and a bucket of weights, lent and read
     engine = 2 * POLICY + 32 * MIB
     learning = 4 * TRAINED + 100 * 2 * (12 * 128 + 4 * 256) * 4 + 100 * 512 * 4
     assert learning < engine  # tiny models: the KV cache is the largest thing there is
     assert gpu.needed == kept + cuda + engine
     assert gpu.actors == ("rollout-0", "learner-0", "reward-0")
-    assert amounts(shared.terms["rollout-0"])["weights of the sleeping engine"] == 2 * POLICY  # on the host
+    assert amounts(shared.terms["rollout-0"])["weights of the sleeping engine"] == 3 * POLICY  # on the host
 
     apart = planned(configured(*gpus), ClusterShape.uniform(1, 8, 3, 64 * GIB, 8 * GIB))
     assert [need.actors for need in apart.gpus] == [("learner-0",), ("rollout-0",), ("reward-0",)]
@@ -136,7 +136,10 @@ def test_ranks_of_a_learner_share_its_state_and_gather_layers(configured: Config
         "reference": POLICY // 2,
         "gathered: embeddings, two layers": 2 * (2 * 512 * 128 + 2 * ((2 * LAYER + 128) // 2)),
         "whole models, before they are shared": 4 * (TRAINED + POLICY),
+        "gradients that are being reduced": max(512 * 128, (2 * LAYER + 128) // 2) * (2 + 4),
         "activations": 100 * (2 * 128 + 12 * 128 + 4 * 256) * 2,
+        "attention masks": 100 * 64 * 2,
+        "a bucket of weights (nccl)": 256 * MIB,
         "probabilities": 100 * 512 * 4,
         "a checkpoint on its way to the disk": 12 * TRAINED,
     }

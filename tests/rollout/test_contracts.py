@@ -163,7 +163,7 @@ def test_a_rank_that_dies_costs_its_engine_and_not_the_run(failed: bool) -> None
 
 
 def test_both_locks_pin_the_same_versions() -> None:
-    """So what holds of the libraries for CPUs holds of those for GPUs: vLLM's Python files are the same but for four."""
+    """So what holds on CPUs holds on GPUs: the Python files of vLLM are the same but for four."""
 
     def pinned(name: str) -> dict[str, str]:
         text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
