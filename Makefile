@@ -12,7 +12,7 @@ TRL_VENV := .venv-trl
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup assets demo demo-arithmetic benchmark test test-fast test-slow test-faults test-fuzz test-architectures lint types lock clean
+.PHONY: help setup assets demo demo-arithmetic benchmark gpu-check test test-fast test-slow test-faults test-fuzz test-architectures lint types lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -34,6 +34,9 @@ demo-arithmetic: setup ## teach a 135M chat model sums, with the right answers a
 benchmark: assets ## ppo_ray beside TRL 0.11.3: an hour, see docs/performance.md (ARGS="--batch-size 128")
 	@$(or $(PYTHON),python3) requirements/set_up.py trl
 	@$(BIN)/python -m benchmarks.compare $(ARGS)
+
+gpu-check: setup ## whether everything works on this GPU: ten minutes on one card (ARGS="--only update logits")
+	@$(BIN)/python -m benchmarks.gpu_acceptance $(ARGS)
 
 test: lint types assets test-fast test-slow ## everything
 

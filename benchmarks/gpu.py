@@ -37,7 +37,8 @@ from ppo_ray.config import Config
 from ppo_ray.errors import InputError
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.loading import default_device
-from ppo_ray.plan.memory import learner_terms, rollout_terms
+from ppo_ray.plan.engine import rollout_terms
+from ppo_ray.plan.memory import learner_terms
 from ppo_ray.plan.sizes import ModelSizes
 from ppo_ray.rollout.engine import GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
@@ -81,7 +82,7 @@ def measure(shape: str, options: argparse.Namespace, peak: Peak, folder: Path) -
         InputError: the device has not the memory for it.
     """
     device = default_device()
-    config = _config(shape, options, folder)
+    config = make_config(shape, options, folder)
     responses = (config.rollout.min_response_tokens, config.rollout.max_response_tokens)
     batch_size, sizes = config.rollout.batch_size, decoder_shape(write_config(shape, folder))
     parameters = _check_memory(config, device, shape)
@@ -151,7 +152,7 @@ def _step(
     }
 
 
-def _config(shape: str, options: argparse.Namespace, folder: Path) -> Config:
+def make_config(shape: str, options: argparse.Namespace, folder: Path) -> Config:
     responses = [options.response_tokens] * 2 if options.response_tokens else [4, 16]
     gpus = float(torch.cuda.is_available())
     return Config.model_validate(

@@ -64,7 +64,7 @@ def _private_ray(config: RayConfig) -> Iterator[None]:
     before = psutil.Process().children()
     started: list[psutil.Process] = []
     try:
-        with _own_token():
+        with _own_environment():
             try:
                 try:
                     _start_private(config, folder)
@@ -81,9 +81,14 @@ def _private_ray(config: RayConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_token() -> Iterator[None]:
-    """Set token authentication with a new token for the length of a block; it lies in no file."""
+def _own_environment() -> Iterator[None]:
+    """Set what all processes of a private Ray inherit, for the length of a block.
+
+    That is token authentication with a new token, which lies in no file; and NCCL on loopback, so that it listens to
+    nobody on the network either. An interface that the shell names for NCCL is kept.
+    """
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_AUTH_TOKEN_PATH": None}
+    own["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME", "=lo")
     before = {name: os.environ.get(name) for name in own}
     _set_environment(own)
     try:

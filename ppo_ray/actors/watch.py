@@ -1,7 +1,8 @@
 """Waiting for actors: with a limit, with control calls meanwhile, and with errors that tell who failed and where.
 
 Actors fail in three ways: they die, they stop answering, they raise. The first two are `WorkerLost`: another worker can
-do the same work. What they raise is an error of the work itself, which another worker would raise too.
+do the same work. What they raise is an error of the work itself, which another worker would raise too; but after an
+error of its GPU a process can compute nothing more, and is lost.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import ray
 
 from ppo_ray import stopping
 from ppo_ray.actors.worker import Whereabouts
-from ppo_ray.errors import PPORayError, WorkerError, WorkerLost
+from ppo_ray.errors import PPORayError, WorkerError, WorkerLost, first_line
 
 _POLL_S = 1.0  # signal handlers run between polls
 _PULSE_S = 0.5  # between checks of outstanding control calls
@@ -184,6 +185,8 @@ def _translate(error: Exception, member: Member, doing: str) -> PPORayError:
         return WorkerError(f"{who} failed while {doing}: {error if cause is None else cause}")
     if isinstance(cause, ray.exceptions.RayError):
         return DependencyLost(f"{who}, {doing}: {type(cause).__name__}: {cause}")
+    if cause is not None and type(cause).__name__ == "AcceleratorError":  # torch's, which the driver need not load
+        return WorkerLost(f"{who} lost its GPU while {doing}: {first_line(cause)}", member.name)
     if cause is not None:
         return WorkerError(f"{who} failed while {doing}: {type(cause).__name__}: {cause}\n{error}")
     if isinstance(error, ray.exceptions.ObjectLostError):

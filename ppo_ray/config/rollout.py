@@ -1,9 +1,11 @@
 """The options of generation."""
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from ppo_ray.config.file import Contradiction
 from ppo_ray.config.sections import DType, Section, Transport
 
 _OTHER_SAMPLING = (
@@ -14,6 +16,9 @@ _OTHER_SAMPLING = (
 
 MIN_VLLM_TEMPERATURE = 0.01
 """vLLM raises lower temperatures to this one; 0 is greedy, which is no sampling."""
+
+
+_FEWEST_SEQS, _MOST_SEQS = 128, 1024  # vLLM's own default on a large GPU is 1024
 
 
 class RolloutConfig(Section):
@@ -70,10 +75,18 @@ class RolloutConfig(Section):
     max_context: int | None = Field(default=None, ge=2)
     """Longest prompt plus response that an engine has room for, in tokens; null: prompts.max_tokens +
     rollout.max_response_tokens."""
-    kv_cache_mib: int = Field(default=512, ge=1)
-    """Memory of each vLLM engine for keys and values, MiB."""
-    dtype: DType = "float32"
-    """Of the engines' weights. bfloat16 is faster on GPUs; log-probabilities are then up to 0.4 off the learner's."""
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    """Largest number of sequences that a vLLM engine decodes at once; null: its share of a batch, from 128 to 1024."""
+    kv_cache_mib: int | None = Field(default=None, ge=1)
+    """Memory of each vLLM engine, or of each of its ranks, for keys and values, MiB. null: 512 on a CPU; on a GPU what
+    the engine's share of a batch needs, as far as the GPU has room. `ppo-ray plan` shows it."""
+    dtype: DType | None = None
+    """Dtype of the engines' weights. null: bfloat16 on GPUs, float32 on CPUs. With bfloat16 log-probabilities are up to
+    0.4 off the learner's. float32 on a GPU is several times slower."""
+    batch_invariant: bool = False
+    """Whether vLLM on a GPU computes each response by kernels whose results do not depend on the rest of the batch; it
+    is slower. Without it a repeated or resumed generation on GPUs may sample other responses. On CPUs float32 needs
+    it not."""
     max_staleness: int = Field(default=0, ge=0, le=1)
     """How many updates old the policy that samples may be. 0: the engines wait for each update. 1: they sample the next
     batch while the learner works on this one; the batch is then of the policy before the last update, which
@@ -89,3 +102,34 @@ class RolloutConfig(Section):
     self_check: bool = True
     """Whether the run begins by proving that new weights change what each engine computes as they change the learner;
     costs two weight syncs."""
+
+    @property
+    def engine_dtype(self) -> DType:
+        """Dtype of the engines' weights."""
+        return self.dtype or ("bfloat16" if self.gpus else "float32")
+
+    @property
+    def share(self) -> int:
+        """Largest number of a step's responses that one engine samples."""
+        return -(-self.batch_size // self.workers)
+
+    @property
+    def num_decoded(self) -> int:
+        """Largest number of sequences that a vLLM engine decodes at once."""
+        return self.max_num_seqs or min(max(self.share, _FEWEST_SEQS), _MOST_SEQS)
+
+
+def engine_contradictions(rollout: RolloutConfig) -> Iterator[Contradiction]:
+    """Yield what `rollout.engine` cannot do."""
+    if rollout.engine == "vllm" and rollout.temperature < MIN_VLLM_TEMPERATURE:
+        yield Contradiction(
+            ("rollout.temperature", "rollout.engine"),
+            f"{rollout.temperature:g} is below {MIN_VLLM_TEMPERATURE}, the lowest at which rollout.engine=vllm samples "
+            f"(it would take {MIN_VLLM_TEMPERATURE} instead); set {MIN_VLLM_TEMPERATURE} or more, or rollout.engine=hf",
+        )
+    if rollout.batch_invariant and not (rollout.engine == "vllm" and rollout.gpus):
+        yield Contradiction(
+            ("rollout.batch_invariant", "rollout.engine", "rollout.gpus"),
+            f"true chooses kernels of vLLM on GPUs, but rollout.engine={rollout.engine} and rollout.gpus="
+            f"{rollout.gpus:g}; leave it out: on CPUs float32 does not depend on the batch",
+        )

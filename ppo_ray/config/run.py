@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from ppo_ray.config.file import Contradiction, Contradictions, load
 from ppo_ray.config.ppo import UpdateConfig
 from ppo_ray.config.reward import RewardConfig, reward_contradictions
-from ppo_ray.config.rollout import MIN_VLLM_TEMPERATURE, RolloutConfig
+from ppo_ray.config.rollout import RolloutConfig, engine_contradictions
 from ppo_ray.config.sections import (
     CheckpointConfig,
     EvaluationConfig,
@@ -92,7 +92,7 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     yield from _length_contradictions(config)
     yield from _update_contradictions(config)
     yield from _source_contradictions(config)
-    yield from _engine_contradictions(config)
+    yield from engine_contradictions(config.rollout)
     yield from _placement_contradictions(config)
     evaluation = config.evaluation
     if evaluation.num_samples > evaluation.num_prompts > 0:
@@ -234,17 +234,6 @@ def _source_contradictions(config: Config) -> Iterator[Contradiction]:
             option, where = f"{key}{separator}revision", f"{key}{separator}path"
             yield Contradiction((option, where), f"is for {where}; give that too, or leave it out")
     yield from reward_contradictions(reward)
-
-
-def _engine_contradictions(config: Config) -> Iterator[Contradiction]:
-    """Yield what `rollout.engine` cannot do."""
-    rollout = config.rollout
-    if rollout.engine == "vllm" and rollout.temperature < MIN_VLLM_TEMPERATURE:
-        yield Contradiction(
-            ("rollout.temperature", "rollout.engine"),
-            f"{rollout.temperature:g} is below {MIN_VLLM_TEMPERATURE}, the lowest at which rollout.engine=vllm samples "
-            f"(it would take {MIN_VLLM_TEMPERATURE} instead); set {MIN_VLLM_TEMPERATURE} or more, or rollout.engine=hf",
-        )
 
 
 def _placement_contradictions(config: Config) -> Iterator[Contradiction]:

@@ -51,13 +51,15 @@ class LearnerWorker(Worker):
 
         from ppo_ray.learner.learner import PPOLearner
         from ppo_ray.learner.ranks import Ranks, join
-        from ppo_ray.models.loading import default_device
+        from ppo_ray.models.loading import check_gpu, default_device
 
         start = time.perf_counter()
+        check_gpu("learner.gpus", config.learner.gpus)
         torch.set_num_threads(config.learner.threads)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # vLLM does so once NCCL sends the weights: the same kernels always
         self._leads, ranks = rank == 0, Ranks()
         self._shares_gpu = config.ray.placement == "colocated"
-        self._publisher = WeightPublisher(config, self._leads)
+        self._publisher, self._moved = WeightPublisher(config, self._leads), contextlib.ExitStack()
         if rendezvous is not None:
             backend = "nccl" if default_device().type == "cuda" else "gloo"  # Ray's GPUs may be but a number
             limits = config.ray.start_timeout_s, config.ray.call_timeout_s
@@ -107,6 +109,7 @@ class LearnerWorker(Worker):
         from ppo_ray.learner.batch import check_staleness
 
         start = time.perf_counter()
+        self._settle()
         table, self._held = trajectory.concat(shards) if shards else self._held, None
         assert table is not None
         metrics = check_staleness(table, self._learner.policy_version, self._max_staleness)
@@ -142,7 +145,8 @@ class LearnerWorker(Worker):
         """Make the weights ready to be sent to engines.
 
         Args:
-            moved: send weights that differ from the policy's, for a check of the engines; the policy keeps its own.
+            moved: send weights that differ from the policy's, for a check of the engines. Where weights stay on the
+                GPU until they are sent, the policy has them until the next call of `compare`, `publish` or `update`.
 
         Returns:
             A `WeightAck` of this rank, a `WeightManifest`, and `num_buckets` buckets, on the first rank alone. The
@@ -150,11 +154,16 @@ class LearnerWorker(Worker):
             learner.
         """
         start = time.perf_counter()
+        self._settle()
         self._rest()
-        with self._learner.probe(self._publisher.wire).move() if moved else contextlib.nullcontext():
-            manifest, buckets = self._publisher.publish(self._learner, keep=moved)
+        if moved:
+            self._moved.enter_context(self._learner.probe(self._publisher.wire).move())
+        manifest, buckets, agreed = self._publisher.publish(self._learner)
+        if buckets:
+            self._settle()
         seconds = time.perf_counter() - start
-        return WeightAck(self._name, manifest.policy_version, manifest.checksum, seconds), manifest, *buckets
+        ack = WeightAck(self._name, manifest.policy_version, manifest.checksum, seconds, agreed)
+        return ack, manifest, *buckets
 
     def join_transfers(self, group_id: str | None, world_size: int = 0) -> str:
         """Join a NCCL group with engines; without an id, return a new one."""
@@ -170,9 +179,9 @@ class LearnerWorker(Worker):
         self._publisher.send(policy_version)
 
     @ray.method(num_returns=2)
-    def export_weights(self, policy_version: int) -> tuple[None, list[dict[str, Any]]]:
-        """Return what engines on the same GPU map the published weights by; see `WeightPublisher.export`."""
-        return None, self._publisher.export(policy_version)
+    def export_weights(self, policy_version: int, bucket: int) -> tuple[int, dict[str, Any]]:
+        """Lend a bucket of the published weights to engines on the same GPU; see `WeightPublisher.export`."""
+        return self._publisher.export(policy_version, bucket)
 
     def release_weights(self) -> None:
         """Free what engines have read; returns when all earlier calls are done."""
@@ -185,6 +194,7 @@ class LearnerWorker(Worker):
 
     def compare(self, *shards: pa.Table) -> list[Agreement]:
         """Compare the engines' log-probabilities of what they generated with the learner's; see `WeightProbe`."""
+        self._settle()
         agreements = self._learner.probe(self._publisher.wire).compare(trajectory.concat(shards))
         self._rest()
         return agreements
@@ -216,6 +226,10 @@ class LearnerWorker(Worker):
         from ppo_ray.learner.ranks import leave
 
         leave()
+
+    def _settle(self) -> None:
+        """Put the policy's own weights back, if a check has moved them."""
+        self._moved.close()
 
     def _rest(self) -> None:
         """Return torch's cached GPU memory to the engine that shares the GPU and is about to wake."""

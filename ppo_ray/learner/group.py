@@ -160,10 +160,10 @@ class LearnerGroup:
         answers = [rank.handle.publish.options(num_returns=num_returns).remote(moved) for rank in ranks]
         acks = self._wait("publishing weights", dict(zip([ack for ack, *_ in answers], ranks, strict=True)))
         for ack in acks:
-            if (ack.policy_version, ack.checksum) != (acks[0].policy_version, acks[0].checksum):
+            if (ack.policy_version, ack.agreed) != (acks[0].policy_version, acks[0].agreed):
                 raise WorkerError(
-                    f"{ack.worker} holds policy version {ack.policy_version} (checksum {ack.checksum}) and "
-                    f"{acks[0].worker} version {acks[0].policy_version} (checksum {acks[0].checksum}): the ranks "
+                    f"{ack.worker} holds policy version {ack.policy_version} (checksum {ack.agreed}) and "
+                    f"{acks[0].worker} version {acks[0].policy_version} (checksum {acks[0].agreed}): the ranks "
                     "no longer train the same policy"
                 )
         _, manifest, *buckets = answers[0]

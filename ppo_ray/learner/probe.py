@@ -69,12 +69,12 @@ class WeightProbe:
         """Move the policy's weights for the length of a block."""
         parameters = list(self.policy.causal_lm.parameters())
         kept = [parameter.detach().clone() for parameter in parameters]
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(self.policy.device).manual_seed(self.seed)  # all ranks' GPUs draw the same
         try:
             for parameter in parameters:
                 before = gather_full(parameter)
                 size = max(float(before.square().mean().sqrt()), _SMALLEST_SIZE)
-                noise = torch.randn(before.shape, generator=generator)
+                noise = torch.randn(before.shape, generator=generator, device=before.device)
                 moved = before + (noise * (_RELATIVE_MOVE * size)).to(before)
                 parameter.copy_(shard_like(moved.to(self.wire.dtype_of(moved)), parameter))
             yield

@@ -1,21 +1,23 @@
 """The learner's end of the weight transports: weights made ready, and sent where they stay on its GPU."""
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ppo_ray.config import Config, weight_transport
-from ppo_ray.errors import WorkerLost
+from ppo_ray.errors import InputError, WorkerLost
 from ppo_ray.plan.demand import actor_name
+from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.manifest import WeightManifest
-from ppo_ray.weights.snapshot import Buffers, Wire
+from ppo_ray.weights.snapshot import Buffers, WeightSnapshot, Wire
 
 if TYPE_CHECKING:
     import torch
 
     from ppo_ray.learner.learner import PPOLearner
-    from ppo_ray.weights.nccl_sender import NCCLSender
+    from ppo_ray.weights.nccl_sender import LentBuffer, NCCLSender
 
 
 class WeightPublisher:
@@ -27,13 +29,24 @@ class WeightPublisher:
         Args:
             config: of the run.
             leads: whether this is the first rank; the others only describe their weights.
+
+        Raises:
+            InputError: the environment sets torch's memory up so that it cannot be lent by CUDA IPC.
         """
         self._transport, self._leads = weight_transport(config), leads
+        for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            if self._transport == "ipc" and "expandable_segments:true" in os.environ.get(variable, "").lower():
+                raise InputError(
+                    f"{variable} has expandable_segments:True, whose memory other processes may not map where ptrace "
+                    "is not allowed; unset it, or take rollout.weight_transport=object_store"
+                )
         self._wire = Wire(config.rollout.wire_dtype, config.rollout.weight_bucket_mib << 20)
         self._buffers = Buffers()
+        self._sums = bool(config.learner.gpus) and config.learner.workers > 1
         self._manifest: WeightManifest | None = None
         self._tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]] = list
-        self._mapped: list[torch.Tensor] = []
+        self._rest: Iterator[tuple[str, torch.Tensor]] = iter(())
+        self._lent: LentBuffer | None = None
         self._nccl: NCCLSender | None = None
 
     @property
@@ -45,29 +58,29 @@ class WeightPublisher:
         """Return the number of buckets that `publish` makes."""
         return learner.num_buckets(self._wire) if self._transport == "object_store" else 0
 
-    def publish(self, learner: "PPOLearner", keep: bool = False) -> tuple[WeightManifest, list[np.ndarray | None]]:
+    def publish(self, learner: "PPOLearner") -> tuple[WeightManifest, list[np.ndarray | None], str]:
         """Make the learner's weights ready to be sent.
 
         Args:
-            learner: whose weights.
-            keep: whether to copy weights that stay on the GPU: the parameters will have changed when they are sent.
+            learner: whose weights. Where they stay on the GPU, they must not change until they are sent.
 
         Returns:
-            The manifest and the buckets, which the next call overwrites. Each bucket is None on ranks that do not lead.
-            The list is empty where the weights stay on the GPU.
+            The manifest, the buckets, and a checksum that all ranks make in the same way. The next call overwrites the
+            buckets. Each bucket is None on ranks that do not lead. The list is empty where the weights stay on the GPU.
         """
-        if self._transport == "object_store":
-            if self._leads:
-                snapshot = learner.weights(self._wire, self._buffers)
-                return snapshot.manifest, list(snapshot.buckets)
-            named = self._wire.round(learner.named_weights())
-            return WeightManifest.of(named, learner.policy_version, "xxh3"), [None] * self.num_buckets(learner)
+        version, size = learner.policy_version, self._wire.bucket_bytes
         self._tensors = lambda: self._wire.round(learner.named_weights())
-        if keep:
-            kept = [(name, tensor.clone()) for name, tensor in self._tensors()]
-            self._tensors = lambda: kept
-        self._manifest = WeightManifest.of(self._tensors(), learner.policy_version, "sums")
-        return self._manifest, []
+        if self._transport != "object_store":
+            self._manifest = WeightManifest.of(self._tensors(), version, "sums", size)
+            return self._manifest, [], self._manifest.checksum
+        if not self._leads:  # on a GPU the weights need not come to the host to be compared
+            found = WeightManifest.of(self._tensors(), version, "sums" if self._sums else "xxh3", size)
+            return found, [None] * self.num_buckets(learner), found.checksum
+        sums: list[torch.Tensor] = []
+        tensors = _sum_along(self._tensors(), sums) if self._sums else self._tensors()
+        snapshot = WeightSnapshot.take(tensors, version, self._wire, self._buffers)
+        agreed = snapshot.manifest.with_checksums(format_sums(sums)) if self._sums else snapshot.manifest
+        return snapshot.manifest, list(snapshot.buckets), agreed.checksum
 
     def join(self, group_id: str, world_size: int) -> None:
         """Join a NCCL group with engines."""
@@ -89,23 +102,33 @@ class WeightPublisher:
         for _ in self._tensors():
             pass
 
-    def export(self, policy_version: int) -> list[dict[str, Any]]:
-        """Return IPC handles of the published weights for engines on the same GPU, valid until `release`.
+    def export(self, policy_version: int, bucket: int) -> tuple[int, dict[str, Any]]:
+        """Put a bucket of the published weights into a buffer that engines on the same GPU map.
+
+        All ranks make the calls in order, from bucket 0 on, each when the engines have read the bucket before; with
+        bucket 0 the weights are sent from their beginning.
+
+        Returns:
+            The number of buckets, and a handle of the buffer under the GPU's UUID, valid until `release`.
 
         Raises:
             WorkerLost: as `send`.
         """
-        from ppo_ray.weights.nccl_sender import ipc_handles
+        from ppo_ray.weights.nccl_sender import LentBuffer
 
-        self._check_version(policy_version)
-        self._mapped = [tensor.contiguous() for _, tensor in self._tensors()]
-        return ipc_handles(self._mapped)
+        buckets = [entries for _, entries in self._check_version(policy_version).buckets()]
+        if bucket == 0:
+            ends = [entries[-1].offset + entries[-1].num_bytes for entries in buckets]
+            self._lent, self._rest = LentBuffer(max(ends)), iter(self._tensors())
+        assert self._lent is not None
+        self._lent.fill((entry, next(self._rest)[1]) for entry in buckets[bucket])
+        return len(buckets), self._lent.handle
 
     def release(self) -> None:
         """Free what engines have read."""
         import torch
 
-        self._mapped = []
+        self._lent, self._rest = None, iter(())
         if torch.cuda.is_available():
             torch.cuda.ipc_collect()
 
@@ -123,3 +146,13 @@ class WeightPublisher:
                 actor_name("learner", 0),
             )
         return self._manifest
+
+
+def _sum_along(
+    named_tensors: Iterable[tuple[str, "torch.Tensor"]], sums: "list[torch.Tensor]"
+) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """Yield tensors, and add the sums of each to a list."""
+    for name, tensor in named_tensors:
+        sums.append(word_sums(tensor))
+        yield name, tensor
+        del tensor  # before the next is made

@@ -151,9 +151,8 @@ def join(rendezvous: Rendezvous, rank: int, size: int, backend: str, timeout_s: 
         WorkerError: not all came in time; names those that are missing.
         PeersLost: one came and was lost again.
     """
-    name = _interface(rendezvous.host)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+    # NCCL looks for an interface by itself: the same process meets engines on other nodes, which loopback cannot reach
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(rendezvous.host))
     with detect_lost_peers(rank):
         timeout = timedelta(seconds=timeout_s)
         everything = dist.TCPStore(rendezvous.host, rendezvous.port, timeout=timeout, wait_for_workers=False)

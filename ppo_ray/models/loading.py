@@ -4,7 +4,9 @@ Dropout is off. Pickled weights and a model's own code are refused unless the co
 model needs comes from its files, and all that its files hold is used: transformers alone would draw what is missing.
 """
 
+import os
 import pickle
+import platform
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from ppo_ray.config import NO_TRUST, Trust, revision_problem
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.models.saving import remember_generation_config
 from ppo_ray.models.tensors import catch_report, find_nonfinite, find_weights_problem, list_names
+
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def load_causal_lm(
@@ -133,6 +137,38 @@ def cast(parameter: torch.nn.Parameter, dtype: torch.dtype) -> None:
 def default_device() -> torch.device:
     """Return the GPU this process may use, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_gpu(key: str, gpus: float) -> None:
+    """Refuse to compute on the CPU where a GPU was asked for.
+
+    Args:
+        key: the option that asks for it, e.g. `rollout.gpus`.
+        gpus: how many, or which part of one; 0: none is asked for.
+
+    Raises:
+        InputError: torch finds no GPU in this process. `PPO_RAY_GPUS_ARE_NUMBERS=1` in its environment, for tests of
+            placement, says that Ray only counts them.
+    """
+    if not gpus or torch.cuda.is_available() or os.environ.get("PPO_RAY_GPUS_ARE_NUMBERS") == "1":
+        return
+    try:
+        torch.cuda.init()
+        reason = "it sees no device"
+    except (AssertionError, RuntimeError) as error:  # not built for CUDA; no driver, or one that is too old
+        reason = first_line(error).rstrip(".")
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPUs"
+    found = re.search(r"Module +([\d.]+)", _DRIVER.read_text()) if _DRIVER.is_file() else None
+    driver = (
+        f"its NVIDIA driver is {found.group(1) if found else 'of an unknown version'}"
+        if _DRIVER.is_file()
+        else ("it has no NVIDIA driver")
+    )
+    raise InputError(
+        f"{key}={gpus:g}, but torch {torch.__version__} ({built}) finds no GPU on node {platform.node()}: {reason}; "
+        f"{driver}. Install the packages for GPUs (`make setup EXTRA=gpu`; CUDA 13 needs driver 580 or newer), or set "
+        f"{key}=0 to compute on the CPU"
+    )
 
 
 @contextmanager

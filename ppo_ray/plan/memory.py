@@ -14,7 +14,7 @@ from ppo_ray.plan.sizes import ModelSize, ModelSizes
 BYTES = {"float32": 4, "bfloat16": 2}
 EXACT = 4
 """Bytes of a parameter that the optimizer steps: float32, whatever `model.dtype` computes in."""
-_MIB = 1 << 20
+MIB = 1 << 20
 
 Device = Literal["gpu", "host"]
 When = Literal["always", "at work"]
@@ -42,47 +42,21 @@ STATE: tuple[tuple[str, int, When], ...] = (
 _PROCESS_MIB = {"rollout": 750, "hf": 500, "reward": 500, "learner": 550}
 """Python with its libraries, without a model worth mention: measured, see `docs/placement.md`."""
 _NODE_MIB = 1200
-_CUDA_MIB = {"rollout": 2500, "reward": 800, "learner": 1000}
-"""CUDA's context and kernels, an engine's graphs and workspace: assumed, not measured."""
-
-
-def rollout_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
-    """Yield what an engine holds; with tensor parallelism, what each of its ranks holds."""
-    rollout, policy = config.rollout, sizes.policy
-    device: Device = "gpu" if rollout.gpus else "host"
-    size = BYTES[rollout.dtype]
-    yield _process_term("rollout" if rollout.engine == "vllm" else "hf", "rollout")
-    if device == "gpu":
-        yield _cuda_term("rollout")
-    yield _parameter_term("weights", policy.parameters, size, device, "at work", rollout.tensor_parallel)
-    if device == "gpu" and config.ray.placement == "colocated":
-        kept = "weights of the sleeping engine"
-        yield _parameter_term(kept, policy.parameters, size, "host", ranks=rollout.tensor_parallel)
-    if rollout.engine == "vllm":
-        kv = rollout.kv_cache_mib * _MIB
-        yield Term("KV cache", f"rollout.kv_cache_mib={rollout.kv_cache_mib}", kv, device, "at work")
-        if device == "host":
-            head = policy.vocabulary * policy.hidden
-            yield _parameter_term("packed copy of the head", head, size, "host")
-            yield _parameter_term("weights that are being replaced", policy.parameters, size, "host")
-            yield _parameter_term("their file, mapped", policy.parameters, size, "host")
-    else:
-        tokens = -(-rollout.batch_size // rollout.workers) * (config.prompts.max_tokens + rollout.max_response_tokens)
-        kv = tokens * policy.layers * policy.key_values * size
-        how = f"{tokens} tokens x {policy.layers} layers x {policy.key_values} x {size} bytes"
-        yield Term("KV cache", how, kv, device, "at work")
+_CUDA_MIB = {"rollout": 4000, "reward": 800, "learner": 1000}
+"""CUDA's context and kernels, an engine's graphs and the pass that it measures itself by: assumed, not measured."""
+_SHORTEST_ROW = 64  # tokens, as the learner packs them
 
 
 def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what a reward worker holds; what a user's own function holds is not known."""
     device: Device = "gpu" if config.reward.gpus else "host"
-    yield _process_term("reward", "reward")
+    yield process_term("reward", "reward")
     sources = [source for _, source in config.reward.sources if source.path]
     if sources and device == "gpu":
-        yield _cuda_term("reward")
+        yield cuda_term("reward")
     for source, size in zip(sources, sizes.classifiers, strict=True):
         item = 2 if source.dtype == "bfloat16" else 4
-        yield _parameter_term("classifier", size.parameters, item, device)
+        yield parameter_term("classifier", size.parameters, item, device)
         texts = min(source.batch_size, config.rollout.batch_size)
         tokens = texts * (config.prompts.max_tokens + config.rollout.max_response_tokens)
         width = 4 * size.hidden + 2 * size.intermediate
@@ -103,7 +77,7 @@ def store_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
 
 def node_terms() -> Iterator[Term]:
     """Yield what every node holds, whichever actors it has."""
-    yield Term("Ray", "its own processes, and the driver's where that runs", _NODE_MIB * _MIB, "host")
+    yield Term("Ray", "its own processes, and the driver's where that runs", _NODE_MIB * MIB, "host")
 
 
 def disk_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
@@ -135,34 +109,43 @@ def _batch_tokens(config: Config) -> int:
     return config.rollout.batch_size * (config.prompts.max_tokens + config.rollout.max_response_tokens)
 
 
-def _parameter_term(what: str, number: int, size: int, device: Device, when: When = "always", ranks: int = 1) -> Term:
+def parameter_term(what: str, number: int, size: int, device: Device, when: When = "always", ranks: int = 1) -> Term:
     """Return the term of a number of parameters, each of `size` bytes, shared by ranks."""
     share = f" / {ranks} ranks" if ranks > 1 else ""
     return Term(what, f"{_format_count(number)} x {size} bytes{share}", -(-number * size // ranks), device, when)
 
 
-def _process_term(kind: str, name: str) -> Term:
+def process_term(kind: str, name: str) -> Term:
     """Return what a process holds without a model."""
-    return Term("process", f"Python and the libraries of a {name} worker", _PROCESS_MIB[kind] * _MIB, "host")
+    return Term("process", f"Python and the libraries of a {name} worker", _PROCESS_MIB[kind] * MIB, "host")
 
 
-def _cuda_term(kind: str) -> Term:
+def cuda_term(kind: str) -> Term:
     """Return what a process holds on its GPU without a model."""
-    return Term("CUDA", "context, kernels and workspace, assumed", _CUDA_MIB[kind] * _MIB, "gpu")
+    return Term("CUDA", "context, kernels and workspace, assumed", _CUDA_MIB[kind] * MIB, "gpu")
 
 
 def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term]:
     """Yield what a learner rank holds; rank 0 also copies what it publishes and saves."""
     device: Device = "gpu" if config.learner.gpus else "host"
-    yield _process_term("learner", "learner")
+    yield process_term("learner", "learner")
     if device == "gpu":
-        yield _cuda_term("learner")
+        yield cuda_term("learner")
     yield from _state_terms(config, sizes, device)
     yield from _pass_terms(config, sizes, device)
-    if rank == 0 and weight_transport(config) == "object_store":
-        yield _parameter_term("weights to publish", sizes.policy.parameters, _wire_bytes(config), "host")
+    transport = weight_transport(config)
+    if transport != "object_store" and (rank == 0 or transport == "ipc"):
+        yield bucket_term(config, transport)
+    if rank == 0 and transport == "object_store":
+        yield parameter_term("weights to publish", sizes.policy.parameters, _wire_bytes(config), "host")
     if rank == 0 and device == "gpu":
-        yield _parameter_term("a checkpoint on its way to the disk", _actor_critic_parameters(sizes), 3 * EXACT, "host")
+        yield parameter_term("a checkpoint on its way to the disk", _actor_critic_parameters(sizes), 3 * EXACT, "host")
+
+
+def bucket_term(config: Config, transport: str) -> Term:
+    """Return the buffer on a GPU that weights are sent from, or received in; one tensor may be larger."""
+    mib = config.rollout.weight_bucket_mib
+    return Term(f"a bucket of weights ({transport})", f"rollout.weight_bucket_mib={mib}", mib * MIB, "gpu")
 
 
 def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
@@ -171,17 +154,20 @@ def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[
     shared = config.learner.sharding == "fsdp2" and ranks > 1
     by = ranks if shared else 1
     for what, number, when in STATE:
-        yield _parameter_term(what, _actor_critic_parameters(sizes), number, device, when, by)
-    yield _parameter_term("reference", sizes.reference.parameters, size, device, ranks=by)
+        yield parameter_term(what, _actor_critic_parameters(sizes), number, device, when, by)
+    yield parameter_term("reference", sizes.reference.parameters, size, device, ranks=by)
     if shared:
         models = [model for model in (sizes.policy, sizes.reference, sizes.critic) if model]
         layer = max((model.parameters - model.embeddings) // model.layers for model in models)
         gathered = sum(model.embeddings for model in models) + 2 * layer
-        yield _parameter_term("gathered: embeddings, two layers", gathered, size, device, "at work")
+        yield parameter_term("gathered: embeddings, two layers", gathered, size, device, "at work")
+        roots = sum(model.embeddings for model in (sizes.policy, sizes.critic) if model)
+        reduced = max(roots, layer)
+        yield parameter_term("gradients that are being reduced", reduced, size + EXACT, device, "at work")
         whole = _actor_critic_parameters(sizes) + sizes.reference.parameters
-        yield _parameter_term("whole models, before they are shared", whole, EXACT, "host")
+        yield parameter_term("whole models, before they are shared", whole, EXACT, "host")
     elif size != EXACT:
-        yield _parameter_term(f"{config.model.dtype} weights", _actor_critic_parameters(sizes), size, device)
+        yield parameter_term(f"{config.model.dtype} weights", _actor_critic_parameters(sizes), size, device)
 
 
 def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
@@ -191,8 +177,17 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
     yield _activation_term("activations", sizes.policy, tokens, size, device, recomputed)
     if sizes.critic:
         yield _activation_term("the critic's activations", sizes.critic, tokens, size, device, recomputed)
+    if device == "gpu":
+        width, layers = _row_width(config), 1 if recomputed else sizes.policy.layers
+        how = f"{tokens} tokens x {width} x {layers} layers x {size} bytes"
+        yield Term("attention masks", how, tokens * width * layers * size, device, "at work")
     how = f"{tokens} tokens x {sizes.policy.vocabulary} entries x 4 bytes, at most"
     yield Term("probabilities", how, tokens * sizes.policy.vocabulary * 4, device, "at work")
+
+
+def _row_width(config: Config) -> int:
+    """Return the tokens of a packed row, at most: one sequence, or several short ones."""
+    return max(_SHORTEST_ROW, config.prompts.max_tokens + config.rollout.max_response_tokens)
 
 
 def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ppo_ray.config import Config
 from ppo_ray.plan.assign import Assignment, Shortage, assign
 from ppo_ray.plan.cluster import GIB, ClusterShape
+from ppo_ray.plan.engine import kv_bytes, kv_cache_term, rollout_terms, waiting_problem
 from ppo_ray.plan.memory import (
     Device,
     Term,
@@ -13,7 +14,6 @@ from ppo_ray.plan.memory import (
     learner_terms,
     node_terms,
     reward_terms,
-    rollout_terms,
     store_terms,
 )
 from ppo_ray.plan.request import ResourceRequest, Seat, make_request
@@ -59,6 +59,8 @@ class Plan:
     disk_terms: tuple[Term, ...]
     shortages: tuple[Shortage, ...]
     """What does not fit."""
+    warnings: tuple[str, ...] = ()
+    """What fits, and is slow."""
 
     @property
     def fits(self) -> bool:
@@ -76,7 +78,8 @@ def make_plan(config: Config, cluster: ClusterShape, sizes: ModelSizes) -> Plan:
     """
     request = make_request(config)
     assignment = assign(request, cluster)
-    terms = {seat.actor: tuple(_terms(config, sizes, seat)) for seat in request.seats}
+    gpu_memory = min((node.gpu_memory for node in cluster.nodes if node.gpu_memory), default=None)
+    terms = {seat.actor: tuple(_terms(config, sizes, seat, gpu_memory)) for seat in request.seats}
     stored = tuple(store_terms(config, sizes))
     takes_turns = config.ray.placement == "colocated"
     gpus = tuple(_gpu_needs(cluster, assignment, request, terms, takes_turns))
@@ -89,13 +92,21 @@ def make_plan(config: Config, cluster: ClusterShape, sizes: ModelSizes) -> Plan:
     ]
     shortages = (*assignment.shortages, *memory)
     disk = tuple(disk_terms(config, sizes))
-    return Plan(cluster, request, assignment, terms, gpus, nodes, stores, stored, disk, shortages)
+    warnings = tuple(_warnings(config, sizes, gpu_memory))
+    return Plan(cluster, request, assignment, terms, gpus, nodes, stores, stored, disk, shortages, warnings)
 
 
-def _terms(config: Config, sizes: ModelSizes, seat: Seat) -> Iterable[Term]:
+def _warnings(config: Config, sizes: ModelSizes, gpu_memory: int | None) -> Iterator[str]:
+    if config.rollout.engine == "vllm":
+        kv_cache = kv_cache_term(config, sizes, gpu_memory).num_bytes
+        if waits := waiting_problem(config, kv_cache // kv_bytes(config, sizes), kv_cache >> 20):
+            yield waits
+
+
+def _terms(config: Config, sizes: ModelSizes, seat: Seat, gpu_memory: int | None) -> Iterable[Term]:
     if seat.kind == "learner":
         return learner_terms(config, sizes, int(seat.actor.rpartition("-")[2]))
-    return rollout_terms(config, sizes) if seat.kind == "rollout" else reward_terms(config, sizes)
+    return rollout_terms(config, sizes, gpu_memory) if seat.kind == "rollout" else reward_terms(config, sizes)
 
 
 def _gpu_needs(

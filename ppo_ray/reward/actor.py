@@ -22,6 +22,10 @@ class RewardWorker(Worker):
     def setup(self, config: Config) -> dict[str, float]:
         """Load the classifiers, import the functions, read the tokens; returns the seconds it took."""
         start = time.perf_counter()
+        if any(source.path for _, source in config.reward.sources):
+            from ppo_ray.models.loading import check_gpu  # loads torch
+
+            check_gpu("reward.gpus", config.reward.gpus)
         self._reward, self._scorer = config.reward, Scorer(config)
         self._failure: str | None = None
         return {"time/reward_start_s": time.perf_counter() - start}

@@ -18,7 +18,7 @@ from ppo_ray.seeding import derive_seed
 from ppo_ray.weights.acks import WeightAck
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.snapshot import WeightSnapshot
-from ppo_ray.weights.transports import RemoteBuckets, merge_handles
+from ppo_ray.weights.transports import RemoteBuckets
 
 
 @ray.remote(concurrency_groups=CONTROL)
@@ -27,17 +27,21 @@ class RolloutWorker(Worker):
 
     def setup(self, config: Config) -> dict[str, float]:
         """Start the engine and load the tokenizer; returns the seconds it took, by part."""
-        from ppo_ray.models.loading import load_tokenizer  # loads torch
+        from ppo_ray.models.loading import check_gpu, load_tokenizer  # loads torch
 
         start = time.perf_counter()
-        self._config, self._engine = config, _start_engine(config)
-        if weight_transport(config) == "ipc":
-            self.connect()
+        check_gpu("rollout.gpus", config.rollout.gpus)
+        self._config = config
+        self._engine, self._waits = _start_engine(config)
         self._tokenizer = load_tokenizer(config.model.path, config.model.trust)
         ends = read_end_tokens(config, self._tokenizer)
         self._sampling = Sampling(config.rollout.temperature, ends.ids)
         self._rest()
         return {"time/engine_start_s": time.perf_counter() - start}
+
+    def describe_limits(self) -> str | None:
+        """Say by how much the engine's memory for keys and values makes generation wait; None: it does not."""
+        return self._waits
 
     @ray.method(num_returns=2)
     def generate(self, prompts: PromptBatch, step: int, seed: int) -> tuple[pa.Table, dict[str, float]]:
@@ -82,15 +86,21 @@ class RolloutWorker(Worker):
         self._engine.load_weights(WeightSnapshot(manifest, fetched))
         return self._ack(manifest, start)
 
-    def connect(self, init_info: dict[str, Any] | None = None) -> None:
-        """Prepare to receive weights by NCCL or CUDA IPC; see `Receiver.connect`."""
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Join a NCCL group with the learner; see `Receiver.connect`."""
         cast("Receiver", self._engine).connect(init_info)
 
-    def receive_weights(self, manifest: WeightManifest, *exports: list[dict[str, Any]]) -> WeightAck:
-        """Receive weights by NCCL, or from what learner ranks export by CUDA IPC; serve them, and say so."""
+    def receive_weights(self, manifest: WeightManifest) -> WeightAck:
+        """Receive weights by NCCL; serve them, and say so."""
         start = time.perf_counter()
-        handles = {"ipc_handles": merge_handles(exports)} if exports else {}
-        cast("Receiver", self._engine).receive_weights(manifest, handles)
+        cast("Receiver", self._engine).receive_weights(manifest)
+        return self._ack(manifest, start)
+
+    def map_weights(self, manifest: WeightManifest, bucket: int, *handles: dict[str, Any]) -> WeightAck:
+        """Read a bucket that learner ranks lend by CUDA IPC; with the last, serve the weights. Say which are served."""
+        start = time.perf_counter()
+        by_gpu = {gpu: handle for of_rank in handles for gpu, handle in of_rank.items()}
+        cast("Receiver", self._engine).map_weights(manifest, bucket, by_gpu)
         return self._ack(manifest, start)
 
     def close(self) -> None:
@@ -116,24 +126,32 @@ def draw_limits(rollout: RolloutConfig, seed: int, step: int, sample_ids: Sequen
     return [shortest + draw % (longest - shortest + 1) for draw in draws]
 
 
-def _start_engine(config: Config) -> Engine:
-    """Start the engine that `rollout.engine` names."""
-    rollout = config.rollout
+def _start_engine(config: Config) -> tuple[Engine, str | None]:
+    """Start the engine that `rollout.engine` names; also returns what `RolloutWorker.describe_limits` does."""
+    rollout, path, trust = config.rollout, config.model.path, config.model.trust
     if rollout.engine == "hf":
         from ppo_ray.rollout.hf import HFEngine
 
-        return HFEngine(
-            config.model.path, dtype=rollout.dtype, max_context=config.max_context, trust=config.model.trust
-        )
+        return HFEngine(path, dtype=rollout.engine_dtype, max_context=config.max_context, trust=trust), None
+    import torch
+
+    from ppo_ray.plan import ModelSizes
+    from ppo_ray.plan.engine import kv_cache_term, waiting_problem
     from ppo_ray.rollout.vllm import VLLMEngine
 
-    return VLLMEngine(
-        config.model.path,
-        dtype=rollout.dtype,
+    kv_cache_mib = rollout.kv_cache_mib
+    if kv_cache_mib is None:
+        here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+        kv_cache_mib = kv_cache_term(config, ModelSizes.read(config), here).num_bytes >> 20
+    engine = VLLMEngine(
+        path,
+        dtype=rollout.engine_dtype,
         max_context=config.max_context,
-        kv_cache_mib=rollout.kv_cache_mib,
+        max_num_seqs=rollout.num_decoded,
+        kv_cache_mib=kv_cache_mib,
         tensor_parallel=rollout.tensor_parallel,
         may_sleep=config.ray.placement == "colocated",
-        trust=config.model.trust,
+        trust=trust,
         transport=weight_transport(config),
     )
+    return engine, waiting_problem(config, engine.num_cached, kv_cache_mib)

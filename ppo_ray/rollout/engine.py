@@ -31,7 +31,8 @@ class GenerationRequest:
     max_tokens: int
     """The response's own limit, tokens, at least 1."""
     seed: int
-    """Seed of this response alone, in `[0, 2**63)`. The same request gives the same response in any batch."""
+    """Seed of this response alone, in `[0, 2**63)`. In float32 on CPUs the same request gives the same response in any
+    batch; on GPUs the last bits of logits depend on the batch, unless `rollout.batch_invariant` chooses other kernels."""
     name: str = ""
     """The name that errors call it by, e.g. `"sample 12"`; empty: its place in the call."""
 
@@ -91,12 +92,16 @@ class Engine(Protocol):
 class Receiver(Engine, Protocol):
     """An engine whose weights come from another GPU, or from its own, without passing the host."""
 
-    def connect(self, init_info: dict[str, Any] | None = None) -> None:
-        """Prepare to receive; joins the sender's group where the transport has one."""
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Join the sender's group, for `receive_weights`."""
         ...
 
-    def receive_weights(self, manifest: WeightManifest, handles: dict[str, Any]) -> None:
-        """Receive the tensors that the manifest lists, verify and serve them; otherwise as `load_weights`."""
+    def receive_weights(self, manifest: WeightManifest) -> None:
+        """Receive the tensors that the manifest lists from the group; otherwise as `load_weights`."""
+        ...
+
+    def map_weights(self, manifest: WeightManifest, bucket: int, handles: dict[str, Any]) -> None:
+        """Read one of the manifest's buckets from memory that is lent to this GPU; otherwise as `load_weights`."""
         ...
 
 

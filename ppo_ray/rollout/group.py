@@ -22,9 +22,11 @@ def rollout_spec(config: Config) -> ActorSpec:
     spec = actor_specs(config)["rollout"]
     if config.rollout.engine != "vllm":
         return spec
-    from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT
+    from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT, GPU_ENVIRONMENT
 
-    environment = ENVIRONMENT | ({} if config.rollout.gpus else CPU_ENVIRONMENT)
+    environment = ENVIRONMENT | (GPU_ENVIRONMENT if config.rollout.gpus else CPU_ENVIRONMENT)
+    if config.rollout.batch_invariant:
+        environment |= {"VLLM_BATCH_INVARIANT": "1"}
     if spec.ranks > 1:
         gpus = make_request(config).seat(actor_name("rollout", 0)).gpus
         bundles = ",".join(map(str, range(spec.ranks)))
@@ -59,6 +61,11 @@ class RolloutGroup:
     def setup(self) -> list[dict[str, float]]:
         """Start all engines at once and wait until they are ready."""
         return self._group.setup(self._config)
+
+    def describe_limits(self) -> str | None:
+        """Say by how much the engines' memory for keys and values makes generation wait; None: it does not."""
+        answers: list[str | None] = self._group.call("telling limits", lambda handle: handle.describe_limits.remote())
+        return answers[0]
 
     def generate(self, prompts: PromptBatch, step: int, seed: int | None = None) -> Shards:
         """Deal the prompts out in order, one shard per worker, and begin to sample; returns at once.
@@ -107,7 +114,9 @@ class RolloutGroup:
         calls = [_generate_call(prompts, 0, self._config.seed)] * self._config.rollout.workers
         timeout_s = self._config.ray.call_timeout_s
         agreements = learner.compare(Shards(self._group, "generating for a check", calls, timeout_s))
-        coarser = "bfloat16" if "bfloat16" in (self._config.model.dtype, self._config.rollout.dtype) else "float32"
+        coarser = (
+            "bfloat16" if "bfloat16" in (self._config.model.dtype, self._config.rollout.engine_dtype) else "float32"
+        )
         check_agreements(agreements, coarser)
         return agreements
 

@@ -5,16 +5,17 @@ weights be handed over by reference. `ENVIRONMENT` must be set before `vllm` is 
 runtime environment, and the engine sets what is still missing.
 """
 
+import contextlib
 import gc
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ppo_ray.config import NO_TRUST, Transport, Trust
-from ppo_ray.errors import WorkerError, WorkerLost
+from ppo_ray.errors import WorkerError, WorkerLost, first_line
 from ppo_ray.plan.demand import CPU_ALLOCATION
 from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling, check_finite, check_requests
 from ppo_ray.rollout.support import ADVICE
@@ -37,11 +38,23 @@ CPU_ENVIRONMENT = {
 }
 """Environment variables beside `ENVIRONMENT` on a CPU, and never on a GPU."""
 
+GPU_ENVIRONMENT = {
+    # Attention in float32 is Triton's, which would cut its operands to TensorFloat-32: 2e-3 nats off, twice what a
+    # run's self-check takes.
+    "TRITON_F32_DEFAULT": "ieee",
+    # Without its compiler FlashInfer's sampler cannot be built, and seeded sampling does not use it.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+"""Environment variables beside `ENVIRONMENT` on a GPU."""
+
 _BLOCK_SIZE = 32  # tokens per KV-cache block; the CPU default of 128 wastes most of a short sequence's block
 
 # The KV cache's size is given, yet vLLM still refuses to start on a GPU with less than this share of its memory free:
 # an engine that starts anew beside a learner would never find the default of 0.92.
-_SHARED_GPU = {"gpu_memory_utilization": 0.01}
+#
+# Logits are in float32, as the learner's are: rounded to bfloat16 they were 0.03 nats off, nearly all of the difference
+# between the two.
+_ON_GPU = {"gpu_memory_utilization": 0.01, "hf_overrides": {"head_dtype": "float32"}}
 
 _LONGEST = 300  # characters of a reason
 
@@ -113,7 +126,7 @@ class VLLMEngine:
                 worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
                 # log-probabilities of the distribution that was sampled from: after the temperature
                 logprobs_mode="processed_logprobs",
-                **(_SHARED_GPU if on_gpu else {"block_size": _BLOCK_SIZE}),
+                **(_ON_GPU if on_gpu else {"block_size": _BLOCK_SIZE}),
             )
             # what vLLM does not have on this machine it may only tell when it is asked
             first = vllm.SamplingParams(max_tokens=1, detokenize=False)
@@ -123,6 +136,9 @@ class VLLMEngine:
         config = self._llm.llm_engine.model_config.hf_text_config
         self._max_context = max_context
         self._vocab_size = int(config.vocab_size)
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        self.num_cached = int(cache.num_gpu_blocks) * int(cache.block_size)
+        """Tokens whose keys and values there is room for."""
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> list[Completion]:
         """Sample one response per request, in the order of the requests; see `Engine.generate`.
@@ -137,23 +153,22 @@ class VLLMEngine:
         self._check_whole()
         check_requests(requests, self._vocab_size, self._max_context)
         self._wake("weights", "kv_cache")
-        self._llm.reset_prefix_cache()  # what was asked before must not change the last bits of what is asked now
-        outputs = self._llm.generate(
-            [vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests],
-            [
-                vllm.SamplingParams(
-                    temperature=sampling.temperature,
-                    seed=request.seed,
-                    max_tokens=request.max_tokens,
-                    stop_token_ids=list(sampling.stop_token_ids),
-                    ignore_eos=True,  # what ends a response is said above, not in the model's folder
-                    logprobs=0,
-                    detokenize=False,
-                )
-                for request in requests
-            ],
-            use_tqdm=False,
-        )
+        prompts = [vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
+        params = [
+            vllm.SamplingParams(
+                temperature=sampling.temperature,
+                seed=request.seed,
+                max_tokens=request.max_tokens,
+                stop_token_ids=list(sampling.stop_token_ids),
+                ignore_eos=True,  # what ends a response is said above, not in the model's folder
+                logprobs=0,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        with self._detect_lost_ranks():
+            self._llm.reset_prefix_cache()  # what was asked before must not change the last bits of what is asked now
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
         completions = [_completion(output.outputs[0]) for output in outputs]
         for index, (request, completion) in enumerate(zip(requests, completions, strict=True)):
             check_finite(request, index, completion.logprobs)
@@ -167,21 +182,13 @@ class VLLMEngine:
         """
         self._update(({"tensors": tensors} for tensors in snapshot.verify_buckets()), snapshot.manifest, verified=True)
 
-    def connect(self, init_info: dict[str, Any] | None = None) -> None:
-        """Prepare to receive weights.
-
-        Args:
-            init_info: of vLLM's NCCL backend, as vLLM documents it; None: by CUDA IPC, which needs no group.
-        """
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Join a NCCL group with the learner; `init_info` is of vLLM's NCCL backend, as vLLM documents it."""
         self._llm.shutdown_weight_transfer_engine()  # the group before
-        self._llm.init_weight_transfer_engine({"init_info": init_info or {"packed": False}})
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
 
-    def receive_weights(self, manifest: WeightManifest, handles: dict[str, Any]) -> None:
-        """Receive all tensors by NCCL or CUDA IPC, verify and serve them; see `load_weights`.
-
-        Args:
-            manifest: what is sent.
-            handles: what else vLLM's backend needs to receive it: nothing for NCCL, `ipc_handles` for CUDA IPC.
+    def receive_weights(self, manifest: WeightManifest) -> None:
+        """Receive all tensors by NCCL, verify and serve them; see `load_weights`.
 
         Raises:
             WorkerError: a tensor did not arrive as it was sent; the engine cannot be used afterwards.
@@ -192,18 +199,42 @@ class VLLMEngine:
             "dtype_names": [entry.dtype for entry in entries],
             "shapes": [list(entry.shape) for entry in entries],
         }
-        self._update([update | handles], manifest, verified=False)
+        self._update([update], manifest, verified=False)
+
+    def map_weights(self, manifest: WeightManifest, bucket: int, handles: dict[str, Any]) -> None:
+        """Read one bucket by CUDA IPC; verify and serve the weights with the last. Raises as `receive_weights`.
+
+        Args:
+            manifest: what is sent.
+            bucket: which of its buckets; they come in order, from 0 on.
+            handles: of the learner ranks' buffers that hold it, by the UUID of their GPU.
+        """
+        buckets = [entries for _, entries in manifest.buckets()]
+        if bucket == 0:
+            self._check_whole()
+            self._begin(manifest, verified=False)
+        with self._detect_lost_ranks():
+            self._llm.update_weights({"update_info": {"handles": handles, "entries": buckets[bucket]}})
+            if bucket == len(buckets) - 1:
+                self._finish(manifest)
 
     def _update(self, updates: Iterable[dict[str, Any]], manifest: WeightManifest, verified: bool) -> None:
         """Apply an update; nothing is changed before its first part has arrived."""
         self._check_whole()
-        for update in updates:
-            if not self._half_loaded:
-                self._wake("weights")
-                self._llm.collective_rpc("begin_check", args=(manifest, not verified))
-                self.policy_version, self._half_loaded = -1, True
-                self._llm.start_weight_update()
-            self._llm.update_weights({"update_info": update})
+        with self._detect_lost_ranks():
+            for update in updates:
+                if not self._half_loaded:
+                    self._begin(manifest, verified)
+                self._llm.update_weights({"update_info": update})
+            self._finish(manifest)
+
+    def _begin(self, manifest: WeightManifest, verified: bool) -> None:
+        self._wake("weights")
+        self._llm.collective_rpc("begin_check", args=(manifest, not verified))
+        self.policy_version, self._half_loaded = -1, True
+        self._llm.start_weight_update()
+
+    def _finish(self, manifest: WeightManifest) -> None:
         self._llm.collective_rpc("end_check")
         self._llm.finish_weight_update(weight_version=str(manifest.policy_version))
         self._wake("kv_cache")  # only now: while weights are loaded some of them are there twice
@@ -212,6 +243,16 @@ class VLLMEngine:
                 "vLLM did not drop its prefix cache after new weights; its answers would mix two policies"
             )
         self.policy_version, self._half_loaded = manifest.policy_version, False
+
+    @contextlib.contextmanager
+    def _detect_lost_ranks(self) -> Iterator[None]:
+        """Raise the death of a tensor-parallel rank, of which vLLM makes a bare RuntimeError, as the engine's loss."""
+        try:
+            yield
+        except RuntimeError as error:
+            if getattr(self._llm.llm_engine.model_executor, "is_failed", False):
+                raise WorkerLost(f"one of its tensor-parallel ranks died: {first_line(error)}") from error
+            raise
 
     def _check_whole(self) -> None:
         if self._half_loaded:

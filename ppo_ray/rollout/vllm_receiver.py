@@ -1,112 +1,31 @@
 """The receiving end of vLLM's weight-transfer API: backends for every transport, with a check of every tensor.
 
 An update is a session: start, tensors, finish. Meanwhile vLLM replaces layer after layer as its tensors arrive. The
-transports differ only in how tensors arrive: as views of buckets on the host, broadcast by NCCL, or mapped by CUDA IPC.
-vLLM's own backends check nothing; here every tensor passes a check on its way into the model.
+transports differ only in how tensors arrive: as views of buckets on the host, broadcast by NCCL, or in a buffer that is
+mapped by CUDA IPC. vLLM's own backends check nothing; here every tensor passes a check on its way into the model.
 """
 
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.distributed.weight_transfer.packed_tensor import PackedBufferImporter
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
-from vllm.model_executor.models.bloom import BloomMLP
 from vllm.platforms import current_platform
 
 from ppo_ray.config import Transport
 from ppo_ray.errors import WorkerError
-from ppo_ray.models.tensors import VALUE_HEAD, list_names
+from ppo_ray.models.tensors import list_names
+from ppo_ray.rollout import vllm_loader as vllm_loader  # registers the load formats
 from ppo_ray.weights.checksums import format_sums, word_sums
-from ppo_ray.weights.manifest import WeightManifest
+from ppo_ray.weights.manifest import TensorEntry, WeightManifest
+from ppo_ray.weights.nccl_sender import view_tensor
 
-_LAYER = re.compile(r".*?\.\d+(?=\.)")
-
-NamedTensors = list[tuple[str, torch.Tensor]]
-
-
-class CheckpointForm:
-    """Turns tensors as transformers holds them into those of a model's files, which are all that vLLM can load.
-
-    Some models differ: transformers 5 fuses a layer's experts, whose files have one tensor for each. A layer is turned
-    when all of its tensors have arrived, so no more than a layer is held.
-    """
-
-    def __init__(self, path: str, remote_code: bool) -> None:
-        """Read from a model's config how its tensors differ; `remote_code`: whether its own code is trusted."""
-        config = AutoConfig.from_pretrained(path, trust_remote_code=remote_code)
-        with torch.device("meta"):
-            self._model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
-        self._differs = bool(get_model_conversion_mapping(self._model, add_legacy=False))
-        self._layers: dict[str, set[str]] = {}
-        for name, _ in self._model.named_parameters():
-            self._layers.setdefault(_find_layer(name), set()).add(name)
-        self._held: dict[str, dict[str, torch.Tensor]] = {}
-
-    def begin(self, manifest: WeightManifest) -> None:
-        """Prepare for an update; raises WorkerError if it has not all of the model's tensors, or others."""
-        self._held = {}
-        if differing := {entry.name for entry in manifest.entries} ^ set().union(*self._layers.values()):
-            raise WorkerError(f"the weights are of another model: names differ, {list_names(differing)}")
-
-    def turn(self, arrived: NamedTensors) -> NamedTensors:
-        """Return the tensors of all layers that are whole now; the others are kept, as copies, until they are."""
-        if not self._differs:
-            return arrived
-        whole: NamedTensors = []
-        for name, tensor in arrived:
-            layer = _find_layer(name)
-            held = self._held.setdefault(layer, {})
-            held[name] = tensor
-            if held.keys() == self._layers[layer]:
-                whole += revert_weight_conversion(self._model, self._held.pop(layer)).items()
-        for name, tensor in arrived:  # what lends them may be used again for the next ones
-            if name in (held := self._held.get(_find_layer(name), {})):
-                held[name] = tensor.clone()
-        return whole
-
-
-def _find_layer(name: str) -> str:
-    """Return the first part of a tensor's name, up to the number of its layer, or the whole name."""
-    found = _LAYER.match(name)
-    return found.group() if found else name
-
-
-@register_model_loader("ppo_ray_auto")
-@register_model_loader("ppo_ray_safetensors")
-class PolicyLoader(DefaultModelLoader):
-    """vLLM's loader, but for the value head that `ppo_ray.trl` saves among a model's own tensors."""
-
-    def __init__(self, load_config: Any) -> None:
-        """Load as vLLM's format of that name, without `ppo_ray_`, does."""
-        super().__init__(replace(load_config, load_format=load_config.load_format.removeprefix("ppo_ray_")))
-
-    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
-        """Load a model; its `checkpoint_form` is what it loads later weights by.
-
-        The form comes first: where vLLM runs transformers' own layers, it changes their classes.
-        """
-        form = CheckpointForm(model_config.model, model_config.trust_remote_code)
-        model = super().load_model(vllm_config, model_config, prefix)
-        model.checkpoint_form = form
-        for layer in model.modules():
-            if isinstance(layer, BloomMLP):
-                layer.gelu_impl = torch.nn.GELU("tanh")  # the model's own; vLLM's is the exact function, 1e-3 nats off
-        return model
-
-    def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield all tensors of the model's files but the value head's."""
-        tensors = super().get_all_weights(model_config, model)
-        return ((name, tensor) for name, tensor in tensors if not name.startswith(VALUE_HEAD))
+_DEVICE = 6  # the place of the device among the arguments of torch's `rebuild_cuda_tensor`
 
 
 class CheckedModel:
@@ -264,8 +183,46 @@ class NCCL(CheckedBackend, NCCLWeightTransferEngine):
     """vLLM's NCCL backend, its tensors checked."""
 
 
-class IPC(CheckedBackend, IPCWeightTransferEngine):
-    """vLLM's CUDA IPC backend, its tensors checked."""
+@dataclass
+class LentBucket(WeightTransferUpdateInfo):
+    """Tensors in memory of a learner rank, which each engine's rank maps on its own GPU."""
+
+    handles: dict[str, tuple[Any, ...]]
+    """Arguments of torch's `rebuild_cuda_tensor` for the rank's buffer of bytes, under its GPU's UUID."""
+    entries: list[TensorEntry]
+
+
+class _LentBuckets(_Buckets):
+    """A backend whose tensors lie in a buffer that is filled anew when this process has read it."""
+
+    update_info_cls = LentBucket
+
+    def receive_weights(self, update_info: LentBucket) -> None:
+        """Copy a bucket out of the buffer, and load its tensors; the buffer is mapped once per sync.
+
+        Raises:
+            WorkerError: no learner rank is on this GPU.
+        """
+        if not hasattr(self, "_importer"):
+            self._importer = PackedBufferImporter()
+        gpu = str(torch.cuda.get_device_properties(self.device).uuid)
+        if gpu not in update_info.handles:
+            raise WorkerError(f"no learner rank has lent its weights on GPU {gpu}, but on {list(update_info.handles)}")
+        arguments = list(update_info.handles[gpu])
+        arguments[_DEVICE] = self.device.index
+        # vLLM keeps tensors of a layer until all of them are there, when the buffer has others already
+        copy = self._importer.rebuild(arguments).clone()
+        self.model.load_weights([(entry.name, view_tensor(copy, entry)) for entry in update_info.entries])
+        torch.cuda.synchronize(self.device)
+
+    def finish_weight_update(self) -> None:
+        """Restore the layers that were not replaced, and give the buffer back."""
+        super().finish_weight_update()
+        self._importer.close()
+
+
+class IPC(CheckedBackend, _LentBuckets):
+    """A backend for buckets that are lent by CUDA IPC, its tensors checked."""
 
 
 BACKENDS: dict[Transport, str] = {"object_store": "ppo_ray_buckets", "nccl": "ppo_ray_nccl", "ipc": "ppo_ray_ipc"}

@@ -80,6 +80,8 @@ def _create_scorers(
 def _set_up_scorers(config: Config, rollout: RolloutGroup, reward: RewardGroup, say: Say) -> None:
     """Set up the engines first and alone: they take longest and use all cores."""
     _say_ready(say, f"{config.rollout.workers} x rollout ({config.rollout.engine})", rollout.setup())
+    if limits := rollout.describe_limits():
+        say(f"Warning: {limits}")
     _say_ready(say, f"{config.reward.workers} x reward", reward.setup())
 
 

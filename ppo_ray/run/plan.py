@@ -20,6 +20,8 @@ def print_plan(console: Console, plan: Plan) -> None:
     _print_actors(console, plan)
     _print_terms(console, plan)
     _print_needs(console, plan)
+    for warning in plan.warnings:
+        say(console, f"Warning: {warning}")
     if plan.fits:
         say(console, "It fits. Nothing was started.")
         return

@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "rollout.threads",
     "rollout.gpus",
     "rollout.tensor_parallel",
+    "rollout.max_num_seqs",
     "rollout.kv_cache_mib",
     "rollout.self_check",
     "rollout.weight_transport",

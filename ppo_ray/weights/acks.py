@@ -37,6 +37,8 @@ class WeightAck:
     """Checksum of all tensors, each verified on arrival."""
     seconds: float
     """Seconds from the call until the weights were verified or published."""
+    agreed: str = ""
+    """Of a learner rank: a checksum that all ranks make in the same way, where `checksum` is the first rank's alone."""
 
 
 @dataclass(frozen=True)

@@ -54,15 +54,22 @@ def format_sums(sums: "list[torch.Tensor]") -> list[str]:
     return ["".join(f"{value % (1 << 64):016x}" for value in pair) for pair in pairs]
 
 
-def weights_checksum(named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> str:
-    """Return XXH3-64 of all tensors' bytes, each padded to 64, hexadecimal: a checkpoint's checksum of its weights."""
+def weights_checksum(named_tensors: Iterable[tuple[str, "torch.Tensor"]], wanted: bool = True) -> str:
+    """Return XXH3-64 of all tensors' bytes, each padded to 64, hexadecimal: a checkpoint's checksum of its weights.
+
+    Args:
+        named_tensors: may be made as they are asked for, by all ranks together.
+        wanted: false on a rank that only helps to make them; it gets an empty text.
+    """
     state = xxhash.xxh3_64()
     for _, tensor in named_tensors:
+        if not wanted:
+            continue
         raw = _bytes(tensor)
         state.update(raw)
         state.update(bytes(-len(raw) % 64))
         del tensor, raw  # before the next is made
-    return str(state.hexdigest())
+    return str(state.hexdigest()) if wanted else ""
 
 
 def _bytes(tensor: "torch.Tensor") -> memoryview:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -55,11 +55,24 @@ class WeightManifest:
 
     @classmethod
     def of(
-        cls, named_tensors: Iterable[tuple[str, "torch.Tensor"]], policy_version: int, method: Method
+        cls,
+        named_tensors: Iterable[tuple[str, "torch.Tensor"]],
+        policy_version: int,
+        method: Method,
+        bucket_bytes: int = 256 << 20,
     ) -> "WeightManifest":
-        """Describe tensors, on any device, one at a time; nothing is copied but what XXH3 needs on the host."""
-        names, dtypes, shapes, found, sums = [], [], [], [], []
+        """Describe tensors, on any device, one at a time; nothing is copied but what XXH3 needs on the host.
+
+        Args:
+            named_tensors: may be made as they are asked for; none is kept.
+            policy_version: number of updates that they have seen.
+            method: of the checksums.
+            bucket_bytes: size of the buffers that they travel in.
+        """
+        cursor = BucketCursor(bucket_bytes)
+        names, dtypes, shapes, places, found, sums = [], [], [], [], [], []
         for name, tensor in named_tensors:
+            places.append(cursor.place(tensor.numel() * tensor.dtype.itemsize))
             names.append(name)
             dtypes.append(str(tensor.dtype).removeprefix("torch."))
             shapes.append(tuple(tensor.shape))
@@ -69,7 +82,7 @@ class WeightManifest:
                 sums.append(word_sums(tensor))
             del tensor  # before the next is made
         found += format_sums(sums)
-        entries = map(TensorEntry, names, dtypes, shapes, found)
+        entries = map(TensorEntry, names, dtypes, shapes, found, *zip(*places, strict=True))
         return cls(policy_version, method, tuple(entries))
 
     @cached_property
@@ -82,6 +95,11 @@ class WeightManifest:
         """Yield the index of each bucket and the tensors that lie in it."""
         for bucket, entries in groupby(self.entries, lambda entry: entry.bucket):
             yield bucket, list(entries)
+
+    def with_checksums(self, checksums: Iterable[str]) -> "WeightManifest":
+        """Return a manifest of the same tensors with other checksums, one of each."""
+        entries = (replace(entry, checksum=one) for entry, one in zip(self.entries, checksums, strict=True))
+        return replace(self, entries=tuple(entries))
 
     def check(self, entries: Iterable[TensorEntry], found: Iterable[str]) -> None:
         """Compare the checksums of tensors that have arrived with those that they were sent with.

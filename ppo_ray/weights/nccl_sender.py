@@ -1,4 +1,4 @@
-"""The sending end of vLLM's weight-transfer API: NCCL broadcasts, and CUDA IPC handles.
+"""The sending end of vLLM's weight-transfer API: NCCL broadcasts, and memory that is lent by CUDA IPC.
 
 vLLM's trainer classes call the engines themselves, all with the same rank, and wait without a limit. Here the driver
 calls the engines and the learner, watches all of them, and names the one that is late. So the sender's own calls do
@@ -7,16 +7,19 @@ for it.
 """
 
 import base64
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
-from ppo_ray.weights.manifest import WeightManifest
+from ppo_ray.weights.manifest import TensorEntry, WeightManifest
 from ppo_ray.weights.snapshot import NUM_BUFFERS
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
+
+_GPU = "cuda"
 
 
 def new_group_id() -> str:
@@ -53,7 +56,8 @@ class NCCLSender:
             packed_num_buffers=NUM_BUFFERS,
         )
         device = torch.accelerator.current_device_index()
-        sender.model_update_group = uid_init_process_group(base64.b64decode(group_id), 0, world_size, device)
+        with _keep_stream():
+            sender.model_update_group = uid_init_process_group(base64.b64decode(group_id), 0, world_size, device)
         self._sender = sender
 
     def send(self, manifest: WeightManifest, tensors: NamedTensors) -> None:
@@ -64,7 +68,8 @@ class NCCLSender:
             tensors: may be made as they are asked for.
         """
         self._sender.source = _source(manifest, tensors)
-        self._sender.send_weights()
+        with _keep_stream():
+            self._sender.send_weights()
 
     def leave(self) -> None:
         """Abort the group, from any thread; a broadcast that waits for a lost engine ends."""
@@ -73,16 +78,48 @@ class NCCLSender:
             sender.shutdown()
 
 
-def ipc_handles(tensors: Iterable[torch.Tensor]) -> list[dict[str, Any]]:
-    """Return handles by which an engine on the same GPU maps the tensors, which must live until it has read them.
+class LentBuffer:
+    """Memory on this process's GPU that engines on the same GPU map.
 
-    Returns:
-        For each tensor, vLLM's arguments of it under the GPU's UUID.
+    One buffer serves a whole sync: each export of memory is counted by torch until another process has mapped and
+    released it.
     """
-    device = torch.cuda.current_device()
-    torch.cuda.synchronize(device)
-    gpu = str(torch.cuda.get_device_properties(device).uuid)
-    return [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors]
+
+    def __init__(self, num_bytes: int) -> None:
+        """Allocate and export it."""
+        device = torch.cuda.current_device()
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=_GPU)
+        self.handle: dict[str, Any] = {gpu: reduce_tensor(self._buffer)[1]}
+        """vLLM's arguments to map it, under the GPU's UUID."""
+
+    def fill(self, placed: Iterable[tuple[TensorEntry, torch.Tensor]]) -> None:
+        """Copy tensors to the places that their entries name; returns when they are there."""
+        for entry, tensor in placed:
+            view_tensor(self._buffer, entry).copy_(tensor.detach())
+            del tensor  # before the next is made
+        torch.cuda.synchronize()
+
+
+def view_tensor(buffer: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    """Return a tensor that lies in a buffer of bytes, as a view."""
+    raw = buffer[entry.offset : entry.offset + entry.num_bytes]
+    return raw.view(getattr(torch, entry.dtype)).view(entry.shape)
+
+
+@contextlib.contextmanager
+def _keep_stream() -> Iterator[None]:
+    """Restore this thread's CUDA stream at the end of a block.
+
+    vLLM moves a thread that it is first used in to a stream of its own, but the learner's kernels must not depend on
+    how its weights are sent.
+    """
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        if stream is not None:
+            torch.cuda.set_stream(stream)
 
 
 class _DriverCalls:

@@ -19,8 +19,9 @@ from ppo_ray.weights.manifest import BucketCursor, TensorEntry, WeightManifest
 if TYPE_CHECKING:  # see `checksums`
     import torch
 
-NUM_BUFFERS = 2
-"""Buffers of an NCCL broadcast: one is filled while the other is on its way."""
+NUM_BUFFERS = 1
+"""Buffers of an NCCL broadcast. With two, vLLM loads a layer on the stream of the piece that completes it, while the
+memory of its earlier pieces goes back to another stream, which may write there."""
 
 
 @dataclass(frozen=True)

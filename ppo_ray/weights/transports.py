@@ -203,10 +203,10 @@ def _among(member: Member, members: list[Member]) -> bool:
 
 
 class IPCTransport:
-    """Weights by CUDA IPC: the learner's memory is lent to the engines until they have read it.
+    """Weights by CUDA IPC: each learner rank lends a buffer of its GPU to the engines there, one bucket after another.
 
-    Nothing is sent. Each rank returns handles by which its memory is mapped, and every engine maps the memory of its
-    own GPU.
+    No rank holds more of the model than a bucket beside its own weights. An engine that is lost in a sync does not stop
+    the others: they read on, and its successor gets the weights afterwards.
     """
 
     def __init__(self, config: Config) -> None:
@@ -215,40 +215,47 @@ class IPCTransport:
 
     def send(self, weights: PublishedWeights, engines: ActorGroup) -> list[WeightAck]:
         """Send weights to all engines; see `WeightTransport.send`."""
-        handles = self._export(weights, engines)
-        acks = engines.call(
-            "mapping weights by CUDA IPC",
-            lambda handle: handle.receive_weights.remote(weights.manifest, *handles),
-            may_stop=False,
-        )
-        self._release(weights, engines)
-        return acks
+        while True:
+            acks, lost = self._lend(weights, engines, list(engines.members))
+            if not lost:
+                return acks
+            for error in lost:
+                engines.revive(error, may_stop=False)
 
     def send_to(self, weights: PublishedWeights, engines: ActorGroup, engine: Member) -> WeightAck:
         """Send weights to one engine; see `WeightTransport.send_to`."""
-        handles = self._export(weights, engines)
-        call = engine.handle.receive_weights.remote(weights.manifest, *handles)
-        (ack,) = engines.gather({call: engine}, "mapping weights by CUDA IPC", self._limit_s)
-        self._release(weights, engines)
-        return ack
+        acks, lost = self._lend(weights, engines, [engine])
+        if lost:
+            raise lost[0]
+        return acks[0]
 
-    def _export(self, weights: PublishedWeights, engines: ActorGroup) -> list[Any]:
-        answers = [rank.handle.export_weights.remote(weights.policy_version) for rank in weights.ranks]
-        done = dict(zip([done for done, _ in answers], weights.ranks, strict=True))
-        engines.gather(done, "exporting weights by CUDA IPC", self._limit_s)
-        return [handles for _, handles in answers]
+    def _lend(
+        self, weights: PublishedWeights, engines: ActorGroup, readers: list[Member]
+    ) -> tuple[list[WeightAck], list[WorkerLost]]:
+        """Lend all buckets to some engines; returns the answers to the last one, and which engines were lost."""
+        lost: list[WorkerLost] = []
+        bucket, num_buckets, acks = 0, 1, []
+        while bucket < num_buckets and readers:
+            answers = [rank.handle.export_weights.remote(weights.policy_version, bucket) for rank in weights.ranks]
+            exported = dict(zip([number for number, _ in answers], weights.ranks, strict=True))
+            num_buckets = engines.gather(exported, "lending weights by CUDA IPC", self._limit_s)[0]
+            handles = [handle for _, handle in answers]
+            calls = {reader.handle.map_weights.remote(weights.manifest, bucket, *handles): reader for reader in readers}
+            acks = self._wait(engines, calls, lost)
+            readers, bucket = list(calls.values()), bucket + 1
+        released = {rank.handle.release_weights.remote(): rank for rank in weights.ranks}
+        engines.gather(released, "releasing weights", self._limit_s)
+        return acks, lost
 
-    def _release(self, weights: PublishedWeights, engines: ActorGroup) -> None:
-        calls = {rank.handle.release_weights.remote(): rank for rank in weights.ranks}
-        engines.gather(calls, "releasing weights", self._limit_s)
-
-
-def merge_handles(exports: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Merge the handles that the learner's ranks export: for each tensor, those on all GPUs.
-
-    Args:
-        exports: per rank, each tensor's handle under the UUID of the rank's GPU.
-    """
-    return [
-        {gpu: handle for of_rank in tensor for gpu, handle in of_rank.items()} for tensor in zip(*exports, strict=True)
-    ]
+    def _wait(self, engines: ActorGroup, calls: dict[Any, Member], lost: list[WorkerLost]) -> list[WeightAck]:
+        """Wait until all engines that are left have read a bucket; takes those that are lost out of the calls."""
+        while calls:
+            try:
+                return engines.gather(calls, "mapping weights by CUDA IPC", self._limit_s)
+            except WorkerLost as error:
+                ours = [call for call, reader in calls.items() if reader.name == error.name]
+                if not ours:
+                    raise
+                del calls[ours[0]]
+                lost.append(error)
+        return []

@@ -69,6 +69,14 @@ class Toy(Worker):
             raise WorkerLost("cannot go on")
         return self._name
 
+    def lose_gpu_once(self, marker: str) -> str:
+        import torch
+
+        if self._name == "toy-1" and not os.path.exists(marker):
+            open(marker, "w").close()
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nand a page of advice")
+        return self._name
+
     @ray.method(num_returns=2)
     def work(self, table: str, seconds: float) -> tuple[str, dict[str, float]]:
         if seconds < 0:
@@ -168,6 +176,11 @@ def test_a_lost_worker_is_replaced_and_its_call_made_again(group: ActorGroup, ev
     assert group.call("giving up once", lambda toy: toy.give_up_once.remote(marker)) == ["toy-0", "toy-1"]
     assert pids(group)[0] == before[0] and pids(group)[1] != after[1]
     assert "toy-1, giving up once: cannot go on" in events[1].message
+    marker = str(tmp_path / "no gpu")
+    assert group.call("using a GPU", lambda toy: toy.lose_gpu_once.remote(marker)) == ["toy-0", "toy-1"]
+    assert events[2].message.endswith(
+        "lost its GPU while using a GPU: CUDA error: an illegal memory access was encountered"
+    )
 
 
 def test_a_worker_that_is_stopped_is_found_and_replaced(

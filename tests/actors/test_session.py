@@ -30,10 +30,10 @@ def answer() -> int:
 class Looker(Worker):
     """Tells where it is and which library it has."""
 
-    def look(self) -> tuple[str, str]:
+    def look(self) -> tuple[str, str, str | None]:
         import xxhash
 
-        return os.getcwd(), xxhash.__file__
+        return os.getcwd(), xxhash.__file__, os.environ.get("NCCL_SOCKET_IFNAME")
 
 
 _CLIENT = "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR'); print('CONNECTED')"
@@ -45,6 +45,7 @@ def test_a_private_ray_is_closed_to_others_and_leaves_nothing(
     """Neither a shell that turns authentication off, nor a current folder with files named like libraries, matters."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "the-clusters")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "xxhash.py").write_text("raise SystemExit('a stranger's file')")
     before = set(psutil.Process().children(recursive=True))
@@ -61,7 +62,7 @@ def test_a_private_ray_is_closed_to_others_and_leaves_nothing(
             .options(**ActorSpec("reward", 1, 1, 0).options("reward-0"))
             .remote("reward-0")
         )
-        assert ray.get(worker.look.remote(), timeout=60) == (str(tmp_path), xxhash.__file__)
+        assert ray.get(worker.look.remote(), timeout=60) == (str(tmp_path), xxhash.__file__, "=lo")
         assert set(psutil.Process().children(recursive=True)) - before
         address = ray.get_runtime_context().gcs_address
         stranger = subprocess.run(
@@ -74,6 +75,7 @@ def test_a_private_ray_is_closed_to_others_and_leaves_nothing(
         assert stranger.returncode != 0 and "CONNECTED" not in stranger.stdout
     assert not ray.is_initialized()
     assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]) == ("disabled", "the-clusters")
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
     assert not [process for process in set(psutil.Process().children(recursive=True)) - before if process.is_running()]
     assert list(Path(os.environ["RAY_TMPDIR"]).iterdir()) == []
 

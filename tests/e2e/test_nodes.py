@@ -1,5 +1,6 @@
 """One run in several layouts: however many workers, ranks, nodes and hosts, it samples and learns the same."""
 
+import os
 import secrets
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.ray_cluster import SMALL_STORE, ray_cluster
 
 pytestmark = pytest.mark.slow
 STEPS = 6
+FAKE_NCCL = Path(__file__).parents[1] / "fake_nccl"
 OPTIONS = ("rollout.engine=hf", f"steps={STEPS}", "checkpoint.every_steps=2", "ppo.learning_rate=1e-4")
 WITHOUT_SPLIT = ("worker", "rollout_logprobs", "score", *trajectory.LEARNED_FIELDS)
 """Columns that name a worker, or hold floats, whose last bits depend on what is computed together."""
@@ -127,3 +129,34 @@ def test_two_hosts(ppo_ray: CommandLine, tmp_path: Path, alone: Path) -> None:
     assert sampled(run) == sampled(alone)
     assert largest_difference(run, alone) < 1e-5
     assert events(run) == [], output
+
+
+@pytest.mark.skipif(bool(why_no_hosts()), reason=str(why_no_hosts()))
+@pytest.mark.timeout(900)
+def test_nccl_joins_a_learner_on_one_host_and_an_engine_on_another(ppo_ray: CommandLine, tmp_path: Path) -> None:
+    """Both ranks of the learner are on one host, where they meet on loopback; the engine must reach them all the same.
+
+    NCCL's stand-in listens where NCCL would. The engine's weights are proved before the first step by the self-check,
+    and at each step by its log-probabilities. In the run the engine is killed: its successor joins a new group.
+    """
+    environment, run = ppo_ray.environment, tmp_path / "run"
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"PPO_RAY_GPUS_ARE_NUMBERS": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(FAKE_NCCL), *filter(None, [environment.get("PYTHONPATH")])])
+    gpus = ("rollout.workers=1", "rollout.gpus=1", "rollout.dtype=float32", "learner.workers=2", "learner.gpus=1")
+    with two_hosts(Path(environment["RAY_TMPDIR"])) as (left, right):
+        start_ray(left, environment, "--head", "--port=6379", "--include-dashboard=false", "--num-gpus=2")
+        start_ray(right, environment, f"--address={left.address}:6379", "--num-gpus=1")
+        options = (f"ray.address={left.address}:6379", "rollout.weight_transport=nccl", f"steps={STEPS}", *gpus)
+        process = replace(ppo_ray, prefix=left.enter).start("train", str(ppo_ray.config), *options)
+        wait_for_steps(process, run, 1)
+        workers = ppo_ray.workers()
+        homes = {name: left if left.runs(worker) else right for name, worker in workers.items()}
+        workers["rollout-0"].kill()
+        output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    assert homes["learner-0"] == homes["learner-1"] == left and homes["rollout-0"] == right
+    steps = lines(run)
+    assert [step["step"] for step in steps] == list(range(STEPS))
+    assert max(step["mismatch/logprob_mean"] for step in steps) < 1e-3
+    assert {event["event"] for event in events(run)} == {"worker_replaced"}, output

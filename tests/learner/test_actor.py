@@ -10,6 +10,7 @@ from ppo_ray.checkpoint import AHEAD, RunState
 from ppo_ray.config import load_config
 from ppo_ray.errors import CheckpointError, WorkerError
 from ppo_ray.learner.actor import LearnerWorker
+from ppo_ray.weights.manifest import WeightManifest
 from tests.learning import make_table
 
 
@@ -18,9 +19,9 @@ def threads_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # an actor has its process for itself
 
 
-def started(policy: Path, folder: Path, checkpoint: Path | None = None):
+def started(policy: Path, folder: Path, checkpoint: Path | None = None, *more: str):
     options = [f"output_dir={folder}", f"model.path={policy}", "prompts.path=p", "reward.path=r"]
-    options += ["rollout.batch_size=10", "rollout.max_staleness=1", "ppo.importance_cap=2", "learner.threads=1"]
+    options += ["rollout.batch_size=10", "rollout.max_staleness=1", "ppo.importance_cap=2", "learner.threads=1", *more]
     worker = LearnerWorker.__ray_metadata__.modified_class("learner-0")
     worker.setup(load_config(None, options), checkpoint and str(checkpoint))
     return worker
@@ -60,3 +61,28 @@ def test_what_is_too_stale_is_not_learnt_from(tiny_policy: Path, tmp_path: Path)
         worker.update(step, str(tmp_path / "x.parquet"), *shards(step, 0))
     with pytest.raises(WorkerError, match=r"rollout-0 .* policy version 0, but the learner is at version 2"):
         worker.update(2, str(tmp_path / "x.parquet"), *shards(2, 0))
+
+
+@pytest.mark.parametrize("transport", ["nccl", "object_store"])
+def test_moved_weights_stay_until_they_are_sent(tiny_policy: Path, tmp_path: Path, transport: str) -> None:
+    """What is sent from the GPU is read when the engines are ready: no copy of the model is made for a check."""
+    worker = started(tiny_policy, tmp_path, None, f"rollout.weight_transport={transport}")
+
+    def own() -> str:
+        return WeightManifest.of(worker._learner.named_weights(), 0, "sums").checksum
+
+    before = own()
+    _, manifest, *_ = worker.publish(moved=True)
+    if transport == "nccl":
+        assert own() == manifest.checksum != before
+        worker.compare(*shards(0, 0))
+        assert own() == before
+        worker.publish(moved=True)
+        assert worker.publish()[0].checksum == before
+        worker.publish(moved=True)
+        worker.update(0, str(tmp_path / "moved.parquet"), *shards(0, 0))
+        undisturbed = started(tiny_policy, tmp_path)
+        undisturbed.update(0, str(tmp_path / "step.parquet"), *shards(0, 0))
+        worker, moved = undisturbed, own()
+        assert own() == moved != before
+    assert own() != manifest.checksum

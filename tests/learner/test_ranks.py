@@ -1,6 +1,7 @@
 """Ranks that meet in real processes, and those that do not."""
 
 import multiprocessing
+import os
 import socket
 from multiprocessing.connection import Connection
 from typing import Any
@@ -96,6 +97,19 @@ def test_ranks_may_meet_at_an_address_of_version_6() -> None:
     rendezvous, store = ranks.open_rendezvous("::1", 30)
     try:
         assert ranks.join(rendezvous, 0, 1, "gloo", 30, 30).size == 1
+    finally:
+        ranks.leave()
+        del store
+
+
+def test_a_meeting_on_loopback_leaves_nccl_to_look_for_an_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner's process meets engines on other nodes too, by an address that its NCCL advertises."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    rendezvous, store = ranks.open_rendezvous("127.0.0.1", 30)
+    try:
+        ranks.join(rendezvous, 0, 1, "gloo", 30, 30)
+        assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ.get("NCCL_SOCKET_IFNAME")) == ("lo", None)
     finally:
         ranks.leave()
         del store

@@ -29,7 +29,8 @@ from transformers import (
 from ppo_ray.config import ModelConfig, Trust
 from ppo_ray.errors import InputError
 from ppo_ray.learner.state import load_actor_critic, load_reference
-from ppo_ray.models.loading import check_weights, load_causal_lm, load_pretrained, load_tokenizer
+from ppo_ray.models import loading
+from ppo_ray.models.loading import check_gpu, check_weights, load_causal_lm, load_pretrained, load_tokenizer
 from ppo_ray.rollout.hf import HFEngine
 
 
@@ -288,3 +289,20 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
 
 def test_what_is_not_on_this_machine_is_left_to_the_worker_that_loads_it() -> None:
     assert check_weights("model.path", "AutoModelForCausalLM", "nobody/nothing", Trust()) == (None, None)
+
+
+def test_a_gpu_that_is_asked_for_is_there_or_the_run_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A driver that is too old, or a torch for CPUs, would compute on the CPU without a word."""
+    monkeypatch.delenv("PPO_RAY_GPUS_ARE_NUMBERS", raising=False)
+    check_gpu("learner.gpus", 0)
+    monkeypatch.setattr(loading, "_DRIVER", tmp_path / "version")
+    told = r"learner\.gpus=0\.5, but torch .* \(built for .*\) finds no GPU on node .*: .*; it has no NVIDIA driver\. "
+    with pytest.raises(InputError, match=told):
+        check_gpu("learner.gpus", 0.5)
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Wed Mar\nGCC version: 12\n"
+    )
+    with pytest.raises(InputError, match=r"its NVIDIA driver is 535\.161\.08\. Install .* needs driver 580 or newer"):
+        check_gpu("learner.gpus", 1)
+    monkeypatch.setenv("PPO_RAY_GPUS_ARE_NUMBERS", "1")
+    check_gpu("learner.gpus", 1)

@@ -214,6 +214,32 @@ def test_bfloat16_is_multiplied_as_it_is_and_the_softmax_is_in_float32() -> None
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gpus_products_of_bfloat16_are_kept_in_float32(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    """The operator is CUDA's alone; here it stands on a CPU. Rounded to bfloat16 the logits would be 0.03 off."""
+    operator = torch.library.Library("aten", "IMPL")
+    products = []
+
+    def mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor) -> torch.Tensor:
+        products.append(dtype)
+        return out.copy_(a.to(dtype) @ b.to(dtype))
+
+    operator.impl("mm.dtype_out", mm, "CPU")
+    monkeypatch.setattr(response_lm, "_keeps_float32", lambda hidden: hidden.dtype == torch.bfloat16)
+    hidden, weight = (torch.randn(size, 64).mul(2).bfloat16().requires_grad_() for size in (7, 50))
+    offset = torch.randn(50).bfloat16() if bias else None
+    logits = hidden.float() @ weight.float().T + (offset.float() if offset is not None else 0)
+    logprobs, _ = token_logprobs(hidden, weight, offset, torch.arange(7), 0.5)
+    torch.testing.assert_close(logprobs, (logits / 0.5).log_softmax(-1)[range(7), range(7)], atol=2e-5, rtol=1e-5)
+    kl = full_kl((hidden, weight, offset), (hidden.flip(0), weight, offset), 0.5)
+    p, q = (logits / 0.5).log_softmax(-1), (logits.flip(0) / 0.5).log_softmax(-1)
+    torch.testing.assert_close(kl, (p.exp() * (p - q)).sum(-1), atol=2e-5, rtol=1e-5)
+    assert products == [torch.float32] * 3
+    logprobs.sum().backward()
+    assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
+    del operator
+
+
 def test_a_second_backward_pass_is_refused() -> None:
     """The first turned the probabilities into gradients in place."""
     weight = torch.randn(5, 3, requires_grad=True)

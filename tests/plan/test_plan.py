@@ -99,13 +99,13 @@ def test_on_one_gpu_the_hungriest_of_all_counts_where_they_take_turns(configured
     shared = planned(configured(*gpus, "ray.placement=colocated"), ClusterShape.uniform(1, 8, 1, 64 * GIB, 8 * GIB))
     (gpu,) = shared.gpus
     kept = (12 * TRAINED + 4 * POLICY) + 4 * CLASSIFIER + 24 * 8 * (4 * 32 + 2 * 64) * 4
-    cuda = (2500 + 800 + 1000) * MIB
+    cuda = (4000 + 800 + 1000 + 2 * 256) * MIB  # and a bucket of weights, lent and read
     engine = 2 * POLICY + 32 * MIB
     learning = 4 * TRAINED + 100 * 2 * (12 * 128 + 4 * 256) * 4 + 100 * 512 * 4
     assert learning < engine  # tiny models: the KV cache is the largest thing there is
     assert gpu.needed == kept + cuda + engine
     assert gpu.actors == ("rollout-0", "learner-0", "reward-0")
-    assert amounts(shared.terms["rollout-0"])["weights of the sleeping engine"] == 2 * POLICY  # on the host
+    assert amounts(shared.terms["rollout-0"])["weights of the sleeping engine"] == 3 * POLICY  # on the host
 
     apart = planned(configured(*gpus), ClusterShape.uniform(1, 8, 3, 64 * GIB, 8 * GIB))
     assert [need.actors for need in apart.gpus] == [("learner-0",), ("rollout-0",), ("reward-0",)]
@@ -118,7 +118,7 @@ def test_on_one_gpu_the_hungriest_of_all_counts_where_they_take_turns(configured
 def test_ranks_of_an_engine_share_its_weights(configured: Configured) -> None:
     config = configured("rollout.gpus=1", "rollout.tensor_parallel=2", "learner.gpus=1")
     found = planned(config, ClusterShape.uniform(1, 8, 3, 64 * GIB))
-    assert amounts(found.terms["rollout-0"])["weights"] == 4 * POLICY // 2
+    assert amounts(found.terms["rollout-0"])["weights"] == 2 * POLICY // 2
     assert [need.actors for need in found.gpus] == [("learner-0",), ("rollout-0",), ("rollout-0",)]
     assert found.gpus[0].available is None and found.fits  # what is not known is not refused
 
@@ -136,7 +136,10 @@ def test_ranks_of_a_learner_share_its_state_and_gather_layers(configured: Config
         "reference": POLICY // 2,
         "gathered: embeddings, two layers": 2 * (2 * 512 * 128 + 2 * ((2 * LAYER + 128) // 2)),
         "whole models, before they are shared": 4 * (TRAINED + POLICY),
+        "gradients that are being reduced": max(512 * 128, (2 * LAYER + 128) // 2) * (2 + 4),
         "activations": 100 * (2 * 128 + 12 * 128 + 4 * 256) * 2,
+        "attention masks": 100 * 64 * 2,
+        "a bucket of weights (nccl)": 256 * MIB,
         "probabilities": 100 * 512 * 4,
         "a checkpoint on its way to the disk": 12 * TRAINED,
     }
@@ -144,6 +147,45 @@ def test_ranks_of_a_learner_share_its_state_and_gather_layers(configured: Config
     copies = amounts(planned(configured(*options), ClusterShape.uniform(1, 8, 5, 64 * GIB)).terms["learner-0"])
     found_types = (copies["float32 weights"], copies["bfloat16 weights"], copies["reference"])
     assert found_types == (4 * TRAINED, 2 * TRAINED, 2 * POLICY)
+
+
+SEQUENCE = 8 + 16 + 16  # tokens of prompt and response, and a block that is filled in part
+
+
+def test_keys_and_values_have_room_for_all_or_for_what_a_gpu_has(configured: Configured) -> None:
+    """On a GPU in bfloat16, 2 layers x 2 x 2 heads x 32 x 2 bytes a token."""
+    options = ("rollout.kv_cache_mib=null", "rollout.gpus=1", "learner.gpus=1", "rollout.batch_size=64")
+
+    def kv_cache(gpu_memory: int | None, *more: str) -> tuple[int, tuple[str, ...]]:
+        found = planned(configured(*options, *more), ClusterShape.uniform(1, 64, 2, 64 * GIB, gpu_memory))
+        return amounts(found.terms["rollout-0"])["KV cache"], found.warnings
+
+    assert kv_cache(None) == (-(-64 * SEQUENCE * 512 // MIB) * MIB, ())
+    assert kv_cache(80 * GIB, "rollout.workers=2") == (-(-32 * SEQUENCE * 512 // MIB) * MIB, ())
+    assert kv_cache(80 * GIB, "rollout.max_num_seqs=16", "rollout.max_context=24") == (MIB, ())
+    little = 2500 * MIB + 2 * POLICY + MIB  # CUDA, the weights, and room for some of the sequences
+    found, (warning,) = kv_cache(int(little / 0.92) + 1, "rollout.max_context=24", "rollout.batch_size=128")
+    assert found == MIB
+    assert "have room for 85 of the 128 sequences of 24 tokens" in warning
+    found, (warning,) = kv_cache(80 * GIB, "rollout.kv_cache_mib=1", "rollout.batch_size=1024")
+    assert found == MIB
+    assert warning == (
+        "an engine's keys and values have room for 85 of the 1024 sequences of 24 tokens that it may decode at once: "
+        "the others wait, and generation may take 12.0 times as long; rollout.kv_cache_mib=12 is enough for all"
+    )
+    on_cpu = planned(configured("rollout.kv_cache_mib=null"), ClusterShape.uniform(1, 2))
+    assert amounts(on_cpu.terms["rollout-0"])["KV cache"] == 512 * MIB
+
+
+def test_an_engine_leaves_room_for_those_that_share_its_gpu(configured: Configured) -> None:
+    options = ("rollout.kv_cache_mib=null", "rollout.gpus=1", "learner.gpus=1", "ray.placement=colocated")
+    config = configured(
+        *options, "rollout.batch_size=1024", "rollout.max_response_tokens=20000", "rollout.max_context=null"
+    )
+    found = planned(config, ClusterShape.uniform(1, 64, 1, 64 * GIB, 8 * GIB))
+    (gpu,) = found.gpus
+    assert found.fits and gpu.available is not None
+    assert 0.9 < gpu.needed / gpu.available <= 1
 
 
 def test_what_is_too_small_is_told_with_its_options(configured: Configured) -> None:

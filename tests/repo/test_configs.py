@@ -6,7 +6,7 @@ from ppo_ray.config import load_config
 from ppo_ray.preflight import cpu_demand
 from ppo_ray.run.resume import differences
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
 
 def test_there_are_configs():
@@ -33,7 +33,9 @@ def test_the_notebooks_lengths_are_half_open():
 
 
 def test_the_demo_with_overlap_is_the_same_task_on_the_same_cores():
-    demo, overlap = (load_config(CONFIGS[0].parent / f"{name}.yaml", []) for name in ("imdb", "imdb_overlap"))
+    demo, overlap = (
+        load_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml", []) for name in ("imdb", "imdb_overlap")
+    )
     assert cpu_demand(demo) == cpu_demand(overlap) == 2
     assert [difference.key for difference in differences(demo, overlap)] == [
         "output_dir",

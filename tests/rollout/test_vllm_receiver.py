@@ -19,7 +19,6 @@ from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.publisher import WeightPublisher
 from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT, VLLMEngine
-from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.nccl_sender import new_group_id
 from ppo_ray.weights.snapshot import Wire
 from ppo_ray.weights.transports import engine_init
@@ -127,8 +126,8 @@ def test_a_broadcast_is_served(engine: VLLMEngine, learner: PPOLearner, tiny_pol
     for version in (1, 2):
         model = moved(learner, tiny_policy, 0.05 * version)
         learner.policy_version = version
-        manifest, buckets = sender.publish(learner)
-        assert buckets == [] and manifest.method == "sums"
+        manifest, buckets, agreed = sender.publish(learner)
+        assert buckets == [] and agreed == manifest.checksum and manifest.method == "sums"
         assert {entry.dtype for entry in manifest.entries} == {"float32" if wire == "null" else wire}
         sender._wire = Wire(sender.wire.dtype, 300_000)
         Group.met.clear()
@@ -138,7 +137,7 @@ def test_a_broadcast_is_served(engine: VLLMEngine, learner: PPOLearner, tiny_pol
         Group(1, 3)
         thread = threading.Thread(target=sender.send, args=(version,))
         thread.start()
-        engine.receive_weights(manifest, {})
+        engine.receive_weights(manifest)
         thread.join()
         assert engine.policy_version == version
         tolerance = 1e-4 if wire == "null" else 0.1
@@ -153,20 +152,9 @@ def test_a_broadcast_is_served(engine: VLLMEngine, learner: PPOLearner, tiny_pol
         sender.send(1)
 
 
-def test_moved_weights_are_sent_after_they_are_moved_back(
-    engine: VLLMEngine, learner: PPOLearner, tiny_policy: Path
-) -> None:
-    sender = WeightPublisher(config_of(tiny_policy, "rollout.weight_transport=nccl"), leads=True)
-    with learner.probe(sender.wire).move():
-        manifest, _ = sender.publish(learner, keep=True)
-    own = WeightManifest.of(learner.named_weights(), 0, "sums")
-    assert own.checksum != manifest.checksum
-    assert WeightManifest.of(sender._tensors(), 0, "sums").checksum == manifest.checksum
-
-
 def test_cuda_ipc(learner: PPOLearner, tiny_policy: Path, no_gpu: pytest.MonkeyPatch) -> None:
-    """Two learner ranks on two GPUs; the engine maps what is on its own."""
-    from vllm.distributed.weight_transfer import ipc_engine
+    """Two learner ranks on two GPUs; the engine maps what is on its own. The one buffer is filled again and again."""
+    from torch.multiprocessing import reductions
 
     from ppo_ray.weights import nccl_sender
 
@@ -174,32 +162,43 @@ def test_cuda_ipc(learner: PPOLearner, tiny_policy: Path, no_gpu: pytest.MonkeyP
         uuid = "GPU-b"
 
     memory: dict[int, torch.Tensor] = {}
+    lent, mapped = [], []
 
     def lend(tensor: torch.Tensor) -> tuple[None, tuple[Any, ...]]:
         memory[tensor.data_ptr()] = tensor
+        lent.append(tensor.nbytes)
         return None, (*("torch.Tensor", tensor.data_ptr(), 0, 0, 0, 0), 7)  # the seventh is the sender's device
 
     def map_again(kind: str, place: int, *rest: int) -> torch.Tensor:
         assert rest[-1] is None  # the engine's own device, which is not the sender's
+        mapped.append(place)
         return memory[place]
 
     no_gpu.setattr(nccl_sender, "reduce_tensor", lend)
-    no_gpu.setattr(ipc_engine, "rebuild_cuda_tensor", map_again)
+    no_gpu.setattr(nccl_sender, "_GPU", "cpu")
+    no_gpu.setattr(reductions, "rebuild_cuda_tensor", map_again)
     no_gpu.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     no_gpu.setattr(torch.cuda, "current_device", lambda: 7)
     no_gpu.setattr(torch.cuda, "synchronize", lambda device=None: None)
     engine = start_engine(tiny_policy, "ipc")
-    engine.connect({"packed": False})
     sender = WeightPublisher(config_of(tiny_policy, "rollout.weight_transport=ipc"), leads=True)
-    model = moved(learner, tiny_policy, 0.1)
-    learner.policy_version = 4
-    manifest, _ = sender.publish(learner)
-    handles = sender.export(4)
-    assert len(handles) == 20 and set(handles[0]) == {"GPU-b"}
-    engine.receive_weights(manifest, {"ipc_handles": [{"GPU-a": (), **handle} for handle in handles]})
-    sender.release()
-    assert engine.policy_version == 4
-    assert largest_difference(model, engine.generate(REQUESTS, SAMPLED)) < 1e-4
+    sender._wire = Wire(None, 300_000)
+    for version in (4, 5):
+        model = moved(learner, tiny_policy, 0.05 * version)
+        learner.policy_version = version
+        manifest, _, _ = sender.publish(learner)
+        bucket, num_buckets = 0, 1
+        while bucket < num_buckets:
+            num_buckets, handle = sender.export(version, bucket)
+            engine.map_weights(manifest, bucket, {"GPU-a": (), **handle})
+            bucket += 1
+        sender.release()
+        assert num_buckets > 3 and len(lent) == len(mapped) == version - 3  # once per sync
+        assert max(lent) <= 300_000
+        assert engine.policy_version == version
+        assert largest_difference(model, engine.generate(REQUESTS, SAMPLED)) < 1e-4
+    with pytest.raises(WorkerError, match="no learner rank has lent its weights on GPU GPU-b, but on \\['GPU-a'\\]"):
+        engine.map_weights(manifest, 0, {"GPU-a": ()})
 
 
 def test_a_stale_tensor_is_found_and_the_engine_is_lost(
@@ -208,14 +207,14 @@ def test_a_stale_tensor_is_found_and_the_engine_is_lost(
     """Last: nothing can be done with the engine afterwards."""
     sender = WeightPublisher(config_of(tiny_policy, "rollout.weight_transport=nccl"), leads=True)
     learner.policy_version = 9
-    manifest, _ = sender.publish(learner)
+    manifest, _, _ = sender.publish(learner)
     sender.join(GROUP_ID, 2)
     engine.connect(engine_init(GROUP_ID, 1, 2, 1 << 20))
     dict(learner.named_weights())["model.layers.1.mlp.up_proj.weight"].data[3, 5] *= 1.001
     thread = threading.Thread(target=sender.send, args=(9,))
     thread.start()
     with pytest.raises(WorkerError, match=r"version 9 arrived damaged: model.layers.1.mlp.up_proj.weight \(checksum"):
-        engine.receive_weights(manifest, {})
+        engine.receive_weights(manifest)
     thread.join()
     assert engine.policy_version == -1
     for use in (lambda: engine.generate(REQUESTS, SAMPLED), lambda: engine.load_weights(learner.weights())):

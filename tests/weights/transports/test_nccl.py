@@ -23,7 +23,7 @@ def init(rank: int, world_size: int) -> dict[str, Any]:
         "world_size": world_size,
         "packed": True,
         "packed_buffer_size_bytes": 2 << 20,
-        "packed_num_buffers": 2,
+        "packed_num_buffers": 1,
     }
 
 

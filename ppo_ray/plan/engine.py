@@ -1,0 +1,138 @@
+"""Estimates of the memory that an engine holds, and of the keys and values that it has room for."""
+
+from collections.abc import Iterator
+
+from ppo_ray.config import Config, weight_transport
+from ppo_ray.plan.memory import (
+    BYTES,
+    MIB,
+    Device,
+    Term,
+    bucket_term,
+    cuda_term,
+    learner_terms,
+    parameter_term,
+    process_term,
+    reward_terms,
+)
+from ppo_ray.plan.sizes import ModelSizes
+
+_HOST_KV_MIB = 512
+_GPU_SHARE = 0.92  # of a GPU's memory that may be used: the rest is lost between blocks
+
+
+def rollout_terms(config: Config, sizes: ModelSizes, gpu_memory: int | None = None) -> Iterator[Term]:
+    """Yield what an engine holds; with tensor parallelism, what each of its ranks holds.
+
+    Args:
+        config: of the run.
+        sizes: of its models.
+        gpu_memory: bytes of a GPU; None: not known.
+    """
+    rollout, policy = config.rollout, sizes.policy
+    device: Device = "gpu" if rollout.gpus else "host"
+    size = BYTES[rollout.engine_dtype]
+    yield process_term("rollout" if rollout.engine == "vllm" else "hf", "rollout")
+    if device == "gpu":
+        yield cuda_term("rollout")
+    yield _weights_term(config, sizes)
+    if device == "gpu" and config.ray.placement == "colocated":
+        kept, ranks = -(-policy.parameters * size // rollout.tensor_parallel), rollout.tensor_parallel
+        share = f" / {ranks} ranks" if ranks > 1 else ""
+        how = f"weights{share} x 1.5: torch rounds pinned memory up to powers of two, assumed"
+        yield Term("weights of the sleeping engine", how, kept * 3 // 2, "host")
+    if weight_transport(config) != "object_store":
+        yield bucket_term(config, weight_transport(config))
+    if rollout.engine == "vllm":
+        yield kv_cache_term(config, sizes, gpu_memory)
+        if device == "host":
+            head = policy.vocabulary * policy.hidden
+            yield parameter_term("packed copy of the head", head, size, "host")
+            yield parameter_term("weights that are being replaced", policy.parameters, size, "host")
+            yield parameter_term("their file, mapped", policy.parameters, size, "host")
+    else:
+        tokens = rollout.share * (config.prompts.max_tokens + rollout.max_response_tokens)
+        kv = tokens * policy.layers * policy.key_values * size
+        how = f"{tokens} tokens x {policy.layers} layers x {policy.key_values} x {size} bytes"
+        yield Term("KV cache", how, kv, device, "at work")
+
+
+def kv_cache_term(config: Config, sizes: ModelSizes, gpu_memory: int | None) -> Term:
+    """Return the keys and values of a vLLM engine, or of each of its ranks: those asked for, or chosen.
+
+    On a GPU they are chosen so that no sequence waits for another, as far as the GPU has room beside all else that is
+    on it; at least one sequence has room.
+
+    Args:
+        config: of the run.
+        sizes: of its models.
+        gpu_memory: bytes of a GPU; None: not known, and as much is taken as is needed.
+    """
+    rollout = config.rollout
+    device: Device = "gpu" if rollout.gpus else "host"
+    if rollout.kv_cache_mib is not None:
+        asked = rollout.kv_cache_mib * MIB
+        return Term("KV cache", f"rollout.kv_cache_mib={rollout.kv_cache_mib}", asked, device, "at work")
+    if device == "host":
+        return Term("KV cache", f"{_HOST_KV_MIB} MiB on a CPU", _HOST_KV_MIB * MIB, device, "at work")
+    tokens, each = _count_tokens(config), kv_bytes(config, sizes)
+    needed, how = tokens * each, f"{tokens} tokens of its share of a batch x {each} bytes"
+    if gpu_memory is not None and (room := _room(config, sizes, gpu_memory)) < needed:
+        how = f"what a GPU has room for; {how} would be {needed / (1 << 30):.1f} GiB"
+        needed = max(room, config.max_context * each)
+    return Term("KV cache", how, -(-needed // MIB) * MIB, device, "at work")
+
+
+def _room(config: Config, sizes: ModelSizes, gpu_memory: int) -> int:
+    """Return the bytes of a GPU that are left for keys and values when an engine is at work."""
+    apart = config.ray.placement == "apart"
+    others = [cuda_term("rollout"), _weights_term(config, sizes)]
+    if weight_transport(config) != "object_store":
+        others.append(bucket_term(config, weight_transport(config)))
+    if not apart:  # then the learner rank and the reward worker that share the GPU rest, and keep some of it
+        others += [term for term in learner_terms(config, sizes, 0) if term.when == "always"]
+        others += reward_terms(config, sizes) if config.reward.gpus else ()
+    part = min(config.rollout.gpus, 1.0) if apart else 1.0
+    return int(gpu_memory * part * _GPU_SHARE) - sum(term.num_bytes for term in others if term.device == "gpu")
+
+
+def _weights_term(config: Config, sizes: ModelSizes) -> Term:
+    """Return an engine's weights; with tensor parallelism, those of a rank."""
+    rollout = config.rollout
+    device: Device = "gpu" if rollout.gpus else "host"
+    size, ranks = BYTES[rollout.engine_dtype], rollout.tensor_parallel
+    return parameter_term("weights", sizes.policy.parameters, size, device, "at work", ranks)
+
+
+def waiting_problem(config: Config, num_cached: int, kv_cache_mib: int) -> str | None:
+    """Say by how much an engine's memory for keys and values makes generation wait; None where it does not.
+
+    Args:
+        config: of the run.
+        num_cached: tokens whose keys and values the engine has room for.
+        kv_cache_mib: the memory that they take, MiB.
+    """
+    longest = config.prompts.max_tokens + config.rollout.max_response_tokens
+    at_once = min(config.rollout.num_decoded, config.rollout.share)
+    room = num_cached // longest
+    if room >= at_once:
+        return None
+    needed = -(-kv_cache_mib * at_once * longest // num_cached)
+    return (
+        f"an engine's keys and values have room for {room} of the {at_once} sequences of {longest} tokens that it may "
+        f"decode at once: the others wait, and generation may take {at_once / max(room, 1):.1f} times as long; "
+        f"rollout.kv_cache_mib={needed} is enough for all"
+    )
+
+
+def _count_tokens(config: Config) -> int:
+    """Return the tokens whose keys and values an engine holds at once, at most; blocks of 16 are filled in part."""
+    rollout = config.rollout
+    longest = config.prompts.max_tokens + rollout.max_response_tokens + 16
+    return max(config.max_context + 16, min(rollout.num_decoded, rollout.share) * longest)
+
+
+def kv_bytes(config: Config, sizes: ModelSizes) -> int:
+    """Return the bytes of a token's keys and values in all layers of a rank."""
+    whole = sizes.policy.layers * sizes.policy.key_values * BYTES[config.rollout.engine_dtype]
+    return -(-whole // config.rollout.tensor_parallel)
