@@ -32,7 +32,7 @@ class GenerationRequest:
     """The response's own limit, tokens, at least 1."""
     seed: int
     """Seed of this response alone, in `[0, 2**63)`. In float32 on CPUs the same request gives the same response in any
-    batch; on GPUs the last bits of logits depend on the batch, unless `rollout.batch_invariant` chooses other kernels."""
+    batch; on GPUs the last bits of logits depend on it, unless `rollout.batch_invariant` chooses other kernels."""
     name: str = ""
     """The name that errors call it by, e.g. `"sample 12"`; empty: its place in the call."""
 
