@@ -89,13 +89,20 @@ def check_run(bench: Bench) -> Iterator[Figure]:
         raise Skipped(f"{' and '.join(missing)} not installed")
     prompts = bench.folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"text": f"w{index} w{index + 1} w7"}) + "\n" for index in range(400)))
-    gpus, placement = int(bench.on_gpu), "colocated" if bench.on_gpu else "apart"
-    run = bench.folder / "run"
-    command = [sys.executable, "-m", "ppo_ray", "train", f"model.path={bench.write_model('tiny')}"]
-    command += [f"prompts.path={prompts}", "prompts.column=text", "prompts.max_tokens=8", f"output_dir={run}"]
-    command += ["reward.function=benchmarks.random_batches:score_by_length", f"ray.placement={placement}"]
-    command += [f"rollout.gpus={gpus}", f"learner.gpus={gpus}", "rollout.batch_size=16", "rollout.kv_cache_mib=64"]
-    command += ["rollout.max_response_tokens=16", "ppo.log_ratio_clamp=20", "evaluation.num_prompts=8"]
+    gpus, run, file = int(bench.on_gpu), bench.folder / "run", bench.folder / "run.yaml"
+    config = {
+        "output_dir": str(run),
+        "model": {"path": str(bench.write_model("tiny"))},
+        "prompts": {"path": str(prompts), "column": "text", "max_tokens": 8},
+        "rollout": {"gpus": gpus, "batch_size": 16, "max_response_tokens": 16, "kv_cache_mib": 64},
+        "reward": {"function": "benchmarks.random_batches:score_by_length"},
+        "ppo": {"log_ratio_clamp": 20.0},
+        "learner": {"gpus": gpus},
+        "evaluation": {"num_prompts": 8, "num_samples": 2},
+        "ray": {"placement": "colocated" if bench.on_gpu else "apart"},
+    }
+    file.write_text(json.dumps(config), encoding="utf-8")  # which is YAML too
+    command = [sys.executable, "-m", "ppo_ray", "train", str(file)]
     root = Path(__file__).resolve().parents[1]
     first = subprocess.Popen(
         [*command, "steps=6"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -181,8 +181,9 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
         width, layers = _row_width(config), 1 if recomputed else sizes.policy.layers
         how = f"{tokens} tokens x {width} x {layers} layers x {size} bytes"
         yield Term("attention masks", how, tokens * width * layers * size, device, "at work")
-    how = f"{tokens} tokens x {sizes.policy.vocabulary} entries x 4 bytes, at most"
-    yield Term("probabilities", how, tokens * sizes.policy.vocabulary * 4, device, "at work")
+    each = EXACT + (size if size != EXACT else 0)  # their gradient is rounded into a copy
+    how = f"{tokens} tokens x {sizes.policy.vocabulary} entries x {each} bytes, at most"
+    yield Term("probabilities", how, tokens * sizes.policy.vocabulary * each, device, "at work")
 
 
 def _row_width(config: Config) -> int:

@@ -109,10 +109,11 @@ def test_on_one_gpu_the_hungriest_of_all_counts_where_they_take_turns(configured
 
     apart = planned(configured(*gpus), ClusterShape.uniform(1, 8, 3, 64 * GIB, 8 * GIB))
     assert [need.actors for need in apart.gpus] == [("learner-0",), ("rollout-0",), ("reward-0",)]
-    assert apart.gpus[1].needed == engine + 2500 * MIB
+    assert apart.gpus[1].needed == engine + (4000 + 256) * MIB
     halves = configured("rollout.gpus=0.5", "learner.gpus=0.5", "rollout.dtype=bfloat16")  # nobody waits for the other
     (gpu,) = planned(halves, ClusterShape.uniform(1, 8, 1, 64 * GIB, 8 * GIB)).gpus
-    assert gpu.needed == engine + learning + 12 * TRAINED + 4 * POLICY + (2500 + 1000) * MIB
+    masks = 100 * 64 * 2 * 4
+    assert gpu.needed == engine + learning + masks + 12 * TRAINED + 4 * POLICY + (4000 + 1000) * MIB
 
 
 def test_ranks_of_an_engine_share_its_weights(configured: Configured) -> None:
@@ -140,7 +141,7 @@ def test_ranks_of_a_learner_share_its_state_and_gather_layers(configured: Config
         "activations": 100 * (2 * 128 + 12 * 128 + 4 * 256) * 2,
         "attention masks": 100 * 64 * 2,
         "a bucket of weights (nccl)": 256 * MIB,
-        "probabilities": 100 * 512 * 4,
+        "probabilities": 100 * 512 * (4 + 2),
         "a checkpoint on its way to the disk": 12 * TRAINED,
     }
     assert "weights on their way" not in amounts(found.store_terms)  # they go by NCCL
