@@ -256,7 +256,7 @@ def test_a_learner_that_dies_at_the_same_step_again_and_again_ends_the_run(
 ) -> None:
     """Though it is rebuilt each time, publishes weights and makes the steps since the checkpoint again."""
     world = Doomed(tmp_path, fatal=(3,))
-    message = r"learner-0 was lost 3 times in a row \(ray.max_restarts=2\), and the run came no further than step 3"
+    message = r"learner-0 was lost 3 times in a row \(ray.max_restarts=2\), and the run came no further than 3 steps"
     with pytest.raises(WorkerError, match=message) as caught:
         train(world, loop, max_restarts=2)
     assert not isinstance(caught.value, WorkerLost)
