@@ -37,14 +37,14 @@ def draw(found: Findings, rounds: Rounds, path: Path) -> None:
 def _draw_seconds(axes: Any, found: Findings) -> None:
     """Stack the phases' medians, one bar per arm, the first one on top, with its total.
 
-    A phase that is too small to be seen (below 1% of the longest step) is left out of the legend.
+    A phase that is below 1% of every arm's step is too small to be seen, and left out of the legend.
     """
     names = [ARMS[arm] for arm in found.seconds]
     left = np.zeros(len(names))
-    longest = max(sum(max(value, 0.0) for value in seconds.values()) for seconds in found.seconds.values())
+    totals = np.array([sum(max(value, 0.0) for value in seconds.values()) for seconds in found.seconds.values()])
     for phase, label in PHASES.items():
         widths = np.array([max(seconds[phase], 0.0) for seconds in found.seconds.values()])
-        if widths.max() < 0.01 * longest:
+        if (widths < 0.01 * totals).all():
             label = "_"  # matplotlib's mark of what has no place in a legend
         axes.barh(names, widths, left=left, color=_PHASE_COLOURS[phase], label=label)
         left += widths
@@ -71,7 +71,7 @@ def _draw_samples(axes: Any, found: Findings, rounds: Rounds) -> None:
         axes.annotate(label, (place, spread.high), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xticks(range(len(rounds)), [ARMS[arm].replace(", ", ",\n") for arm in rounds], fontsize=8)
     axes.set_title("samples per second, medians and rounds", fontsize=10)
-    axes.margins(y=0.25)
+    axes.margins(x=0.12, y=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
