@@ -95,5 +95,5 @@ def describe_health(history: Sequence[Mapping[str, float]], value_warmup_steps: 
     outside = [find_outside(metrics, value_warmup_steps) for metrics in history]
     counts = {name: sum(name in names for names in outside) for name in HEALTHY}
     within = f"{outside.count([])} of {len(history)} steps within all healthy ranges"
-    found = [f"{name} outside {HEALTHY[name]} in {count}" for name, count in counts.items() if count]
+    found = [f"{name} outside its range ({HEALTHY[name]}) in {count}" for name, count in counts.items() if count]
     return "; ".join([within, *found])

@@ -58,4 +58,4 @@ def test_the_whole_run_is_summed_up() -> None:
     assert describe_health(make_history(0.01, 0.01)) == "2 of 2 steps within all healthy ranges"
     summary = describe_health(make_history(0.0, 0.9, 0.01, 0.8), value_warmup_steps=1)
     limits = HEALTHY["policy/approx_kl"]
-    assert summary == f"2 of 4 steps within all healthy ranges; policy/approx_kl outside {limits} in 2"
+    assert summary == f"2 of 4 steps within all healthy ranges; policy/approx_kl outside its range ({limits}) in 2"
