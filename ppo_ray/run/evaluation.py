@@ -113,7 +113,8 @@ def evaluate_now(run: Run, actors: Actors) -> Evaluation | None:
     options = run.config.evaluation
     if not options.num_prompts:
         return None
-    run.say(f"evaluating on {options.num_prompts} held-out prompts ...")
+    times = f", {options.samples_per_prompt} responses each" if options.samples_per_prompt > 1 else ""
+    run.say(f"evaluating on {options.num_prompts} held-out prompts{times} ...")
     began = time.monotonic()
     found = score_held_out(actors.rollout, actors.reward, run.prompts, run.config, actors.learner)
     if found:
