@@ -60,7 +60,7 @@ def draw_curves(
         kl_axes.legend(frameon=False, fontsize=8)
     _draw_moves(move_axes, steps, history)
     move_axes.set_xlabel("steps done")
-    move_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    move_axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     figure.align_ylabels()
     for axes in (score_axes, *others, kl_axes, move_axes):
         axes.grid(alpha=0.25, lw=0.6)
