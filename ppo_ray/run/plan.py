@@ -24,7 +24,7 @@ def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
         say(console, "It does not fit:")
         for shortage in plan.shortages:
             say(console, f"  {shortage}")
-    for line in _describe_unused(plan):
+    for line in _name_idle_gpus(plan):
         say(console, line)
     _print_needs(console, plan)
     _print_actors(console, plan)
@@ -36,7 +36,7 @@ def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
         say(console, "--verbose shows what the memory is made of")
 
 
-def _describe_unused(plan: Plan) -> Iterator[str]:
+def _name_idle_gpus(plan: Plan) -> Iterator[str]:
     """Yield which GPUs no actor uses, and the options that would use them."""
     used = {need.name for need in plan.gpus}
     unused = 0
