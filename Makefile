@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 
 help: ## show this
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## a virtual environment with the locked packages, made, mended or left alone (EXTRA=gpu for a GPU machine)
 	@$(or $(PYTHON),python3) requirements/set_up.py $(EXTRA)
@@ -55,11 +55,11 @@ test-fuzz: setup ## tests/fuzz alone, with ten times as many hostile files: a fe
 test-architectures: setup ## every architecture of transformers, not the day's sample: an hour, most of it vLLM
 	PPO_RAY_ALL_ARCHITECTURES=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/architectures
 
-lint: setup
+lint: setup ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup
+types: setup ## mypy
 	$(BIN)/mypy
 
 LOCKS := pip torch-cuda cpu gpu trl

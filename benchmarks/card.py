@@ -1,4 +1,4 @@
-"""What the device at hand could do at best: operations a second, and memory."""
+"""What the device at hand could do at best: operations per second, and memory."""
 
 import resource
 import sys
@@ -35,7 +35,7 @@ class Peak:
     """The most that a device could do."""
 
     tflops: float
-    """bfloat16 products, 10^12 operations a second."""
+    """bfloat16 products, 10^12 operations per second."""
     source: str
     """Where that is known from."""
 

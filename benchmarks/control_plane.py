@@ -2,8 +2,8 @@
 
 The driver's loop, its groups and Ray's object store are the real ones; the workers have no models and answer at once
 (`stub_workers.py`). So what is left of a step is the control plane, all on one machine. Each number of workers makes
-all the trajectories, each worker `--per-worker` of them a step. Leaves `control_plane.json` and `control_plane.png` in
-the folder `--output`; docs/scale.md says what they mean.
+all the trajectories, each worker `--per-worker` of them per step. Leaves `control_plane.json` and `control_plane.png`
+in the folder `--output`; docs/scale.md says what they mean.
 """
 
 import argparse
@@ -185,10 +185,10 @@ def stub_cluster(num_actors: int) -> Iterator[None]:
 def show(measurements: list[Measurement], console: Console) -> None:
     """Print the figures, a row a number of workers."""
     columns = {
-        "cpu_ms_a_step": "CPU ms\na step",
-        "cpu_ms_a_step_and_worker": "CPU ms a step\nand worker",
+        "cpu_ms_a_step": "CPU ms\nper step",
+        "cpu_ms_a_step_and_worker": "CPU ms per step\nand worker",
         "cpu_s_a_1000_trajectories": "CPU s a 1,000\ntrajectories",
-        "wall_s_a_step": "wall s\na step",
+        "wall_s_a_step": "wall s\nper step",
         "wall_s_a_1000_trajectories": "wall s a 1,000\ntrajectories",
         "memory_first_mib": "USS MiB\nat first",
         "memory_last_mib": "USS MiB\nat last",
@@ -223,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[8, 16, 32, 64], help="numbers of rollout workers")
     parser.add_argument("--trajectories", type=int, default=100_000, help="made by each number of workers")
-    parser.add_argument("--per-worker", type=int, default=32, help="trajectories a step and worker")
+    parser.add_argument("--per-worker", type=int, default=32, help="trajectories per step and worker")
     parser.add_argument("--ranks", type=int, default=1, help="learner ranks")
     parser.add_argument("--output", type=Path, default=Path("runs/control_plane"), help="folder for figures and plot")
     options = parser.parse_args()

@@ -211,7 +211,7 @@ def show(results: Sequence[Result], card: str, peak: Peak, console: Console) -> 
         "response tokens": ["{} to {}".format(*result.response_tokens) for result in results],
         "tokens a micro-batch": [f"{result.microbatch_tokens}" for result in results],
         **{f"{name}, s": [f"{result.seconds[phase]:.3f}" for result in results] for phase, name in PHASES.items()},
-        "samples a second": [f"{result.samples_per_s:.1f}" for result in results],
+        "samples per second": [f"{result.samples_per_s:.1f}" for result in results],
         "MFU of the learner": [f"{result.learner_mfu:.1%}" for result in results],
         "MFU of generation": [f"{result.generate_mfu:.1%}" for result in results],
         "MFU of the step": [f"{result.step_mfu:.1%}" for result in results],
@@ -228,7 +228,7 @@ def make_parser() -> argparse.ArgumentParser:
     shapes = ["auto", *SHAPES]
     parser.add_argument("--shape", nargs="+", default=["auto"], choices=shapes, help="auto: notebook 1b, or tiny")
     parser.add_argument("--steps", type=int, default=5, help="after the first, which warms up")
-    parser.add_argument("--batch-size", type=int, help="responses a step; 128, tiny: 16")
+    parser.add_argument("--batch-size", type=int, help="responses per step; 128, tiny: 16")
     parser.add_argument("--response-tokens", type=int, help="of every response; without it 4 to 16 are drawn")
     parser.add_argument("--microbatch-tokens", type=int, default=4096, help="tokens a forward pass of the learner")
     parser.add_argument("--peak-tflops", type=float, help="of the card, bfloat16, dense")

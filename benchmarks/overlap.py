@@ -38,7 +38,7 @@ def train(config: Path, overrides: list[str], output_dir: Path) -> dict[str, flo
         "held-out before": float(change[1]),
         "after": float(change[2]),
         **{name: lately(name) for name in ("score/mean", "kl/per_sequence", "mismatch/kl")},
-        "seconds a step": statistics.median(step["time/step_s"] for step in steps),
+        "seconds per step": statistics.median(step["time/step_s"] for step in steps),
     }
 
 

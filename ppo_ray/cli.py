@@ -58,7 +58,12 @@ def train(
         bool, typer.Option("--resume", help="Go on with the run in output_dir from its newest checkpoint.")
     ] = False,
 ) -> None:
-    """Train a policy with PPO as CONFIG says; everything about the run goes into its output_dir."""
+    """Train a policy with PPO as CONFIG says; everything about the run goes into its output_dir.
+
+    `ppo-ray options` shows every option. A run that was stopped or failed goes on with --resume.
+
+    Exit codes: 0 the run is done, 1 it failed, 2 bad input (nothing was started), 130 Ctrl-C, 143 SIGTERM.
+    """
     with _report_errors():
         from ppo_ray.config import load_config
 
@@ -142,8 +147,9 @@ def plan(
     memory: Annotated[float | None, typer.Option(min=0, help="Memory of each node, GiB.")] = None,
     gpu_memory: Annotated[float | None, typer.Option(min=0, help="Memory of each GPU, GiB.")] = None,
     address: Annotated[str | None, typer.Option(help="Address of a running cluster, e.g. auto, to be asked.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also what each actor's memory is made of.")] = False,
 ) -> None:
-    """Show where each actor of CONFIG would go, the memory it takes, and what does not fit (exit code 2)."""
+    """Say whether CONFIG fits (exit code 2 if not), where each actor would go, and the memory it takes."""
     with _report_errors():
         from ppo_ray.config import load_config
 
@@ -154,7 +160,7 @@ def plan(
         from ppo_ray.run.plan import Described, show
 
         described = Described(nodes, cpus, gpus, memory, gpu_memory, address)
-        if not show(parsed, described, Console()):
+        if not show(parsed, described, Console(), verbose):
             raise typer.Exit(2)
 
 

@@ -164,6 +164,11 @@ def test_usage_errors_exit_2(arguments):
     assert run(*arguments).exit_code == 2
 
 
+def test_help_of_train_names_the_options_and_the_exit_codes():
+    text = " ".join(run("train", "--help").stdout.split())
+    assert "ppo-ray options" in text and "Exit codes: 0 the run is done, 1 it failed, 2 " in text
+
+
 def test_version():
     assert run("--version").stdout == f"ppo-ray {__version__}\n"
 

@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="samples a step; 128 is the notebook's")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples per step; 128 is the notebook's")
     parser.add_argument("--steps", type=int, default=10, help="of each run, the first of which is in no time")
     parser.add_argument("--rounds", type=int, default=3, help="each runs all arms, with a seed of its own")
     parser.add_argument("--first-seed", type=int, default=0, help="of the first round; each later round has the next")
@@ -75,7 +75,7 @@ def run_all(settings: Settings, folder: Path, console: Console) -> tuple[dict[st
                 found[arm].append(run)
                 tell(settings.steps)
                 seconds = sum(step.total_s for step in run.steps) / len(run.steps)
-                console.print(f"round {number}, {ARMS[arm]}: {seconds:.1f} s a step, {run.peak_mib:.0f} MiB at most")
+                console.print(f"round {number}, {ARMS[arm]}: {seconds:.1f} s per step, {run.peak_mib:.0f} MiB at most")
     return found, machines
 
 

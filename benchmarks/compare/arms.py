@@ -8,7 +8,7 @@ from typing import Any, Self
 from ppo_ray import atomic
 
 ARMS = {
-    "trl": "TRL, a prompt a call",
+    "trl": "TRL, one prompt per call",
     "trl-batched": "TRL, batched",
     "ppo-ray": "ppo_ray",
 }
@@ -26,7 +26,7 @@ PHASES = {
 
 FIGURES = {
     "score": "mean score",
-    "kl": "KL a sequence, nats",
+    "kl": "KL per sequence, nats",
     "policy_loss": "policy loss",
     "value_loss": "value loss",
 }

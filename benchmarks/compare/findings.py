@@ -56,7 +56,7 @@ class Findings:
             least, goal = LEAST_SPEEDUP[arm]
             limit = f"at least {least:g} times (goal: {goal:g})"
             rows.append(
-                (f"samples a second, over {ARMS[arm]}", limit, f"{speedup.median:.2f}", speedup.median >= least)
+                (f"samples per second, over {ARMS[arm]}", limit, f"{speedup.median:.2f}", speedup.median >= least)
             )
         learning, least, most = self.shares[OURS]["learning"], self.overhead[OURS], self.overhead_at_most or 0.0
         rows.append(

@@ -29,11 +29,11 @@ class Machine:
     """FLOP a second of the products of a forward and backward pass over a whole batch's tokens, the head's over its
     response tokens. What shares of the machine are counted by."""
     decode_flops: float
-    """Of the forward products of one token a sequence, each layer's weights read anew: what generation could reach."""
+    """Of the forward products of one token per sequence, each layer's weights read anew: what generation could be."""
     large_flops: float
     """Of square matrices of 2048, for comparison."""
     copy_bytes: float
-    """Bytes a second copied from memory to memory, each read and written once."""
+    """Bytes per second copied from memory to memory, each read and written once."""
 
 
 def measure(shape: DecoderShape, tokens: int, response_tokens: int, rows: int) -> Machine:

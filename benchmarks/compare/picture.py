@@ -1,4 +1,4 @@
-"""The picture: where a step's seconds go, how many samples a second, and the steps' figures beside one another."""
+"""The picture: where a step's seconds go, how many samples per second, and the steps' figures beside one another."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.compare.arms import ARMS, FIGURES, PHASES
-from benchmarks.compare.findings import Findings
+from benchmarks.compare.findings import OURS, Findings
 from benchmarks.compare.summary import Rounds
 
-_ARM_COLOURS = {"trl": "#999999", "trl-batched": "#4477aa", "ppo-ray": "#cc3311"}
+_ARM_COLOURS = {"trl": "#8a8a8a", "trl-batched": "#33658a", "ppo-ray": "#cc3311"}
 _PHASE_COLOURS: Mapping[str, str] = dict(
-    zip(PHASES, ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377", "#bbbbbb"), strict=True)
+    zip(PHASES, ("#1b9e77", "#a6d854", "#7570b3", "#e6ab02", "#e7298a", "#d9c8a9"), strict=True)
 )
+"""No colour stands for an arm and for a phase."""
 
 
 def draw(found: Findings, rounds: Rounds, path: Path) -> None:
@@ -29,48 +30,59 @@ def draw(found: Findings, rounds: Rounds, path: Path) -> None:
     _draw_samples(samples, found, rounds)
     for axes, name in zip(lower.subplots(1, len(FIGURES)), FIGURES, strict=True):
         _draw_figure(axes, name, rounds)
-    lower.suptitle("each step's figures: mean of the seeds, and from the lowest to the highest", fontsize=10)
+    lower.suptitle("each step's figures: thick the mean of the seeds, thin each seed", fontsize=10)
     figure.savefig(path, format="png")
 
 
 def _draw_seconds(axes: Any, found: Findings) -> None:
-    """Stack the phases' medians, a bar an arm, the first one on top."""
+    """Stack the phases' medians, one bar per arm, the first one on top, with its total.
+
+    A phase that is below 1% of every arm's step is too small to be seen, and left out of the legend.
+    """
     names = [ARMS[arm] for arm in found.seconds]
     left = np.zeros(len(names))
+    totals = np.array([sum(max(value, 0.0) for value in seconds.values()) for seconds in found.seconds.values()])
     for phase, label in PHASES.items():
         widths = np.array([max(seconds[phase], 0.0) for seconds in found.seconds.values()])
+        if (widths < 0.01 * totals).all():
+            label = "_"  # matplotlib's mark of what has no place in a legend
         axes.barh(names, widths, left=left, color=_PHASE_COLOURS[phase], label=label)
         left += widths
+    for name, whole in zip(names, left, strict=True):
+        axes.annotate(f"{whole:.1f} s", (whole, name), xytext=(4, 0), textcoords="offset points", va="center")
+    axes.margins(x=0.12)
     axes.invert_yaxis()
-    axes.set_title("seconds a step, medians", fontsize=10)
+    axes.set_xlabel("seconds", fontsize=9)
+    axes.set_title("seconds per step, medians", fontsize=10)
     axes.legend(frameon=False, fontsize=8, ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_samples(axes: Any, found: Findings, rounds: Rounds) -> None:
-    """Draw samples a second: a bar from zero to the median, and a line from the lowest round to the highest."""
+    """Draw samples per second: a bar from zero to the median, and a line from the lowest round to the highest."""
     for place, arm in enumerate(rounds):
         spread = found.samples_a_second[arm]
         axes.bar(place, spread.median, color=_ARM_COLOURS[arm], width=0.6)
         axes.plot([place, place], [spread.low, spread.high], color="black", lw=1.5)
         label = f"{spread.median:.2f}"
-        if arm in found.speedups:
-            label += f"\nppo_ray: x {found.speedups[arm].median:.1f}"
+        if arm == OURS:
+            times = (f"{speedup.median:.1f} x {ARMS[other]}" for other, speedup in found.speedups.items())
+            label = "\n".join([label, *times])
         axes.annotate(label, (place, spread.high), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xticks(range(len(rounds)), [ARMS[arm].replace(", ", ",\n") for arm in rounds], fontsize=8)
-    axes.set_title("samples a second, medians and rounds", fontsize=10)
-    axes.margins(y=0.2)
+    axes.set_title("samples per second, medians and rounds", fontsize=10)
+    axes.margins(x=0.12, y=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_figure(axes: Any, name: str, rounds: Rounds) -> None:
     for arm, runs in rounds.items():
         values = np.array([[step.figures[name] for step in run.steps] for run in runs])
-        steps = np.arange(1, values.shape[1] + 1)
-        axes.plot(steps, values.mean(0), color=_ARM_COLOURS[arm], marker="o", ms=3, lw=1.5, label=ARMS[arm])
-        axes.fill_between(steps, values.min(0), values.max(0), color=_ARM_COLOURS[arm], alpha=0.15, lw=0)
+        steps = np.arange(values.shape[1])
+        axes.plot(steps, values.T, color=_ARM_COLOURS[arm], lw=0.6, alpha=0.6)
+        axes.plot(steps, values.mean(0), color=_ARM_COLOURS[arm], marker="o", ms=3, lw=2, label=ARMS[arm])
     axes.set_title(FIGURES[name], fontsize=9)
-    axes.set_xlabel("step", fontsize=8)
+    axes.set_xlabel("steps done", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25, lw=0.6)

@@ -64,7 +64,7 @@ def _time_table(found: Findings) -> Table:
     table = Table(
         "",
         *(ARMS[arm] for arm in found.seconds),
-        title="Seconds a step (medians; share of the step)",
+        title="Seconds per step (medians; share of the step)",
         caption=f"without the first {WARM_UP_STEPS} step of each run; ratios within a round: median (least to most)",
     )
     for phase, name in PHASES.items():
@@ -73,7 +73,7 @@ def _time_table(found: Findings) -> Table:
         ]
         table.add_row(name, *cells)
     table.add_row("whole step", *(f"{seconds['total']:.2f}" for seconds in found.seconds.values()))
-    table.add_row("samples a second", *(_spread(found.samples_a_second[arm]) for arm in found.seconds))
+    table.add_row("samples per second", *(_spread(found.samples_a_second[arm]) for arm in found.seconds))
     if found.speedups:
         cells = [_spread(found.speedups[arm]) if arm in found.speedups else "1" for arm in found.seconds]
         table.add_row("ppo_ray is faster, times", *cells)
@@ -90,7 +90,7 @@ def _machine_table(found: Findings, machines: Sequence[Machine]) -> Table:
         "update": "update, of the matrix rate",
         "learning": "forward passes and update, of the matrix rate",
         "generation": "generation, of the matrix rate",
-        "generation_of_decode": "generation, of the rate at one token a sequence",
+        "generation_of_decode": "generation, of the rate at one token per sequence",
     }
     for name, label in rows.items():
         table.add_row(label, *(f"{shares[name]:.0%}" for shares in found.shares.values()))
@@ -99,7 +99,7 @@ def _machine_table(found: Findings, machines: Sequence[Machine]) -> Table:
         table.add_row("weight sync, of the copy rate", *cells)
     table.caption = (
         f"float32 products, GFLOP a second: {_spread(rates['update_flops'], '{:.0f}')} at an update's shapes, "
-        f"{_spread(rates['decode_flops'], '{:.0f}')} at one token a sequence, "
+        f"{_spread(rates['decode_flops'], '{:.0f}')} at one token per sequence, "
         f"{_spread(rates['large_flops'], '{:.0f}')} of 2048 x 2048; "
         f"copied: {_spread(rates['copy_bytes'], '{:.1f}')} GB a second"
     )

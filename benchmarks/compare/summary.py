@@ -68,7 +68,7 @@ def phase_medians(runs: Sequence[ArmRun]) -> dict[str, float]:
 
 
 def samples_a_second(run: ArmRun) -> float:
-    """Return a run's samples a second: the batch over the median step."""
+    """Return a run's samples per second: the batch over the median step."""
     steps = steps_to_count(run)
     return len(steps[0].lengths) / statistics.median(step.total_s for step in steps)
 
@@ -91,7 +91,7 @@ def shares_of_machine(
     """Return what share of the machine's matrix rate each part reaches, the median over all steps of all rounds.
 
     Each round's steps are compared with that round's measurement. `generation_of_decode` is against products of one
-    token a sequence. `learning` is forward passes and update together, against what the algorithm needs at least: the
+    token per sequence. `learning` is forward passes and update together, against what the algorithm needs at least: the
     reference's forward pass and the epochs; the first epoch's forward pass knows the old log-probabilities.
     """
     found: dict[str, list[float]] = {}

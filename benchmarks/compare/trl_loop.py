@@ -2,8 +2,8 @@
 
 Runs in TRL's own environment (requirements/trl.txt) and knows nothing of ppo_ray. The work says which models, and for
 each step the prompts, the limits of the responses and how they are generated: `one` a call, as the notebook does, or
-`batched`: all to the longest limit, then each cut to its own, as `PPOTrainer.generate` takes one limit a call.
-Writes a line a step.
+`batched`: all to the longest limit, then each cut to its own, as `PPOTrainer.generate` takes one limit per call.
+Writes one line per step.
 """
 
 import json

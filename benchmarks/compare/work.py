@@ -50,7 +50,7 @@ def trl_work(config: Config, mode: str, threads: int, folder: Path) -> dict[str,
 
     Args:
         config: of ppo_ray's run.
-        mode: `one` prompt a call of generate, or `batched`.
+        mode: `one` prompt per call of generate, or `batched`.
         threads: of torch.
         folder: of the arm.
     """

@@ -26,11 +26,11 @@ class Scale:
     length_batch: int = 16
     size_batch: int = 32
     workers_batch: int = 32
-    """Trajectories a worker and step."""
+    """Trajectories per worker and step."""
     steps: int = 10
     """With so many workers, after those that warm up."""
     round_s: float = 0.5
-    """A call is repeated for so long a round, and made once at least."""
+    """A call is repeated for so long per round, and made once at least."""
 
 
 FULL = Scale(
@@ -73,7 +73,7 @@ class Series:
 
     @property
     def growth(self) -> list[float]:
-        """Seconds a unit of work at each point, over the fewest at any point before it; 1 at the first.
+        """Seconds per unit of work at each point, over the fewest at any point before it; 1 at the first.
 
         Overheads that the smallest points pay make them dear, so they alone would excuse much: the cheapest of all
         smaller points is what counts.
@@ -113,31 +113,28 @@ def say_verdicts(series: Sequence[Series], console: Console) -> None:
 
 
 def draw(series: Sequence[Series], path: Path) -> None:
-    """Draw a panel a series, both axes logarithmic: what was measured, and what the work alone would make of it."""
-    import matplotlib
+    """Draw a panel per thing that was varied: each point's growth, as in `Series.growth`, and the limit."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FormatStrFormatter, LogLocator
-
-    columns = min(4, len(series))
-    rows = -(-len(series) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3.6 * columns, 3 * rows), layout="constrained", squeeze=False
-    )
-    for one, axis in zip(series, axes.flat, strict=False):
-        x = [point.x for point in one.points]
-        cheapest = min(one.points, key=lambda point: point.seconds / point.work)
-        work = [cheapest.seconds * point.work / cheapest.work for point in one.points]
-        axis.plot(x, [point.seconds for point in one.points], "o-", label="measured")
-        axis.plot(x, work, "--", color="grey", label="as the work")
-        axis.set(xscale="log", yscale="log", xlabel=one.panel, ylabel="s", title=one.quantity)
-        axis.set_xticks(x, [f"{value:g}" for value in x], minor=False)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axis.minorticks_off()
-        axis.legend(fontsize="small")
-    for axis in axes.flat[len(series) :]:
-        axis.remove()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    panels = list(dict.fromkeys(one.panel for one in series))
+    figure = Figure(figsize=(3.4 * len(panels), 3.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    quantities = list(dict.fromkeys(one.quantity for one in series))
+    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        shown = [one for one in series if one.panel == panel]
+        for one in shown:
+            x = [point.x for point in one.points]
+            colour = f"C{quantities.index(one.quantity)}"
+            axes.plot(x, one.growth, "o-", ms=4, lw=1.5, color=colour, label=one.quantity)
+        axes.axhline(TOLERANCE, color="#cc3311", ls="--", lw=2, label=f"limit: {TOLERANCE:g}")
+        axes.set(xscale="log", xlabel=f"{panel} (log scale)")
+        ticks = sorted({point.x for one in shown for point in one.points})
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks], fontsize=8)
+        axes.minorticks_off()
+        axes.grid(alpha=0.25, lw=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7, loc="lower left")
+    figure.axes[0].set_ylim(0, 1.1 * max(TOLERANCE, *(growth for one in series for growth in one.growth)))
+    figure.axes[0].set_ylabel("seconds per unit of work,\nover the cheapest smaller point")
+    figure.savefig(path, format="png")

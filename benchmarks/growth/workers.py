@@ -1,4 +1,4 @@
-"""CPU seconds of the loop over Ray actors as there are more rollout workers, each with as many trajectories a step.
+"""CPU seconds of the loop over Ray actors as there are more rollout workers, each with as many trajectories per step.
 
 All is real: engines, learner, reward function, object store, weight syncs. What starts is not counted. Where workers
 outnumber the cores they share them, so seconds are of CPU, of all processes together and of the driver alone.

@@ -130,6 +130,9 @@ class ModelConfig(ModelSource):
     null: the critic that lies with the policy (`critic/` of a checkpoint), or else a copy of the policy."""
     critic_revision: Revision | None = None
     """The `revision` of `critic_path`."""
+    value_head_init: Literal["random", "zeros"] = "random"
+    """Weights that a new value head begins with. random: as TRL's, which makes values of its own; zeros: no value is
+    foreseen at first, so that advantages have less noise until the head has learnt. Not used where a head is loaded."""
 
     @property
     def reference(self) -> tuple[str, Trust]:

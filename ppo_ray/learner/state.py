@@ -176,6 +176,9 @@ def load_actor_critic(
     else:
         path, trust = model.path, model.trust
         actor_critic = CausalLMWithValueHead(causal_lm, temperature=temperature, value_head_seed=value_head_seed)
+    if model.value_head_init == "zeros":
+        for parameter in actor_critic.value_head.parameters():
+            torch.nn.init.zeros_(parameter)
     actor_critic.load_value_head(path, **trust.place)
     return actor_critic
 

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ppo_ray.prompts.stream import PromptBatch, PromptStream
 from ppo_ray.reward.group import RewardGroup
 from ppo_ray.rollout.group import RolloutGroup
 from ppo_ray.run.actors import Actors
+from ppo_ray.run.progress import format_score
 from ppo_ray.run.run import Run
 
 
@@ -106,16 +108,29 @@ def score_held_out(
     )
 
 
+def evaluate_now(run: Run, actors: Actors) -> Evaluation | None:
+    """Evaluate the policy so far on the held-out prompts, and show its figures; None if none is held out."""
+    options = run.config.evaluation
+    if not options.num_prompts:
+        return None
+    times = f", {options.samples_per_prompt} responses each" if options.samples_per_prompt > 1 else ""
+    run.say(f"evaluating on {options.num_prompts} held-out prompts{times} ...")
+    began = time.monotonic()
+    found = score_held_out(actors.rollout, actors.reward, run.prompts, run.config, actors.learner)
+    if found:
+        rates = (f"{name[5:]} {rate:.3f}" for name, rate in found.figures.items() if name.startswith("eval/pass@"))
+        figures = ", ".join([f"held-out mean score {format_score(found.mean_score)}", *rates])
+        run.say(f"after {run.state.step} steps: {figures} ({time.monotonic() - began:.0f} s)")
+    return found
+
+
 def evaluate_when_due(run: Run, actors: Actors) -> None:
     """Evaluate the policy on held-out prompts every so many steps; before the first step that was done already."""
     every, step = run.config.evaluation.every_steps, run.state.step
     if not every or step % every:
         return
-    found: Evaluation | None
-    if step == 0 and run.folder.before.is_file():
-        found = Evaluation.read(run.folder.before)
-    else:
-        found = score_held_out(actors.rollout, actors.reward, run.prompts, run.config, actors.learner)
+    known = step == 0 and run.folder.before.is_file()
+    found = Evaluation.read(run.folder.before) if known else evaluate_now(run, actors)
     if found:
         run.note_evaluation(found.figures)
 
@@ -141,6 +156,8 @@ def summarize_evaluation(table: pa.Table, options: EvaluationConfig) -> Iterator
     score = table.column("score").drop_null()
     if len(score):
         yield "eval/score_mean", pc.mean(score).as_py()
+    if (error := standard_error(table, options)) is not None:
+        yield "eval/score_error", error
     yield "eval/unscored", 1 - len(score) / table.num_rows
     yield "eval/tokens_mean", pc.mean(table.column("num_tokens")).as_py()
     yield "eval/eos_rate", table.column("finish_reason").to_pylist().count("stop") / table.num_rows
@@ -163,6 +180,20 @@ def summarize_evaluation(table: pa.Table, options: EvaluationConfig) -> Iterator
         if (rate := pass_rate(list(passes.values()), k)) is not None:
             yield f"eval/pass@{k}", rate
         k *= 2
+
+
+def standard_error(table: pa.Table, options: EvaluationConfig) -> float | None:
+    """Return the standard error of the mean score over the prompts: answers to one prompt are not independent.
+
+    It is the standard deviation of the prompts' mean scores over the square root of their number. None: fewer than two
+    prompts have a score.
+    """
+    scores: dict[int, list[float]] = {}
+    for sample_id, score in zip(table.column("sample_id").to_pylist(), table.column("score").to_pylist(), strict=True):
+        if score is not None:
+            scores.setdefault((-1 - sample_id) % options.num_prompts, []).append(score)
+    means = [statistics.fmean(found) for found in scores.values()]
+    return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
 
 def pass_rate(passes: Sequence[Sequence[bool]], k: int) -> float | None:

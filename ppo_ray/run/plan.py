@@ -1,6 +1,6 @@
-"""The output of `ppo-ray plan`: every actor's node, the memory it takes and why, and what does not fit."""
+"""The output of `ppo-ray plan`: whether a run fits, where every actor goes, the memory it takes, and why."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -12,26 +12,50 @@ from ppo_ray.errors import InputError
 from ppo_ray.events import say
 from ppo_ray.plan import ClusterShape, ModelSizes, Plan, make_plan
 from ppo_ray.plan.cluster import GIB
+from ppo_ray.plan.demand import KINDS
 from ppo_ray.plan.memory import Term, node_terms
 
 
-def print_plan(console: Console, plan: Plan) -> None:
-    """Print a plan."""
-    _print_actors(console, plan)
-    _print_terms(console, plan)
-    _print_needs(console, plan)
-    for warning in plan.warnings:
-        say(console, f"Warning: {warning}")
+def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
+    """Print a plan, the verdict first; `verbose` adds what each actor's memory is made of."""
     if plan.fits:
         say(console, "It fits. Nothing was started.")
+    else:
+        say(console, "It does not fit:")
+        for shortage in plan.shortages:
+            say(console, f"  {shortage}")
+    for line in (*plan.warnings, *_name_idle_gpus(plan)):
+        say(console, line)
+    _print_needs(console, plan)
+    _print_actors(console, plan)
+    disk = sum(term.num_bytes for term in plan.disk_terms)
+    say(console, f"disk for checkpoints: {_gib(disk)} GiB")
+    if verbose:
+        _print_terms(console, plan)
+    else:
+        say(console, "--verbose shows what the memory is made of")
+
+
+def _name_idle_gpus(plan: Plan) -> Iterator[str]:
+    """Yield which GPUs no actor uses, and the options that would use them."""
+    used = {need.name for need in plan.gpus}
+    unused = 0
+    for node in plan.cluster.nodes:
+        free = [gpu for gpu in range(node.gpus) if f"{node.name} GPU {gpu}" not in used]
+        unused += len(free)
+        if free:
+            yield f"unused on {node.name}: {'GPUs' if len(free) > 1 else 'GPU'} {', '.join(map(str, free))}"
+    if not unused:
         return
-    say(console, "It does not fit:")
-    for shortage in plan.shortages:
-        say(console, f"  {shortage}")
+    without = dict.fromkeys(seat.kind for seat in plan.request.seats if not seat.gpus)
+    options = [f"{kind}.gpus=1" for kind in ("rollout", "reward", "learner") if kind in without]
+    if len(without) < len(KINDS):
+        options += ["more rollout.workers", "more learner.workers", "more rollout.tensor_parallel"]
+    yield f"{unused} of {plan.cluster.gpus} GPUs stay unused; options that would use them: {', '.join(options)}"
 
 
 def _print_actors(console: Console, plan: Plan) -> None:
-    table = Table("actor", "node", "GPUs", "CPUs reserved", "GPUs reserved", "placement group")
+    table = _make_table("actor", "node", "GPUs", "CPUs reserved", "GPUs reserved", "placement group")
     strategies = {group.name: f"{group.name} ({group.strategy})" for group in plan.request.groups}
     for seat in plan.request.seats:
         places = plan.assignment.places.get(seat.actor, ())
@@ -45,7 +69,7 @@ def _print_actors(console: Console, plan: Plan) -> None:
 
 def _print_terms(console: Console, plan: Plan) -> None:
     """Print each kind of actor's arithmetic once: like actors hold alike, but the first learner rank a little more."""
-    table = Table("memory of", "what", "GiB", "where", "arithmetic")
+    table = _make_table("memory of", "what", "GiB", "where", "arithmetic")
     table.columns[2].justify = "right"
     for actor, terms in plan.terms.items():
         if actor.endswith("-0"):
@@ -67,7 +91,7 @@ def _add_terms(table: Table, who: str, terms: Sequence[Term], where: str = "") -
 
 
 def _print_needs(console: Console, plan: Plan) -> None:
-    table = Table("where", "GiB needed", "GiB there", "by")
+    table = _make_table("where", "GiB needed", "GiB there", "by")
     for column in table.columns[1:3]:
         column.justify = "right"
     for needs in (plan.gpus, plan.nodes, plan.stores):
@@ -77,6 +101,14 @@ def _print_needs(console: Console, plan: Plan) -> None:
             row = (Text(need.name), _gib(need.needed), there, ", ".join(need.actors))
             table.add_row(*row, style=style, end_section=index == len(needs) - 1)
     console.print(table)
+
+
+def _make_table(*headings: str) -> Table:
+    """Make a table that breaks long words and cuts nothing."""
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
 
 
 def _gib(num_bytes: int) -> str:
@@ -97,8 +129,8 @@ class Described:
     """Address of a running cluster."""
 
 
-def show(config: Config, described: Described, console: Console) -> bool:
-    """Print where every actor of a config would go, the memory that takes, and what does not fit.
+def show(config: Config, described: Described, console: Console, verbose: bool = False) -> bool:
+    """Print whether a config fits, where every actor of it would go, and the memory that takes.
 
     Returns:
         Whether everything fits.
@@ -108,7 +140,7 @@ def show(config: Config, described: Described, console: Console) -> bool:
     """
     cluster = _cluster(config, described)
     found = make_plan(config, cluster, ModelSizes.read(config))
-    print_plan(console, found)
+    print_plan(console, found, verbose)
     return found.fits
 
 

@@ -35,7 +35,7 @@ class StepProgress:
             self._bar.update(self._task, completed=step + 1, refresh=True)
             return
         left = (time.monotonic() - self._started) / (step + 1 - self._done) * (self._num_steps - step - 1)
-        words = [f"step {step + 1}/{self._num_steps}", line, f"left {_duration(left)}"]
+        words = [f"step {step} ({step + 1}/{self._num_steps})", line, f"left {format_duration(left)}"]
         say(self._console, "  ".join(filter(None, words)))
 
     def __enter__(self) -> Self:
@@ -56,7 +56,7 @@ class _StepBar(Progress):
 
     def __init__(self, console: Console) -> None:
         super().__init__(
-            TextColumn("step"),
+            TextColumn("steps done"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TimeElapsedColumn(),
@@ -93,7 +93,8 @@ def format_score(score: float | None) -> str:
     return "none" if score is None or math.isnan(score) else f"{score:+.2f}"
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Write seconds as hours, minutes and seconds, e.g. `0:07:30`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"

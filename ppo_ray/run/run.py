@@ -1,4 +1,10 @@
-"""A run: its prompts, its folder and what it keeps of every step."""
+"""A run: its prompts, its folder and what it keeps of every step.
+
+Steps are counted in one way everywhere. The number of a step is how many steps were done before it: a run of 30 steps
+has the steps 0 to 29. So step 10 is in the line `"step": 10` of metrics.jsonl and in trajectories/step-00010.parquet.
+Its batch is sampled by the policy of checkpoints/step-00010, the policy after 10 steps. (With `rollout.max_staleness=1`
+the policy before that one samples it.)
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -7,7 +13,7 @@ from typing import Self
 
 from rich.console import Console
 
-from ppo_ray import preflight, stopping
+from ppo_ray import __version__, preflight, stopping
 from ppo_ray.checkpoint import BeginSave, RunState
 from ppo_ray.config import Config
 from ppo_ray.errors import WorkerError
@@ -17,8 +23,9 @@ from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.run.checkpoints import Checkpoints
 from ppo_ray.run.folder import RunFolder, config_text
 from ppo_ray.run.gauges import Gauges
+from ppo_ray.run.health import find_warnings
 from ppo_ray.run.log import MetricsLog
-from ppo_ray.run.progress import StepProgress, format_score
+from ppo_ray.run.progress import StepProgress
 from ppo_ray.run.resume import Start, find_start, is_finished, open_folder
 
 
@@ -98,6 +105,8 @@ class Run:
         """
         self.record(update)
         self._progress.update(step, self.history[-1])
+        for warning in find_warnings(self.history, self.config.ppo.value_warmup_steps):
+            self.say(warning)
         if step == 0 and not update.metrics["learner/skipped_update"]:
             self._say_sanity()
         self.checkpoints.finish()  # the one before: it was written while the engines generated
@@ -105,16 +114,14 @@ class Run:
         staleness = int(update.metrics["rollout/staleness_max"]) if best_by == "score/mean" else 0
         self.checkpoints.note_score(step - staleness, self.history[-1].get(best_by))
         if self.checkpoints.is_due(step + 1, self.config.steps):
+            self.say(f"saving the policy after {step + 1} steps: {self.folder.checkpoints.name}/step-{step + 1:05d}")
             self.checkpoints.save(self.state, self._save)
         self._check_scores()
         stopping.check()
 
     def note_evaluation(self, figures: Mapping[str, float]) -> None:
-        """Keep the figures of the policy's evaluation for the metrics of the step that it samples, and show them."""
+        """Keep the figures of the policy's evaluation for the metrics of the step that it samples."""
         self._evaluated = dict(figures)
-        score = figures.get("eval/score_mean")
-        passes = "".join(f", {name[5:]} {rate:.3f}" for name, rate in figures.items() if name.startswith("eval/pass@"))
-        self.say(f"after {self.state.step} steps: held-out mean score {format_score(score)}{passes}")
 
     def record(self, update: UpdateReport) -> None:
         """Log an update's metrics; from now on its step is one of the run's."""
@@ -146,11 +153,13 @@ class Run:
         self.start = find_start(self.folder, self.config, self.checkpoints, self.prompts.fingerprint)
         self.folder.write_config(self.config)
         self.go_on_from(self.start.state)
+        for line in describe_run(self.config, self.folder):
+            self.say(line)
         self.say(self.prompts.summary)
         if self.start.checkpoint is not None:
             changed = "".join(f"; {item}" for item in self.start.changed)
             source = f"from {self.start.checkpoint.name}{changed}"
-            self.report(Event("resumed", f"going on after step {self.state.step} {source}"))
+            self.report(Event("resumed", f"going on after {self.state.step} steps {source}"))
 
     def _num_unscored_steps(self) -> int:
         """Return how many steps in a row, up to the last, had responses and no score."""
@@ -173,10 +182,32 @@ class Run:
         """Print what must hold at the first step if engines, learner and reference compute the same policy."""
         metrics = self.history[0]
         self.say(
-            "step 0 sanity: "
-            f"|rollout - learner| log-probability {metrics['mismatch/logprob_mean']:.1e} mean, "
-            f"{metrics['mismatch/logprob_max']:.1e} max; "
-            f"KL to the reference {metrics['kl/per_sequence']:.1e}; "
-            f"the learner against itself: KL {metrics['policy/approx_kl_first']:.1e}, "
-            f"ratio 1{metrics['policy/ratio_first'] - 1:+.1e}"
+            "step 0 checked: the log-probabilities of engines and learner differ by "
+            f"{metrics['mismatch/logprob_mean']:.1e} nats per token (the largest difference is "
+            f"{metrics['mismatch/logprob_max']:.1e}); KL to the reference {metrics['kl/per_sequence']:.1e} nats per "
+            f"sequence; the learner repeats its own log-probabilities to {metrics['policy/approx_kl_first']:.1e}"
         )
+
+
+def describe_run(config: Config, folder: RunFolder) -> Iterator[str]:
+    """Yield lines that say what runs: version, steps, seed, folder, model, reward, devices."""
+    rollout, ppo = config.rollout, config.ppo
+    yield (
+        f"ppo_ray {__version__}: {config.steps} steps of {rollout.batch_size} responses each, seed {config.seed}, into "
+        f"{folder.path}"
+    )
+    yield (
+        f"model: {config.model.path} ({config.model.dtype}), learning rate {ppo.learning_rate:g}, {ppo.epochs} epochs "
+        f"per step, at most {rollout.max_response_tokens} tokens per response"
+    )
+    sources = (source.path or source.function or source.url for _, source in config.reward.sources)
+    yield f"reward: {', '.join(map(str, sources))}"
+    devices = [
+        f"{section} {workers} x {f'{gpus:g} GPU' if gpus else f'{threads} CPU threads'}"
+        for section, workers, gpus, threads in (
+            ("rollout", rollout.workers, rollout.gpus * rollout.tensor_parallel, rollout.threads),
+            ("reward", config.reward.workers, config.reward.gpus, config.reward.threads),
+            ("learner", config.learner.workers, config.learner.gpus, config.learner.threads),
+        )
+    ]
+    yield f"devices: {', '.join(devices)}; generation by {rollout.engine}"

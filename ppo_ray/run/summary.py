@@ -1,45 +1,51 @@
-"""Summary of a run for people: the last lines on the terminal, samples.md and curves.png."""
+"""Summary of a run for people: the last lines on the terminal, and samples.md."""
 
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ppo_ray import atomic
+from ppo_ray.config import Config
 from ppo_ray.events import say
 from ppo_ray.run.evaluation import Evaluation
 from ppo_ray.run.folder import RunFolder
+from ppo_ray.run.health import describe_health
 from ppo_ray.run.progress import PARTS, STEP_SECONDS, format_score
 from ppo_ray.weights.acks import Agreement
 
+_SHOWN_SAMPLES = 3
 # Whatever Markdown, GitHub's dialect of it (tables, strikethrough, mathematics, mentions, bare links) or HTML could
 # read as structure. Character references are text in all of them, in a table's cell too.
 _STRUCTURE = re.compile(r"[\\`*_{}\[\]<>&|#~$!@^=]|:(?=//)|(?<=www)\.", re.IGNORECASE)
-_BATCH, _HELD_OUT, _KL, _GREY = "#2a6f97", "#d1495b", "#3a7d44", "#666666"
 
 
 def print_summary(
     console: Console,
     folder: RunFolder,
+    config: Config,
     history: Sequence[Mapping[str, float]],
     before: Evaluation | None,
     after: Evaluation | None,
 ) -> None:
-    """Print what a run changed, what its steps took and where its outputs are, those that are there."""
+    """Print what a run changed, whether its figures were healthy, what its steps took, and what to do next."""
+    _print_samples(console, before, after)
     _print_change(console, history, before, after)
+    if history:
+        say(console, f"{describe_health(history, config.ppo.value_warmup_steps)} (docs/diagnostics.md)")
     _print_seconds(console, history)
     outputs = {
         "samples before and after": folder.samples,
-        "score and KL over steps": folder.curves,
+        "scores, KL and updates over steps": folder.curves,
         "trained policy": folder.final_checkpoint,
+        "evaluations": folder.after,
         "metrics": folder.metrics,
-        "TensorBoard": folder.tensorboard,
         "trajectories": folder.trajectories,
         "resolved config": folder.config,
     }
@@ -48,6 +54,17 @@ def print_summary(
         if path.exists():
             table.add_row(name, Text(_show_path(path), overflow="fold"))
     console.print(table)
+    if history:
+        say(console, "next:")
+        for line in _next_commands(folder, config):
+            say(console, f"  {line}")
+
+
+def _next_commands(folder: RunFolder, config: Config) -> Iterator[str]:
+    yield f"ppo-ray evaluate {shlex.quote(_show_path(folder.final_checkpoint))}"
+    yield f"tensorboard --logdir {shlex.quote(_show_path(folder.tensorboard))}"
+    if config.ppo.learning_rate_schedule == "constant":  # another ends with the steps that it was planned for
+        yield f"ppo-ray train {shlex.quote(_show_path(folder.config))} --resume steps={2 * config.steps}"
 
 
 def print_evaluation(console: Console, evaluation: Evaluation) -> None:
@@ -70,15 +87,37 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
 
 
 def print_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
-    """Print what a check of the engines found: differences of log-probabilities, nats a token."""
+    """Print what a check of the engines found: differences of log-probabilities, nats per token."""
     table = Table("worker", "to the weights sent", "to those before", "between the two")
     for item in agreements:
         table.add_row(item.worker, f"{item.to_moved:.1e}", f"{item.to_own:.1e}", f"{item.move:.1e}")
     console.print(table)
     say(
         console,
-        "every engine computes with the weights it was sent; differences of log-probabilities, nats a token",
+        "every engine computes with the weights it was sent; differences of log-probabilities, nats per token",
     )
+
+
+def _print_samples(console: Console, before: Evaluation | None, after: Evaluation | None) -> None:
+    """Print a few held-out prompts and the responses before and after, cut to the console's width."""
+    pairs = list(zip(before.samples, after.samples, strict=False))[:_SHOWN_SAMPLES] if before and after else []
+    if not pairs:
+        return
+    width = max((console.width - 26) // 3, 12)  # but for borders and scores
+    table = Table("prompt ends", "before", "score", "after", "score")
+    for column in table.columns:
+        column.no_wrap = True
+    for old, new in pairs:
+        cells = [_flatten(old.prompt)[-width:]]
+        for sample in (old, new):
+            cells += [_flatten(sample.response)[:width], format_score(sample.score)]
+        table.add_row(*map(Text, cells))
+    console.print(table)
+
+
+def _flatten(text: str) -> str:
+    """Make one visible line of text: a terminal stays as it is, whatever a model writes."""
+    return "".join(map(_show_character, text))
 
 
 def _print_change(
@@ -98,16 +137,16 @@ def _print_change(
         say(
             console,
             f"batch mean score {format_score(first.get('score/mean'))} -> {format_score(last.get('score/mean'))} "
-            f"over {len(history)} steps; KL to the reference {kl:.2f} nats a sequence at the last",
+            f"over {len(history)} steps; KL to the reference {kl:.2f} nats per sequence at the last",
         )
 
 
 def _print_seconds(console: Console, history: Sequence[Mapping[str, float]]) -> None:
-    """Print mean, shortest and longest seconds of a step and of its parts, and each part's share."""
+    """Print mean, shortest and longest seconds per step and of its parts, and each part's share."""
     whole = _seconds(history, STEP_SECONDS)
     if not whole:
         return
-    table = Table("seconds a step", "mean", "min", "max", "share", title_justify="left")
+    table = Table("seconds per step", "mean", "min", "max", "share", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, key in {**PARTS, "whole step": STEP_SECONDS}.items():
@@ -185,70 +224,3 @@ def _show_character(character: str) -> str:
         return character
     # controls, text direction, unpaired surrogates, unusual spaces and ends of lines
     return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
-
-
-def draw_curves(
-    path: Path, history: Sequence[Mapping[str, float]], before: Evaluation | None, after: Evaluation | None
-) -> None:
-    """Draw the batch's mean score and KL over the steps, and the held-out mean score wherever it was measured.
-
-    Args:
-        path: the PNG to write, all of it or nothing.
-        history: each step's metrics, with `step`, `score/mean` and `kl/per_sequence`; missing or NaN ones are gaps.
-        before: held-out prompts before the first step; None: not evaluated.
-        after: held-out prompts after the last step; None: not evaluated.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    # steps done when the batch was sampled: the policy of step 0 is the one that "before" scored
-    steps = [float(metrics["step"]) for metrics in history]
-    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    score_axes, kl_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    score_axes.plot(steps, _column(history, "score/mean"), color=_BATCH, marker="o", ms=3, lw=1.5, label="batch mean")
-    _mark_held_out(score_axes, history, before, after)
-    score_axes.set_title("PPO: score and KL over the steps", loc="left", fontsize=12, fontweight="bold")
-    score_axes.set_ylabel("score (reward model's output)")
-    score_axes.legend(frameon=False, loc="best", fontsize=9)
-    kl_axes.plot(steps, _column(history, "kl/per_sequence"), color=_KL, marker="o", ms=3, lw=1.5)
-    kl_axes.set_ylabel("KL to the reference\n(nats a sequence)")
-    kl_axes.set_xlabel("steps done")
-    kl_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.align_ylabels()
-    for axes in (score_axes, kl_axes):
-        axes.grid(alpha=0.25, lw=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.axhline(0, color=_GREY, lw=0.6, zorder=0)
-    atomic.write(path, lambda aside: figure.savefig(aside, format="png"))
-
-
-def _mark_held_out(
-    axes: Any, history: Sequence[Mapping[str, float]], before: Evaluation | None, after: Evaluation | None
-) -> None:
-    """Draw the held-out mean score where the policy was evaluated; the first and the last with their values."""
-    scores = {int(metrics["step"]): metrics["eval/score_mean"] for metrics in history if "eval/score_mean" in metrics}
-    scores |= {step: found.mean_score for step, found in ((0, before), (len(history), after)) if found}
-    points = [(step, score) for step, score in sorted(scores.items()) if math.isfinite(score)]
-    if not points:
-        return
-    steps, means = zip(*points, strict=True)
-    known = after or before
-    label = f"held-out mean ({known.num_prompts} prompts)" if known else "held-out mean"
-    axes.plot(steps, means, color=_HELD_OUT, marker="D", ms=7, ls=":" if len(points) > 2 else "none", label=label)
-    for step, score in {points[0], points[-1]}:
-        axes.annotate(
-            f"{score:+.2f}",
-            (step, score),
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-            color=_HELD_OUT,
-            fontweight="bold",
-        )
-    axes.margins(y=0.12)
-
-
-def _column(history: Sequence[Mapping[str, float]], name: str) -> list[float]:
-    return [float(metrics.get(name, math.nan)) for metrics in history]

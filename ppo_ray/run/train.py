@@ -1,6 +1,7 @@
 """Whole runs of actors: training, the check of the engines, the evaluation of a checkpoint."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +14,17 @@ from ppo_ray import preflight
 from ppo_ray.actors.session import ray_session
 from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config, load_config, load_evaluation_config
-from ppo_ray.errors import InputError, Interrupted, PPORayError, WorkerError, WorkerLost
+from ppo_ray.errors import CheckpointError, InputError, Interrupted, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event, say
 from ppo_ray.run.actors import Actors, launch, launch_scorers
-from ppo_ray.run.evaluation import Evaluation, score_held_out
+from ppo_ray.run.curves import draw_curves
+from ppo_ray.run.evaluation import Evaluation, evaluate_now, score_held_out
 from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.log import read_steps
 from ppo_ray.run.loop import run_overlapped, run_steps
+from ppo_ray.run.progress import format_duration
 from ppo_ray.run.run import Run
-from ppo_ray.run.summary import draw_curves, print_agreements, print_evaluation, print_summary, write_samples
+from ppo_ray.run.summary import print_agreements, print_evaluation, print_summary, write_samples
 from ppo_ray.weights.acks import Agreement
 
 Result = TypeVar("Result")
@@ -62,11 +65,12 @@ def train(config: Config, console: Console | None = None) -> RunReport:
         Interrupted: SIGTERM or Ctrl-C; what was done is saved.
     """
     console = console or Console()
+    began = time.monotonic()
     with Run.open(config, console) as run:
         if run.is_finished:
             run.say(f"the run in {run.folder.path} has made its {config.steps} steps: nothing to do")
             history = read_steps(run.folder.path)
-            print_summary(console, run.folder, history, None, None)
+            print_summary(console, run.folder, config, history, *_read_evaluations(run.folder))
             return RunReport(run.folder, history, None, None)
         steps = run_overlapped if config.rollout.max_staleness else run_steps
         with (
@@ -78,7 +82,7 @@ def train(config: Config, console: Console | None = None) -> RunReport:
                 rebuild_on_loss(run, actors, steps)
             after = None
             with say_failure(run, "the evaluation after the last step"):
-                after = score_held_out(actors.rollout, actors.reward, run.prompts, config, actors.learner)
+                after = evaluate_now(run, actors)
                 if after:
                     after.write(run.folder.after)
                     run.checkpoints.note_score(run.state.step, after.figures.get(config.checkpoint.best_by))
@@ -87,9 +91,22 @@ def train(config: Config, console: Console | None = None) -> RunReport:
         if before and after:
             write_samples(run.folder.samples, before, after)
     with say_failure(run, "the picture of the curves"):
-        draw_curves(run.folder.curves, run.history, before, after)
-    print_summary(console, run.folder, run.history, before, after)
+        title = f"{run.folder.path.name}: {config.model.path}, {len(run.history)} steps, seed {config.seed}"
+        target = config.ppo.kl_target if config.ppo.kl_controller == "adaptive" else None
+        draw_curves(run.folder.curves, run.history, before, after, title, target)
+    print_summary(console, run.folder, config, run.history, before, after)
+    made = config.steps - run.start.state.step
+    run.say(f"{made} steps in {format_duration(time.monotonic() - began)}, start and evaluations included")
     return RunReport(run.folder, run.history, before, after)
+
+
+def _read_evaluations(folder: RunFolder) -> Iterator[Evaluation | None]:
+    """Yield what a finished run's folder has of the evaluations before and after; None for one that it has not."""
+    for path in (folder.before, folder.after):
+        try:
+            yield Evaluation.read(path)
+        except CheckpointError:
+            yield None
 
 
 def check(config: Config, console: Console | None = None) -> list[Agreement]:
@@ -175,7 +192,7 @@ def rebuild_on_loss(run: Run, actors: Actors, work: Callable[[Run, Actors], Resu
             if losses > limit:
                 raise WorkerError(
                     f"{lost.name} was lost {losses} times in a row (ray.max_restarts={limit}), and the run came no "
-                    f"further than step {furthest}; the last time: {lost}"
+                    f"further than {furthest} steps; the last time: {lost}"
                 ) from error
 
 
@@ -241,16 +258,14 @@ def evaluate_before(run: Run, actors: Actors) -> Evaluation | None:
     if config.rollout.self_check:
         agreements = actors.rollout.check_engines(actors.learner, run.prompts.peek(_CHECK_PROMPTS))
         worst = max(item.to_moved for item in agreements)
-        run.say(
-            f"new weights change what every engine computes, as they should: {worst:.1e} nats a token off the learner"
-        )
+        run.say(f"self-check passed: engines compute the learner's log-probabilities to {worst:.1e} nats per token")
     seconds = rollout.load_weights(actors.learner.publish())
-    run.say(f"weights of policy version {run.state.step} in every engine, verified, in {seconds:.1f} s")
+    run.say(f"every engine has the policy's weights after {run.state.step} steps, verified, in {seconds:.1f} s")
     if run.folder.before.is_file():
         return Evaluation.read(run.folder.before)
     if run.state.step:
         return None
-    before = score_held_out(rollout, actors.reward, run.prompts, config, actors.learner)
+    before = evaluate_now(run, actors)
     if before:
         before.write(run.folder.before)
     return before

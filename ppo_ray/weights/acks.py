@@ -61,7 +61,7 @@ class Agreement:
             dtype: the coarser of the engine's and the learner's, `"float32"` or `"bfloat16"`.
         """
         tolerance = _TOLERANCE[dtype]
-        seen = f"{self.to_moved:.1e} nats a token off the learner with the weights it was sent"
+        seen = f"{self.to_moved:.1e} nats per token off the learner with the weights it was sent"
         if math.isnan(self.to_moved) or self.to_moved > tolerance:
             before = "; it still computes with those before" if self.to_own <= tolerance else ""
             return f"{self.worker} is {seen} (at most {tolerance:g} in {dtype}){before}"

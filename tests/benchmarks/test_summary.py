@@ -72,12 +72,12 @@ def test_one_seed_has_no_spread():
 def test_what_is_asked_for_is_met_or_not(found):
     met = {what: met for what, _, _, met in found.requirements()}
     assert met == {
-        "samples a second, over TRL, a prompt a call": True,
+        "samples per second, over TRL, one prompt per call": True,
         "forward passes and update, of the matrix rate": False,
         "overhead, of a step": False,
         "weight sync, of a step": False,
         "peak memory, over TRL's": True,
-        "same algorithm as TRL, a prompt a call": True,
+        "same algorithm as TRL, one prompt per call": True,
     }
 
 

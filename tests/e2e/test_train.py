@@ -23,8 +23,11 @@ def test_a_run_leaves_what_it_promises(
 ) -> None:
     run = undisturbed(engine)
     output = (run.parent / "stdout").read_text()
-    assert "new weights change what every engine computes, as they should" in output
-    assert "step 0 sanity" in output
+    assert "self-check passed: engines compute the learner's log-probabilities to " in output
+    assert f"{STEPS[engine]} steps of 8 responses each, seed 0, into {run}" in output and "\x1b" not in output
+    assert f"saving the policy after {STEPS[engine]} steps: checkpoints/step-{STEPS[engine]:05d}" in output
+    assert f"ppo-ray train {run / 'config.yaml'} --resume steps={2 * STEPS[engine]}" in output
+    assert "step 0 checked" in output
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(STEPS[engine]))

@@ -47,5 +47,5 @@ def test_a_full_disk(
     resize("64m")
     again = ppo_ray.train(*options, "--resume")
     assert again.returncode == 0, again.stderr
-    assert "going on after step 4" in again.stdout
+    assert "going on after 4 steps" in again.stdout
     same_as_undisturbed(run, "hf")

@@ -72,7 +72,7 @@ def test_the_page_does_what_it_says(ppo_ray: CommandLine, tmp_path: Path, same_a
         failing = shell(head, tmp_path, judged)
         write_config(config, ppo_ray.config, last["step"] + 2)
         said = ended(shell(head, tmp_path, again), 0)
-        assert f"going on after step {last['step']} from step-{last['step']:05d}" in said
+        assert f"going on after {last['step']} steps from step-{last['step']:05d}" in said
         assert said.index("checkpoints/final") < said.index("succeeded")  # the log is followed to the end
         said = ended(failing, 2)
         assert "RuntimeError: forwarded-by-name" in said and "failed with exit code 2" in said
@@ -80,7 +80,7 @@ def test_the_page_does_what_it_says(ppo_ray: CommandLine, tmp_path: Path, same_a
         steps = max(last["step"] + 4, STEPS["hf"])
         write_config(config, ppo_ray.config, steps)
         said = ended(shell(head, tmp_path, plain), 0)
-        assert f"going on after step {last['step'] + 2}" in said
+        assert f"going on after {last['step'] + 2} steps" in said
         assert ppo_ray.workers() == {}
     same_as_undisturbed(run, "hf", steps)
     assert ppo_ray.wait_until_gone() == []

@@ -50,7 +50,7 @@ def test_disturbed_at_random_moments(
     kill(ppo_ray, "learner")  # rebuilt from a checkpoint, with the batch that it held there
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
-    assert f"going on after step {step} from step-{step:05d}" in output
+    assert f"going on after {step} steps from step-{step:05d}" in output
     same_as_undisturbed(run, "hf", STEPS, *OVERLAP)
     assert [event["event"] for event in events(run)].count("learner_rebuilt") == 1, output
 

@@ -198,3 +198,14 @@ def test_a_value_head_of_another_kind_is_refused(tiny_policy: Path, tmp_path: Pa
         save_file(tensors | head, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(InputError, match=words):
             load(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_value_head_of_zeros_foresees_nothing_and_learns(tiny_policy: Path, tmp_path: Path, critic) -> None:
+    model = ModelConfig(path=str(tiny_policy), critic=critic, value_head_init="zeros")
+    learner = load(model)
+    report = learner.update(make_table(4), 1)
+    assert (report.metrics["value/mean"], report.metrics["value/std"]) == (0.0, 0.0)
+    learner.save(tmp_path / "saved")
+    again = load(model, tmp_path / "saved")  # a head that was trained stays as it is
+    assert again.value_head()["bias"] == learner.value_head()["bias"] != 0

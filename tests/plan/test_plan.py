@@ -222,12 +222,12 @@ def test_the_learner_really_holds_that(tiny_policy: Path, configured: Configured
     assert terms["activations"] == pytest.approx(activations, rel=0.2)
 
 
-def shown(config: Config, tmp_path: Path, *flags: str) -> Result:
+def shown(config: Config, tmp_path: Path, *flags: str, columns: int = 160) -> Result:
     from ppo_ray.config import to_yaml
 
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(config))
-    return CliRunner().invoke(app, ["plan", str(path), *flags], env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, ["plan", str(path), *flags], env={"COLUMNS": str(columns)})
 
 
 def test_the_command_says_where_everything_goes(configured: Configured, tmp_path: Path) -> None:
@@ -235,11 +235,23 @@ def test_the_command_says_where_everything_goes(configured: Configured, tmp_path
     sizes = ("--cpus", "8", "--gpus", "4", "--memory", "64", "--gpu-memory", "80")
     result = shown(config, tmp_path, *sizes)
     assert result.exit_code == 0, result.output
-    assert "It fits. Nothing was started." in result.output
+    assert result.output.startswith("It fits. Nothing was started.\n")
+    assert "unused on node-0: GPU 3\n" in result.output and "1 of 4 GPUs stay unused" in result.output
+    assert "reward.gpus=1, more rollout.workers" in result.output and "KV cache" not in result.output
+    assert "KV cache" in shown(config, tmp_path, *sizes, "--verbose").output
     assert "rollout-1 (STRICT_PACK)" in result.output and "node-0 GPU 2" in result.output
     result = shown(config, tmp_path, *sizes, "learner.workers=3")
     assert result.exit_code == 2
+    assert result.output.startswith("It does not fit:\n")
     assert "5 GPUs needed, the cluster has 4" in result.output and "no room" in result.output
+
+
+def test_gpus_that_nobody_asks_for_are_named_and_nothing_is_cut(configured: Configured, tmp_path: Path) -> None:
+    sizes = ("--cpus", "8", "--nodes", "2", "--gpus", "2", "--verbose")
+    output = shown(configured(), tmp_path, *sizes, columns=50).output
+    assert "unused on node-0: GPUs 0, 1\nunused on node-1: GPUs 0, 1\n4 of 4 GPUs stay unused; " in output
+    assert "would use them: rollout.gpus=1, reward.gpus=1, learner.gpus=1\n" in output
+    assert "…" not in output
 
 
 def test_the_command_takes_this_machine_or_a_whole_description(configured: Configured, tmp_path: Path) -> None:

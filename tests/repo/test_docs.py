@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ppo_ray.config import Config, load_config
+from ppo_ray.run.health import HEALTHY
 from ppo_ray.run.loop import run_steps
 from ppo_ray.trl import PPOConfig
 from tests.learning import make_learner, make_table
@@ -21,7 +22,14 @@ WEIGHTS = (ROOT / "docs" / "weights.md").read_text()
 README = (ROOT / "README.md").read_text()
 LOOP = {f"time/{part}_s" for part in ("step", "generate", "score", "learn", "publish", "sync", "wait")}
 LOOP |= {"prompts/num_skipped", "rollout/staleness_mean", "rollout/staleness_max"}
-LOOP |= {"eval/score_mean", "eval/unscored", "eval/tokens_mean", "eval/eos_rate", "eval/kl_per_sequence"}
+LOOP |= {
+    "eval/score_mean",
+    "eval/score_error",
+    "eval/unscored",
+    "eval/tokens_mean",
+    "eval/eos_rate",
+    "eval/kl_per_sequence",
+}
 """What actors and the log add to a learner's metrics; tests/e2e reads them."""
 
 
@@ -47,6 +55,13 @@ def test_every_metric_is_explained_and_nothing_else(tiny_policy: Path) -> None:
     parts = {f"parts/NAME_{figure}" for figure in ("mean", "std", "unscored")}
     assert placeholders(explained) == parts | {"eval/NAME_mean", "eval/pass@K"}
     assert explained - placeholders(explained) == found | LOOP
+
+
+def test_healthy_ranges_are_those_that_the_run_warns_of() -> None:
+    cells = [line.split(" | ") for line in DIAGNOSTICS.splitlines() if line.startswith("| `")]
+    healthy = {name: row[2] for row in cells if len(row) > 3 for name in re.findall(r"`([^`]+)`", row[0])}
+    for name, limits in HEALTHY.items():
+        assert str(limits) in healthy[name], name
 
 
 def test_every_option_of_trls_update_has_a_row() -> None:

@@ -37,7 +37,7 @@ HOMES = {
     "vllm": "rollout/vllm*.py  weights/nccl_sender.py",
     "torch": "algo/*  models/*  learner/*  rollout/*  reward/classifier.py  reward/batching.py  weights/*  plan/*  "
     "assets/*  trl/*",
-    "matplotlib": "run/summary.py",
+    "matplotlib": "run/curves.py",
     "tensorboard": "run/log.py",
     "datasets": "prompts/sources.py  assets/*",
     "typer": "cli.py",
@@ -126,7 +126,7 @@ def test_contributing_shows_this_map():
         ("run.log run.folder", "torch ray transformers vllm pyarrow datasets"),
         ("prompts.stream", "torch ray transformers vllm datasets"),
         ("rollout.group reward.group learner.group", "torch transformers vllm datasets"),
-        ("run.summary", "torch transformers vllm datasets matplotlib"),
+        ("run.summary run.curves", "torch transformers vllm datasets matplotlib"),
         ("learner.learner rollout.hf weights.nccl_sender", "ray vllm"),
     ],
 )

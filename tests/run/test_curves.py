@@ -6,12 +6,27 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation
-from ppo_ray.run.summary import draw_curves
 
-BEFORE, AFTER = (Evaluation(mean, 1.0, 64, 0, ()) for mean in (0.1, 0.9))
-HISTORY = [{"step": step, "score/mean": 0.1 * step, "kl/per_sequence": 0.2 * step} for step in range(6)]
-BLUE, RED, GREEN = (0x2A, 0x6F, 0x97), (0xD1, 0x49, 0x5B), (0x3A, 0x7D, 0x44)
+BEFORE, AFTER = (Evaluation(mean, 1.0, 64, 0, (), {"eval/score_error": 0.2}) for mean in (0.1, 0.9))
+HISTORY = [
+    {
+        "step": step,
+        "score/mean": 0.1 * step,
+        "kl/per_sequence": 0.2 * step,
+        "policy/approx_kl": 0.01 * step,
+        "policy/clip_fraction": 0.1,
+    }
+    for step in range(6)
+]
+BLUE, RED, GREEN, PURPLE, ORANGE = (
+    (0x2A, 0x6F, 0x97),
+    (0xD1, 0x49, 0x5B),
+    (0x3A, 0x7D, 0x44),
+    (0x8E, 0x5E, 0xA2),
+    (0xC7, 0x7D, 0x0A),
+)
 
 
 def num_pixels(path, colour):
@@ -21,8 +36,11 @@ def num_pixels(path, colour):
 
 def test_curves_and_markers_are_drawn(tmp_path):
     draw_curves(tmp_path / "curves.png", HISTORY, BEFORE, AFTER)
-    assert all(num_pixels(tmp_path / "curves.png", colour) > 200 for colour in (BLUE, RED, GREEN))
-    draw_curves(tmp_path / "curves.png", HISTORY, None, None)
+    colours = (BLUE, RED, GREEN, PURPLE, ORANGE)
+    assert all(num_pixels(tmp_path / "curves.png", colour) > 200 for colour in colours)
+    without_target = num_pixels(tmp_path / "curves.png", GREEN)
+    draw_curves(tmp_path / "curves.png", HISTORY, None, None, "imdb: policy, seed 0", 6.0)
+    assert num_pixels(tmp_path / "curves.png", GREEN) > without_target + 200
     assert num_pixels(tmp_path / "curves.png", RED) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
@@ -34,5 +52,12 @@ def test_little_to_draw_is_no_error(history, tmp_path):
 
 
 def test_matplotlib_is_loaded_only_when_something_is_drawn():
-    check = "import ppo_ray.run.summary, sys; sys.exit('matplotlib' in sys.modules)"
+    check = "import ppo_ray.run.curves, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_a_rate_of_passes_gets_a_panel_of_its_own(tmp_path):
+    draw_curves(tmp_path / "curves.png", HISTORY, BEFORE, AFTER)
+    height = matplotlib.image.imread(tmp_path / "curves.png").shape[0]
+    draw_curves(tmp_path / "curves.png", [{**line, "eval/pass@1": 0.5} for line in HISTORY], BEFORE, AFTER)
+    assert matplotlib.image.imread(tmp_path / "curves.png").shape[0] > height

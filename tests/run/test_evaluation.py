@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ppo_ray.config import EvaluationConfig
 from ppo_ray.prompts.stream import PromptBatch
-from ppo_ray.run.evaluation import pass_rate, repeat_prompts, summarize_evaluation
+from ppo_ray.run.evaluation import pass_rate, repeat_prompts, standard_error, summarize_evaluation
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=7), min_size=1, max_size=4), st.integers(1, 8))
@@ -47,6 +47,7 @@ def test_figures_by_hand() -> None:
     figures = dict(summarize_evaluation(table, options))
     assert figures == {
         "eval/score_mean": 1.0,
+        "eval/score_error": pytest.approx((4 / 3 - 3 / 4) / 2),  # means of two prompts
         "eval/unscored": 0.125,
         "eval/tokens_mean": 3.0,
         "eval/eos_rate": 0.5,
@@ -59,3 +60,12 @@ def test_figures_by_hand() -> None:
     assert dict(summarize_evaluation(table, by_part))["eval/pass@1"] == pytest.approx((0 + 1 / 4) / 2)
     silent = EvaluationConfig(num_prompts=3, num_samples=1)
     assert not any("pass" in name for name in dict(summarize_evaluation(table, silent)))
+
+
+def test_the_standard_error_is_that_of_the_prompts_means() -> None:
+    table = pa.table({"sample_id": [-1, -2, -3, -4, -5], "score": [1.0, 2.0, None, 3.0, 2.0]})
+    # both prompts have a mean of 2
+    assert standard_error(table, EvaluationConfig(num_prompts=3, num_samples=1)) == 0.0
+    table = pa.table({"sample_id": [-1, -2, -3, -4], "score": [1.0, 4.0, 7.0, 1.0]})
+    assert standard_error(table, EvaluationConfig(num_prompts=3, num_samples=1)) == pytest.approx(3 / 3**0.5)
+    assert standard_error(table.slice(3), EvaluationConfig(num_prompts=3, num_samples=1)) is None

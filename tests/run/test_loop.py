@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ppo_ray import checkpoint
+from ppo_ray import __version__, checkpoint
 from ppo_ray.checkpoint import AHEAD, RunState
 from ppo_ray.config import load_config
 from ppo_ray.errors import WorkerError, WorkerLost
@@ -183,9 +183,34 @@ def learnt(late: int) -> list[list[int]]:
 
 def test_one_step_after_the_other(tmp_path: Path) -> None:
     world = World(tmp_path)
-    run = train(world, run_steps, 2)
+    console = io.StringIO()
+    run = train(world, run_steps, 2, console=console)
     assert world.calls == ["generate 0", "update 0", "load 1", "generate 1", "update 1", "load 2", "save 2"]
     assert run.state == RunState(2, 8, "f00")
+    said = console.getvalue().splitlines()
+    assert said[0] == f"ppo_ray {__version__}: 2 steps of 4 responses each, seed 0, into {tmp_path}"
+    assert said[1].startswith("model: m (float32), learning rate 1.41e-05, 4 epochs per step")
+    assert said[2] == "reward: r"
+    assert said[3].startswith("devices: rollout 1 x 1 CPU threads, reward 1 x 1 CPU threads, learner 1 x ")
+    begun = [line.partition("  ")[0] for line in said if line.startswith("step ")]
+    assert begun[0] == "step 0 (1/2)" and begun[-1] == "step 1 (2/2)"
+    assert said[-1] == "saving the policy after 2 steps: checkpoints/step-00002"
+
+
+class Wild(World):
+    """Its update moves the policy too far in the steps 1 and 2."""
+
+    def update(self, scored: Callable[[], list[int]], step: int) -> UpdateReport:
+        report = super().update(scored, step)
+        report.metrics.update({"policy/approx_kl": 0.7 if step in (1, 2) else 0.01, "policy/optimizer_steps": 4.0})
+        return report
+
+
+def test_a_figure_that_leaves_its_healthy_range_is_said_once(tmp_path: Path) -> None:
+    console = io.StringIO()
+    train(Wild(tmp_path), run_steps, console=console)
+    said = [line for line in console.getvalue().splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1 and said[0].startswith("warning: step 1: policy/approx_kl is 0.7, ")
 
 
 def test_the_next_batch_is_asked_for_before_the_update_and_held_before_the_sync(tmp_path: Path) -> None:
@@ -256,7 +281,7 @@ def test_a_learner_that_dies_at_the_same_step_again_and_again_ends_the_run(
 ) -> None:
     """Though it is rebuilt each time, publishes weights and makes the steps since the checkpoint again."""
     world = Doomed(tmp_path, fatal=(3,))
-    message = r"learner-0 was lost 3 times in a row \(ray.max_restarts=2\), and the run came no further than step 3"
+    message = r"learner-0 was lost 3 times in a row \(ray.max_restarts=2\), and the run came no further than 3 steps"
     with pytest.raises(WorkerError, match=message) as caught:
         train(world, loop, max_restarts=2)
     assert not isinstance(caught.value, WorkerLost)

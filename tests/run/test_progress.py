@@ -30,7 +30,7 @@ def test_a_log_file_gets_one_plain_line_a_step():
         progress.update(0, METRICS)
         progress.update(1, {})
     lines = output.getvalue().splitlines()
-    assert lines[0].startswith(f"step 1/3  {LINE}  left 0:00:0") and lines[1].startswith("step 2/3  left")
+    assert lines[0].startswith(f"step 0 (1/3)  {LINE}  left 0:00:0") and lines[1].startswith("step 1 (2/3)  left")
     assert len(lines) == 2 and "\x1b" not in output.getvalue()
 
 

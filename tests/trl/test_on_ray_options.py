@@ -142,7 +142,7 @@ def test_engines_are_checked_before_they_are_used(
     if "moved" in sent:
         calls.clear()
         with pytest.raises(
-            WorkerError, match=r"rollout-0 is 4.0e-01 nats a token off the learner .* of another policy"
+            WorkerError, match=r"rollout-0 is 4.0e-01 nats per token off the learner .* of another policy"
         ):
             start()
         assert calls == ["moved", "learner closed", "engines closed"]
