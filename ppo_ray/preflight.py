@@ -213,7 +213,7 @@ def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:
         if source.function is not None:
             yield from _function_problems(config, inputs, f"{key}.function", source.function)
         elif source.url is not None:
-            yield from server_problems(config, key, source, inputs.texts and inputs.texts.kept)
+            yield from server_problems(config, key, source, inputs.texts.take_all() if inputs.texts else ())
             inputs.notes.extend(describe_exposure(key, source))
         else:
             yield from _classifier_problems(config, inputs, f"{key}.path", source)

@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from ppo_ray.config import PromptsConfig, revision_problem
 from ppo_ray.errors import QUOTED, InputError, first_line
-from ppo_ray.prompts.columns import KEEP, Columns, Meter, Rows, pick_rows
+from ppo_ray.prompts.columns import Columns, pick_rows
 from ppo_ray.prompts.files import describe_formats, find_reader
+from ppo_ray.prompts.rows import KEEP, Meter, Rows
 
 _PLAIN = {"config_name", "data_files", "data_dir", "default", "description"}
 """What a card says of a folder's files beside the options of their formats."""
@@ -147,19 +148,22 @@ def _refuse_outside(config: PromptsConfig, name: str) -> NoReturn:
 def _read_files(config: PromptsConfig, files: Sequence[Path]) -> Rows:
     readers = [find_reader(file) for file in files]
     parts = [reader(Columns(config.column, config.keep)) for reader in readers if reader]
-    return Rows([text for part in parts for text in part.texts], _join_tables(config, [part.kept for part in parts]))
+    return join_rows(config, parts)
 
 
-def _join_tables(config: PromptsConfig, parts: list[pa.Table | None]) -> pa.Table | None:
-    """Join the kept columns of several files."""
-    tables = [part for part in parts if part is not None]
-    if not tables:
-        return None
+def join_rows(config: PromptsConfig, parts: Sequence[Rows]) -> Rows:
+    """Put the rows of several files behind one another.
+
+    Raises:
+        InputError: their kept columns are of different types.
+    """
+    schemas = [part.kept for part in parts if part.kept is not None]
     try:
-        return pa.concat_tables(tables, promote_options="default")
+        kept = pa.unify_schemas(schemas, promote_options="default") if schemas else None
     except pa.ArrowException as error:
-        kept = f"{KEEP}=[{', '.join(config.keep)}]"
-        raise InputError(f"{kept}: the files of {config.path} hold other types: {error}") from error
+        names = f"{KEEP}=[{', '.join(config.keep)}]"
+        raise InputError(f"{names}: the files of {config.path} hold other types: {error}") from error
+    return Rows([batch for part in parts for batch in part.batches], kept)
 
 
 def _open_builder(config: PromptsConfig, what: str) -> Any:
@@ -187,8 +191,8 @@ def _load(config: PromptsConfig, builder: Any, size: int) -> Rows:
         raise _make_error(config, "cannot be read", error) from error
     columns = Columns(config.column, config.keep)
     first = list(dict.fromkeys(names[0] for names in columns.find(config.path, dataset.features.arrow_schema)))
-    table = dataset.select_columns(first).with_format("arrow")[:]
-    return pick_rows(config.path, table.schema, table.to_batches(), columns, Meter(config.path, size))
+    table = dataset.select_columns(first).with_format("arrow")[:]  # still on the disk: the library maps it
+    return pick_rows(table.schema, table.to_batches(), columns, Meter(config.path, size), lambda column: True)
 
 
 def _make_error(config: PromptsConfig, what: str, error: Exception) -> InputError:
