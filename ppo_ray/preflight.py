@@ -15,7 +15,7 @@ from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
 from ppo_ray.models.support import check_head, find_config_problem, max_exact_tokens
 from ppo_ray.models.tokens import EndTokens, read_end_tokens
 from ppo_ray.prompts.chat import has_template
-from ppo_ray.prompts.stream import PromptStream
+from ppo_ray.prompts.stream import PromptBatch, PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
 from ppo_ray.reward.function import RewardFunction
 from ppo_ray.reward.http import describe_exposure, server_problems
@@ -31,6 +31,8 @@ class Inputs:
     vocab_size: int = 0
     """Of the policy."""
     texts: UsableTexts | None = None
+    sets: dict[str, UsableTexts] = field(default_factory=dict)
+    """The texts of `evaluation.sets`, by name."""
     end_tokens: EndTokens | None = None
     """What ends a response."""
     notes: list[str] = field(default_factory=list)
@@ -46,6 +48,21 @@ class Inputs:
         return PromptStream(
             config.prompts, self.tokenizer, config.seed, held_out, vocab_size=vocab_size, texts=self.texts
         )
+
+    def open_sets(self, config: Config) -> dict[str, PromptBatch]:
+        """Return the prompts of `evaluation.sets`, by name."""
+        return {
+            name: PromptStream(
+                texts.config,
+                self.tokenizer,
+                config.seed,
+                config.evaluation.sets[name].num_prompts,
+                vocab_size=self.vocab_size,
+                texts=texts,
+                trains=False,
+            ).held_out()
+            for name, texts in self.sets.items()
+        }
 
 
 def check(config: Config) -> Inputs:
@@ -280,4 +297,9 @@ def _prompt_problems(config: Config, inputs: Inputs) -> Iterator[str]:
     try:
         inputs.texts = read_usable_texts(config.prompts, config.evaluation.num_prompts)
     except InputError as error:
-        yield str(error) + asset_hint(config.prompts.path)
+        yield str(error) + "".join(asset_hint(str(part.path)) for _, part in config.prompts.parts)
+    for name, source in config.evaluation.sets.items():
+        try:
+            inputs.sets[name] = read_usable_texts(config.prompts.of(source), 0, key=f"evaluation.sets.{name}")
+        except InputError as error:
+            yield str(error) + asset_hint(source.path)

@@ -87,5 +87,8 @@ def load_evaluation_config(checkpoint: str | Path, overrides: Sequence[str] = ()
     for path, revision in (("reward.path", "reward.revision"), ("prompts.path", "prompts.revision")):
         if path in given or path not in taken:
             taken.pop(revision, None)  # of another path
+    for one, other in (("prompts.path", "prompts.sources"), ("prompts.sources", "prompts.path")):
+        if one in given:
+            taken.pop(other, None)
     overrides = [f"model.path={checkpoint}", f"output_dir={checkpoint}", *overrides]
     return load(Config, None, overrides, given=taken), dropped

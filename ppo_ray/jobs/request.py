@@ -115,7 +115,8 @@ def _paths(config: Config) -> dict[str, str]:
         "model.path": config.model.path,
         "model.reference_path": config.model.reference_path,
         "model.critic_path": config.model.critic_path,
-        "prompts.path": config.prompts.path,
+        **{f"{key}.path": part.path for key, part in config.prompts.parts},
+        **{f"evaluation.sets.{name}.path": found.path for name, found in config.evaluation.sets.items()},
         **{f"{key}.path": source.path for key, source in config.reward.sources},
     }
     if config.prompts.chat_template not in ("auto", "tokenizer", "none"):

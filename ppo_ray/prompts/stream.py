@@ -20,13 +20,13 @@ import xxhash
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import QUOTED, InputError
 from ppo_ray.prompts.chat import ChatTemplate, Message, has_template
+from ppo_ray.prompts.order import HELD_OUT_SEED, Order
 from ppo_ray.prompts.texts import CHUNK, UsableTexts, check_count, read_usable_texts
 from ppo_ray.seeding import derive_seed
 
 _LOG = logging.getLogger(__name__)
 _FINGERPRINTED = 16  # texts whose tokens tell one tokenizer from another
 _FINGERPRINTED_CHARS = 10_000  # of each of these texts
-_HELD_OUT_SEED = 0  # for every seed of a run: runs are compared on the same prompts
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class PromptStream:
         *,
         vocab_size: int | None = None,
         texts: UsableTexts | None = None,
+        trains: bool = True,
     ) -> None:
         """Read the texts and hold some out.
 
@@ -85,6 +86,7 @@ class PromptStream:
             num_held_out: texts that `take` never uses.
             vocab_size: of the policy: prompts with ids not in [0, vocab_size) are left out; None: not checked.
             texts: what `read_usable_texts` returned for these arguments; None: read them.
+            trains: whether prompts will be taken; else all texts may be held out, and there may be fewer.
 
         Raises:
             InputError: no data set, no such column, fewer than `num_held_out + 1` texts left after the filter, no chat
@@ -98,10 +100,12 @@ class PromptStream:
         """Hash of the texts and of the tokenizer, whatever the seed: a resumed run must find the same."""
         if config.min_tokens is None and config.too_long in (None, "drop"):
             self._usable = self._drop_long(usable)
-            check_count(self._usable, num_held_out)
-        order = _permutation(len(self._usable), derive_seed(_HELD_OUT_SEED, "held_out"))
-        self._held_out, self._taken = order[:num_held_out], np.sort(order[num_held_out:])
-        self._epoch, self._order = -1, np.arange(len(self._taken))
+            check_count(self._usable, num_held_out if trains else 0)
+        if not trains:
+            num_held_out = min(num_held_out, len(self._usable))
+        self._order = Order(
+            self._usable.sources, config.quotas, seed=seed, num_held_out=num_held_out, shuffle=config.shuffle
+        )
         self.position = 0
 
     @property
@@ -122,7 +126,7 @@ class PromptStream:
             InputError: none of the n can be used.
         """
         sample_ids = range(self.position, self.position + n)
-        indices = [int(self._taken[self._index(sample_id)]) for sample_id in sample_ids]
+        indices = [self._order.index(sample_id) for sample_id in sample_ids]
         batch = self._batch(sample_ids, indices, self._seed, "prompt_length")
         self.position += n
         return batch
@@ -143,15 +147,8 @@ class PromptStream:
         Raises:
             InputError: none can be used.
         """
-        sample_ids = range(-1, -1 - len(self._held_out), -1)
-        return self._batch(sample_ids, self._held_out.tolist(), _HELD_OUT_SEED, "held_out_length")
-
-    def _index(self, sample_id: int) -> int:
-        epoch, offset = divmod(sample_id, len(self._taken))
-        if self._config.shuffle and epoch != self._epoch:
-            self._order = _permutation(len(self._taken), derive_seed(self._seed, "prompt_order", epoch))
-            self._epoch = epoch
-        return int(self._order[offset])
+        indices = self._order.held_out.tolist()
+        return self._batch(range(-1, -1 - len(indices), -1), indices, HELD_OUT_SEED, "held_out_length")
 
     def _batch(self, sample_ids: Sequence[int], indices: list[int], seed: int, purpose: str) -> PromptBatch:
         """Make the prompts of the texts at `indices`, each under its sample id."""
@@ -249,7 +246,7 @@ class PromptStream:
         """Return the message for texts of which none makes a prompt, with the ids of one as an example."""
         known = "" if self._vocab_size is None else f", and the model knows 0 to {self._vocab_size - 1}"
         return (
-            f"prompts.path={self._config.path}: none of {num_texts:,} texts makes a prompt: of "
+            f"prompts.path={self._config.place}: none of {num_texts:,} texts makes a prompt: of "
             f"{first[:QUOTED]!r} the tokenizer makes the ids {list(ids[: self._config.max_tokens])[:8]}{known}; "
             "tokenizer and model do not fit together: put the model's own tokenizer into model.path"
         )
@@ -261,8 +258,11 @@ class PromptStream:
             raw = text.encode()
             state.update(f"{len(raw)}:".encode())
             state.update(raw)
+        if usable.config.sources:
+            names = [source.name for source in usable.config.sources]
+            state.update(json.dumps([names, usable.config.quotas, usable.sources.tolist()]).encode())
         rows = (json.dumps(row, default=str) for table in usable.take_all() for row in table.to_pylist())
-        if usable.rows.kept is not None:
+        if usable.config.keep:
             state.update(b"[")
             for number, row in enumerate(rows):
                 state.update(f"{', ' if number else ''}{row}".encode())
@@ -291,7 +291,3 @@ def _cut_behind(whole: list[int], own: list[int]) -> list[int]:
         if whole[start : start + len(own)] == own:
             return own if own[:start] == whole[:start] else whole[: start + len(own)]
     return own  # nothing else is known to be the text's
-
-
-def _permutation(size: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(size)

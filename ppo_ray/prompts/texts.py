@@ -1,6 +1,7 @@
 """The texts or conversations that prompts are made of: which can be used, and how many cannot."""
 
 import itertools
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
@@ -9,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from ppo_ray.config import PromptsConfig
+from ppo_ray.config import SOURCE, PromptsConfig
 from ppo_ray.errors import InputError
 from ppo_ray.prompts.chat import holds_messages, parse_messages
 from ppo_ray.prompts.columns import COLUMN, is_unicode
+from ppo_ray.prompts.order import count_held_out
 from ppo_ray.prompts.rows import Rows
-from ppo_ray.prompts.sources import read_rows
+from ppo_ray.prompts.sources import join_rows, read_rows
 
 CHUNK = 1024
 """Texts that are in memory at once."""
@@ -50,6 +52,8 @@ class UsableTexts:
     """How many others there were."""
     config: PromptsConfig
     """The section of options that names the data set."""
+    sources: np.ndarray
+    """`[N]` int16, the number of each text's source in `prompts.sources`; 0 where there are none."""
     are_chats: bool = False
     """Whether the texts are conversations; each is then the JSON of its messages."""
 
@@ -68,35 +72,46 @@ class UsableTexts:
 
     def take(self, places: np.ndarray) -> pa.Table | None:
         """Return the columns of `prompts.keep` beside the texts at these places; None: there are none."""
-        return self.rows.take(self.indices[places])
+        kept = self.rows.take(self.indices[places])
+        if not self.config.sources or SOURCE not in self.config.keep:
+            return kept
+        names = [source.name for source in self.config.sources]
+        columns = {} if kept is None else {name: kept.column(name) for name in kept.column_names}
+        columns[SOURCE] = pa.array([names[number] for number in self.sources[places]], pa.string())
+        return pa.table({name: columns[name] for name in self.config.kept_names})
 
     def take_all(self) -> Iterator[pa.Table]:
         """Yield the columns of `prompts.keep` beside some texts after the other; nothing if there are none."""
-        for start in range(0, len(self) if self.rows.kept is not None else 0, CHUNK):
+        for start in range(0, len(self) if self.config.keep else 0, CHUNK):
             table = self.take(np.arange(start, min(start + CHUNK, len(self))))
             assert table is not None
             yield table
 
     def select(self, places: np.ndarray, left_out: LeftOut) -> "UsableTexts":
         """Return those at the given places."""
-        return replace(self, indices=self.indices[places], left_out=left_out)
+        return replace(self, indices=self.indices[places], sources=self.sources[places], left_out=left_out)
 
     def describe(self) -> str:
         """Say how many texts there are, and how many were left out for which reasons."""
         reasons = self._reasons()
         what = "conversations" if self.are_chats else "texts"
-        return f"{len(self):,} {what} of {self.config.path}" + (f"; left out: {reasons}" if reasons else "")
+        place = self.config.place
+        if self.config.sources:
+            counts = np.bincount(self.sources, minlength=len(self.config.sources)).tolist()
+            names = [source.name for source in self.config.sources]
+            place = ", ".join(f"{name} ({count:,})" for name, count in zip(names, counts, strict=True))
+        return f"{len(self):,} {what} of {place}" + (f"; left out: {reasons}" if reasons else "")
 
     def describe_absence(self) -> str:
         """Return the message for a data set that has no usable text."""
-        key, remedy = f"prompts.path={self.config.path}", "give texts"
+        key, remedy = f"prompts.path={self.config.place}", "give texts"
         if self.left_out.long:
             key, remedy = f"prompts.max_tokens={self.config.max_tokens}", "raise it, or set prompts.too_long=keep_end"
         elif self.left_out.short:
             key, remedy = f"prompts.min_chars={self.config.min_chars}", "lower it"
         total, reasons = sum(astuple(self.left_out)), self._reasons()
         left_out = f", left out: {reasons}" if reasons else ""
-        return f"{key}: no prompt left: of {total:,} texts in {self.config.path}{left_out}; {remedy}"
+        return f"{key}: no prompt left: of {total:,} texts in {self.config.place}{left_out}; {remedy}"
 
     def _reasons(self) -> str:
         left_out = self.left_out
@@ -111,42 +126,86 @@ class UsableTexts:
         return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
 
 
-def read_usable_texts(config: PromptsConfig, num_held_out: int) -> UsableTexts:
-    """Read the texts longer than `min_chars`, each once, in the order of the data set.
+def read_usable_texts(config: PromptsConfig, num_held_out: int, *, key: str = "prompts") -> UsableTexts:
+    """Read the texts longer than `min_chars`, each once, in the order of the data set or of the mixture's.
 
     Texts that are blank or not valid Unicode are left out.
+
+    Args:
+        config: which texts.
+        num_held_out: how many of them there must be more than.
+        key: of the options that name the data set, for errors.
 
     Raises:
         InputError: no data set, no such column, or fewer than `num_held_out + 1` texts left.
     """
-    rows = read_rows(config)
-    are_chats: bool | None = None
-    counts = dict.fromkeys(("blank", "invalid", "short"), 0)
-    usable, digests, row = array("q"), bytearray(), 0
-    for texts, kept in rows.iterate():
-        for raw, values in zip(texts, kept or itertools.repeat(None)):
-            row += 1
-            text = "" if raw is None else raw.decode(errors="surrogateescape")
-            if not text.strip():
-                counts["blank"] += 1
-                continue
-            if are_chats is None:
-                are_chats = holds_messages([text])
-            if not is_unicode(text):
-                counts["invalid"] += 1
-            elif len(text) <= config.min_chars:
-                counts["short"] += 1
-            else:
-                if are_chats:
-                    _check_conversation(config, text, row)
-                usable.append(row - 1)
-                content = text.encode() if values is None else f"{len(text)}:{text}{values}".encode()
-                digests += xxhash.xxh3_128_digest(content)
-    found = np.array(usable, np.int64)[_find_first(np.frombuffer(digests, np.uint64).reshape(-1, 2))]
-    left_out = LeftOut(**counts, repeated=len(usable) - len(found))
-    texts_left = UsableTexts(rows, found, left_out, config, bool(are_chats))
-    check_count(texts_left, num_held_out)
-    return texts_left
+    found = _Found()
+    parts = []
+    for number, (part_key, part) in enumerate(config.parts):
+        try:
+            parts.append(read_rows(part))
+            found.add(part, parts[-1], number)
+        except InputError as error:
+            wanted = part_key if config.sources else key
+            raise InputError(
+                re.sub(r"\bprompts\.(path|revision|subset|split|column)=", rf"{wanted}.\1=", str(error))
+            ) from error
+    if len(found.kinds) > 1:
+        raise InputError(f"prompts.sources={config.place}: some hold messages and some plain texts; give one kind")
+    is_first = _find_first(np.frombuffer(found.digests, np.uint64).reshape(-1, 2))
+    left_out = LeftOut(**found.counts, repeated=int((~is_first).sum()))
+    usable = UsableTexts(
+        join_rows(config, parts),
+        np.array(found.indices, np.int64)[is_first],
+        left_out,
+        config,
+        np.array(found.sources, np.int16)[is_first],
+        True in found.kinds,
+    )
+    check_count(usable, num_held_out)
+    return usable
+
+
+class _Found:
+    """What is found in one data set after the other."""
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(("blank", "invalid", "short"), 0)
+        self.indices, self.sources, self.digests = array("q"), array("h"), bytearray()
+        self.kinds: set[bool] = set()
+        """Whether texts are conversations."""
+        self._num_rows = 0
+
+    def add(self, config: PromptsConfig, rows: Rows, source: int) -> None:
+        """Look at all rows of a data set.
+
+        Raises:
+            InputError: one is not what it must be.
+        """
+        are_chats: bool | None = None
+        row = 0
+        for texts, kept in rows.iterate():
+            for raw, values in zip(texts, kept or itertools.repeat(None), strict=False):
+                row += 1
+                text = "" if raw is None else raw.decode(errors="surrogateescape")
+                if not text.strip():
+                    self.counts["blank"] += 1
+                    continue
+                if are_chats is None:
+                    are_chats = holds_messages([text])
+                if not is_unicode(text):
+                    self.counts["invalid"] += 1
+                elif len(text) <= config.min_chars:
+                    self.counts["short"] += 1
+                else:
+                    if are_chats:
+                        _check_conversation(config, text, row)
+                    self.indices.append(self._num_rows + row - 1)
+                    self.sources.append(source)
+                    content = text.encode() if values is None else f"{len(text)}:{text}{values}".encode()
+                    self.digests += xxhash.xxh3_128_digest(content)
+        self.kinds |= set() if are_chats is None else {are_chats}
+        self._num_rows += row
 
 
 def _find_first(digests: np.ndarray) -> np.ndarray:
@@ -169,10 +228,20 @@ def check_count(usable: UsableTexts, num_held_out: int) -> None:
     """
     if not len(usable):
         raise InputError(usable.describe_absence())
-    if len(usable) <= num_held_out:
+    quotas = usable.config.quotas
+    sizes = np.bincount(usable.sources, minlength=len(quotas)).tolist()
+    for number, (size, taken) in enumerate(zip(sizes, count_held_out(quotas, num_held_out), strict=True)):
+        if size > taken:
+            continue
+        if len(quotas) > 1:
+            source = usable.config.sources[number]
+            raise InputError(
+                f"prompts.sources[{number}]: {source.name} has {size:,} usable texts, and {taken:,} of them are held "
+                f"out (evaluation.num_prompts={num_held_out}): none is left for training; {usable.describe()}"
+            )
         raise InputError(
             f"evaluation.num_prompts={num_held_out}: leaves no prompt for training: {usable.describe()}; "
-            f"set it to {len(usable) - 1} or less"
+            f"set it to {size - 1} or less"
         )
 
 

@@ -13,7 +13,7 @@ from ppo_ray.config import Config
 from ppo_ray.errors import WorkerError
 from ppo_ray.events import Event, say
 from ppo_ray.learner.reports import UpdateReport
-from ppo_ray.prompts.stream import PromptStream
+from ppo_ray.prompts.stream import PromptBatch, PromptStream
 from ppo_ray.run.checkpoints import Checkpoints
 from ppo_ray.run.folder import RunFolder, config_text
 from ppo_ray.run.gauges import Gauges
@@ -26,9 +26,16 @@ class Run:
     """A run whose folder is open; `open` makes one."""
 
     def __init__(
-        self, config: Config, prompts: PromptStream, folder: RunFolder, log: MetricsLog, console: Console
+        self,
+        config: Config,
+        prompts: PromptStream,
+        sets: Mapping[str, PromptBatch],
+        folder: RunFolder,
+        log: MetricsLog,
+        console: Console,
     ) -> None:
         """Take what is open already; the run stands before its first step."""
+        self._sets = sets
         self.config, self.prompts, self.folder, self.console = config, prompts, folder, console
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, config_text(config), self.report)
         self.state = RunState(prompts_fingerprint=prompts.fingerprint)
@@ -64,7 +71,7 @@ class Run:
             prompts = inputs.open_prompts(config)
         folder = open_folder(config)
         with folder.lock(), MetricsLog(folder.path) as log:
-            run = cls(config, prompts, folder, log, console)
+            run = cls(config, prompts, inputs.open_sets(config), folder, log, console)
             run.is_finished = is_finished(folder, config)
             if not run.is_finished:
                 run._begin()
@@ -109,12 +116,22 @@ class Run:
         self._check_scores()
         stopping.check()
 
+    @property
+    def held_out(self) -> dict[str, PromptBatch]:
+        """The prompts of an evaluation: the run's own under an empty name, then those of `evaluation.sets`."""
+        return {"": self.prompts.held_out(), **self._sets}
+
     def note_evaluation(self, figures: Mapping[str, float]) -> None:
         """Keep the figures of the policy's evaluation for the metrics of the step that it samples, and show them."""
         self._evaluated = dict(figures)
-        score = figures.get("eval/score_mean")
-        passes = "".join(f", {name[5:]} {rate:.3f}" for name, rate in figures.items() if name.startswith("eval/pass@"))
-        self.say(f"after {self.state.step} steps: held-out mean score {format_score(score)}{passes}")
+        found = []
+        for name in ("", *self.config.evaluation.sets):
+            prefix = f"eval/{name}/" if name else "eval/"
+            score, passes = figures.get(f"{prefix}score_mean"), f"{prefix}pass@"
+            rates = [f", {key[len(prefix) :]} {rate:.3f}" for key, rate in figures.items() if key.startswith(passes)]
+            if f"{prefix}unscored" in figures:
+                found.append(f"{name or 'held-out'} mean score {format_score(score)}{''.join(rates)}")
+        self.say(f"after {self.state.step} steps: {'; '.join(found)}")
 
     def record(self, update: UpdateReport) -> None:
         """Log an update's metrics; from now on its step is one of the run's."""

@@ -1,5 +1,6 @@
 """Summary of a run for people: the last lines on the terminal, samples.md and curves.png."""
 
+import itertools
 import math
 import os
 import re
@@ -21,6 +22,8 @@ from ppo_ray.weights.acks import Agreement
 # Whatever Markdown, GitHub's dialect of it (tables, strikethrough, mathematics, mentions, bare links) or HTML could
 # read as structure. Character references are text in all of them, in a table's cell too.
 _STRUCTURE = re.compile(r"[\\`*_{}\[\]<>&|#~$!@^=]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+_HELD_OUT_MEAN = re.compile(r"eval/([\w-]+/)?score_mean")
+_OTHERS = ("#e09f3e", "#6a4c93", "#1b998b", "#8d5524")  # of evaluation.sets
 _BATCH, _HELD_OUT, _KL, _GREY = "#2a6f97", "#d1495b", "#3a7d44", "#666666"
 
 
@@ -92,6 +95,9 @@ def _print_change(
             f"{after.num_prompts} prompts, standard deviation {before.std_score:.2f} -> {after.std_score:.2f})"
             f"{_describe_failures(after)}",
         )
+        for name in (name for name in after.sets if name in before.sets):
+            old, new = before.sets[name].mean_score, after.sets[name].mean_score
+            say(console, f"  of {name}: {format_score(old)} -> {format_score(new)}")
     if history:
         first, last = history[0], history[-1]
         kl = last.get("kl/per_sequence", math.nan)
@@ -227,27 +233,40 @@ def draw_curves(
 def _mark_held_out(
     axes: Any, history: Sequence[Mapping[str, float]], before: Evaluation | None, after: Evaluation | None
 ) -> None:
-    """Draw the held-out mean score where the policy was evaluated; the first and the last with their values."""
-    scores = {int(metrics["step"]): metrics["eval/score_mean"] for metrics in history if "eval/score_mean" in metrics}
-    scores |= {step: found.mean_score for step, found in ((0, before), (len(history), after)) if found}
-    points = [(step, score) for step, score in sorted(scores.items()) if math.isfinite(score)]
-    if not points:
-        return
-    steps, means = zip(*points, strict=True)
-    known = after or before
-    label = f"held-out mean ({known.num_prompts} prompts)" if known else "held-out mean"
-    axes.plot(steps, means, color=_HELD_OUT, marker="D", ms=7, ls=":" if len(points) > 2 else "none", label=label)
-    for step, score in {points[0], points[-1]}:
-        axes.annotate(
-            f"{score:+.2f}",
-            (step, score),
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-            color=_HELD_OUT,
-            fontweight="bold",
-        )
-    axes.margins(y=0.12)
+    """Draw the held-out mean score where the policy was evaluated, a line per set; the first and last with values."""
+    measured = [*((int(metrics["step"]), metrics) for metrics in history)]
+    measured += [(step, found.figures) for step, found in ((0, before), (len(history), after)) if found]
+    keys = dict.fromkeys(key for _, figures in measured for key in figures if _HELD_OUT_MEAN.fullmatch(key))
+    own = "eval/score_mean"
+    scores: dict[str, dict[int, float]] = {own: {}, **{key: {} for key in keys}}
+    for step, figures in measured:
+        for key in keys:
+            if key in figures:
+                scores[key][step] = figures[key]
+    if not any(found and found.figures and own not in found.figures for found in (before, after)):
+        scores[own] |= {step: found.mean_score for step, found in ((0, before), (len(history), after)) if found}
+    colours = itertools.cycle(_OTHERS)
+    for key, of_steps in scores.items():
+        points = [(step, score) for step, score in sorted(of_steps.items()) if math.isfinite(score)]
+        if not points:
+            continue
+        colour = _HELD_OUT if key == own else next(colours)
+        known = after or before
+        label = f"held-out mean ({known.num_prompts} prompts)" if known else "held-out mean"
+        label = label if key == own else f"{key.split('/')[1]}: mean"
+        steps, means = zip(*points, strict=True)
+        axes.plot(steps, means, color=colour, marker="D", ms=7, ls=":" if len(points) > 2 else "none", label=label)
+        for step, score in {points[0], points[-1]}:
+            axes.annotate(
+                f"{score:+.2f}",
+                (step, score),
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+                fontweight="bold",
+            )
+        axes.margins(y=0.12)
 
 
 def _column(history: Sequence[Mapping[str, float]], name: str) -> list[float]:

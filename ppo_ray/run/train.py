@@ -78,7 +78,7 @@ def train(config: Config, console: Console | None = None) -> RunReport:
                 rebuild_on_loss(run, actors, steps)
             after = None
             with say_failure(run, "the evaluation after the last step"):
-                after = score_held_out(actors.rollout, actors.reward, run.prompts, config, actors.learner)
+                after = score_held_out(actors.rollout, actors.reward, run.held_out, config, actors.learner)
                 if after:
                     after.write(run.folder.after)
                     run.checkpoints.note_score(run.state.step, after.figures.get(config.checkpoint.best_by))
@@ -144,10 +144,11 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
         config, dropped = load_evaluation_config(source, overrides)
     for option in dropped:
         say(console, f"not taken from the checkpoint's config: {option}; give it on this command line if you trust it")
-    prompts = preflight.check(config).open_prompts(config)
+    inputs = preflight.check(config)
+    held_out = {"": inputs.open_prompts(config).held_out(), **inputs.open_sets(config)}
     show = partial(say, console)
     with ray_session(config.ray), launch_scorers(config, show, lambda event: show(event.message)) as (rollout, reward):
-        evaluation = score_held_out(rollout, reward, prompts, config)
+        evaluation = score_held_out(rollout, reward, held_out, config)
     if evaluation is None:
         raise InputError("evaluation.num_prompts=0: nothing is held out to be scored; set it to 1 or more")
     print_evaluation(console, evaluation)
@@ -250,7 +251,7 @@ def evaluate_before(run: Run, actors: Actors) -> Evaluation | None:
         return Evaluation.read(run.folder.before)
     if run.state.step:
         return None
-    before = score_held_out(rollout, actors.reward, run.prompts, config, actors.learner)
+    before = score_held_out(rollout, actors.reward, run.held_out, config, actors.learner)
     if before:
         before.write(run.folder.before)
     return before

@@ -326,8 +326,8 @@ def test_a_hubs_data_set_has_its_revision_and_no_files_here(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset_builder", open_builder)
     with pytest.raises(InputError, match="prompts.path=org/set: '/etc/x.txt' is named there and lies outside of it"):
-        read_usable_texts(config("org/set", revision="v1"), 0)
-    assert asked == [("org/set", {"revision": "v1"})]
+        read_usable_texts(config("org/set", revision="v1", subset="fr"), 0)
+    assert asked == [("org/set", {"name": "fr", "revision": "v1"})]
 
 
 def test_links_that_leave_a_folder_are_not_followed(tmp_path):
