@@ -156,7 +156,7 @@ class EvaluationConfig(Section):
 def prompts_contradictions(prompts: PromptsConfig) -> Iterator[Contradiction]:
     """Yield the contradictions of where prompts are from."""
     if prompts.path is None and not prompts.sources:
-        yield Contradiction(("prompts.path", "prompts.sources"), "required, but not given")
+        yield Contradiction(("prompts.path", "prompts.sources"), "required, but not given; or give prompts.sources")
     if not prompts.sources:
         return
     for name in ("path", "revision", "subset"):

@@ -156,14 +156,14 @@ def _read_files(config: PromptsConfig, files: Sequence[Path]) -> Rows:
 
 
 def join_rows(config: PromptsConfig, parts: Sequence[Rows]) -> Rows:
-    """Put the rows of several files behind one another.
+    """Put the rows of several files behind one another; numbers of several types have the widest.
 
     Raises:
-        InputError: their kept columns are of different types.
+        InputError: their kept columns are of types that have none in common.
     """
     schemas = [part.kept for part in parts if part.kept is not None]
     try:
-        kept = pa.unify_schemas(schemas, promote_options="default") if schemas else None
+        kept = pa.unify_schemas(schemas, promote_options="permissive") if schemas else None
     except pa.ArrowException as error:
         names = f"{KEEP}=[{', '.join(config.keep)}]"
         what = "sources" if config.sources else "files"

@@ -1,5 +1,6 @@
 """The texts or conversations that prompts are made of: which can be used, and how many cannot."""
 
+import contextlib
 import itertools
 import re
 from array import array
@@ -140,22 +141,21 @@ def read_usable_texts(config: PromptsConfig, num_held_out: int, *, key: str = "p
         InputError: no data set, no such column, or fewer than `num_held_out + 1` texts left.
     """
     found = _Found()
-    parts = []
-    for number, (part_key, part) in enumerate(config.parts):
-        try:
-            parts.append(read_rows(part))
-            found.add(part, parts[-1], number)
-        except InputError as error:
-            wanted = part_key if config.sources else key
-            raise InputError(
-                re.sub(r"\bprompts\.(path|revision|subset|split|column)=", rf"{wanted}.\1=", str(error))
-            ) from error
+    wanted = [part_key if config.sources else key for part_key, _ in config.parts]
+    read = []
+    for name, (_, part) in zip(wanted, config.parts, strict=True):
+        with _name_source(name):
+            read.append(read_rows(part))
+    rows = join_rows(config, read)
+    for number, (name, (_, part)) in enumerate(zip(wanted, config.parts, strict=True)):
+        with _name_source(name):
+            found.add(part, Rows(read[number].batches, rows.kept), number)
     if len(found.kinds) > 1:
         raise InputError(f"prompts.sources={config.place}: some hold messages and some plain texts; give one kind")
     is_first = _find_first(np.frombuffer(found.digests, np.uint64).reshape(-1, 2))
     left_out = LeftOut(**found.counts, repeated=int((~is_first).sum()))
     usable = UsableTexts(
-        join_rows(config, parts),
+        rows,
         np.array(found.indices, np.int64)[is_first],
         left_out,
         config,
@@ -164,6 +164,16 @@ def read_usable_texts(config: PromptsConfig, num_held_out: int, *, key: str = "p
     )
     check_count(usable, num_held_out)
     return usable
+
+
+@contextlib.contextmanager
+def _name_source(key: str) -> Iterator[None]:
+    """Name the options of the data set in errors by the key that they have."""
+    try:
+        yield
+    except InputError as error:
+        text = re.sub(r"\bprompts\.(path|revision|subset|split|column)=", rf"{key}.\1=", str(error))
+        raise InputError(text) from error
 
 
 class _Found:

@@ -155,6 +155,13 @@ def test_an_option_offers_what_the_code_can_do(section, option, known):
         ("rollout.max_context=767", None),
         ("rollout.min_response_tokens=257", "rollout.min_response_tokens: 257 exceeds rollout.max_response_tokens=256"),
         ("evaluation.num_samples=257", "evaluation.num_samples: 257 exceeds evaluation.num_prompts=256"),
+        ("prompts.path=null", "prompts.path: required, but not given; or give prompts.sources"),
+        (
+            "prompts.sources=[{name: a, path: a}]",
+            "prompts.path: is for one data set; name it among prompts.sources, or leave these out",
+        ),
+        ("evaluation.sets={a: {}}", "evaluation.sets.a.path: required, but not given"),
+        ("evaluation.sets={a/b: {path: p}}", "evaluation.sets: 'a/b' is no name: letters, digits, _ and - only"),
         ("reward.function=a:b", None),
         ("reward.url=http://h/", None),
         ("reward.path=null", None),
@@ -203,6 +210,19 @@ def test_each_part_is_one_kind_of_reward():
     assert line.startswith("reward.parts: stands instead of reward.path, reward.function and reward.url")
     config = load_config(None, [*NO_REWARD, "reward.parts=[{name: a, url: 'https://h/', token_env: T}]"])
     assert config.reward.parts[0].url == "https://h/"
+
+
+def test_weights_of_a_mixture_are_whole_numbers_or_small_fractions():
+    def sources(*weights):
+        listed = ", ".join(f"{{name: s{n}, path: p, weight: {weight}}}" for n, weight in enumerate(weights))
+        return [*REQUIRED, "prompts.path=null", f"prompts.sources=[{listed}]"]
+
+    assert load_config(None, sources(0.7, 0.2, 0.1)).prompts.quotas == (7, 2, 1)
+    assert load_config(None, sources(2, 4)).prompts.quotas == (1, 2)
+    (line,) = violations(*sources(0.33333, 0.66667))
+    assert line.startswith("prompts.sources: the weights 0.33333 : 0.66667 are exact after 100,000 prompts only")
+    (line,) = violations(*sources(1, 0))
+    assert line == "prompts.sources.1.weight: 0 must be greater than 0"
 
 
 @pytest.mark.parametrize("name", ["top_k=50", "top_p=0.9", "repetition_penalty=1.1", "num_beams=4", "min_new_tokens=2"])
