@@ -261,6 +261,7 @@ def _classifier_problems(config: Config, inputs: Inputs, key: str, source: Rewar
         yield problem
     else:
         yield from _length_problems(config, inputs, path, classifier, tokenizer)
+        yield from _template_problems(config, inputs, key, source, tokenizer)
     if not source.trust.remote_code and not classifies_text(classifier):
         yield f"{key}={path}: transformers has no sequence classifier of the kind {classifier.model_type}"
     else:
@@ -272,6 +273,24 @@ def _classifier_problems(config: Config, inputs: Inputs, key: str, source: Rewar
         check_transform(source.transform, classifier, path)
     except InputError as error:
         yield str(error)
+
+
+def _template_problems(config: Config, inputs: Inputs, key: str, source: RewardSource, tokenizer: Any) -> Iterator[str]:
+    """Yield what keeps a classifier's chat template from being used."""
+    from ppo_ray.reward.classifier import read_template  # loads torch
+
+    if source.chat_template == "none":
+        return
+    option = f"{key.removesuffix('.path')}.chat_template"
+    try:
+        read_template(source.chat_template, tokenizer, str(source.path))
+    except InputError as error:
+        yield str(error).replace("reward.chat_template", option, 1)
+    if inputs.texts and not has_template(config.prompts, inputs.texts.are_chats):
+        yield (
+            f"{option}={source.chat_template}: makes a text of messages, and the prompts are plain texts; set "
+            "prompts.chat_template=tokenizer"
+        )
 
 
 def _length_problems(config: Config, inputs: Inputs, path: str, classifier: Any, tokenizer: Any) -> Iterator[str]:

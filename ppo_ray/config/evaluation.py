@@ -19,7 +19,7 @@ _TAKEN = {
     *("rollout.batch_size", "rollout.min_response_tokens", "rollout.max_response_tokens", "rollout.temperature"),
     *("rollout.stop_at_eos", "rollout.stop_token_ids", "rollout.max_context", "rollout.kv_cache_mib", "rollout.dtype"),
     *("reward.path", "reward.revision", "reward.label", "reward.transform", "reward.dtype", "reward.batch_size"),
-    *("reward.workers", "reward.threads", "reward.gpus"),
+    *("reward.batch_tokens", "reward.chat_template", "reward.workers", "reward.threads", "reward.gpus"),
     *("ray.placement", "ray.object_store_mib", "ray.max_restarts"),
     *("ray.start_timeout_s", "ray.call_timeout_s", "ray.ping_timeout_s", "ray.stop_timeout_s"),
 }

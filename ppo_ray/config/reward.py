@@ -66,8 +66,14 @@ class RewardSource(ModelSource):
     """What makes a score of the classifier's outputs: the label's raw output, its probability, or its own sigmoid."""
     dtype: DType = "float32"
     """That the classifier computes in."""
+    chat_template: str = Field(default="none", min_length=1)
+    """What the classifier reads. none: prompt and response, one behind the other. tokenizer: what its own chat template
+    makes of the prompt's messages and the response as the assistant's. Else the path of a file with a template."""
     batch_size: int = Field(default=32, ge=1)
-    """Texts per forward pass of the classifier."""
+    """Most texts per forward pass of the classifier."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens per forward pass of the classifier, padding included; a longer text has one of its own. null: as many
+    as batch_size texts have."""
 
     @property
     def address(self) -> SplitResult:

@@ -51,9 +51,11 @@ class Scorer:
             if isinstance(scorer, RewardFunction | RewardServer):
                 parts.append(scorer.score(prompts, responses, read(scorer.arguments or ())))
             else:
-                parts.append(
-                    scorer.score([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
-                )
+                texts: list[Any] = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+                if scorer.arguments:  # it has a chat template
+                    chats = zip(read(scorer.arguments)["messages"], responses, strict=True)
+                    texts = [[*messages, {"role": "assistant", "content": answer}] for messages, answer in chats]
+                parts.append(scorer.score(texts))
                 before = self.truncated or [False] * len(prompts)
                 self.truncated = [any(pair) for pair in zip(before, scorer.truncated, strict=True)]
             self.failure = scorer.failure or self.failure
@@ -73,5 +75,7 @@ def _make_scorer(source: RewardSource, reward: RewardConfig, kept: Sequence[str]
         transform=source.transform,
         dtype=source.dtype,
         batch_size=source.batch_size,
+        batch_tokens=source.batch_tokens,
+        chat_template=source.chat_template,
         trust=source.trust,
     )

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "reward.threads",
     "reward.gpus",
     "reward.batch_size",
+    "reward.batch_tokens",
     "reward.retries",
     "reward.token_env",
     "learner.workers",

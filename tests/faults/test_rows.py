@@ -35,8 +35,8 @@ def test_every_row_keeps_its_own_columns(ppo_ray: CommandLine, tmp_path: Path) -
     }
     table = pa.table(rows)
     pq.write_table(table, tmp_path / "rows.parquet")
-    pq.write_table(table.take(range(0, NUM_ROWS, 2)), tmp_path / "even.parquet")
-    odd = table.take(range(1, NUM_ROWS, 2)).to_pylist()
+    pq.write_table(table.take(list(range(0, NUM_ROWS, 2))), tmp_path / "even.parquet")
+    odd = table.take(list(range(1, NUM_ROWS, 2))).to_pylist()
     (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in odd))
     sources = f"[{{name: even, path: {tmp_path / 'even.parquet'}, weight: 0.3}}, "
     sources += f"{{name: odd, path: {tmp_path / 'odd.jsonl'}, weight: 0.1}}]"
