@@ -177,8 +177,9 @@ def serve_reward(
         parsed = load_config(config, overrides or [])
 
         from ppo_ray.reward.serve import serve
+        from ppo_ray.rollout.judge import start_judge
 
-        serve(parsed, host, port, token_env, partial(typer.echo, err=True))
+        serve(parsed, host, port, token_env, partial(typer.echo, err=True), start_judge)
 
 
 @app.command()

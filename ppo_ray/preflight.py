@@ -8,18 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, RewardSource, Trust, in_job, transport_problems
+from ppo_ray.config import Config, Trust, in_job, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.machine import count_cpus
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
 from ppo_ray.models.support import check_head, find_config_problem, max_exact_tokens
 from ppo_ray.models.tokens import EndTokens, read_end_tokens
-from ppo_ray.prompts.chat import has_template
 from ppo_ray.prompts.stream import PromptBatch, PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
-from ppo_ray.reward.function import RewardFunction
-from ppo_ray.reward.http import describe_exposure, server_problems
-from ppo_ray.reward.labels import check_transform, classifies_text, find_label, token_limit
+from ppo_ray.reward.checks import reward_problems
 
 
 @dataclass
@@ -226,90 +223,16 @@ def _end_problems(config: Config, inputs: Inputs) -> Iterator[str]:
 
 
 def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:
+    from ppo_ray.rollout.support import find_engine_problem  # loads torch
+
+    yield from reward_problems(config, inputs.texts, inputs.notes)
     for key, source in config.reward.sources:
-        if source.function is not None:
-            yield from _function_problems(config, inputs, f"{key}.function", source.function)
-        elif source.url is not None:
-            yield from server_problems(config, key, source, inputs.texts.take_all() if inputs.texts else ())
-            inputs.notes.extend(describe_exposure(key, source))
-        else:
-            yield from _classifier_problems(config, inputs, f"{key}.path", source)
-
-
-def _function_problems(config: Config, inputs: Inputs, key: str, name: str) -> Iterator[str]:
-    try:
-        arguments = RewardFunction(name, config.prompts.kept_names).arguments or ()
-    except InputError as error:
-        yield str(error).replace("reward.function", key, 1)
-    except Exception as error:  # whatever the user's own module raises when it is imported
-        yield f"{key}={name}: importing it raised {type(error).__name__}: {error}"
-    else:
-        if "messages" in arguments and inputs.texts and not has_template(config.prompts, inputs.texts.are_chats):
-            yield f"{key}={name}: takes messages, and the prompts are plain texts; set prompts.chat_template=tokenizer"
-
-
-def _classifier_problems(config: Config, inputs: Inputs, key: str, source: RewardSource) -> Iterator[str]:
-    from ppo_ray.models.loading import check_weights  # loads torch
-
-    path = str(source.path)
-    classifier, problem = read_config(key, path, source.trust)
-    if problem:
-        yield problem
-        return
-    tokenizer, problem = read_tokenizer(key, source)
-    if problem:
-        yield problem
-    else:
-        yield from _length_problems(config, inputs, path, classifier, tokenizer)
-        yield from _template_problems(config, inputs, key, source, tokenizer)
-    if not source.trust.remote_code and not classifies_text(classifier):
-        yield f"{key}={path}: transformers has no sequence classifier of the kind {classifier.model_type}"
-    else:
-        _, problem = check_weights(key, "AutoModelForSequenceClassification", path, source.trust)
-        if problem:
-            yield problem
-    try:
-        find_label(classifier.id2label or {}, source.label, path)
-        check_transform(source.transform, classifier, path)
-    except InputError as error:
-        yield str(error)
-
-
-def _template_problems(config: Config, inputs: Inputs, key: str, source: RewardSource, tokenizer: Any) -> Iterator[str]:
-    """Yield what keeps a classifier's chat template from being used."""
-    from ppo_ray.reward.classifier import read_template  # loads torch
-
-    if source.chat_template == "none":
-        return
-    option = f"{key.removesuffix('.path')}.chat_template"
-    try:
-        read_template(source.chat_template, tokenizer, str(source.path))
-    except InputError as error:
-        yield str(error).replace("reward.chat_template", option, 1)
-    if inputs.texts and not has_template(config.prompts, inputs.texts.are_chats):
-        yield (
-            f"{option}={source.chat_template}: makes a text of messages, and the prompts are plain texts; set "
-            "prompts.chat_template=tokenizer"
-        )
-
-
-def _length_problems(config: Config, inputs: Inputs, path: str, classifier: Any, tokenizer: Any) -> Iterator[str]:
-    """Compare the longest text with what the classifier takes; its tokens may be somewhat shorter or longer."""
-    limit, longest = token_limit(classifier, tokenizer), config.rollout.max_response_tokens
-    if limit is None:
-        return
-    room = limit - tokenizer.num_special_tokens_to_add()
-    whole = min(config.prompts.max_tokens + longest, config.max_context)
-    if longest > room:
-        yield (
-            f"rollout.max_response_tokens={longest}: {path} takes texts of at most {limit} tokens and would not see a "
-            f"whole response; set it to {room} or less"
-        )
-    elif whole > room:
-        inputs.notes.append(
-            f"{path} takes texts of at most {limit} tokens, and prompt and response may have {whole}: of such a text "
-            "it sees the end; score/truncated_rate is their share"
-        )
+        if source.judge is not None:
+            model, _ = read_config(f"{key}.judge.path", source.judge.path, source.judge.trust)
+            rollout = config.rollout.model_copy(update={"engine": source.judge.engine, "gpus": config.reward.gpus})
+            if model is not None and (problem := find_engine_problem(rollout, model)):
+                words = problem.replace("rollout.engine", f"{key}.judge.engine")
+                yield f"{key}.judge.path={source.judge.path}: {words}"
 
 
 def _prompt_problems(config: Config, inputs: Inputs) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from ppo_ray.config.evaluation import load_evaluation_config
 from ppo_ray.config.ppo import UpdateConfig
 from ppo_ray.config.prompts import SOURCE, EvaluationConfig, EvaluationSet, PromptsConfig
-from ppo_ray.config.reward import RewardConfig, RewardSource, is_loopback
+from ppo_ray.config.reward import JudgeConfig, RewardConfig, RewardSource, is_loopback
 from ppo_ray.config.rollout import RolloutConfig
 from ppo_ray.config.run import Config, load_config, to_yaml
 from ppo_ray.config.sections import (
@@ -26,6 +26,7 @@ __all__ = [
     "Config",
     "EvaluationConfig",
     "EvaluationSet",
+    "JudgeConfig",
     "LearnerConfig",
     "ModelConfig",
     "PromptsConfig",

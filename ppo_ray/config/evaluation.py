@@ -29,6 +29,7 @@ _SAID = (
     "model.allow_pickled_weights",
     "reward.function",
     "reward.url",
+    "reward.judge",
     "reward.parts",
     "reward.trust_remote_code",
     "reward.allow_pickled_weights",
@@ -38,6 +39,7 @@ _SAID = (
 _SCORERS = {
     "reward.function": "code that is not run",
     "reward.url": "a server that is sent nothing",
+    "reward.judge": "a model and files that are not read",
     "reward.parts": "which are not used",
 }
 """What scores by running code or by asking another machine, and what does not become of it."""
@@ -64,6 +66,8 @@ def load_evaluation_config(checkpoint: str | Path, overrides: Sequence[str] = ()
             "give a folder like RUN/checkpoints/final"
         )
     options = read_plain(source)
+    if judge := {key: value for key, value in options.items() if key.startswith("reward.judge.")}:
+        options["reward.judge"] = judge
     taken = {key: value for key, value in options.items() if key in _TAKEN or key.partition(".")[0] in _TAKEN_SECTIONS}
     for key, value in taken.items():
         if "${" in str(value):

@@ -12,6 +12,7 @@ import ray
 from ppo_ray import trajectory
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config
+from ppo_ray.reward.judge import StartJudge
 from ppo_ray.reward.scorer import Scorer
 
 
@@ -19,10 +20,10 @@ from ppo_ray.reward.scorer import Scorer
 class RewardWorker(Worker):
     """Scores trajectories."""
 
-    def setup(self, config: Config) -> dict[str, float]:
-        """Load the classifiers, import the functions, read the tokens; returns the seconds it took."""
+    def setup(self, config: Config, start_judge: StartJudge | None = None) -> dict[str, float]:
+        """Load the classifiers and judges, import the functions, read the tokens; returns the seconds it took."""
         start = time.perf_counter()
-        self._reward, self._scorer = config.reward, Scorer(config)
+        self._reward, self._scorer = config.reward, Scorer(config, start_judge)
         self._failure: str | None = None
         return {"time/reward_start_s": time.perf_counter() - start}
 

@@ -4,21 +4,27 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ppo_ray.config import Config, RewardConfig, RewardSource
+from ppo_ray.errors import InputError
 from ppo_ray.reward.function import RewardFunction
 from ppo_ray.reward.http import RewardServer
+from ppo_ray.reward.judge import Judge, StartJudge
 
 
 class Scorer:
-    """The classifiers, functions and servers of a config."""
+    """The classifiers, functions, servers and judges of a config."""
 
-    def __init__(self, config: Config) -> None:
-        """Load the classifiers, import the functions, read the servers' tokens.
+    def __init__(self, config: Config, start_judge: StartJudge | None = None) -> None:
+        """Load the classifiers and judges, import the functions, read the servers' tokens.
+
+        Args:
+            config: names them.
+            start_judge: loads a judge; None: there is none.
 
         Raises:
             InputError: one of them cannot be used.
         """
         kept = config.prompts.kept_names
-        self._scorers = [_make_scorer(source, config.reward, kept) for _, source in config.reward.sources]
+        self._scorers = [_make_scorer(source, config.reward, kept, start_judge) for _, source in config.reward.sources]
         self.truncated: list[bool] | None = None
         """Whether a classifier saw only the end of each text of the last `score`; None: no classifier scores."""
         self.failure: str | None = None
@@ -50,6 +56,8 @@ class Scorer:
         for scorer in self._scorers:
             if isinstance(scorer, RewardFunction | RewardServer):
                 parts.append(scorer.score(prompts, responses, read(scorer.arguments or ())))
+            elif isinstance(scorer, Judge):
+                parts.append(scorer.score(prompts, responses, read((*scorer.arguments, "messages"))))
             else:
                 texts: list[Any] = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
                 if scorer.arguments:  # it has a chat template
@@ -62,11 +70,20 @@ class Scorer:
         return parts
 
 
-def _make_scorer(source: RewardSource, reward: RewardConfig, kept: Sequence[str]) -> Any:
+def _make_scorer(
+    source: RewardSource, reward: RewardConfig, kept: Sequence[str], start_judge: StartJudge | None
+) -> Any:
     if source.function is not None:
         return RewardFunction(source.function, kept, max_concurrent=reward.max_concurrent, timeout_s=reward.timeout_s)
     if source.url is not None:
         return RewardServer(source, kept, retries=reward.retries, timeout_s=reward.timeout_s)
+    if source.judge is not None:
+        from ppo_ray.models.loading import load_tokenizer  # loads torch
+
+        if start_judge is None:
+            raise InputError("reward.judge: there is nothing here that starts a judge")
+        tokenizer = load_tokenizer(source.judge.path, source.judge.trust)
+        return Judge(source.judge, kept, tokenizer, start_judge(source.judge))
     from ppo_ray.reward.classifier import Classifier  # loads torch
 
     return Classifier(

@@ -203,13 +203,30 @@ def test_a_token_in_place_of_its_variables_name_is_not_shown():
 def test_each_part_is_one_kind_of_reward():
     first = "{name: a, url: 'https://h/', function: 'b:c'}, {name: b}"
     both, none, token = violations(*NO_REWARD, f"reward.parts=[{first}, {{name: c, function: 'b:c', token_env: T}}]")
-    assert "give reward.parts[0].path (a classifier), reward.parts[0].function (a Python function) or" in both
-    assert both.endswith("reward.parts[0].url (a server), not several") and none.endswith("one of them")
+    assert "give reward.parts[0].path (a classifier), reward.parts[0].function (a Python function), reward" in both
+    assert both.endswith(
+        "reward.parts[0].url (a server) or reward.parts[0].judge (a judge), not several"
+    ) and none.endswith("one of them")
     assert "reward.parts[2].token_env is for reward.parts[2].url" in token
     (line,) = violations(*NO_REWARD, "reward.parts=[{name: a, url: 'https://h/'}]", "reward.url=https://h/")
-    assert line.startswith("reward.parts: stands instead of reward.path, reward.function and reward.url")
+    assert line.startswith("reward.parts: stands instead of reward.path, reward.function, reward.url and")
     config = load_config(None, [*NO_REWARD, "reward.parts=[{name: a, url: 'https://h/', token_env: T}]"])
     assert config.reward.parts[0].url == "https://h/"
+
+
+def test_a_judges_pattern_has_one_group_and_its_answer_leaves_room_for_the_question():
+    def lines(**judge):
+        options = ", ".join(f"{name}: {value}" for name, value in {"path": "m", "prompt": "q.txt", **judge}.items())
+        return violations(*NO_REWARD, f"reward.judge={{{options}}}")
+
+    assert lines(pattern="'('")[0].startswith("reward.judge.pattern: '(' is no regular expression: missing )")
+    assert lines(pattern="good")[0].endswith("'good' has 0 groups in parentheses; it must have one, around the verdict")
+    assert lines() == ["reward.judge.pattern: required, but not given"]
+    assert lines(pattern="(yes|no)", max_tokens=2048) == [
+        "reward.judge: reward.judge.max_tokens=2048 leaves no room for the question in max_context=2048"
+    ]
+    right = "reward.judge={path: m, prompt: q.txt, pattern: '(yes|no)', scores: {'yes': 1, 'no': 0.5}}"
+    assert load_config(None, [*NO_REWARD, right]).reward.judge.scores == {"yes": 1, "no": 0.5}
 
 
 def test_weights_of_a_mixture_are_whole_numbers_or_small_fractions():

@@ -78,6 +78,6 @@ def test_every_row_keeps_its_own_columns(ppo_ray: CommandLine, tmp_path: Path) -
     assert len(numbers) == STEPS * BATCH and len(set(numbers)) == NUM_ROWS - 8
     for figure in ("eval/score_mean", "eval/hard/score_mean", "eval/hard/length_mean", "eval/hard/kl_per_sequence"):
         assert [step for step, line in enumerate(lines(run)) if figure in line] == [0, 2, 4]
-    before, after = (json.loads((run / f"{name}.json").read_text()) for name in ("before", "after"))
+    before, after = (json.loads((run / f"evaluation_{name}.json").read_text()) for name in ("before", "after"))
     assert (before["num_prompts"], before["sets"]["hard"]["num_prompts"]) == (8, 5)
     assert after["figures"]["eval/hard/score_mean"] == after["sets"]["hard"]["mean_score"] != after["mean_score"]
