@@ -242,6 +242,6 @@ def _prompt_problems(config: Config, inputs: Inputs) -> Iterator[str]:
         yield str(error) + "".join(asset_hint(str(part.path)) for _, part in config.prompts.parts)
     for name, source in config.evaluation.sets.items():
         try:
-            inputs.sets[name] = read_usable_texts(config.prompts.of(source), 0, key=f"evaluation.sets.{name}")
+            inputs.sets[name] = read_usable_texts(config.prompts.of_set(name, source), 0, key=f"evaluation.sets.{name}")
         except InputError as error:
             yield str(error) + asset_hint(source.path)

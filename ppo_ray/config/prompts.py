@@ -122,6 +122,13 @@ class PromptsConfig(DataSource):
         numbers = [int(weight * common) for weight in weights]
         return tuple(number // gcd(*numbers) for number in numbers)
 
+    def of_set(self, name: str, source: EvaluationSet) -> Self:
+        """Return these options with the data set of an evaluation; its name stands for that of a mixture's source."""
+        if SOURCE not in self.keep or not self.sources:
+            return self.of(source)
+        options = source.model_dump(exclude={"num_prompts"})
+        return self.model_copy(update={"sources": (MixedSource(name=name, **options),)})
+
     def of(self, source: OtherSource) -> Self:
         """Return these options with another data set."""
         own = {name: getattr(source, name) for name in ("path", "revision", "subset")}
@@ -180,8 +187,8 @@ def prompts_contradictions(prompts: PromptsConfig) -> Iterator[Contradiction]:
 def evaluation_contradictions(evaluation: EvaluationConfig) -> Iterator[Contradiction]:
     """Yield the contradictions of evaluation alone."""
     for name in evaluation.sets:
-        if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
-            yield Contradiction(("evaluation.sets",), f"{name!r} is no name: letters, digits, _ and - only")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            yield Contradiction(("evaluation.sets",), f"{name!r} is no name: letters, digits and _ only")
     if evaluation.num_samples > evaluation.num_prompts > 0:
         yield Contradiction(
             ("evaluation.num_samples", "evaluation.num_prompts"),

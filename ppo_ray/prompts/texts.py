@@ -141,7 +141,7 @@ def read_usable_texts(config: PromptsConfig, num_held_out: int, *, key: str = "p
         InputError: no data set, no such column, or fewer than `num_held_out + 1` texts left.
     """
     found = _Found()
-    wanted = [part_key if config.sources else key for part_key, _ in config.parts]
+    wanted = [part_key if key == "prompts" else key for part_key, _ in config.parts]
     read = []
     for name, (_, part) in zip(wanted, config.parts, strict=True):
         with _name_source(name):

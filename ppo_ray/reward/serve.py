@@ -73,7 +73,7 @@ def make_app(config: Config, token: str | None = None, start_judge: StartJudge |
     at_work = asyncio.Lock()
 
     def score_batch(batch: Batch) -> list[float | None]:
-        parts = scorer.score(batch.prompts, batch.responses, lambda names: batch.named)
+        parts = scorer.score(batch.prompts, batch.responses, lambda names: batch.named).parts
         weights = {part.name: part.weight for part in reward.parts}
         scores = weigh_parts(dict(zip(weights, parts, strict=True)), weights) if weights else parts[0]
         return [None if score is None or not math.isfinite(score) else score for score in scores]

@@ -161,7 +161,7 @@ def test_an_option_offers_what_the_code_can_do(section, option, known):
             "prompts.path: is for one data set; name it among prompts.sources, or leave these out",
         ),
         ("evaluation.sets={a: {}}", "evaluation.sets.a.path: required, but not given"),
-        ("evaluation.sets={a/b: {path: p}}", "evaluation.sets: 'a/b' is no name: letters, digits, _ and - only"),
+        ("evaluation.sets={a/b: {path: p}}", "evaluation.sets: 'a/b' is no name: letters, digits and _ only"),
         ("reward.function=a:b", None),
         ("reward.url=http://h/", None),
         ("reward.path=null", None),

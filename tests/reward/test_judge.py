@@ -119,7 +119,7 @@ def test_a_real_model_answers_greedily(
     answers: list[str] = []
     monkeypatch.setattr(judge, "_read", lambda text: answers.append(text) or float(len(text)))
     columns = {"answer": ["a film", "a story"]}
-    (scores,) = scorer.score(["good", "bad"], ["so good", "so bad"], lambda names: columns)
+    (scores,) = scorer.score(["good", "bad"], ["so good", "so bad"], lambda names: columns).parts
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tiny_policy).eval(),
         AutoTokenizer.from_pretrained(tiny_policy),
