@@ -195,9 +195,9 @@ def _load(config: PromptsConfig, builder: Any, size: int) -> Rows:
     except Exception as error:
         raise _make_error(config, "cannot be read", error) from error
     columns = Columns(config.column, config.keep)
-    first = list(dict.fromkeys(names[0] for names in columns.find(config.path, dataset.features.arrow_schema)))
+    first = list(dict.fromkeys(names[0] for names in columns.find(str(config.path), dataset.features.arrow_schema)))
     table = dataset.select_columns(first).with_format("arrow")[:]  # still on the disk: the library maps it
-    return pick_rows(table.schema, table.to_batches(), columns, Meter(config.path, size), lambda column: True)
+    return pick_rows(table.schema, table.to_batches(), columns, Meter(str(config.path), size), lambda column: True)
 
 
 def _make_error(config: PromptsConfig, what: str, error: Exception) -> InputError:
