@@ -30,6 +30,7 @@ class AssetSet(StrEnum):
 
     imdb = "imdb"
     arithmetic = "arithmetic"
+    assistant = "assistant"
 
 
 Overrides = Annotated[
@@ -78,7 +79,8 @@ def train(
 def demo(
     overrides: Overrides = None,
     task: Annotated[
-        AssetSet, typer.Option("--task", help="imdb: happier film reviews. arithmetic: a chat model learns sums.")
+        AssetSet,
+        typer.Option("--task", help="imdb: happier film reviews. arithmetic: sums. assistant: warmer answers."),
     ] = AssetSet.imdb,
 ) -> None:
     """Build a demo's models and data, then train as configs/imdb.yaml says: 30 steps on two CPU cores.
@@ -183,8 +185,9 @@ def serve_reward(
         parsed = load_config(config, overrides or [])
 
         from ppo_ray.reward.serve import serve
+        from ppo_ray.rollout.judge import start_judge
 
-        serve(parsed, host, port, token_env, partial(typer.echo, err=True))
+        serve(parsed, host, port, token_env, partial(typer.echo, err=True), start_judge)
 
 
 @app.command()
@@ -246,7 +249,9 @@ def submit(
 
 @app.command()
 def assets(
-    name: Annotated[AssetSet, typer.Argument(metavar="NAME", help="imdb or arithmetic: what configs/NAME.yaml needs.")],
+    name: Annotated[
+        AssetSet, typer.Argument(metavar="NAME", help="imdb, arithmetic or assistant: what configs/NAME.yaml needs.")
+    ],
     force: Annotated[bool, typer.Option("--force", help="Build again what is there already.")] = False,
 ) -> None:
     """Build a demo's models and data into the cache; no hub is needed."""

@@ -8,18 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, RewardSource, Trust, in_job, transport_problems
+from ppo_ray.config import Config, Trust, in_job, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.machine import count_cpus
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
 from ppo_ray.models.support import check_head, find_config_problem, max_exact_tokens
 from ppo_ray.models.tokens import EndTokens, read_end_tokens
-from ppo_ray.prompts.chat import has_template
-from ppo_ray.prompts.stream import PromptStream
+from ppo_ray.prompts.stream import PromptBatch, PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
-from ppo_ray.reward.function import RewardFunction
-from ppo_ray.reward.http import describe_exposure, server_problems
-from ppo_ray.reward.labels import check_transform, classifies_text, find_label, token_limit
+from ppo_ray.reward.checks import reward_problems
 
 
 @dataclass
@@ -31,6 +28,8 @@ class Inputs:
     vocab_size: int = 0
     """Of the policy."""
     texts: UsableTexts | None = None
+    sets: dict[str, UsableTexts] = field(default_factory=dict)
+    """The texts of `evaluation.sets`, by name."""
     end_tokens: EndTokens | None = None
     """What ends a response."""
     notes: list[str] = field(default_factory=list)
@@ -46,6 +45,21 @@ class Inputs:
         return PromptStream(
             config.prompts, self.tokenizer, config.seed, held_out, vocab_size=vocab_size, texts=self.texts
         )
+
+    def open_sets(self, config: Config) -> dict[str, PromptBatch]:
+        """Return the prompts of `evaluation.sets`, by name."""
+        return {
+            name: PromptStream(
+                texts.config,
+                self.tokenizer,
+                config.seed,
+                config.evaluation.sets[name].num_prompts,
+                vocab_size=self.vocab_size,
+                texts=texts,
+                trains=False,
+            ).held_out()
+            for name, texts in self.sets.items()
+        }
 
 
 def check(config: Config) -> Inputs:
@@ -209,75 +223,25 @@ def _end_problems(config: Config, inputs: Inputs) -> Iterator[str]:
 
 
 def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:
+    from ppo_ray.rollout.support import find_engine_problem  # loads torch
+
+    yield from reward_problems(config, inputs.texts, inputs.notes)
     for key, source in config.reward.sources:
-        if source.function is not None:
-            yield from _function_problems(config, inputs, f"{key}.function", source.function)
-        elif source.url is not None:
-            yield from server_problems(config, key, source, inputs.texts and inputs.texts.kept)
-            inputs.notes.extend(describe_exposure(key, source))
-        else:
-            yield from _classifier_problems(config, inputs, f"{key}.path", source)
-
-
-def _function_problems(config: Config, inputs: Inputs, key: str, name: str) -> Iterator[str]:
-    try:
-        arguments = RewardFunction(name, config.prompts.kept_names).arguments or ()
-    except InputError as error:
-        yield str(error).replace("reward.function", key, 1)
-    except Exception as error:  # whatever the user's own module raises when it is imported
-        yield f"{key}={name}: importing it raised {type(error).__name__}: {error}"
-    else:
-        if "messages" in arguments and inputs.texts and not has_template(config.prompts, inputs.texts.are_chats):
-            yield f"{key}={name}: takes messages, and the prompts are plain texts; set prompts.chat_template=tokenizer"
-
-
-def _classifier_problems(config: Config, inputs: Inputs, key: str, source: RewardSource) -> Iterator[str]:
-    from ppo_ray.models.loading import check_weights  # loads torch
-
-    path = str(source.path)
-    classifier, problem = read_config(key, path, source.trust)
-    if problem:
-        yield problem
-        return
-    tokenizer, problem = read_tokenizer(key, source)
-    if problem:
-        yield problem
-    else:
-        yield from _length_problems(config, inputs, path, classifier, tokenizer)
-    if not source.trust.remote_code and not classifies_text(classifier):
-        yield f"{key}={path}: transformers has no sequence classifier of the kind {classifier.model_type}"
-    else:
-        _, problem = check_weights(key, "AutoModelForSequenceClassification", path, source.trust)
-        if problem:
-            yield problem
-    try:
-        find_label(classifier.id2label or {}, source.label, path)
-        check_transform(source.transform, classifier, path)
-    except InputError as error:
-        yield str(error)
-
-
-def _length_problems(config: Config, inputs: Inputs, path: str, classifier: Any, tokenizer: Any) -> Iterator[str]:
-    """Compare the longest text with what the classifier takes; its tokens may be somewhat shorter or longer."""
-    limit, longest = token_limit(classifier, tokenizer), config.rollout.max_response_tokens
-    if limit is None:
-        return
-    room = limit - tokenizer.num_special_tokens_to_add()
-    whole = min(config.prompts.max_tokens + longest, config.max_context)
-    if longest > room:
-        yield (
-            f"rollout.max_response_tokens={longest}: {path} takes texts of at most {limit} tokens and would not see a "
-            f"whole response; set it to {room} or less"
-        )
-    elif whole > room:
-        inputs.notes.append(
-            f"{path} takes texts of at most {limit} tokens, and prompt and response may have {whole}: of such a text "
-            "it sees the end; score/truncated_rate is their share"
-        )
+        if source.judge is not None:
+            model, _ = read_config(f"{key}.judge.path", source.judge.path, source.judge.trust)
+            rollout = config.rollout.model_copy(update={"engine": source.judge.engine, "gpus": config.reward.gpus})
+            if model is not None and (problem := find_engine_problem(rollout, model)):
+                words = problem.replace("rollout.engine", f"{key}.judge.engine")
+                yield f"{key}.judge.path={source.judge.path}: {words}"
 
 
 def _prompt_problems(config: Config, inputs: Inputs) -> Iterator[str]:
     try:
         inputs.texts = read_usable_texts(config.prompts, config.evaluation.num_prompts)
     except InputError as error:
-        yield str(error) + asset_hint(config.prompts.path)
+        yield str(error) + "".join(asset_hint(str(part.path)) for _, part in config.prompts.parts)
+    for name, source in config.evaluation.sets.items():
+        try:
+            inputs.sets[name] = read_usable_texts(config.prompts.of_set(name, source), 0, key=f"evaluation.sets.{name}")
+        except InputError as error:
+            yield str(error) + asset_hint(source.path)

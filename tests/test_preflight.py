@@ -101,7 +101,7 @@ def test_a_model_without_vocabulary_is_no_language_model(configured, home, tmp_p
 def test_what_is_read_is_what_the_run_works_with(configured):
     config = configured()
     inputs = check(config)
-    assert inputs.vocab_size == 8 and len(inputs.texts.texts) == 5
+    assert inputs.vocab_size == 8 and len(inputs.texts) == 5
     prompts = inputs.open_prompts(config)
     film = inputs.tokenizer("film")["input_ids"][0]
     assert {ids[0] for ids in prompts.take(3).prompt_ids} == {film}
@@ -545,3 +545,26 @@ def test_a_softmax_that_means_nothing_is_found_before_anything_starts(configured
     (tmp_path / "config.json").write_text(json.dumps(settings | {"problem_type": "multi_label_classification"}))
     (line,) = problems(configured(f"reward.path={tmp_path}", "reward.transform=softmax"))
     assert line.startswith("reward.transform=softmax: the outputs of") and "multi_label_classification" in line
+
+
+def test_a_judge_is_checked_before_it_is_asked(configured, home, tmp_path):
+    (tmp_path / "q.txt").write_text("{response} {answr}")
+    judge = f"path: {home / 'policy'}, prompt: {tmp_path / 'q.txt'}, pattern: '(x)'"
+    lines = problems(configured("reward.path=null", f"reward.judge={{{judge}, max_context: 9000}}"))
+    assert f"reward.judge.prompt={tmp_path / 'q.txt'}: nothing is known for {{answr}}" in lines[0]
+    assert any(line.startswith("reward.judge.max_context=9000:") for line in lines)
+    (tmp_path / "q.txt").write_text("{response}")
+    parts = f"[{{name: a, judge: {{{judge}, engine: hf, max_context: 64, max_tokens: 8}}}}]"
+    check(configured("reward.path=null", f"reward.parts={parts}"))
+    missing = f"[{{name: a, judge: {{path: /no, prompt: {tmp_path / 'q.txt'}, pattern: '(x)'}}}}]"
+    (line,) = problems(configured("reward.path=null", f"reward.parts={missing}"))
+    assert line.startswith("reward.parts[0].judge.path=/no: missing model")
+
+
+def test_sets_and_sources_are_checked_by_their_own_names(configured, home, tmp_path):
+    sets = f"evaluation.sets={{hard: {{path: {tmp_path / 'no.csv'}}}, easy: {{path: {home / 'texts.csv'}}}}}"
+    (line,) = problems(configured(sets))
+    assert line == f"evaluation.sets.hard.path={tmp_path / 'no.csv'}: no such file"
+    config = configured(f"evaluation.sets={{easy: {{path: {home / 'texts.csv'}, num_prompts: 9}}}}")
+    (batch,) = check(config).open_sets(config).values()
+    assert sorted(batch.sample_ids) == [-5, -4, -3, -2, -1]  # all that there are

@@ -7,15 +7,20 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-_LARGEST = 9
 _NEAR = 6  # an answer that is so far off, or further, is worth nothing
 _ALONE = re.compile(r"\s*(\d+)\.?\s*")
 _NUMBER = re.compile(r"\d+")
 
 
-def build_sums(path: Path) -> None:
-    """Write all sums of two digits from 0 to 9 to a Parquet file: the column `messages`, and the `answer`, int64."""
-    pairs = [(a, b) for a in range(_LARGEST + 1) for b in range(_LARGEST + 1)]
+def build_sums(path: Path, digits: int = 1) -> None:
+    """Write sums of two numbers to a Parquet file: the column `messages`, and the `answer`, int64.
+
+    Args:
+        path: the file.
+        digits: of each number. 1: all sums of 0 to 9. 2: all of 10 to 99.
+    """
+    first = 10 ** (digits - 1) if digits > 1 else 0
+    pairs = [(a, b) for a in range(first, 10**digits) for b in range(first, 10**digits)]
     chats = [[{"role": "user", "content": f"What is {a} + {b}?"}] for a, b in pairs]
     pq.write_table(pa.table({"messages": chats, "answer": [a + b for a, b in pairs]}), path)
 

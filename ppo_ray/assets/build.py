@@ -23,6 +23,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from ppo_ray.assets.arithmetic import build_sums
+from ppo_ray.assets.assistant import make_reward_model, write_chats
 from ppo_ray.assets.cache import SETS, asset_path, build_once, cache_folder
 from ppo_ray.errors import AssetError
 
@@ -138,8 +139,14 @@ def build_classifier(folder: Path, advance: Advance) -> None:
 _BUILDS: dict[str, tuple[str, Callable[..., None]]] = {
     "prompts": ("25,000 IMDB reviews", build_prompts),
     "sums": ("100 sums as chat messages", lambda path, advance: build_sums(path)),
+    "two_digit_sums": ("8,100 sums of two digits", lambda path, advance: build_sums(path, digits=2)),
+    "chats": ("critics' words as chats", lambda path, advance: write_chats(path, read_reviews("rotten_tomatoes"))),
     "policy": ("SmolLM2-135M", build_policy),
     "classifier": ("MiniLM, fine-tuned", build_classifier),
+    "reward_model": (
+        "the classifier with a chat template",
+        lambda folder, advance: make_reward_model(asset_path("classifier"), folder),
+    ),
 }
 """Title and build of each asset."""
 
@@ -196,7 +203,8 @@ def _summarize(demo: str, seconds: dict[str, float]) -> Table:
     table = Table(
         "asset", "what", "size", "built in", title=f"offline assets in {cache_folder()}", title_justify="left"
     )
-    what = {"policy": "SmolLM2, 135M parameters, float32", **{name: _BUILDS[name][0] for name in ("prompts", "sums")}}
+    what = {name: title for name, (title, _) in _BUILDS.items()}
+    what["policy"] = "SmolLM2, 135M parameters, float32"
     for name in SETS[demo]:
         path = asset_path(name)
         if name == "classifier":

@@ -9,10 +9,22 @@ from platformdirs import user_cache_path
 from ppo_ray import atomic
 from ppo_ray.errors import AssetError
 
-ASSETS = {"policy": "policy", "classifier": "classifier", "prompts": "prompts.parquet", "sums": "sums.parquet"}
+ASSETS = {
+    "policy": "policy",
+    "classifier": "classifier",
+    "reward_model": "reward_model",
+    "prompts": "prompts.parquet",
+    "sums": "sums.parquet",
+    "two_digit_sums": "two_digit_sums.parquet",
+    "chats": "chats.parquet",
+}
 """Every asset's name, as in `asset:NAME`, and its file or folder in the cache."""
-SETS = {"imdb": ("prompts", "policy", "classifier"), "arithmetic": ("sums", "policy")}
-"""The assets of each demo, the quickest to build first."""
+SETS = {
+    "imdb": ("prompts", "policy", "classifier"),
+    "arithmetic": ("sums", "two_digit_sums", "policy"),
+    "assistant": ("chats", "policy", "classifier", "reward_model"),
+}
+"""The assets of each demo in the order of their builds: the quickest first, what is made of another after that."""
 _VERSION = "imdb-v1"  # another recipe is another folder, so that a run never meets half of each
 
 

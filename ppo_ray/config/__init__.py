@@ -2,16 +2,15 @@
 
 from ppo_ray.config.evaluation import load_evaluation_config
 from ppo_ray.config.ppo import UpdateConfig
-from ppo_ray.config.reward import RewardConfig, RewardSource, is_loopback
+from ppo_ray.config.prompts import SOURCE, EvaluationConfig, EvaluationSet, PromptsConfig
+from ppo_ray.config.reward import JudgeConfig, RewardConfig, RewardSource, is_loopback
 from ppo_ray.config.rollout import RolloutConfig
 from ppo_ray.config.run import Config, load_config, to_yaml
 from ppo_ray.config.sections import (
     NO_TRUST,
     CheckpointConfig,
-    EvaluationConfig,
     LearnerConfig,
     ModelConfig,
-    PromptsConfig,
     RayConfig,
     Transport,
     Trust,
@@ -22,9 +21,12 @@ from ppo_ray.config.transport import transport_problems, weight_transport
 
 __all__ = [
     "NO_TRUST",
+    "SOURCE",
     "CheckpointConfig",
     "Config",
     "EvaluationConfig",
+    "EvaluationSet",
+    "JudgeConfig",
     "LearnerConfig",
     "ModelConfig",
     "PromptsConfig",

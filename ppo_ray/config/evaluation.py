@@ -19,7 +19,7 @@ _TAKEN = {
     *("rollout.batch_size", "rollout.min_response_tokens", "rollout.max_response_tokens", "rollout.temperature"),
     *("rollout.stop_at_eos", "rollout.stop_token_ids", "rollout.max_context", "rollout.kv_cache_mib", "rollout.dtype"),
     *("reward.path", "reward.revision", "reward.label", "reward.transform", "reward.dtype", "reward.batch_size"),
-    *("reward.workers", "reward.threads", "reward.gpus"),
+    *("reward.batch_tokens", "reward.chat_template", "reward.workers", "reward.threads", "reward.gpus"),
     *("ray.placement", "ray.object_store_mib", "ray.max_restarts"),
     *("ray.start_timeout_s", "ray.call_timeout_s", "ray.ping_timeout_s", "ray.stop_timeout_s"),
 }
@@ -29,6 +29,7 @@ _SAID = (
     "model.allow_pickled_weights",
     "reward.function",
     "reward.url",
+    "reward.judge",
     "reward.parts",
     "reward.trust_remote_code",
     "reward.allow_pickled_weights",
@@ -38,6 +39,7 @@ _SAID = (
 _SCORERS = {
     "reward.function": "code that is not run",
     "reward.url": "a server that is sent nothing",
+    "reward.judge": "a model and files that are not read",
     "reward.parts": "which are not used",
 }
 """What scores by running code or by asking another machine, and what does not become of it."""
@@ -64,6 +66,8 @@ def load_evaluation_config(checkpoint: str | Path, overrides: Sequence[str] = ()
             "give a folder like RUN/checkpoints/final"
         )
     options = read_plain(source)
+    if judge := {key: value for key, value in options.items() if key.startswith("reward.judge.")}:
+        options["reward.judge"] = judge
     taken = {key: value for key, value in options.items() if key in _TAKEN or key.partition(".")[0] in _TAKEN_SECTIONS}
     for key, value in taken.items():
         if "${" in str(value):
@@ -87,5 +91,8 @@ def load_evaluation_config(checkpoint: str | Path, overrides: Sequence[str] = ()
     for path, revision in (("reward.path", "reward.revision"), ("prompts.path", "prompts.revision")):
         if path in given or path not in taken:
             taken.pop(revision, None)  # of another path
+    for one, other in (("prompts.path", "prompts.sources"), ("prompts.sources", "prompts.path")):
+        if one in given:
+            taken.pop(other, None)
     overrides = [f"model.path={checkpoint}", f"output_dir={checkpoint}", *overrides]
     return load(Config, None, overrides, given=taken), dropped

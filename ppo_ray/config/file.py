@@ -250,7 +250,7 @@ def _find_more_contradictions(
         *sections, name = [str(part) for part in detail["loc"]]
         holder = rest
         for section in sections:
-            holder = holder[section]
+            holder = holder[int(section) if isinstance(holder, list) else section]
         if detail["type"] == "missing":
             holder[name] = "missing"
         else:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from ppo_ray.config.file import Contradiction
 from ppo_ray.config.sections import DType, ModelSource, Source
 
-_KINDS = {"path": "a classifier", "function": "a Python function", "url": "a server"}
+_KINDS = {"path": "a classifier", "function": "a Python function", "url": "a server", "judge": "a judge"}
 """The options of a source that name what scores; each has one of them."""
 
 
@@ -44,8 +44,46 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _check_pattern(pattern: str) -> str:
+    """Refuse what is no regular expression with one group."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    if groups != 1:
+        raise ValueError(f"{pattern!r} has {groups} groups in parentheses; it must have one, around the verdict")
+    return pattern
+
+
+class JudgeConfig(ModelSource):
+    """A language model that is asked about each response."""
+
+    path: Source
+    """Folder or hub name of a causal LM with its tokenizer, weights in safetensors. Required."""
+    prompt: str = Field(min_length=1)
+    """Path of a file with the question: a text in which {prompt}, {response} and the columns of `prompts.keep`, each in
+    braces, stand for themselves. It is the user's message to the judge. Required."""
+    pattern: Annotated[str, AfterValidator(_check_pattern)]
+    """Regular expression with one group, which is the verdict, e.g. 'Verdict: (\\d+)'. The last place of the answer
+    where it matches counts; an answer without any leaves the response without a score. Required."""
+    scores: dict[str, float] = Field(default={})
+    """The score of each verdict, e.g. {yes: 1, no: 0}; others are no scores. Empty: the verdict is a number itself."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Longest answer, tokens."""
+    max_context: int = Field(default=2048, ge=2)
+    """Longest question with its answer, tokens; a response whose question is longer has no score."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Of sampling the answer. 0: the likeliest token each time. The same question always has the same answer."""
+    engine: Literal["vllm", "hf"] = "vllm"
+    """What runs the judge: vLLM, or transformers, which is slower and takes any model."""
+    dtype: DType = "float32"
+    """That the judge computes in."""
+    kv_cache_mib: int = Field(default=512, ge=1)
+    """Memory of vLLM for the judge's keys and values, MiB."""
+
+
 class RewardSource(ModelSource):
-    """One thing that scores: a classifier, a Python function or a server."""
+    """One thing that scores: a classifier, a Python function, a server or a judge."""
 
     path: Source | None = None
     """Folder or hub name of a sequence classifier with its tokenizer, weights in safetensors. It scores prompt plus
@@ -57,6 +95,9 @@ class RewardSource(ModelSource):
     url: Annotated[str, AfterValidator(_check_url)] | None = None
     """Address of a server instead, http:// or https://, that is sent each batch's texts as JSON and answers with their
     scores; docs/own_task.md has the form. `ppo-ray serve-reward` is such a server."""
+    judge: JudgeConfig | None = None
+    """A language model instead that is asked about each response: {path, prompt, pattern, scores, max_tokens,
+    max_context, temperature, engine, dtype, kv_cache_mib}. docs/own_task.md has an example."""
     token_env: Annotated[str, AfterValidator(_check_variable)] | None = None
     """Name of an environment variable, on the machines of the reward workers, with a token for the server: it goes as
     `Authorization: Bearer ...`. The token itself is never written or shown."""
@@ -66,8 +107,14 @@ class RewardSource(ModelSource):
     """What makes a score of the classifier's outputs: the label's raw output, its probability, or its own sigmoid."""
     dtype: DType = "float32"
     """That the classifier computes in."""
+    chat_template: str = Field(default="none", min_length=1)
+    """What the classifier reads. none: prompt and response, one behind the other. tokenizer: what its own chat template
+    makes of the prompt's messages and the response as the assistant's. Else the path of a file with a template."""
     batch_size: int = Field(default=32, ge=1)
-    """Texts per forward pass of the classifier."""
+    """Most texts per forward pass of the classifier."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens per forward pass of the classifier, padding included; a longer text has one of its own. null: as many
+    as batch_size texts have."""
 
     @property
     def address(self) -> SplitResult:
@@ -85,12 +132,12 @@ class RewardPart(RewardSource):
 
 
 class RewardConfig(RewardSource):
-    """What scores a response: a classifier (`path`), a function (`function`), a server (`url`) or several (`parts`)."""
+    """What scores a response: a classifier (`path`), a `function`, a server (`url`), a `judge` or several `parts`."""
 
     parts: Annotated[tuple[RewardPart, ...], Field(strict=False)] = ()
-    """Several rewards instead of one: a list of {name, weight, function, path or url, ...} with the options of this
-    section from `path` to `batch_size`. The score is the weighted sum. A part without a score is left out of it; a
-    response without any has none. The metrics have each part, `trajectories/` its score before the weight."""
+    """Several rewards instead of one: a list of {name, weight, function, path, url or judge, ...} with the options of
+    this section from `path` to `batch_tokens`. The score is the weighted sum. A part without a score is left out of it;
+    a response without any has none. The metrics have each part, `trajectories/` its score before the weight."""
     max_concurrent: int = Field(default=64, ge=1)
     """Most calls of an `async def` function at a time, per worker."""
     timeout_s: float = Field(default=60.0, gt=0)
@@ -121,8 +168,8 @@ def reward_contradictions(reward: RewardConfig) -> Iterator[Contradiction]:
     if reward.parts and any(getattr(reward, kind) is not None for kind in (*_KINDS, "token_env")):
         yield Contradiction(
             ("reward.parts", *kinds, "reward.token_env"),
-            "stands instead of reward.path, reward.function and reward.url: name these as further parts, or leave "
-            "parts out",
+            "stands instead of reward.path, reward.function, reward.url and reward.judge: name these as further parts, "
+            "or leave parts out",
         )
         return
     for key, source in reward.sources:
@@ -132,6 +179,12 @@ def reward_contradictions(reward: RewardConfig) -> Iterator[Contradiction]:
             yield Contradiction(
                 ("reward.parts",) if reward.parts else kinds,
                 f"give {', '.join(others)} or {last}, " + ("not several" if given else "one of them"),
+            )
+        elif source.judge is not None and source.judge.max_tokens >= source.judge.max_context:
+            yield Contradiction(
+                ("reward.parts",) if reward.parts else ("reward.judge",),
+                f"{key}.judge.max_tokens={source.judge.max_tokens} leaves no room for the question in "
+                f"max_context={source.judge.max_context}",
             )
         elif source.token_env is not None and source.url is None:
             yield Contradiction(

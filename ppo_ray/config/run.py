@@ -12,15 +12,19 @@ from pydantic import Field, model_validator
 
 from ppo_ray.config.file import Contradiction, Contradictions, load
 from ppo_ray.config.ppo import UpdateConfig
+from ppo_ray.config.prompts import (
+    EvaluationConfig,
+    PromptsConfig,
+    evaluation_contradictions,
+    prompts_contradictions,
+)
 from ppo_ray.config.reward import RewardConfig, reward_contradictions
 from ppo_ray.config.rollout import RolloutConfig, engine_contradictions
 from ppo_ray.config.sections import (
     CheckpointConfig,
-    EvaluationConfig,
     Folder,
     LearnerConfig,
     ModelConfig,
-    PromptsConfig,
     RayConfig,
     Section,
 )
@@ -89,26 +93,17 @@ def to_yaml(config: Config) -> str:
 
 def _contradictions(config: Config) -> Iterator[Contradiction]:
     """Yield the options that are right alone and wrong together."""
+    yield from prompts_contradictions(config.prompts)
     yield from _length_contradictions(config)
     yield from _update_contradictions(config)
     yield from _source_contradictions(config)
     yield from engine_contradictions(config.rollout)
     yield from _placement_contradictions(config)
     evaluation = config.evaluation
-    if evaluation.num_samples > evaluation.num_prompts > 0:
-        yield Contradiction(
-            ("evaluation.num_samples", "evaluation.num_prompts"),
-            f"{evaluation.num_samples} exceeds evaluation.num_prompts={evaluation.num_prompts}",
-        )
-    if evaluation.pass_part and evaluation.pass_score is None:
-        yield Contradiction(("evaluation.pass_part", "evaluation.pass_score"), "says what passes with pass_score only")
+    yield from evaluation_contradictions(evaluation)
     if evaluation.pass_part and evaluation.pass_part not in [part.name for part in config.reward.parts]:
         yield Contradiction(
             ("evaluation.pass_part", "reward.parts"), f"{evaluation.pass_part} is no name of a part of the reward"
-        )
-    if evaluation.every_steps and not evaluation.num_prompts:
-        yield Contradiction(
-            ("evaluation.every_steps", "evaluation.num_prompts"), "needs held-out prompts; set num_prompts to 1 or more"
         )
     if config.checkpoint.keep_best and config.checkpoint.best_by != "score/mean":
         every, saved = evaluation.every_steps, config.checkpoint.every_steps
@@ -118,6 +113,11 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
                 f"{config.checkpoint.best_by} is known of evaluated policies alone: set evaluation.every_steps to a "
                 "multiple of checkpoint.every_steps",
             )
+    best_set, slash, _ = config.checkpoint.best_by.removeprefix("eval/").partition("/")
+    if slash and best_set != "score" and best_set not in evaluation.sets:
+        yield Contradiction(
+            ("checkpoint.best_by", "evaluation.sets"), f"{best_set} is none of evaluation.sets, whose figures are there"
+        )
     if config.rollout.max_staleness > 0:
         yield from _overlap_contradictions(config)
 

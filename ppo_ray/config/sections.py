@@ -1,4 +1,4 @@
-"""The sections of a config but `ppo`: who does what, with which models and data, on what machine."""
+"""The sections of a config that have no file of their own: the models, the learner, the machine, checkpoints."""
 
 import os
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ def _resolve_folder(path: str) -> str:
 
 
 Source = Annotated[str, Field(min_length=1), AfterValidator(_resolve)]
-"""A folder, a file, a hub name, or `asset:NAME` of what `ppo-ray assets` builds: policy, classifier, prompts, sums."""
+"""A folder, a file, a hub name, or `asset:NAME` of what `ppo-ray assets` builds, e.g. asset:policy."""
 Revision = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w./-]{0,199}$")]
 """A commit, tag or branch of a hub's repository."""
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_resolve_folder)]
@@ -149,50 +149,6 @@ class ModelConfig(ModelSource):
         return self.critic_path, replace(self.trust, revision=self.critic_revision)
 
 
-class PromptsConfig(Section):
-    """What the prompts are made of: texts, or conversations by a chat template."""
-
-    path: Source
-    """A file (.parquet, .arrow; .jsonl, .ndjson, .json, .csv, .tsv, .txt, also compressed: .gz, .bz2, .zst, .lz4), a
-    folder of such files or of `save_to_disk`, or a hub data set name. A folder's files lie in it: its card may name no
-    others. A file's texts may take 64 MiB of memory, or 100 times its size. Required. TRL: `query_dataset`."""
-    revision: Revision | None = None
-    """Commit, tag or branch of a hub data set; null: its newest commit."""
-    split: str = "train"
-    """Split of a folder or hub data set; a single file is taken whole."""
-    column: str = "text"
-    """The column of the texts, or of the conversations: lists of messages with `role` and `content`, or JSON of such.
-    In a struct or an object by its path, `meta.text`. Of a .txt file each line is a text, of the column `text`."""
-    keep: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Columns that go with each prompt to the reward and into `trajectories/`, e.g. [answer, source]. Of `meta.answer`
-    the name is `answer` from then on."""
-    chat_template: str = Field(default="auto", min_length=1)
-    """What makes a prompt of a conversation. auto: the tokenizer's template for messages and where `system` is given,
-    and none for plain texts. tokenizer: its template for plain texts too, each as the user's message. none: no
-    template. Else the path of a file with a template."""
-    template_arguments: dict[str, Any] = {}
-    """What the template is given besides, e.g. {enable_thinking: false}."""
-    system: str | None = None
-    """System message put in front of each conversation that has none of its own."""
-    min_chars: int = Field(default=0, ge=0)
-    """Only texts LONGER than this many characters are used; the others are dropped."""
-    min_tokens: int | None = Field(default=None, ge=1)
-    """Shortest prompt, in tokens, inclusive, where prompts are the beginnings of texts: each gets a length drawn from
-    here to max_tokens. A shorter text is used whole. null: prompts are whole texts. TRL: `LengthSampler(min_value)`."""
-    max_tokens: int = Field(default=512, ge=1)
-    """Longest prompt, in tokens, INCLUSIVE (TRL's `LengthSampler(2, 8)` is half-open and never draws 8)."""
-    too_long: Literal["drop", "keep_end", "cut"] | None = None
-    """What becomes of a prompt that is longer. drop: it is left out, and counted. keep_end: its beginning goes. cut:
-    its end goes. null: cut where min_tokens is given, else drop."""
-    shuffle: bool = True
-    """Draw a new order each epoch from the run's seed; false: the order of the data set, every time."""
-
-    @property
-    def kept_names(self) -> list[str]:
-        """The names that the columns of `keep` have from then on: the last parts of theirs."""
-        return [name.rpartition(".")[2] for name in self.keep]
-
-
 class LearnerConfig(Section):
     """Where the update runs."""
 
@@ -210,27 +166,6 @@ class LearnerConfig(Section):
     layer being gathered when it is at work (fsdp2; with one rank there is nothing to share). docs/ranks.md: bytes."""
     gradient_checkpointing: bool = False
     """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work."""
-
-
-class EvaluationConfig(Section):
-    """Held-out prompts, the same for every run seed, scored before, while and after training."""
-
-    num_prompts: int = Field(default=256, ge=0)
-    """How many prompts are held out; 0: none, and nothing is evaluated."""
-    num_samples: int = Field(default=16, ge=0)
-    """How many of them are shown in samples.md."""
-    every_steps: int = Field(default=0, ge=0)
-    """Steps from one evaluation to the next; its figures are in the metrics, `eval/...`. It changes nothing of the
-    training. 0: only before the first step and after the last."""
-    samples_per_prompt: int = Field(default=1, ge=1)
-    """Responses to each held-out prompt."""
-    temperature: float | None = Field(default=None, ge=0)
-    """Of sampling the responses; 0 takes the likeliest token each time. null: rollout.temperature."""
-    pass_score: float | None = None
-    """A response passes if its score is at least this. The figure `eval/pass@K` is then the share of prompts of which
-    one of K responses passes, for K = 1, 2, 4, ... up to samples_per_prompt. null: there is no such figure."""
-    pass_part: str | None = None
-    """The part of the reward whose score decides that; null: the score."""
 
 
 class RayConfig(Section):

@@ -115,9 +115,15 @@ def _paths(config: Config) -> dict[str, str]:
         "model.path": config.model.path,
         "model.reference_path": config.model.reference_path,
         "model.critic_path": config.model.critic_path,
-        "prompts.path": config.prompts.path,
+        **{f"{key}.path": part.path for key, part in config.prompts.parts},
+        **{f"evaluation.sets.{name}.path": found.path for name, found in config.evaluation.sets.items()},
         **{f"{key}.path": source.path for key, source in config.reward.sources},
     }
+    for key, source in config.reward.sources:
+        if source.judge is not None:
+            found |= {f"{key}.judge.path": source.judge.path, f"{key}.judge.prompt": source.judge.prompt}
+        if source.chat_template not in ("tokenizer", "none"):
+            found[f"{key}.chat_template"] = source.chat_template
     if config.prompts.chat_template not in ("auto", "tokenizer", "none"):
         found["prompts.chat_template"] = config.prompts.chat_template
     return {key: path for key, path in found.items() if path is not None}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import ModelConfig, RewardSource, Trust, revision_problem
+from ppo_ray.config import JudgeConfig, ModelConfig, RewardSource, Trust, revision_problem
 from ppo_ray.errors import QUOTED, first_line
 
 _PARTS = re.compile(r"layer|expert|label|block|depth|stage|(^|_)n_(enc|dec)", re.IGNORECASE)
@@ -88,7 +88,7 @@ def _code_problem(key: str, path: str, what: str) -> str:
     )
 
 
-def read_tokenizer(key: str, model: ModelConfig | RewardSource) -> tuple[Any, str | None]:
+def read_tokenizer(key: str, model: ModelConfig | RewardSource | JudgeConfig) -> tuple[Any, str | None]:
     """Load a tokenizer; return it, or None and what is wrong: it is missing, or not the one its authors meant.
 
     Where transformers must not run a tokenizer's own code it may silently build another tokenizer from the other files,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, ModelConfig
+from ppo_ray.config import Config, JudgeConfig, ModelConfig
 from ppo_ray.errors import QUOTED, InputError, first_line
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character are decoded to
@@ -99,7 +99,22 @@ def read_end_tokens(config: Config, tokenizer: Any) -> EndTokens:
     return ends
 
 
-def _read_declaration(model: ModelConfig) -> tuple[Any, int]:
+def read_model_ends(model: ModelConfig | JudgeConfig, tokenizer: Any) -> EndTokens:
+    """Return what ends an answer of a model by its own files; see `read_end_tokens`.
+
+    Raises:
+        InputError: nothing does, or a file cannot be read.
+    """
+    try:
+        ends = find_end_tokens(tokenizer.eos_token_id, *_read_declaration(model))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"path={model.path}: what ends an answer cannot be read: {first_line(error)}") from error
+    if not ends.ids:
+        raise InputError(f"path={model.path}: neither its tokenizer nor its files name a token that ends an answer")
+    return ends
+
+
+def _read_declaration(model: ModelConfig | JudgeConfig) -> tuple[Any, int]:
     """Return `eos_token_id` as the model's files declare it, and the size of the vocabulary."""
     from transformers import AutoConfig
     from transformers.utils import cached_file

@@ -52,7 +52,8 @@ def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     device: Device = "gpu" if config.reward.gpus else "host"
     yield process_term("reward", "reward")
     sources = [source for _, source in config.reward.sources if source.path]
-    if sources and device == "gpu":
+    judges = [source.judge for _, source in config.reward.sources if source.judge]
+    if (sources or judges) and device == "gpu":
         yield cuda_term("reward")
     for source, size in zip(sources, sizes.classifiers, strict=True):
         item = 2 if source.dtype == "bfloat16" else 4
@@ -62,6 +63,12 @@ def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
         width = 4 * size.hidden + 2 * size.intermediate
         how = f"{tokens} tokens x (4 x {size.hidden} + 2 x {size.intermediate}) x {item} bytes"
         yield Term("a layer's activations", how, tokens * width * item, device)
+    for judge, size in zip(judges, sizes.judges, strict=True):
+        item = 2 if judge.dtype == "bfloat16" else 4
+        yield parameter_term("judge", size.parameters, item, device)
+        if judge.engine == "vllm":
+            kv = judge.kv_cache_mib
+            yield Term("the judge's KV cache", f"judge.kv_cache_mib={kv}", kv * MIB, device, "at work")
 
 
 def store_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:

@@ -35,6 +35,7 @@ class ModelSizes:
     """None: a linear head on the policy."""
     classifiers: tuple[ModelSize, ...]
     """That score; Python functions are not among them."""
+    judges: tuple[ModelSize, ...] = ()
 
     @classmethod
     def read(cls, config: Config) -> "ModelSizes":
@@ -57,6 +58,11 @@ class ModelSizes:
                 _read(f"{key}.path", source.path, source.trust, AutoModelForSequenceClassification)
                 for key, source in reward.sources
                 if source.path
+            ),
+            tuple(
+                _read(f"{key}.judge.path", source.judge.path, source.judge.trust, AutoModelForCausalLM)
+                for key, source in reward.sources
+                if source.judge
             ),
         )
 

@@ -4,6 +4,7 @@ What is wrong with other columns does not matter. A small file that unpacks to f
 """
 
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,22 +13,11 @@ from typing import Any
 import pyarrow as pa
 
 from ppo_ray.errors import QUOTED, InputError
-from ppo_ray.prompts.columns import (
-    COLUMN,
-    KEEP,
-    ROWS,
-    Columns,
-    Meter,
-    Rows,
-    Texts,
-    check_column,
-    decode,
-    is_unicode,
-    make_table,
-    pick_rows,
-)
+from ppo_ray.prompts.columns import COLUMN, Columns, check_column, is_unicode, pick_rows
+from ppo_ray.prompts.rows import KEEP, ROWS, Meter, Rows, RowWriter
 
 _CSV_BLOCK = 64 << 20  # bytes that pyarrow parses at once; no row may be longer
+_LARGEST_PART = 4 << 20  # bytes of texts, about, that are in memory at once
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 
 
@@ -63,36 +53,45 @@ def describe_formats() -> str:
 
 
 def _read_parquet(path: Path, columns: Columns) -> Rows:
-    """Read these columns alone, a few rows at a time; equal texts stay the one entry that they are in the file."""
+    """Read these columns alone, a few rows at a time; equal texts of these are one entry, as in the file."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
         names = [".".join(found) for found in columns.find(path, file.schema_arrow)]
         prompts, groups = names[0], file.metadata
         leaves = [file.schema.column(number).path for number in range(len(file.schema.names))]
-        size = path.stat().st_size
+        size, largest = path.stat().st_size, 0
         for group in map(groups.row_group, range(groups.num_row_groups)):
             chunks = map(group.column, range(group.num_columns))
             unpacked = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in names)
             Meter(path, size).add(unpacked)  # a page of it is unpacked at once
-    with pq.ParquetFile(path, read_dictionary=[prompts] if prompts in leaves else None) as file:
-        batches = file.iter_batches(ROWS, columns=list(dict.fromkeys(names)))
-        return pick_rows(path, file.schema_arrow, batches, columns, Meter(path, size))
+            largest = max(largest, unpacked // max(group.num_rows, 1))
+    num_rows = max(1, min(ROWS, _LARGEST_PART // max(largest, 1)))
+    with pq.ParquetFile(path, read_dictionary=[prompts] if prompts in leaves else None, pre_buffer=False) as file:
+        batches = file.iter_batches(num_rows, columns=list(dict.fromkeys(names)), use_threads=False)
+        return pick_rows(file.schema_arrow, batches, columns, Meter(path, size))
 
 
 def _read_arrow(path: Path, columns: Columns) -> Rows:
-    """Read the file or stream format."""
+    """Read the file or stream format; what is not compressed stays in the file."""
     with pa.memory_map(str(path)) as source:
+        content = source.read_buffer()
         try:
-            reader = pa.ipc.open_file(source)
+            reader = pa.ipc.open_file(content)
             batches = map(reader.get_batch, range(reader.num_record_batches))
         except pa.ArrowInvalid:
-            source.seek(0)
-            batches = reader = pa.ipc.open_stream(source)
-        return pick_rows(path, reader.schema, batches, columns, Meter(path, path.stat().st_size))
+            batches = reader = pa.ipc.open_stream(content)
+        first, last = content.address, content.address + content.size
+
+        def is_mapped(column: pa.Array) -> bool:
+            buffers = [buffer for buffer in column.buffers() if buffer is not None and buffer.size]
+            return all(first <= buffer.address and buffer.address + buffer.size <= last for buffer in buffers)
+
+        return pick_rows(reader.schema, batches, columns, Meter(path, content.size), is_mapped)
 
 
 def _read_csv(path: Path, columns: Columns, delimiter: str = ",") -> Rows:
+    """Read a block at a time; a kept column has the type of its values in the first."""
     from pyarrow import csv
 
     read_options = csv.ReadOptions(block_size=_CSV_BLOCK)
@@ -109,14 +108,16 @@ def _read_csv(path: Path, columns: Columns, delimiter: str = ",") -> Rows:
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
     )
-    meter, texts = Meter(path, path.stat().st_size), []
-    with _open_bytes(path) as source:
-        table = csv.read_csv(source, read_options, parse_options, convert_options)
-    found = table.column(columns.prompts)
-    for start in range(0, len(found), ROWS):
-        texts += [meter.add_text(text) for text in decode(found.slice(start, ROWS))]
-    kept = [pa.chunked_array([texts]) if name == columns.prompts else table.column(name) for name in columns.keep]
-    return Rows(texts, make_table(path, columns.keep, kept))
+    writer = RowWriter(columns.keep, Meter(path, path.stat().st_size))
+    with _open_bytes(path) as source, csv.open_csv(source, read_options, parse_options, convert_options) as reader:
+        for batch in reader:
+            texts = batch.column(columns.prompts)
+            kept = [
+                texts.cast(pa.large_string()) if name == columns.prompts else batch.column(name)
+                for name in columns.keep
+            ]
+            writer.add(texts, kept)
+    return writer.finish()
 
 
 def _read_tsv(path: Path, columns: Columns) -> Rows:
@@ -127,45 +128,54 @@ def _read_lines(path: Path, columns: Columns) -> Rows:
     """Read plain lines, each a text of the column `text`."""
     for name, option in ((columns.prompts, COLUMN), *((name, KEEP) for name in columns.keep)):
         check_column(path, ["text"], name, option)
-    meter = Meter(path, path.stat().st_size)
+    writer = RowWriter(columns.keep, Meter(path, path.stat().st_size))
     with _open(path) as lines:
-        texts: Texts = [meter.add_text(line.rstrip("\n")) for line in lines]
-    return Rows(texts, make_table(path, columns.keep, [texts] * len(columns.keep)))
+        while texts := [line.rstrip("\n") for line in itertools.islice(lines, ROWS)]:
+            writer.add_values(texts, [texts] * len(columns.keep))
+    return writer.finish()
 
 
 def _read_json(path: Path, columns: Columns) -> Rows:
     """Read an object per line, or one list of objects."""
     column = columns.prompts
-    texts: Texts = []
+    texts: list[str | None] = []
     kept: list[list[Any]] = [[] for _ in columns.keep]
     seen: dict[str, None] = {}
-    meter = Meter(path, path.stat().st_size)
+    writer = RowWriter(columns.keep, Meter(path, path.stat().st_size))
+    size = 0
     with _open(path) as lines:
         for where, row, spoiled in _rows(lines):
             if spoiled:
-                texts.append(meter.add_text(spoiled))
-                for values in kept:
-                    values.append(None)
-                continue
-            if not isinstance(row, dict):
-                raise ValueError(f"{where} is not a JSON object")
-            seen |= dict.fromkeys(row)
-            text, found = _look_up(row, column)
-            if found:
-                seen[column] = None
-            if text is not None and not isinstance(text, str | list):
-                shown = repr(text)[:QUOTED]
-                raise InputError(f"{COLUMN}={column}: {where} of {path} holds {shown}, neither text nor messages")
-            texts.append(meter.add_text(json.dumps(text) if isinstance(text, list) else text))
-            for name, values in zip(columns.keep, kept, strict=True):
-                value, found = _look_up(row, name)
+                text, values = spoiled, [None] * len(columns.keep)
+            else:
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where} is not a JSON object")
+                seen |= dict.fromkeys(row)
+                text, found = _look_up(row, column)
                 if found:
-                    seen[name] = None
-                values.append(value)
+                    seen[column] = None
+                if text is not None and not isinstance(text, str | list):
+                    shown = repr(text)[:QUOTED]
+                    raise InputError(f"{COLUMN}={column}: {where} of {path} holds {shown}, neither text nor messages")
+                text = json.dumps(text) if isinstance(text, list) else text
+                values = []
+                for name in columns.keep:
+                    value, found = _look_up(row, name)
+                    if found:
+                        seen[name] = None
+                    values.append(value)
+            texts.append(text)
+            size += len(text or "")
+            for column_values, value in zip(kept, values, strict=True):
+                column_values.append(value)
+            if len(texts) == ROWS or size > _LARGEST_PART:
+                writer.add_values(texts, kept)
+                texts, kept, size = [], [[] for _ in columns.keep], 0
+    writer.add_values(texts, kept)
     for name in columns.keep:
         check_column(path, list(seen), name, KEEP)
     check_column(path, list(seen), column)
-    return Rows(texts, make_table(path, columns.keep, kept))
+    return writer.finish()
 
 
 def _rows(lines: io.TextIOWrapper) -> Iterator[tuple[str, Any, str]]:

@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from ppo_ray.config import PromptsConfig, revision_problem
 from ppo_ray.errors import QUOTED, InputError, first_line
-from ppo_ray.prompts.columns import KEEP, Columns, Meter, Rows, pick_rows
+from ppo_ray.prompts.columns import Columns, pick_rows
 from ppo_ray.prompts.files import describe_formats, find_reader
+from ppo_ray.prompts.rows import KEEP, Meter, Rows
 
 _PLAIN = {"config_name", "data_files", "data_dir", "default", "description"}
 """What a card says of a folder's files beside the options of their formats."""
@@ -26,12 +27,14 @@ def read_rows(config: PromptsConfig) -> Rows:
     Raises:
         InputError: there is no such data set, it cannot be read, or it has no such columns.
     """
-    path = Path(config.path)
-    if problem := revision_problem(config.path, config.revision):
+    path = Path(str(config.path))
+    if problem := revision_problem(str(config.path), config.revision):
         raise InputError(f"prompts.path={config.path}: {problem}")
     if path.is_dir():
         return _read_folder(config)
     reader = find_reader(path)
+    if config.subset is not None and (reader is not None or path.exists()):
+        raise InputError(f"prompts.subset={config.subset}: {path} is a file, which has no subsets; leave it out")
     if reader is not None:
         return reader(Columns(config.column, config.keep))
     if path.exists():
@@ -39,7 +42,7 @@ def read_rows(config: PromptsConfig) -> Rows:
             f"prompts.path={config.path}: the file's name does not tell what it holds; let it end in "
             f"{describe_formats()}"
         )
-    if config.path.startswith((".", "/")):
+    if str(config.path).startswith((".", "/")):
         raise InputError(f"prompts.path={config.path}: no such file or folder")
     builder = _open_builder(config, "neither a file nor a folder here, and not to be had from the hub")
     for files in builder.config.data_files.values():
@@ -53,9 +56,11 @@ def _read_folder(config: PromptsConfig) -> Rows:
     """Read what `save_to_disk` of the `datasets` library wrote, or a folder of data files."""
     import datasets
 
-    root = Path(config.path)
+    root = Path(str(config.path))
     names = (datasets.config.DATASETDICT_JSON_FILENAME, datasets.config.DATASET_STATE_JSON_FILENAME)
     if any((root / name).is_file() for name in names):
+        if config.subset is not None:
+            raise InputError(f"prompts.subset={config.subset}: {root} is of save_to_disk and has splits alone")
         return _read_files(config, [_find_file(config, file) for file in _list_arrow_files(config, *names)])
     has_options = _check_card(config)
     builder = _open_builder(config, "the folder cannot be read as a data set")
@@ -69,7 +74,7 @@ def _read_folder(config: PromptsConfig) -> Rows:
 
 def _list_arrow_files(config: PromptsConfig, of_splits: str, of_one: str) -> list[Path]:
     """List the Arrow files that `save_to_disk` wrote, as its own records name them."""
-    root = Path(config.path)
+    root = Path(str(config.path))
     try:
         if (root / of_splits).is_file():
             splits = json.loads((root / of_splits).read_text(encoding="utf-8"))["splits"]
@@ -95,7 +100,7 @@ def _check_card(config: PromptsConfig) -> bool:
 
     texts: list[str] = []
     for name in (datasets.config.REPOCARD_FILENAME, datasets.config.REPOYAML_FILENAME):
-        path = Path(config.path, name)
+        path = Path(str(config.path), name)
         if path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")
             texts += re.findall(r"\A---\s*\n(.*?)\n---", text, re.DOTALL) if path.suffix == ".md" else [text]
@@ -130,7 +135,7 @@ def _find_file(config: PromptsConfig, file: Path | str) -> Path:
     Raises:
         InputError: it lies elsewhere.
     """
-    root, found = Path(config.path).resolve(), Path(file).resolve()
+    root, found = Path(str(config.path)).resolve(), Path(file).resolve()
     places = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(found.is_relative_to(place) for place in places):
         _refuse_outside(config, str(file))
@@ -147,19 +152,23 @@ def _refuse_outside(config: PromptsConfig, name: str) -> NoReturn:
 def _read_files(config: PromptsConfig, files: Sequence[Path]) -> Rows:
     readers = [find_reader(file) for file in files]
     parts = [reader(Columns(config.column, config.keep)) for reader in readers if reader]
-    return Rows([text for part in parts for text in part.texts], _join_tables(config, [part.kept for part in parts]))
+    return join_rows(config, parts)
 
 
-def _join_tables(config: PromptsConfig, parts: list[pa.Table | None]) -> pa.Table | None:
-    """Join the kept columns of several files."""
-    tables = [part for part in parts if part is not None]
-    if not tables:
-        return None
+def join_rows(config: PromptsConfig, parts: Sequence[Rows]) -> Rows:
+    """Put the rows of several files behind one another; numbers of several types have the widest.
+
+    Raises:
+        InputError: their kept columns are of types that have none in common.
+    """
+    schemas = [part.kept for part in parts if part.kept is not None]
     try:
-        return pa.concat_tables(tables, promote_options="default")
+        kept = pa.unify_schemas(schemas, promote_options="permissive") if schemas else None
     except pa.ArrowException as error:
-        kept = f"{KEEP}=[{', '.join(config.keep)}]"
-        raise InputError(f"{kept}: the files of {config.path} hold other types: {error}") from error
+        names = f"{KEEP}=[{', '.join(config.keep)}]"
+        what = "sources" if config.sources else "files"
+        raise InputError(f"{names}: the {what} of {config.place} hold other types: {error}") from error
+    return Rows([batch for part in parts for batch in part.batches], kept)
 
 
 def _open_builder(config: PromptsConfig, what: str) -> Any:
@@ -167,7 +176,7 @@ def _open_builder(config: PromptsConfig, what: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset_builder(config.path, revision=config.revision)
+        return datasets.load_dataset_builder(str(config.path), name=config.subset, revision=config.revision)
     except Exception as error:  # the library raises a dozen kinds, some of them its dependencies' own
         raise _make_error(config, what, error) from error
 
@@ -186,15 +195,16 @@ def _load(config: PromptsConfig, builder: Any, size: int) -> Rows:
     except Exception as error:
         raise _make_error(config, "cannot be read", error) from error
     columns = Columns(config.column, config.keep)
-    first = list(dict.fromkeys(names[0] for names in columns.find(config.path, dataset.features.arrow_schema)))
-    table = dataset.select_columns(first).with_format("arrow")[:]
-    return pick_rows(config.path, table.schema, table.to_batches(), columns, Meter(config.path, size))
+    first = list(dict.fromkeys(names[0] for names in columns.find(str(config.path), dataset.features.arrow_schema)))
+    table = dataset.select_columns(first).with_format("arrow")[:]  # still on the disk: the library maps it
+    return pick_rows(table.schema, table.to_batches(), columns, Meter(str(config.path), size), lambda column: True)
 
 
 def _make_error(config: PromptsConfig, what: str, error: Exception) -> InputError:
-    where = f"prompts.path={config.path}, prompts.split={config.split}"
+    subset = "" if config.subset is None else f", prompts.subset={config.subset}"
+    where = f"prompts.path={config.path}{subset}, prompts.split={config.split}"
     cause = f" ({first_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
     remedy = "; without a hub give asset:prompts, a folder, or a file that ends in " + describe_formats()
-    if Path(config.path).is_dir():
+    if Path(str(config.path)).is_dir():
         remedy = ""
     return InputError(f"{where}: {what}: {error}{cause}{remedy}")

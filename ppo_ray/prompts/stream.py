@@ -4,8 +4,10 @@ Prompt number i is computed from (seed, i), not drawn from a running generator. 
 position, and a resumed run continues with the same prompts that it would have had without the interruption.
 """
 
+import itertools
 import json
 import logging
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,14 +20,13 @@ import xxhash
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import QUOTED, InputError
 from ppo_ray.prompts.chat import ChatTemplate, Message, has_template
-from ppo_ray.prompts.texts import UsableTexts, check_count, read_usable_texts
+from ppo_ray.prompts.order import HELD_OUT_SEED, Order
+from ppo_ray.prompts.texts import CHUNK, UsableTexts, check_count, read_usable_texts
 from ppo_ray.seeding import derive_seed
 
 _LOG = logging.getLogger(__name__)
 _FINGERPRINTED = 16  # texts whose tokens tell one tokenizer from another
 _FINGERPRINTED_CHARS = 10_000  # of each of these texts
-_CHUNK = 1024  # texts that are tokenised at once
-_HELD_OUT_SEED = 0  # for every seed of a run: runs are compared on the same prompts
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class PromptStream:
         *,
         vocab_size: int | None = None,
         texts: UsableTexts | None = None,
+        trains: bool = True,
     ) -> None:
         """Read the texts and hold some out.
 
@@ -84,6 +86,7 @@ class PromptStream:
             num_held_out: texts that `take` never uses.
             vocab_size: of the policy: prompts with ids not in [0, vocab_size) are left out; None: not checked.
             texts: what `read_usable_texts` returned for these arguments; None: read them.
+            trains: whether prompts will be taken; else all texts may be held out, and there may be fewer.
 
         Raises:
             InputError: no data set, no such column, fewer than `num_held_out + 1` texts left after the filter, no chat
@@ -97,10 +100,12 @@ class PromptStream:
         """Hash of the texts and of the tokenizer, whatever the seed: a resumed run must find the same."""
         if config.min_tokens is None and config.too_long in (None, "drop"):
             self._usable = self._drop_long(usable)
-            check_count(self._usable, num_held_out)
-        order = _permutation(len(self._usable.texts), derive_seed(_HELD_OUT_SEED, "held_out"))
-        self._held_out, self._taken = order[:num_held_out], np.sort(order[num_held_out:])
-        self._epoch, self._order = -1, np.arange(len(self._taken))
+            check_count(self._usable, num_held_out if trains else 0)
+        if not trains:
+            num_held_out = min(num_held_out, len(self._usable))
+        self._order = Order(
+            self._usable.sources, config.quotas, seed=seed, num_held_out=num_held_out, shuffle=config.shuffle
+        )
         self.position = 0
 
     @property
@@ -121,7 +126,7 @@ class PromptStream:
             InputError: none of the n can be used.
         """
         sample_ids = range(self.position, self.position + n)
-        indices = [int(self._taken[self._index(sample_id)]) for sample_id in sample_ids]
+        indices = [self._order.index(sample_id) for sample_id in sample_ids]
         batch = self._batch(sample_ids, indices, self._seed, "prompt_length")
         self.position += n
         return batch
@@ -142,21 +147,14 @@ class PromptStream:
         Raises:
             InputError: none can be used.
         """
-        sample_ids = range(-1, -1 - len(self._held_out), -1)
-        return self._batch(sample_ids, self._held_out.tolist(), _HELD_OUT_SEED, "held_out_length")
-
-    def _index(self, sample_id: int) -> int:
-        epoch, offset = divmod(sample_id, len(self._taken))
-        if self._config.shuffle and epoch != self._epoch:
-            self._order = _permutation(len(self._taken), derive_seed(self._seed, "prompt_order", epoch))
-            self._epoch = epoch
-        return int(self._order[offset])
+        indices = self._order.held_out.tolist()
+        return self._batch(range(-1, -1 - len(indices), -1), indices, HELD_OUT_SEED, "held_out_length")
 
     def _batch(self, sample_ids: Sequence[int], indices: list[int], seed: int, purpose: str) -> PromptBatch:
         """Make the prompts of the texts at `indices`, each under its sample id."""
         if not indices:
             return PromptBatch((), ())
-        texts = [self._usable.texts[index] for index in indices]
+        texts = self._usable.read(np.array(indices))
         conversations = None if self._template is None else self._converse(texts)
         # The whole text is tokenised: cut before, its last token could be another one.
         tokens = self._tokenize(texts, conversations)
@@ -168,7 +166,7 @@ class PromptStream:
                 kept.append(place)
                 prompts.append(prompt)
         if not kept:
-            raise InputError(self._describe_mismatch(texts, tokens[0]))
+            raise InputError(self._describe_mismatch(len(texts), texts[0], tokens[0]))
         return PromptBatch(
             tuple(sample_ids[place] for place in kept),
             tuple(prompts),
@@ -190,8 +188,9 @@ class PromptStream:
         columns: dict[str, Any] = {}
         if conversations is not None:
             columns["messages"] = [json.dumps(messages, ensure_ascii=False) for messages in conversations]
-        if self._usable.kept is not None:
-            columns["row"] = self._usable.kept.take(indices).to_struct_array()
+        kept = self._usable.take(np.array(indices))
+        if kept is not None:
+            columns["row"] = kept.to_struct_array()
         return pa.table(columns) if columns else None
 
     def _converse(self, texts: Sequence[str]) -> list[list[Message]]:
@@ -200,21 +199,22 @@ class PromptStream:
 
     def _drop_long(self, usable: UsableTexts) -> UsableTexts:
         """Leave out the texts that make a prompt which is too long, or none at all."""
-        fitting: list[int] = []
+        fitting = array("q")
         num_long = 0
         example: Sequence[int] = ()
-        for start in range(0, len(usable.texts), _CHUNK):
-            for index, ids in enumerate(self._tokenize(usable.texts[start : start + _CHUNK]), start):
-                if len(ids) > self._config.max_tokens:
-                    num_long += 1
-                elif ids and self._knows(ids):
-                    fitting.append(index)
-                else:
-                    example = ids
-        num_strange = len(usable.texts) - num_long - len(fitting)
-        if num_strange == len(usable.texts):
-            raise InputError(self._describe_mismatch(usable.texts, example))
-        return usable.select(fitting, replace(usable.left_out, long=num_long, strange=num_strange))
+        texts = iter(usable)
+        chunks = iter(lambda: list(itertools.islice(texts, CHUNK)), [])
+        for place, ids in enumerate(itertools.chain.from_iterable(map(self._tokenize, chunks))):
+            if len(ids) > self._config.max_tokens:
+                num_long += 1
+            elif ids and self._knows(ids):
+                fitting.append(place)
+            else:
+                example = ids
+        num_strange = len(usable) - num_long - len(fitting)
+        if num_strange == len(usable):
+            raise InputError(self._describe_mismatch(len(usable), usable.read(np.array([0]))[0], example))
+        return usable.select(np.array(fitting, np.int64), replace(usable.left_out, long=num_long, strange=num_strange))
 
     def _tokenize(self, texts: list[str], conversations: list[list[Message]] | None = None) -> list[Sequence[int]]:
         """Return the ids of each text; no ids for a text that the tokenizer refuses, which spoils no other text.
@@ -242,25 +242,32 @@ class PromptStream:
     def _knows(self, prompt: Sequence[int]) -> bool:
         return self._vocab_size is None or all(0 <= token < self._vocab_size for token in prompt)
 
-    def _describe_mismatch(self, texts: list[str], ids: Sequence[int]) -> str:
-        """Return the message for texts of which none makes a prompt, with the ids of the first as an example."""
+    def _describe_mismatch(self, num_texts: int, first: str, ids: Sequence[int]) -> str:
+        """Return the message for texts of which none makes a prompt, with the ids of one as an example."""
         known = "" if self._vocab_size is None else f", and the model knows 0 to {self._vocab_size - 1}"
         return (
-            f"prompts.path={self._config.path}: none of {len(texts):,} texts makes a prompt: of "
-            f"{texts[0][:QUOTED]!r} the tokenizer makes the ids {list(ids[: self._config.max_tokens])[:8]}{known}; "
+            f"prompts.path={self._config.place}: none of {num_texts:,} texts makes a prompt: of "
+            f"{first[:QUOTED]!r} the tokenizer makes the ids {list(ids[: self._config.max_tokens])[:8]}{known}; "
             "tokenizer and model do not fit together: put the model's own tokenizer into model.path"
         )
 
     def _fingerprint(self, usable: UsableTexts) -> str:
         """Return XXH3-64 of the texts with their lengths, kept columns, and the ids of the first texts, hexadecimal."""
-        state, texts = xxhash.xxh3_64(), usable.texts
-        for text in texts:
+        state = xxhash.xxh3_64()
+        for text in usable:
             raw = text.encode()
             state.update(f"{len(raw)}:".encode())
             state.update(raw)
-        if usable.kept is not None:
-            state.update(json.dumps(usable.kept.to_pylist(), default=str).encode())
-        beginnings = texts[:_FINGERPRINTED]
+        if usable.config.sources:
+            names = [source.name for source in usable.config.sources]
+            state.update(json.dumps([names, usable.config.quotas, usable.sources.tolist()]).encode())
+        rows = (json.dumps(row, default=str) for table in usable.take_all() for row in table.to_pylist())
+        if usable.config.keep:
+            state.update(b"[")
+            for number, row in enumerate(rows):
+                state.update(f"{', ' if number else ''}{row}".encode())
+            state.update(b"]")
+        beginnings = usable.read(np.arange(min(_FINGERPRINTED, len(usable))))
         if self._template is None:
             beginnings = [text[:_FINGERPRINTED_CHARS] for text in beginnings]
         ids = [[int(token) for token in row] for row in self._tokenize(beginnings)]
@@ -284,7 +291,3 @@ def _cut_behind(whole: list[int], own: list[int]) -> list[int]:
         if whole[start : start + len(own)] == own:
             return own if own[:start] == whole[:start] else whole[: start + len(own)]
     return own  # nothing else is known to be the text's
-
-
-def _permutation(size: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(size)

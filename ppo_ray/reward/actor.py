@@ -1,6 +1,7 @@
 """Reward workers: a shell over `Scorer` that adds scores to trajectories."""
 
 import json
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,37 +13,49 @@ import ray
 from ppo_ray import trajectory
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config
+from ppo_ray.reward.judge import StartJudge
 from ppo_ray.reward.scorer import Scorer
 
+SHARDS_AT_ONCE = 8
+"""Shards that a worker scores at once, as far as their rewards wait for others."""
 
-@ray.remote(concurrency_groups=CONTROL)
+
+@ray.remote(concurrency_groups={**CONTROL, "scoring": SHARDS_AT_ONCE})
 class RewardWorker(Worker):
     """Scores trajectories."""
 
-    def setup(self, config: Config) -> dict[str, float]:
-        """Load the classifiers, import the functions, read the tokens; returns the seconds it took."""
+    def setup(self, config: Config, start_judge: StartJudge | None = None) -> dict[str, float]:
+        """Load the classifiers and judges, import the functions, read the tokens; returns the seconds it took."""
         start = time.perf_counter()
-        if any(source.path for _, source in config.reward.sources):
+        if any(source.path or source.judge for _, source in config.reward.sources):
             from ppo_ray.models.loading import check_gpu  # loads torch
 
             check_gpu("reward.gpus", config.reward.gpus)
-        self._reward, self._scorer = config.reward, Scorer(config)
+        self._reward, self._scorer = config.reward, Scorer(config, start_judge)
         self._failure: str | None = None
+        self._clock = Clock()
         return {"time/reward_start_s": time.perf_counter() - start}
 
-    @ray.method(num_returns=2)
+    @ray.method(num_returns=2, concurrency_group="scoring")
     def score(self, table: pa.Table) -> tuple[pa.Table, dict[str, float]]:
-        """Return the trajectories with their scores, null where there is none, and metrics."""
-        start = time.perf_counter()
-        prompts, responses = table.column("prompt").to_pylist(), table.column("response").to_pylist()
-        parts = self._scorer.score(prompts, responses, lambda names: _read_columns(table, names))
-        truncated, self._failure = self._scorer.truncated, self._scorer.failure or self._failure
-        if not self._reward.parts:
-            scored = trajectory.with_scores(table, parts[0], truncated)
-        else:
-            weights = {part.name: part.weight for part in self._reward.parts}
-            scored = trajectory.with_parts(table, dict(zip(weights, parts, strict=True)), weights, truncated)
-        return scored, {"time/score_s": time.perf_counter() - start}
+        """Return the trajectories with their scores, null where there is none, and metrics.
+
+        Calls may overlap. Their seconds add up to the time in which there was any.
+        """
+        self._clock.begin()
+        try:
+            prompts, responses = table.column("prompt").to_pylist(), table.column("response").to_pylist()
+            found = self._scorer.score(prompts, responses, lambda names: _read_columns(table, names))
+            self._failure = found.failure or self._failure
+            if not self._reward.parts:
+                scored = trajectory.with_scores(table, found.parts[0], found.truncated)
+            else:
+                weights = {part.name: part.weight for part in self._reward.parts}
+                parts = dict(zip(weights, found.parts, strict=True))
+                scored = trajectory.with_parts(table, parts, weights, found.truncated)
+        finally:
+            seconds = self._clock.end()
+        return scored, {"time/score_s": seconds}
 
     def explain(self) -> str | None:
         """Return why a text of the last `score` that had any without a score has none; None: every text had one."""
@@ -58,6 +71,27 @@ class RewardWorker(Worker):
         names = [name for name in ("sample_id", "score", "finish_reason", "parts") if name in table.column_names]
         num_tokens = pa.array(trajectory.lengths(table, "response_ids"))
         return table.select(names).append_column("num_tokens", num_tokens), rows.to_pylist()
+
+
+class Clock:
+    """The seconds in which any of several overlapping calls is at work, each told by one of them."""
+
+    def __init__(self) -> None:
+        self._lock, self._num_calls, self._since = threading.Lock(), 0, 0.0
+
+    def begin(self) -> None:
+        """Begin a call."""
+        with self._lock:
+            if not self._num_calls:
+                self._since = time.perf_counter()
+            self._num_calls += 1
+
+    def end(self) -> float:
+        """End a call; return the seconds since the end of the one before, or since the first began."""
+        with self._lock:
+            self._num_calls -= 1
+            before, self._since = self._since, time.perf_counter()
+            return self._since - before
 
 
 def _read_columns(table: pa.Table, names: Sequence[str]) -> dict[str, list[Any]]:

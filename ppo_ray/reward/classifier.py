@@ -6,9 +6,10 @@ scores is tried when the model is loaded; where they cannot, a batch holds texts
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -47,6 +48,8 @@ class Classifier:
         device: str | torch.device | None = None,
         batch_size: int = 32,
         trust: Trust = NO_TRUST,
+        batch_tokens: int | None = None,
+        chat_template: str = "none",
     ) -> None:
         """Load the model and its tokenizer, and find out how texts can be batched.
 
@@ -58,18 +61,24 @@ class Classifier:
             device: None takes the GPU if there is one.
             batch_size: texts per forward pass.
             trust: which revision, and what its files may do.
+            batch_tokens: most tokens per forward pass, padding included; None: only `batch_size` counts.
+            chat_template: as `reward.chat_template`; with one, `score` takes conversations.
 
         Raises:
-            InputError: there is no such model or label, the transform makes no sense for it, or it cannot score a text:
-                it needs more than a text, its scores are not finite, or one text gets two scores.
+            InputError: there is no such model, label or template, the transform makes no sense for it, or it cannot
+                score a text: it needs more than a text, its scores are not finite, or one text gets two scores.
         """
-        self._path, self._transform, self._batch_size = path, transform, batch_size
+        self._path, self._transform = path, transform
+        self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._device = torch.device(device) if device is not None else default_device()
         self._model = load_pretrained(
             AutoModelForSequenceClassification, path, dtype=dtype, device=self._device, trust=trust
         )
         self._tokenizer = load_tokenizer(path, trust)
         self._tokenizer.truncation_side = "left"  # the response, at the end, stays
+        self._template = None if chat_template == "none" else read_template(chat_template, self._tokenizer, path)
+        self.arguments = () if self._template is None else ("messages",)
+        """Names of what it reads beside prompts and responses."""
         config = self._model.config
         self._label = find_label(config.id2label, label, path)
         check_transform(transform, config, path)
@@ -82,8 +91,10 @@ class Classifier:
         self._inputs = Inputs(self._model, self._tokenizer)
         self._batching = self._try_model(_TOLERANCE.get(dtype, _TOLERANCE["bfloat16"]))
 
-    def score(self, texts: Sequence[str | None]) -> list[float | None]:
+    def score(self, texts: Sequence[str | Sequence[Mapping[str, Any]] | None]) -> list[float | None]:
         """Score each text, in order: the label's logit, or its probability if the transform makes one.
+
+        With a chat template a conversation stands in place of a text: messages, the last the response's.
 
         None stands for a text that is None or empty, that the tokenizer or model refuses, or whose score is not finite;
         it never changes the scores of the others. Of a text longer than the model takes the beginning is left out, but
@@ -110,7 +121,7 @@ class Classifier:
                 else:
                     scores[index] = result
         shown = sorted(failures)[:NUM_LOGGED]
-        messages = [f"the text {(texts[index] or '')[:QUOTED]!r} has no score: {failures[index]}" for index in shown]
+        messages = [f"the text {_show(texts[index])!r} has no score: {failures[index]}" for index in shown]
         self.failure = messages[0] if messages else None
         for message in messages:
             _log.warning(message)
@@ -118,13 +129,39 @@ class Classifier:
             _log.warning("%d more texts of this batch have no score", unsaid)
         return scores
 
-    def _encode(self, text: str) -> tuple[Encoded, bool]:
+    def _encode(self, text: Any) -> tuple[Encoded, bool]:
         """Return a text's tokens, and whether its beginning had to be left out."""
         if not text:
             raise ValueError("it is empty")
+        if not isinstance(text, str):
+            return self._encode_chat(text)
         encoded = Encoded.of(self._tokenizer(text, verbose=False))
         too_long = self.max_tokens is not None and len(encoded.ids) > self.max_tokens
         return self._encode_end(text, self.max_tokens or 0) if too_long else self._check_ids(encoded), too_long
+
+    def _encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Encoded, bool]:
+        """Return the tokens that the template makes of a conversation; see `_encode`.
+
+        Of one that is too long the end stays, behind the token that begins each sequence, if there is one.
+        """
+        try:
+            made = Encoded.of(
+                self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    chat_template=self._template,
+                    tokenize=True,
+                    return_dict=True,
+                    truncation=False,
+                )
+            )
+        except Exception as error:  # Jinja's errors, and whatever a template raises by itself
+            raise ValueError(f"the chat template refuses it: {first_line(error)}") from error
+        limit = self.max_tokens
+        if limit is None or len(made.ids) <= limit:
+            return self._check_ids(made), False
+        first = int(made.ids[0] == self._tokenizer.bos_token_id)
+        ends = (items[:first] + items[len(items) - limit + first :] for items in (made.ids, made.types))
+        return self._check_ids(Encoded(*ends)), True
 
     def _encode_end(self, text: str, length: int) -> Encoded:
         """Return the last tokens of a text, as many as wanted or as fit."""
@@ -146,8 +183,14 @@ class Classifier:
         size = 1 if self._batching == "alone" else self._batch_size
         pads = self._batching in ("right", "left")
         for _, same in groupby(order, key=lambda index: 0 if pads else len(encoded[index].ids)):
-            group = list(same)
-            yield from (group[start : start + size] for start in range(0, len(group), size))
+            batch: list[int] = []
+            for index in same:  # the longest comes last
+                width = len(encoded[index].ids) * (len(batch) + 1)
+                if len(batch) == size or (batch and self._batch_tokens is not None and width > self._batch_tokens):
+                    yield batch
+                    batch = []
+                batch.append(index)
+            yield batch
 
     def _score_or_split(self, encoded: list[Encoded]) -> list[float | str]:
         """Score a batch; if that raises, score each text by itself: the bad one has the reason in place of a score."""
@@ -210,3 +253,26 @@ class Classifier:
             largest,
             may_pad="longrope" not in rope_types(self._model.config),  # its frequencies go by a batch's longest text
         )
+
+
+def read_template(chat_template: str, tokenizer: Any, path: str) -> str:
+    """Return the chat template that `reward.chat_template` names: the classifier's tokenizer's own, or a file's.
+
+    Raises:
+        InputError: there is none.
+    """
+    if chat_template != "tokenizer":
+        try:
+            return Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise InputError(f"reward.chat_template={chat_template}: cannot be read: {error}") from error
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"reward.chat_template=tokenizer: the tokenizer of {path} has no chat template; give a file with one"
+        )
+    return str(tokenizer.get_chat_template())
+
+
+def _show(text: Any) -> str:
+    """Quote the beginning of a text, or of a conversation's last message."""
+    return str(text[-1].get("content") if text and not isinstance(text, str) else text or "")[:QUOTED]

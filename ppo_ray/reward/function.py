@@ -7,8 +7,9 @@ import inspect
 import logging
 import math
 import sys
+import threading
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,11 @@ class RewardFunction:
             InputError: it cannot be imported, is no function, or has parameters that nothing is known for.
         """
         self._name, self._function = name, load_function(name)
-        self._is_async = inspect.iscoroutinefunction(self._function)
-        self._limits = max_concurrent, timeout_s
-        self.arguments = find_arguments(name, self._function, columns, self._is_async)
+        self.is_async = inspect.iscoroutinefunction(self._function)
+        """Whether it is an `async def`."""
+        self._loop = _Loop(max_concurrent)
+        self._timeout_s = timeout_s
+        self.arguments = find_arguments(name, self._function, columns, self.is_async)
         """Names of the values that it takes."""
         self._num_raised = 0  # responses of the batch in hand
         self.failure: str | None = None
@@ -146,8 +149,8 @@ class RewardFunction:
         """
         self.failure, self._num_raised = None, 0
         samples = {"prompts": prompts, "responses": responses, **columns}
-        if self._is_async:
-            scores = asyncio.run(self._score_concurrently(samples, len(prompts)))
+        if self.is_async:
+            scores = self._loop.run(lambda limit: self._score_concurrently(samples, len(prompts), limit))
         else:
             scores = self._score_batch(samples, len(prompts))
         if unsaid := max(self._num_raised - NUM_LOGGED, 0):
@@ -184,16 +187,17 @@ class RewardFunction:
             return self._check_scores(self._function(*(list(samples[name][rows]) for name in _PAIR)), size)
         return self._check_scores(self._function(**{name: list(samples[name][rows]) for name in self.arguments}), size)
 
-    async def _score_concurrently(self, samples: Mapping[str, Sequence[Any]], size: int) -> list[float | None]:
-        max_concurrent, timeout_s = self._limits
-        limit = asyncio.Semaphore(max_concurrent)
+    async def _score_concurrently(
+        self, samples: Mapping[str, Sequence[Any]], size: int, limit: asyncio.Semaphore
+    ) -> list[float | None]:
+        timeout_s = self._timeout_s
 
         async def score_one(row: int) -> float | None:
             values = {name: samples[_PLURALS.get(name, name)][row] for name in self.arguments or ()}
             prompt, response = samples["prompts"][row], samples["responses"][row]
             try:
-                async with limit:
-                    return self._to_float(await asyncio.wait_for(self._function(**values), timeout_s))
+                async with limit, asyncio.timeout(timeout_s):  # in this task, so that even sys.exit() is caught here
+                    return self._to_float(await self._function(**values))
             except TimeoutError:
                 self._note(prompt, response, f"it took more than {timeout_s:g} s (reward.timeout_s)")
             except InputError:
@@ -248,3 +252,21 @@ class RewardFunction:
                 f"reward.function={self._name!r} returned {repr(score)[:QUOTED]}, which is neither a number nor None"
             ) from error
         return number if math.isfinite(number) else None
+
+
+class _Loop:
+    """An event loop in a thread of its own, with one limit for all that runs in it, whoever asks for it."""
+
+    def __init__(self, max_concurrent: int) -> None:
+        self._max_concurrent = max_concurrent
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._limit = asyncio.Semaphore(max_concurrent)
+
+    def run(self, make: Callable[[asyncio.Semaphore], Coroutine[Any, Any, Any]]) -> Any:
+        """Run a coroutine that is made with the limit; return its result."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="reward-function", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(make(self._limit), self._loop).result()

@@ -1,5 +1,8 @@
 """The group of all reward workers: what the loop calls `actors.reward`."""
 
+import types
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +15,7 @@ from ppo_ray.events import Report
 from ppo_ray.plan import ActorSpec
 from ppo_ray.plan.demand import actor_specs
 from ppo_ray.reward.actor import RewardWorker
+from ppo_ray.reward.judge import StartJudge
 
 
 def reward_spec(config: Config) -> ActorSpec:
@@ -22,14 +26,34 @@ def reward_spec(config: Config) -> ActorSpec:
 class RewardGroup:
     """All reward workers."""
 
-    def __init__(self, config: Config, report: Report, seats: Seats | None = None, worker: Any = RewardWorker) -> None:
-        """Create the workers, actors of a class; `setup` loads their classifiers."""
+    def __init__(
+        self,
+        config: Config,
+        report: Report,
+        seats: Seats | None = None,
+        worker: Any = RewardWorker,
+        *,
+        start_judge: StartJudge | None = None,
+        environment: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> None:
+        """Create the workers, actors of a class; `setup` loads their classifiers.
+
+        Args:
+            config: of the run.
+            report: is told when a worker is replaced.
+            seats: of the workers; None: anywhere.
+            worker: the class.
+            start_judge: loads a judge, in a worker; None: there is none.
+            environment: variables that a judge's engine reads when it is imported.
+        """
+        self._setup = (config,) if start_judge is None else (config, start_judge)
         self._config = config
-        self._group = ActorGroup(worker, reward_spec(config), config.ray, report, seats)
+        spec = replace(reward_spec(config), environment=dict(environment))
+        self._group = ActorGroup(worker, spec, config.ray, report, seats)
 
     def setup(self) -> list[dict[str, float]]:
         """Load all classifiers at once and wait until they are ready."""
-        return self._group.setup(self._config)
+        return self._group.setup(*self._setup)
 
     def score(self, trajectories: Shards) -> Shards:
         """Score shards, each as soon as it is there; returns at once."""

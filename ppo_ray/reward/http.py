@@ -13,7 +13,7 @@ import queue
 import re
 import threading
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import requests
@@ -72,20 +72,20 @@ def encode(request: Mapping[str, Any]) -> bytes:
         raise InputError(f"a server is sent JSON, which cannot hold a value of the kept columns: {error}") from error
 
 
-def server_problems(config: Config, key: str, source: RewardSource, kept: Any) -> Iterator[str]:
+def server_problems(config: Config, key: str, source: RewardSource, kept: Iterable[Any]) -> Iterator[str]:
     """Yield what keeps a server from being asked; whether it answers is known at the first batch.
 
     Args:
         config: whose reward it is.
         key: of the source's options, e.g. `reward.parts[0]`.
         source: names the server.
-        kept: the columns of `prompts.keep`, a `pyarrow.Table`; None: there are none.
+        kept: the columns of `prompts.keep`, as tables of some rows each.
     """
     reward = config.reward
     try:
         RewardServer(source, config.prompts.kept_names)
-        for batch in kept.to_batches(1024) if kept is not None else ():
-            encode(batch.to_pydict())
+        for table in kept:
+            encode(table.to_pydict())
     except InputError as error:
         yield f"{key}.url={source.url}: {error}"
     if (reward.retries + 1) * reward.timeout_s >= config.ray.call_timeout_s:

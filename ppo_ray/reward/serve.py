@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from ppo_ray.config import Config, is_loopback
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.reward.http import read_token
+from ppo_ray.reward.judge import StartJudge
 from ppo_ray.reward.scorer import Scorer
 from ppo_ray.trajectory import weigh_parts
 
@@ -51,12 +52,13 @@ class Batch(BaseModel):
         return {**self.columns, **{name: items for name, items in given.items() if items is not None}}
 
 
-def make_app(config: Config, token: str | None = None) -> FastAPI:
+def make_app(config: Config, token: str | None = None, start_judge: StartJudge | None = None) -> FastAPI:
     """Load what scores, and return the application that answers with its scores, a batch at a time.
 
     Args:
         config: names what scores.
         token: that every request must have; None: none is asked for.
+        start_judge: loads a judge; None: there is none.
 
     Raises:
         InputError: what scores cannot be used, is a server itself, or takes token ids, which are not sent.
@@ -64,14 +66,14 @@ def make_app(config: Config, token: str | None = None) -> FastAPI:
     for key, source in config.reward.sources:
         if source.url is not None:
             raise InputError(f"{key}.url={source.url}: is a server itself; give a classifier or a function")
-    reward, scorer = config.reward, Scorer(config)
+    reward, scorer = config.reward, Scorer(config, start_judge)
     if "response_ids" in scorer.arguments:
         raise InputError("reward.function: takes response_ids, which a server is not sent; leave that parameter out")
     app = FastAPI(title="ppo-ray serve-reward", docs_url=None, redoc_url=None, openapi_url=None)
     at_work = asyncio.Lock()
 
     def score_batch(batch: Batch) -> list[float | None]:
-        parts = scorer.score(batch.prompts, batch.responses, lambda names: batch.named)
+        parts = scorer.score(batch.prompts, batch.responses, lambda names: batch.named).parts
         weights = {part.name: part.weight for part in reward.parts}
         scores = weigh_parts(dict(zip(weights, parts, strict=True)), weights) if weights else parts[0]
         return [None if score is None or not math.isfinite(score) else score for score in scores]
@@ -111,7 +113,14 @@ def make_app(config: Config, token: str | None = None) -> FastAPI:
     return app
 
 
-def serve(config: Config, host: str, port: int, token_env: str | None, say: Callable[[str], object]) -> None:
+def serve(
+    config: Config,
+    host: str,
+    port: int,
+    token_env: str | None,
+    say: Callable[[str], object],
+    start_judge: StartJudge | None = None,
+) -> None:
     """Serve the reward of a config until a signal ends it.
 
     Args:
@@ -120,6 +129,7 @@ def serve(config: Config, host: str, port: int, token_env: str | None, say: Call
         port: to listen at; 0: a free one.
         token_env: name of an environment variable with the token that every request must have; None: none is needed.
         say: is called with each line for people.
+        start_judge: as in `make_app`.
 
     Raises:
         InputError: what scores cannot be used, the token is not there, or nothing can listen at that address.
@@ -133,7 +143,7 @@ def serve(config: Config, host: str, port: int, token_env: str | None, say: Call
     except (OSError, OverflowError) as error:
         raise InputError(f"--host={host} --port={port}: cannot listen there: {error}") from error
     with listener:
-        app = make_app(config, token)
+        app = make_app(config, token, start_judge)
         if not is_loopback(host):
             who = "everyone who reaches this port can have texts scored" if token is None else "so can the token"
             say(f"warning: --host={host}: what is sent is not encrypted and can be read on the way; {who}")

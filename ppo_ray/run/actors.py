@@ -11,6 +11,7 @@ from ppo_ray.events import Report
 from ppo_ray.learner.group import LearnerGroup
 from ppo_ray.reward.group import RewardGroup
 from ppo_ray.rollout.group import RolloutGroup
+from ppo_ray.rollout.judge import judge_environment, start_judge
 
 Say = Callable[[str], None]
 """Shows a line to whoever started the run."""
@@ -72,7 +73,8 @@ def _create_scorers(
     """Create the workers: all import their libraries at once; their models are loaded later, in turn."""
     rollout = RolloutGroup(config, report, seats)
     stack.callback(rollout.close)
-    reward = RewardGroup(config, report, seats)
+    environment = judge_environment(config)
+    reward = RewardGroup(config, report, seats, start_judge=start_judge, environment=environment)
     stack.callback(reward.close)
     return rollout, reward
 

@@ -1,6 +1,8 @@
 """The picture of a run: scores, KL to the reference, and how far each update moved the policy."""
 
+import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from ppo_ray.run.evaluation import Evaluation
 from ppo_ray.run.health import HEALTHY
 
 _BATCH, _HELD_OUT, _KL, _MOVE, _CLIP, _GREY = "#2a6f97", "#d1495b", "#3a7d44", "#8e5ea2", "#c77d0a", "#666666"
+_SETS = ("#e09f3e", "#6a4c93", "#1b998b", "#8d5524")  # of evaluation.sets
 _SMOOTH = 5
 """Steps that a point of a running mean is made of, as many before it as behind; fewer at the ends."""
 
@@ -48,6 +51,9 @@ def draw_curves(
     score_axes.set_title(title or "PPO", loc="left", fontsize=11, fontweight="bold")
     _draw_column(score_axes, steps, history, "score/mean", _BATCH, "training batch")
     _mark_held_out(score_axes, _find_held_out(history, before, after, "eval/score_mean"), after or before)
+    for name, colour in zip(_find_sets(history, before, after), itertools.cycle(_SETS)):
+        points = _find_held_out(history, before, after, f"eval/{name}/score_mean")
+        _mark_held_out(score_axes, points, None, colour, name)
     score_axes.set_ylabel("score")
     for axes in others:
         _mark_held_out(axes, passes, after or before)
@@ -89,27 +95,42 @@ def _find_held_out(
     found = {float(metrics["step"]): (metrics[name], metrics) for metrics in history if name in metrics}
     for step, evaluation in ((0.0, before), (float(len(history)), after)):
         if evaluation is not None:
-            value = evaluation.mean_score if name == "eval/score_mean" else evaluation.figures.get(name, math.nan)
+            value = evaluation.figures.get(name, math.nan)
+            if name == "eval/score_mean" and not evaluation.sets:  # older records have no figures
+                value = evaluation.mean_score
             found[step] = value, evaluation.figures
     points = []
     for step, (value, figures) in sorted(found.items()):
-        error = figures.get("eval/score_error", math.nan) if name == "eval/score_mean" else math.nan
+        error = figures.get(name.replace("_mean", "_error"), math.nan) if name.endswith("score_mean") else math.nan
         if math.isfinite(value):
             points.append((step, value, error))
     return points
 
 
-def _mark_held_out(axes: Any, points: Sequence[tuple[float, float, float]], known: Evaluation | None) -> None:
+def _find_sets(history: History, before: Evaluation | None, after: Evaluation | None) -> list[str]:
+    """Return the names of `evaluation.sets` that have a mean score, in the order in which they come."""
+    seen = [*history, *(found.figures for found in (before, after) if found)]
+    names = (re.fullmatch(r"eval/([\w-]+)/score_mean", name) for figures in seen for name in figures)
+    return list(dict.fromkeys(found.group(1) for found in names if found))
+
+
+def _mark_held_out(
+    axes: Any,
+    points: Sequence[tuple[float, float, float]],
+    known: Evaluation | None,
+    colour: str = _HELD_OUT,
+    name: str = "held-out",
+) -> None:
     """Draw held-out figures with their standard errors; the first and the last with their values."""
     if points:
         steps, means, errors = zip(*points, strict=True)
-        label = f"held-out ({known.num_prompts} prompts)" if known else "held-out"
-        line = {"color": _HELD_OUT, "marker": "D", "ms": 6, "ls": ":" if len(points) > 2 else "none"}
+        label = f"{name} ({known.num_prompts} prompts)" if known else name
+        line = {"color": colour, "marker": "D", "ms": 6, "ls": ":" if len(points) > 2 else "none"}
         if any(math.isfinite(error) for error in errors):
             label += ", mean ± standard error"
         axes.errorbar(steps, means, yerr=errors, capsize=3, label=label, **line)
         for step, value, _ in {points[0], points[-1]}:
-            style = {"color": _HELD_OUT, "fontweight": "bold", "ha": "center", "xytext": (0, 11)}
+            style = {"color": colour, "fontweight": "bold", "ha": "center", "xytext": (0, 11)}
             axes.annotate(f"{value:.2f}", (step, value), textcoords="offset points", **style)
     axes.margins(y=0.14)
     axes.legend(frameon=False, loc="best", fontsize=8)

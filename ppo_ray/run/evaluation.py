@@ -16,7 +16,7 @@ from ppo_ray import atomic
 from ppo_ray.checkpoint import read_record
 from ppo_ray.config import Config, EvaluationConfig
 from ppo_ray.learner.group import LearnerGroup
-from ppo_ray.prompts.stream import PromptBatch, PromptStream
+from ppo_ray.prompts.stream import PromptBatch
 from ppo_ray.reward.group import RewardGroup
 from ppo_ray.rollout.group import RolloutGroup
 from ppo_ray.run.actors import Actors
@@ -49,6 +49,8 @@ class Evaluation:
     """The first prompts (`evaluation.num_samples`), to be read by people."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """All figures by the names that they have in a step's metrics, `eval/...`; see docs/diagnostics.md."""
+    sets: Mapping[str, "Evaluation"] = field(default_factory=dict)
+    """The same of each of `evaluation.sets`, with its own figures alone."""
 
     def write(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
@@ -74,53 +76,71 @@ EVALUATION_SEED = -1  # no run has this seed: held-out responses are sampled ali
 def score_held_out(
     rollout: RolloutGroup,
     reward: RewardGroup,
-    prompts: PromptStream,
+    held_out: Mapping[str, PromptBatch],
     config: Config,
     learner: LearnerGroup | None = None,
 ) -> Evaluation | None:
-    """Score responses to every held-out prompt, each with its own fixed seed; None if none is held out.
+    """Score responses to all held-out prompts, each with its own fixed seed; None if none is held out.
 
     Args:
         rollout: the engines, which have the policy's weights.
         reward: what scores.
-        prompts: of the run; its position stays.
+        held_out: the run's own under an empty name, and those of `evaluation.sets` by theirs.
         config: of the run.
         learner: computes the KL to the reference, by the same policy; None: that figure is left out.
+
+    Returns:
+        The evaluation of the run's own prompts, or of the first set where there are none; with all figures and sets.
     """
     options = config.evaluation
-    held_out = prompts.held_out()
-    if not held_out.sample_ids:
+    found: dict[str, Evaluation] = {}
+    for name, prompts in held_out.items():
+        if not prompts.sample_ids:
+            continue
+        prefix = f"eval/{name}/" if name else "eval/"
+        num_prompts = options.sets[name].num_prompts if name else options.num_prompts
+        asked = repeat_prompts(prompts, num_prompts, options.samples_per_prompt)
+        scored = reward.score(rollout.generate(replace(asked, temperature=options.temperature), 0, EVALUATION_SEED))
+        table, rows = reward.summarize(scored, min(options.num_samples, len(prompts.sample_ids)))
+        figures = dict(summarize_evaluation(table, options, num_prompts, prefix))
+        if learner is not None:
+            figures[f"{prefix}kl_per_sequence"] = learner.measure_kl(scored)
+        scores = [score for score in table.column("score").to_pylist() if score is not None]
+        found[name] = Evaluation(
+            mean_score=figures.get(f"{prefix}score_mean", math.nan),
+            std_score=statistics.stdev(scores) if len(scores) > 1 else math.nan,
+            num_prompts=len(prompts.sample_ids),
+            num_unscored=table.num_rows - len(scores),
+            samples=tuple(Sample(**row) for row in rows),
+            figures=figures,
+        )
+    if not found:
         return None
-    asked = replace(repeat_prompts(held_out, options), temperature=options.temperature)
-    scored = reward.score(rollout.generate(asked, 0, EVALUATION_SEED))
-    table, rows = reward.summarize(scored, options.num_samples)
-    figures = dict(summarize_evaluation(table, options))
-    if learner is not None:
-        figures["eval/kl_per_sequence"] = learner.measure_kl(scored)
-    scores = [score for score in table.column("score").to_pylist() if score is not None]
-    return Evaluation(
-        mean_score=figures.get("eval/score_mean", math.nan),
-        std_score=statistics.stdev(scores) if len(scores) > 1 else math.nan,
-        num_prompts=len(held_out.sample_ids),
-        num_unscored=table.num_rows - len(scores),
-        samples=tuple(Sample(**row) for row in rows),
-        figures=figures,
-    )
+    everything = {name: figure for one in found.values() for name, figure in one.figures.items()}
+    sets = {name: one for name, one in found.items() if name}
+    return replace(next(iter(found.values())), figures=everything, sets=sets)
 
 
 def evaluate_now(run: Run, actors: Actors) -> Evaluation | None:
-    """Evaluate the policy so far on the held-out prompts, and show its figures; None if none is held out."""
-    options = run.config.evaluation
-    if not options.num_prompts:
+    """Evaluate the policy so far on all held-out prompts, and show the figures; None if none is held out."""
+    options, held_out = run.config.evaluation, run.held_out
+    sizes = [(name or "held-out", len(prompts.sample_ids)) for name, prompts in held_out.items() if prompts.sample_ids]
+    if not sizes:
         return None
     times = f", {options.samples_per_prompt} responses each" if options.samples_per_prompt > 1 else ""
-    run.say(f"evaluating on {options.num_prompts} held-out prompts{times} ...")
+    run.say(f"evaluating on {', '.join(f'{number} {name}' for name, number in sizes)} prompts{times} ...")
     began = time.monotonic()
-    found = score_held_out(actors.rollout, actors.reward, run.prompts, run.config, actors.learner)
+    found = score_held_out(actors.rollout, actors.reward, held_out, run.config, actors.learner)
     if found:
-        rates = (f"{name[5:]} {rate:.3f}" for name, rate in found.figures.items() if name.startswith("eval/pass@"))
-        figures = ", ".join([f"held-out mean score {format_score(found.mean_score)}", *rates])
-        run.say(f"after {run.state.step} steps: {figures} ({time.monotonic() - began:.0f} s)")
+        lines = []
+        for name, _ in sizes:
+            prefix = "eval/" if name == "held-out" else f"eval/{name}/"
+            score, passes = found.figures.get(f"{prefix}score_mean"), f"{prefix}pass@"
+            rates = [
+                f"{key[len(prefix) :]} {rate:.3f}" for key, rate in found.figures.items() if key.startswith(passes)
+            ]
+            lines.append(", ".join([f"{name} mean score {format_score(score)}", *rates]))
+        run.say(f"after {run.state.step} steps: {'; '.join(lines)} ({time.monotonic() - began:.0f} s)")
     return found
 
 
@@ -135,54 +155,63 @@ def evaluate_when_due(run: Run, actors: Actors) -> None:
         run.note_evaluation(found.figures)
 
 
-def repeat_prompts(held_out: PromptBatch, options: EvaluationConfig) -> PromptBatch:
-    """Return the prompts as often as each is answered, the first answers first, each under a sample id of its own."""
-    times = options.samples_per_prompt
+def repeat_prompts(held_out: PromptBatch, num_prompts: int, times: int) -> PromptBatch:
+    """Return the prompts as often as each is answered, the first answers first, each under a sample id of its own.
+
+    Args:
+        held_out: its sample ids are from -1 to -num_prompts, some of them left out.
+        num_prompts: most that there may be.
+        times: answers to each.
+    """
     columns = held_out.columns
     return PromptBatch(
-        tuple(sample_id - turn * options.num_prompts for turn in range(times) for sample_id in held_out.sample_ids),
+        tuple(sample_id - turn * num_prompts for turn in range(times) for sample_id in held_out.sample_ids),
         held_out.prompt_ids * times,
         columns=None if columns is None else pa.concat_tables([columns] * times),
     )
 
 
-def summarize_evaluation(table: pa.Table, options: EvaluationConfig) -> Iterator[tuple[str, float]]:
+def summarize_evaluation(
+    table: pa.Table, options: EvaluationConfig, num_prompts: int, prefix: str = "eval/"
+) -> Iterator[tuple[str, float]]:
     """Yield the figures of scored responses by name.
 
     Args:
         table: `sample_id`, `score`, `finish_reason`, `num_tokens`, and `parts` where the reward has several.
         options: how often each prompt was answered, and what passes.
+        num_prompts: as in `repeat_prompts`.
+        prefix: of the names.
     """
     score = table.column("score").drop_null()
     if len(score):
-        yield "eval/score_mean", pc.mean(score).as_py()
-    if (error := standard_error(table, options)) is not None:
-        yield "eval/score_error", error
-    yield "eval/unscored", 1 - len(score) / table.num_rows
-    yield "eval/tokens_mean", pc.mean(table.column("num_tokens")).as_py()
-    yield "eval/eos_rate", table.column("finish_reason").to_pylist().count("stop") / table.num_rows
+        yield f"{prefix}score_mean", pc.mean(score).as_py()
+    if (error := standard_error(table, num_prompts)) is not None:
+        yield f"{prefix}score_error", error
+    yield f"{prefix}unscored", 1 - len(score) / table.num_rows
+    yield f"{prefix}tokens_mean", pc.mean(table.column("num_tokens")).as_py()
+    yield f"{prefix}eos_rate", table.column("finish_reason").to_pylist().count("stop") / table.num_rows
     parts = {}
     if "parts" in table.column_names:
         names = table.schema.field("parts").type.names
         parts = dict(zip(names, table.column("parts").flatten(), strict=True))
     for name, part in parts.items():
         if part.null_count < len(part):
-            yield f"eval/{name}_mean", pc.mean(part).as_py()
+            yield f"{prefix}{name}_mean", pc.mean(part).as_py()
     if options.pass_score is None:
         return
     values = parts[options.pass_part] if options.pass_part else table.column("score")
     passes: dict[int, list[bool]] = {}
     for sample_id, value in zip(table.column("sample_id").to_pylist(), values.to_pylist(), strict=True):
         if value is not None:
-            passes.setdefault((-1 - sample_id) % options.num_prompts, []).append(value >= options.pass_score)
+            passes.setdefault((-1 - sample_id) % num_prompts, []).append(value >= options.pass_score)
     k = 1
     while k <= options.samples_per_prompt:
         if (rate := pass_rate(list(passes.values()), k)) is not None:
-            yield f"eval/pass@{k}", rate
+            yield f"{prefix}pass@{k}", rate
         k *= 2
 
 
-def standard_error(table: pa.Table, options: EvaluationConfig) -> float | None:
+def standard_error(table: pa.Table, num_prompts: int) -> float | None:
     """Return the standard error of the mean score over the prompts: answers to one prompt are not independent.
 
     It is the standard deviation of the prompts' mean scores over the square root of their number. None: fewer than two
@@ -191,7 +220,7 @@ def standard_error(table: pa.Table, options: EvaluationConfig) -> float | None:
     scores: dict[int, list[float]] = {}
     for sample_id, score in zip(table.column("sample_id").to_pylist(), table.column("score").to_pylist(), strict=True):
         if score is not None:
-            scores.setdefault((-1 - sample_id) % options.num_prompts, []).append(score)
+            scores.setdefault((-1 - sample_id) % num_prompts, []).append(score)
     means = [statistics.fmean(found) for found in scores.values()]
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 

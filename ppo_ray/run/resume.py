@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "evaluation.temperature",
     "evaluation.pass_score",
     "evaluation.pass_part",
+    "evaluation.sets.*",
     "rollout.workers",
     "rollout.threads",
     "rollout.gpus",
@@ -36,6 +37,7 @@ MAY_CHANGE = (
     "reward.threads",
     "reward.gpus",
     "reward.batch_size",
+    "reward.batch_tokens",
     "reward.retries",
     "reward.token_env",
     "learner.workers",
@@ -60,8 +62,8 @@ class Difference:
     @property
     def may_change(self) -> bool:
         """Whether a run may go on with it."""
-        section = self.key.rpartition(".")[0]
-        return self.key in MAY_CHANGE or f"{section}.*" in MAY_CHANGE
+        sections = [known[:-1] for known in MAY_CHANGE if known.endswith(".*")]
+        return self.key in MAY_CHANGE or self.key.startswith(tuple(sections))
 
     def __str__(self) -> str:
         return f"{self.key}: {_show(self.before)} -> {_show(self.after)}"
@@ -134,8 +136,9 @@ def find_start(folder: RunFolder, config: Config, checkpoints: Checkpoints, fing
         return Start(fresh, None, changed)
     path, state = newest
     if state.prompts_fingerprint != fingerprint:
+        option = "sources" if config.prompts.sources else "path"
         raise InputError(
-            f"prompts.path={config.prompts.path}: the texts or the tokenizer are not those that the run in "
+            f"prompts.{option}={config.prompts.place}: the texts or the tokenizer are not those that the run in "
             f"{folder.path} began with (fingerprint {fingerprint}, was {state.prompts_fingerprint}), so it would meet "
             "other prompts. Put them back, or begin a new run in another output_dir"
         )
@@ -178,7 +181,8 @@ def _check_steps(state: RunState, config: Config) -> RunState:
 def differences(before: Config, after: Config) -> list[Difference]:
     """Return what differs, in the order of the config."""
     old, new = dict(flatten(before.model_dump())), dict(flatten(after.model_dump()))
-    return [Difference(key, old[key], new[key]) for key in new if old[key] != new[key]]
+    keys = dict.fromkeys([*new, *old])  # names of options that the user gives are in one of them alone
+    return [Difference(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
 
 def _show(value: Any) -> str:

@@ -19,7 +19,7 @@ from ppo_ray.config import Config
 from ppo_ray.errors import WorkerError
 from ppo_ray.events import Event, say
 from ppo_ray.learner.reports import UpdateReport
-from ppo_ray.prompts.stream import PromptStream
+from ppo_ray.prompts.stream import PromptBatch, PromptStream
 from ppo_ray.run.checkpoints import Checkpoints
 from ppo_ray.run.folder import RunFolder, config_text
 from ppo_ray.run.gauges import Gauges
@@ -33,9 +33,16 @@ class Run:
     """A run whose folder is open; `open` makes one."""
 
     def __init__(
-        self, config: Config, prompts: PromptStream, folder: RunFolder, log: MetricsLog, console: Console
+        self,
+        config: Config,
+        prompts: PromptStream,
+        sets: Mapping[str, PromptBatch],
+        folder: RunFolder,
+        log: MetricsLog,
+        console: Console,
     ) -> None:
         """Take what is open already; the run stands before its first step."""
+        self._sets = sets
         self.config, self.prompts, self.folder, self.console = config, prompts, folder, console
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, config_text(config), self.report)
         self.state = RunState(prompts_fingerprint=prompts.fingerprint)
@@ -71,7 +78,7 @@ class Run:
             prompts = inputs.open_prompts(config)
         folder = open_folder(config)
         with folder.lock(), MetricsLog(folder.path) as log:
-            run = cls(config, prompts, folder, log, console)
+            run = cls(config, prompts, inputs.open_sets(config), folder, log, console)
             run.is_finished = is_finished(folder, config)
             if not run.is_finished:
                 run._begin()
@@ -118,6 +125,11 @@ class Run:
             self.checkpoints.save(self.state, self._save)
         self._check_scores()
         stopping.check()
+
+    @property
+    def held_out(self) -> dict[str, PromptBatch]:
+        """The prompts of an evaluation: the run's own under an empty name, then those of `evaluation.sets`."""
+        return {"": self.prompts.held_out(), **self._sets}
 
     def note_evaluation(self, figures: Mapping[str, float]) -> None:
         """Keep the figures of the policy's evaluation for the metrics of the step that it samples."""

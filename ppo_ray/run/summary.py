@@ -131,6 +131,9 @@ def _print_change(
             f"{after.num_prompts} prompts, standard deviation {before.std_score:.2f} -> {after.std_score:.2f})"
             f"{_describe_failures(after)}",
         )
+        for name in (name for name in after.sets if name in before.sets):
+            old, new = before.sets[name].mean_score, after.sets[name].mean_score
+            say(console, f"  of {name}: {format_score(old)} -> {format_score(new)}")
     if history:
         first, last = history[0], history[-1]
         kl = last.get("kl/per_sequence", math.nan)

@@ -161,10 +161,11 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
         config, dropped = load_evaluation_config(source, overrides)
     for option in dropped:
         say(console, f"not taken from the checkpoint's config: {option}; give it on this command line if you trust it")
-    prompts = preflight.check(config).open_prompts(config)
+    inputs = preflight.check(config)
+    held_out = {"": inputs.open_prompts(config).held_out(), **inputs.open_sets(config)}
     show = partial(say, console)
     with ray_session(config.ray), launch_scorers(config, show, lambda event: show(event.message)) as (rollout, reward):
-        evaluation = score_held_out(rollout, reward, prompts, config)
+        evaluation = score_held_out(rollout, reward, held_out, config)
     if evaluation is None:
         raise InputError("evaluation.num_prompts=0: nothing is held out to be scored; set it to 1 or more")
     print_evaluation(console, evaluation)

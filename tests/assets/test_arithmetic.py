@@ -21,3 +21,10 @@ def test_every_sum_has_its_answer(tmp_path: Path) -> None:
     for row in rows:
         ((question,), answer) = row["messages"], row["answer"]
         assert question["role"] == "user" and eval(question["content"][8:-1]) == answer
+
+
+def test_sums_of_two_digits(tmp_path: Path) -> None:
+    build_sums(tmp_path / "sums.parquet", digits=2)
+    rows = pq.read_table(tmp_path / "sums.parquet").to_pylist()
+    assert len({row["messages"][0]["content"] for row in rows}) == 90 * 90
+    assert [rows[0]["answer"], rows[-1]["answer"]] == [20, 198]

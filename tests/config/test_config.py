@@ -155,6 +155,13 @@ def test_an_option_offers_what_the_code_can_do(section, option, known):
         ("rollout.max_context=767", None),
         ("rollout.min_response_tokens=257", "rollout.min_response_tokens: 257 exceeds rollout.max_response_tokens=256"),
         ("evaluation.num_samples=257", "evaluation.num_samples: 257 exceeds evaluation.num_prompts=256"),
+        ("prompts.path=null", "prompts.path: required, but not given; or give prompts.sources"),
+        (
+            "prompts.sources=[{name: a, path: a}]",
+            "prompts.path: is for one data set; name it among prompts.sources, or leave these out",
+        ),
+        ("evaluation.sets={a: {}}", "evaluation.sets.a.path: required, but not given"),
+        ("evaluation.sets={a/b: {path: p}}", "evaluation.sets: 'a/b' is no name: letters, digits and _ only"),
         ("reward.function=a:b", None),
         ("reward.url=http://h/", None),
         ("reward.path=null", None),
@@ -196,13 +203,43 @@ def test_a_token_in_place_of_its_variables_name_is_not_shown():
 def test_each_part_is_one_kind_of_reward():
     first = "{name: a, url: 'https://h/', function: 'b:c'}, {name: b}"
     both, none, token = violations(*NO_REWARD, f"reward.parts=[{first}, {{name: c, function: 'b:c', token_env: T}}]")
-    assert "give reward.parts[0].path (a classifier), reward.parts[0].function (a Python function) or" in both
-    assert both.endswith("reward.parts[0].url (a server), not several") and none.endswith("one of them")
+    assert "give reward.parts[0].path (a classifier), reward.parts[0].function (a Python function), reward" in both
+    assert both.endswith(
+        "reward.parts[0].url (a server) or reward.parts[0].judge (a judge), not several"
+    ) and none.endswith("one of them")
     assert "reward.parts[2].token_env is for reward.parts[2].url" in token
     (line,) = violations(*NO_REWARD, "reward.parts=[{name: a, url: 'https://h/'}]", "reward.url=https://h/")
-    assert line.startswith("reward.parts: stands instead of reward.path, reward.function and reward.url")
+    assert line.startswith("reward.parts: stands instead of reward.path, reward.function, reward.url and")
     config = load_config(None, [*NO_REWARD, "reward.parts=[{name: a, url: 'https://h/', token_env: T}]"])
     assert config.reward.parts[0].url == "https://h/"
+
+
+def test_a_judges_pattern_has_one_group_and_its_answer_leaves_room_for_the_question():
+    def lines(**judge):
+        options = ", ".join(f"{name}: {value}" for name, value in {"path": "m", "prompt": "q.txt", **judge}.items())
+        return violations(*NO_REWARD, f"reward.judge={{{options}}}")
+
+    assert lines(pattern="'('")[0].startswith("reward.judge.pattern: '(' is no regular expression: missing )")
+    assert lines(pattern="good")[0].endswith("'good' has 0 groups in parentheses; it must have one, around the verdict")
+    assert lines() == ["reward.judge.pattern: required, but not given"]
+    assert lines(pattern="(yes|no)", max_tokens=2048) == [
+        "reward.judge: reward.judge.max_tokens=2048 leaves no room for the question in max_context=2048"
+    ]
+    right = "reward.judge={path: m, prompt: q.txt, pattern: '(yes|no)', scores: {'yes': 1, 'no': 0.5}}"
+    assert load_config(None, [*NO_REWARD, right]).reward.judge.scores == {"yes": 1, "no": 0.5}
+
+
+def test_weights_of_a_mixture_are_whole_numbers_or_small_fractions():
+    def sources(*weights):
+        listed = ", ".join(f"{{name: s{n}, path: p, weight: {weight}}}" for n, weight in enumerate(weights))
+        return [*REQUIRED, "prompts.path=null", f"prompts.sources=[{listed}]"]
+
+    assert load_config(None, sources(0.7, 0.2, 0.1)).prompts.quotas == (7, 2, 1)
+    assert load_config(None, sources(2, 4)).prompts.quotas == (1, 2)
+    (line,) = violations(*sources(0.33333, 0.66667))
+    assert line.startswith("prompts.sources: the weights 0.33333 : 0.66667 are exact after 100,000 prompts only")
+    (line,) = violations(*sources(1, 0))
+    assert line == "prompts.sources.1.weight: 0 must be greater than 0"
 
 
 @pytest.mark.parametrize("name", ["top_k=50", "top_p=0.9", "repetition_penalty=1.1", "num_beams=4", "min_new_tokens=2"])

@@ -35,6 +35,27 @@ def test_what_an_evaluation_needs_is_taken(checkpoint):
     assert dropped == []
 
 
+def test_sets_and_mixtures_are_taken_and_a_path_given_stands_for_the_mixture(checkpoint):
+    sources = [{"name": "a", "path": "a.jsonl", "weight": 2.0}, {"name": "b", "path": "b.jsonl"}]
+    sets = {"hard": {"path": "hard.jsonl", "num_prompts": 7}}
+    folder = checkpoint(
+        prompts={"path": None, "sources": sources}, evaluation={"sets": sets}, reward={"path": "c", "judge": None}
+    )
+    config, dropped = load_evaluation_config(folder)
+    assert (config.prompts.quotas, config.evaluation.sets["hard"].num_prompts, dropped) == ((2, 1), 7, [])
+    given, _ = load_evaluation_config(folder, ["prompts.path=other.jsonl"])
+    assert (given.prompts.path, given.prompts.sources) == ("other.jsonl", ())
+
+
+def test_a_judge_of_the_file_is_not_asked(checkpoint):
+    judge = {"path": "judge", "prompt": "/etc/passwd", "pattern": "(x)"}
+    folder = checkpoint(reward={"path": None, "judge": judge})
+    with pytest.raises(InputError, match=r"reward.judge=.*, a model and files that are not read because a checkpoint"):
+        load_evaluation_config(folder)
+    config, dropped = load_evaluation_config(folder, ["reward.path=c"])
+    assert config.reward.judge is None and dropped[0].startswith("reward.judge=")
+
+
 def test_nothing_of_the_file_runs_code_trusts_files_or_connects(checkpoint):
     hostile = {
         "model": {"path": "m", "trust_remote_code": True, "allow_pickled_weights": True, "reference_path": "other"},

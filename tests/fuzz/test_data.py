@@ -36,9 +36,9 @@ def read(folder: Path, name: str, content: bytes) -> None:
     except InputError as error:
         assert "prompts." in str(error) and len(str(error)) < 3_000
     else:
-        assert usable.texts and all(isinstance(text, str) and text.strip() for text in usable.texts)
-        assert len(set(usable.texts)) == len(usable.texts)
-        "".join(usable.texts).encode()  # all valid Unicode
+        assert list(usable) and all(isinstance(text, str) and text.strip() for text in list(usable))
+        assert len(set(list(usable))) == len(usable)
+        "".join(list(usable)).encode()  # all valid Unicode
 
 
 @pytest.fixture(scope="module")

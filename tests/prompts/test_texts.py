@@ -1,4 +1,5 @@
 import http.server
+import itertools
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def test_other_columns_of_a_csv_may_hold_anything(tmp_path):
     rows = "".join(f"{number},0\n" for number in range(200_000))  # more than the block whose types are guessed
     (tmp_path / "t.csv").write_bytes(b"text,label\n" + rows.encode() + b"999 9,none\n999 8,\xff\n")
     usable = read_usable_texts(config(tmp_path / "t.csv", min_chars=4), 0)
-    assert len(usable.texts) == 190_002 and usable.texts[-2:] == ["999 9", "999 8"]
+    assert len(usable) == 190_002 and list(usable)[-2:] == ["999 9", "999 8"]
     with pytest.raises(InputError, match="prompts.column=review: .* it has text, label"):
         read_usable_texts(config(tmp_path / "t.csv", column="review"), 0)
 
@@ -64,14 +65,14 @@ def bad_bytes(folder, kind):
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "large.parquet"])
 def test_bytes_that_are_no_utf8_cost_only_their_own_text(kind, tmp_path):
     usable = read_usable_texts(config(bad_bytes(tmp_path, kind)), 0)
-    assert usable.texts == ["1 1 1 1", "3 3 3 3", "5 5 5 5"]
+    assert list(usable) == ["1 1 1 1", "3 3 3 3", "5 5 5 5"]
     assert usable.describe().endswith("left out: 2 not valid Unicode")
 
 
 def test_a_line_that_is_neither_json_nor_unicode_costs_only_itself(tmp_path):
     (tmp_path / "t.jsonl").write_bytes(b'{"text": "1 1 1"}\n{"text": \xff\n{"text": "2 2 2"}\n')
     usable = read_usable_texts(config(tmp_path / "t.jsonl"), 0)
-    assert usable.texts == ["1 1 1", "2 2 2"] and usable.left_out.invalid == 1
+    assert list(usable) == ["1 1 1", "2 2 2"] and usable.left_out.invalid == 1
     (tmp_path / "t.jsonl").write_text('{"text": "1 1 1"}\n' + "[" * 100_000)
     with pytest.raises(InputError, match="line 2 is not JSON"):
         read_usable_texts(config(tmp_path / "t.jsonl"), 0)
@@ -104,11 +105,11 @@ def test_files_of_text_are_read_compressed_or_not(kind, tmp_path):
     path = tmp_path / f"Prompts.{kind}"
     path.write_bytes(content_of(kind))
     usable = read_usable_texts(config(path), 0)
-    assert usable.texts == TEXTS and usable.left_out.blank == 1
+    assert list(usable) == TEXTS and usable.left_out.blank == 1
     for suffix in (".zst", ".bz2", ".gz"):
         packed = tmp_path / f"Prompts.{kind}{suffix}"
         compress(packed, path.read_bytes())
-        assert read_usable_texts(config(packed), 0).texts == TEXTS
+        assert list(read_usable_texts(config(packed), 0)) == TEXTS
     with pytest.raises(InputError, match=r"prompts.column=review: .* has no such column; it has (n, )?text"):
         read_usable_texts(config(path, column="review"), 0)
     (tmp_path / f"torn.{kind}.gz").write_bytes(packed.read_bytes()[:-9])
@@ -169,7 +170,7 @@ def test_columns_of_any_kind_of_text(kind, tmp_path):
             writer.write_table(table)
     for column in ("plain", "large", "view", "category", "meta.text", "meta.n.text", "a.b"):
         usable = read_usable_texts(config(path, column=column), 0)
-        assert (usable.texts, usable.left_out) == (["1 1 1", "2 2 2", "3 3 3"], LeftOut(blank=1, repeated=1))
+        assert (list(usable), usable.left_out) == (["1 1 1", "2 2 2", "3 3 3"], LeftOut(blank=1, repeated=1))
     for column in ("number", "category of numbers", "meta", "meta.n"):
         refusal = f"prompts.column={column}: the column in .* holds .*, neither text nor messages"
         with pytest.raises(InputError, match=refusal):
@@ -186,14 +187,14 @@ def test_bytes_that_are_no_utf8_in_a_category(tmp_path):
     with pa.ipc.new_file(str(tmp_path / "t.arrow"), pa.schema([("text", column.type)])) as writer:
         writer.write_table(pa.table({"text": column}))
     usable = read_usable_texts(config(tmp_path / "t.arrow"), 0)
-    assert usable.texts == ["1 1 1"] and usable.left_out == LeftOut(invalid=1, repeated=1)
+    assert list(usable) == ["1 1 1"] and usable.left_out == LeftOut(invalid=1, repeated=1)
 
 
 def test_objects_in_json_are_named_by_their_path(tmp_path):
     rows = [{"meta": {"text": "1 1 1"}}, {"meta": None}, {"meta": {}}, {}, {"meta": {"text": "2 2 2"}}]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     usable = read_usable_texts(config(tmp_path / "t.jsonl", column="meta.text"), 0)
-    assert usable.texts == ["1 1 1", "2 2 2"] and usable.left_out.blank == 3
+    assert list(usable) == ["1 1 1", "2 2 2"] and usable.left_out.blank == 3
     with pytest.raises(InputError, match=r"prompts.column=meta.review: .* it has meta$"):
         read_usable_texts(config(tmp_path / "t.jsonl", column="meta.review"), 0)
 
@@ -204,9 +205,9 @@ def test_what_save_to_disk_wrote(tmp_path):
     one.save_to_disk(tmp_path / "one", num_shards=2)
     datasets.DatasetDict(train=one, test=one.select([1])).save_to_disk(tmp_path / "two")
     for path in ("one", "two"):
-        assert read_usable_texts(config(tmp_path / path), 0).texts == ["1 1 1", "2 2 2"]
-        assert read_usable_texts(config(tmp_path / path, column="meta.text"), 0).texts == ["3 3 3", "4 4 4"]
-    assert read_usable_texts(config(tmp_path / "two", split="test"), 0).texts == ["2 2 2"]
+        assert list(read_usable_texts(config(tmp_path / path), 0)) == ["1 1 1", "2 2 2"]
+        assert list(read_usable_texts(config(tmp_path / path, column="meta.text"), 0)) == ["3 3 3", "4 4 4"]
+    assert list(read_usable_texts(config(tmp_path / "two", split="test"), 0)) == ["2 2 2"]
     with pytest.raises(InputError, match="prompts.split=valid: .* has no such split; it has train, test"):
         read_usable_texts(config(tmp_path / "two", split="valid"), 0)
     (tmp_path / "one" / "data-00000-of-00002.arrow").write_bytes(b"torn")
@@ -222,7 +223,7 @@ def test_another_column_that_differs_from_file_to_file_does_not_matter(tmp_path)
     fill(1, {"text": "2 2 2", "meta": {"n": 1}})
     with pytest.raises(Exception, match="error occurred while generating"):  # what the library makes of it
         datasets.load_dataset(str(tmp_path), split="train")
-    assert read_usable_texts(config(tmp_path), 0).texts == ["1 1 1", "2 2 2"]
+    assert list(read_usable_texts(config(tmp_path), 0)) == ["1 1 1", "2 2 2"]
     fill(1, {"text": 2, "meta": {"n": 1}})
     with pytest.raises(
         InputError, match=r"prompts.column=text: line 1 of .*train-1.jsonl holds 2, neither text nor messages"
@@ -242,8 +243,8 @@ def test_a_folder_is_read_as_its_files_are(tmp_path):
     with pytest.raises(InputError, match="cannot be read as a data set"):  # two formats: the library does not say which
         read_usable_texts(config(tmp_path), 0)
     (tmp_path / "train-2.jsonl").unlink()
-    assert read_usable_texts(config(tmp_path), 0).texts == ["NA NA", "1 1 1"]
-    assert read_usable_texts(config(tmp_path, split="test"), 0).texts == ["3 3 3"]
+    assert list(read_usable_texts(config(tmp_path), 0)) == ["NA NA", "1 1 1"]
+    assert list(read_usable_texts(config(tmp_path, split="test"), 0)) == ["3 3 3"]
     with pytest.raises(InputError, match="prompts.split=valid: .*valid"):
         read_usable_texts(config(tmp_path, split="valid"), 0)
 
@@ -255,10 +256,10 @@ def test_a_folders_card_says_which_files_are_which_split(tmp_path):
     (data / "b.csv").write_text("text\n2 2 2\n")
     card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/b*\n{}---\n# Set\n"
     (tmp_path / "set" / "README.md").write_text(card.format(""))
-    assert read_usable_texts(config(tmp_path / "set"), 0).texts == ["2 2 2"]
+    assert list(read_usable_texts(config(tmp_path / "set"), 0)) == ["2 2 2"]
     (data / "b.csv").write_text("text;n\n2 2, 2;1\n")
     (tmp_path / "set" / "README.md").write_text(card.format("  sep: ;\n"))
-    assert read_usable_texts(config(tmp_path / "set"), 0).texts == ["2 2, 2"]  # an option of the format counts
+    assert list(read_usable_texts(config(tmp_path / "set"), 0)) == ["2 2, 2"]  # an option of the format counts
 
 
 OUTSIDE = (
@@ -325,8 +326,8 @@ def test_a_hubs_data_set_has_its_revision_and_no_files_here(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset_builder", open_builder)
     with pytest.raises(InputError, match="prompts.path=org/set: '/etc/x.txt' is named there and lies outside of it"):
-        read_usable_texts(config("org/set", revision="v1"), 0)
-    assert asked == [("org/set", {"revision": "v1"})]
+        read_usable_texts(config("org/set", revision="v1", subset="fr"), 0)
+    assert asked == [("org/set", {"name": "fr", "revision": "v1"})]
 
 
 def test_links_that_leave_a_folder_are_not_followed(tmp_path):
@@ -339,7 +340,7 @@ def test_links_that_leave_a_folder_are_not_followed(tmp_path):
     (tmp_path / "set" / "train.txt").unlink()
     (tmp_path / "set" / "train.txt").symlink_to("real.txt")  # to another file of the folder
     (tmp_path / "link").symlink_to(tmp_path / "set")  # the folder itself
-    assert read_usable_texts(config(tmp_path / "link"), 0).texts == ["1 1 1"]
+    assert list(read_usable_texts(config(tmp_path / "link"), 0)) == ["1 1 1"]
 
 
 def test_a_snapshot_of_a_hub_links_to_its_own_blobs(tmp_path):
@@ -348,7 +349,7 @@ def test_a_snapshot_of_a_hub_links_to_its_own_blobs(tmp_path):
     (repository / "snapshots" / "c0ffee").mkdir(parents=True)
     (repository / "blobs" / "abc").write_text('{"text": "1 1 1"}\n')
     (repository / "snapshots" / "c0ffee" / "train.jsonl").symlink_to("../../blobs/abc")
-    assert read_usable_texts(config(repository / "snapshots" / "c0ffee"), 0).texts == ["1 1 1"]
+    assert list(read_usable_texts(config(repository / "snapshots" / "c0ffee"), 0)) == ["1 1 1"]
 
 
 def test_records_of_save_to_disk_name_no_file_outside(tmp_path):
@@ -429,3 +430,42 @@ def test_a_small_file_that_unpacks_to_too_much_is_refused(kind, tmp_path):
 def test_a_large_file_of_short_lines_is_no_bomb(tmp_path):
     (tmp_path / "t.txt").write_text("abcd\n" + "\n" * 2_000_000)
     assert read_usable_texts(config(tmp_path / "t.txt"), 0).left_out.blank == 2_000_000
+
+
+FRUGAL = """
+import resource, sys
+from pathlib import Path
+from ppo_ray.config import PromptsConfig
+from ppo_ray.prompts.stream import PromptStream
+class Letters:
+    def __call__(self, texts, **options):
+        return {"input_ids": [[ord(letter) for letter in text[:9]] for text in texts]}
+import pyarrow.csv, pyarrow.parquet
+held = next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").open() if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (held + (int(sys.argv[2]) << 20),) * 2)
+stream = PromptStream(PromptsConfig(path=sys.argv[1], keep=["answer"]), Letters(), 0, num_held_out=50)
+batch = stream.take(200)
+rows = zip(batch.prompt_ids, batch.columns.column("row").to_pylist(), strict=True)
+print(stream.describe(), {"".join(map(chr, ids)) == f"{row['answer']:09d}" for ids, row in rows})
+"""
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_a_data_set_is_not_held_in_memory(kind, tmp_path):
+    path, count, size = tmp_path / f"t.{kind}", 15_000, 10_000  # 150 MB, each text another one
+    texts = (f"{number:09d}" + "x" * size for number in range(count))
+    if kind == "jsonl":
+        with path.open("w") as sink:
+            for number, text in enumerate(texts):
+                sink.write(json.dumps({"text": text, "answer": number}) + "\n")
+    else:
+        schema = pa.schema({"text": pa.string(), "answer": pa.int64()})
+        writer = pq.ParquetWriter(path, schema) if kind == "parquet" else pa.ipc.new_file(str(path), schema)
+        with writer as sink:
+            for start in range(0, count, 1000):
+                rows = {"text": list(itertools.islice(texts, 1000)), "answer": range(start, start + 1000)}
+                sink.write_table(pa.table(rows, schema))
+    command = [sys.executable, "-c", FRUGAL, str(path), "100"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == f"15,000 texts of {path} {{True}}\n"

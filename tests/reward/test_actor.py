@@ -1,17 +1,21 @@
 """What a reward worker adds to trajectories, and what it says of those without a score; without Ray around it."""
 
+import asyncio
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 
 from ppo_ray import trajectory
 from ppo_ray.config import load_config
 from ppo_ray.learner.batch import ResponseBatch, summarize_table
-from ppo_ray.reward.actor import RewardWorker
+from ppo_ray.reward.actor import Clock, RewardWorker
 from ppo_ray.reward.group import RewardGroup
 from tests.test_trajectory import row
 
@@ -92,3 +96,74 @@ def test_the_group_names_the_worker_whose_words_they_are() -> None:
     assert group.explain() == "reward-1: the text 'x' has no score: it is x"
     group._group.call = lambda doing, call: [None, None]
     assert group.explain() == "see the reward worker's log"
+
+
+ARRIVED: dict[str, threading.Event] = {}
+
+
+async def score_when_another_has(response: str, prompt: str) -> float:
+    """Return once a response of the other kind has come here: alone, or one behind the other, none ever does."""
+    ARRIVED[response].set()
+    other = ARRIVED[{"quick": "slow", "slow": "quick"}[response]]
+    if not await asyncio.to_thread(other.wait, 60):
+        raise TimeoutError(f"{response} waited in vain")
+    return float(len(response))
+
+
+async def exit_at_once(response: str) -> float:
+    raise SystemExit(response)
+
+
+def test_shards_and_parts_that_wait_do_not_wait_for_one_another() -> None:
+    parts = [
+        {"name": "first", "function": f"{__name__}:score_when_another_has"},
+        {"name": "exits", "function": f"{__name__}:exit_at_once"},
+    ]
+    worker = RewardWorker.__ray_metadata__.modified_class("reward-0")
+    worker.setup(load_config(None, ["output_dir=x", "model.path=m", "prompts.path=p", f"reward.parts={parts}"]))
+    ARRIVED.update(slow=threading.Event(), quick=threading.Event())
+    tables = [trajectory.from_rows([row(n, response=word)]) for n, word in enumerate(("slow", "quick"))]
+    with ThreadPoolExecutor(2) as threads:
+        answers = list(threads.map(worker.score, tables))
+    assert [table.column("score").to_pylist() for table, _ in answers] == [[4.0], [5.0]]
+    assert f"{__name__}:exit_at_once" in worker.explain() and "it raised SystemExit: " in worker.explain()
+
+
+async def score_when_a_file_is_there(prompt: str, response: str) -> float:
+    """Leave a file named after the response in the folder that the prompt names; return once both files are there."""
+    Path(prompt, response).touch()
+    async with asyncio.timeout(100):
+        while not all(Path(prompt, name).exists() for name in ("slow", "quick")):
+            await asyncio.sleep(0.05)
+    return float(len(response))
+
+
+@pytest.mark.slow
+def test_a_worker_scores_its_shards_at_once(session: None, tmp_path: Path) -> None:
+    options = [
+        f"reward.function={__name__}:score_when_a_file_is_there",
+        "reward.timeout_s=120",
+        "ray.call_timeout_s=300",
+    ]
+    config = load_config(None, ["output_dir=x", "model.path=m", "prompts.path=p", *options])
+    group = RewardGroup(config, print)
+    try:
+        group.setup()
+        rows = [[row(n, prompt=str(tmp_path), response=word)] for n, word in enumerate(("slow", "quick"))]
+        source: Any = SimpleNamespace(tables=[ray.put(trajectory.from_rows(one)) for one in rows], wait=lambda stop: {})
+        shards = group.score(source)
+        assert shards.wait()["time/score_s"] > 0
+        assert shards.fetch().column("score").to_pylist() == [4.0, 5.0]
+    finally:
+        group.close()
+
+
+def test_seconds_of_calls_that_overlap_add_up_to_the_time_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 14.0, 15.0, 20.0, 21.0])  # of: a begins; b ends; a ends; c begins; c ends
+    monkeypatch.setattr("ppo_ray.reward.actor.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    clock = Clock()
+    clock.begin()
+    clock.begin()
+    assert (clock.end(), clock.end()) == (4.0, 1.0)
+    clock.begin()
+    assert clock.end() == 1.0

@@ -1,14 +1,23 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from ppo_ray.config import Trust
 from ppo_ray.errors import InputError
 from ppo_ray.reward.classifier import Classifier
+from tests.conftest import make_tokenizer
 
 PICKLE = "pytorch_model.bin"
 TEXTS = [
@@ -137,3 +146,96 @@ def test_pickled_weights_are_loaded_only_where_they_are_allowed(tiny_classifier:
         Classifier(str(folder))
     expected = Classifier(str(tiny_classifier)).score(TEXTS)
     assert Classifier(str(folder), trust=Trust(pickles=True)).score(TEXTS) == expected
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"
+    "{% if messages[-1].content == 'never' %}{{ raise_exception('not this') }}{% endif %}"
+)
+CHATS = [[{"role": "user", "content": "Was it good?"}, {"role": "assistant", "content": answer}] for answer in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder as a classifier; its tokenizer, unlike a policy's, knows special tokens that its template writes."""
+    folder = tmp_path_factory.mktemp("decoder")
+    make_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<bos>"]})
+    tokenizer.bos_token = "<bos>"
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        vocab_size=512, intermediate_size=64, max_position_embeddings=64, num_labels=1, initializer_range=0.5, **sizes
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def chat_ids(folder: Path, chat: list[dict[str, str]], template: str | None = None) -> list[int]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return list(
+        tokenizer.apply_chat_template(chat, chat_template=template, tokenize=True, return_dict=True)["input_ids"]
+    )
+
+
+@pytest.mark.parametrize("batching", [{"batch_size": 1}, {"batch_size": 3}, {}, {"batch_tokens": 40}])
+def test_conversations_are_scored_by_the_models_own_template(decoder: Path, batching: dict[str, int]) -> None:
+    wanted = [score_ids(decoder, chat_ids(decoder, chat), label=0) for chat in CHATS]
+    found = Classifier(str(decoder), chat_template="tokenizer", **batching).score(CHATS)
+    assert found == pytest.approx(wanted, abs=1e-5) and max(wanted) - min(wanted) > 0.1
+    special = AutoTokenizer.from_pretrained(decoder).convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    assert all(chat_ids(decoder, chat).count(token) == 1 for chat in CHATS for token in special)
+
+
+def test_a_template_of_ones_own_and_what_it_refuses(decoder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ bos_token }}{% for m in messages %}{{ m.content }} {% endfor %}")
+    classifier = Classifier(str(decoder), chat_template=str(own))
+    long = [{"role": "user", "content": "so good " * 60}, {"role": "assistant", "content": "a story"}]
+    ids = chat_ids(decoder, long, own.read_text())
+    wanted = [
+        score_ids(decoder, chat_ids(decoder, CHATS[0], own.read_text()), 0),
+        score_ids(decoder, [ids[0], *ids[-63:]], 0),
+    ]
+    assert classifier.score([CHATS[0], long]) == pytest.approx(wanted, abs=1e-5)
+    assert classifier.truncated == [False, True]
+    refusing = Classifier(str(decoder), chat_template="tokenizer")
+    assert refusing.score([[*CHATS[0][:1], {"role": "assistant", "content": "never"}], CHATS[1]])[0] is None
+    assert refusing.failure == "the text 'never' has no score: the chat template refuses it: not this"
+    with pytest.raises(InputError, match=r"reward.chat_template=/no.jinja: cannot be read"):
+        Classifier(str(decoder), chat_template="/no.jinja")
+
+
+def test_a_classifier_without_a_template_says_so(tiny_classifier: Path) -> None:
+    with pytest.raises(InputError, match="the tokenizer of .* has no chat template; give a file with one"):
+        Classifier(str(tiny_classifier), chat_template="tokenizer")
+
+
+def test_no_forward_pass_has_more_tokens_than_it_may(tiny_classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = Classifier(str(tiny_classifier), batch_tokens=30, batch_size=3)
+    texts = ["x " * n for n in (1, 1, 1, 1, 2, 5, 9, 30, 3)]
+    passes: list[tuple[int, int]] = []
+    run = classifier._run
+
+    def note(encoded: list[Any], batching: Any) -> torch.Tensor:
+        passes.append((len(encoded), max(len(one.ids) for one in encoded)))
+        return run(encoded, batching)
+
+    monkeypatch.setattr(classifier, "_run", note)
+    assert classifier.score(texts) == pytest.approx(
+        [Classifier(str(tiny_classifier)).score([one])[0] for one in texts], abs=1e-5
+    )
+    assert sum(rows for rows, _ in passes) == len(texts)
+    assert all(rows <= 3 and (rows == 1 or rows * width <= 30) for rows, width in passes)
+    assert any(rows == 3 for rows, _ in passes) and any(rows == 1 and width > 30 for rows, width in passes)
+
+
+def test_bfloat16_halves_the_weights(decoder: Path) -> None:
+    sizes = [
+        sum(weight.nbytes for weight in Classifier(str(decoder), dtype=dtype)._model.parameters())
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert sizes[0] == 2 * sizes[1]

@@ -45,6 +45,17 @@ def test_curves_and_markers_are_drawn(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
+def test_every_set_has_a_line_of_its_own(tmp_path):
+    orange = (0xE0, 0x9F, 0x3E)
+    after = Evaluation(0.9, 1.0, 64, 0, (), {"eval/score_mean": 0.9, "eval/hard/score_mean": 0.4})
+    history = [{**step, "eval/hard/score_mean": 0.1} if step["step"] == 2 else step for step in HISTORY]
+    draw_curves(tmp_path / "curves.png", history, None, after)
+    assert all(num_pixels(tmp_path / "curves.png", colour) > 50 for colour in (RED, orange))
+    alone = Evaluation(0.4, 1.0, 64, 0, (), {"eval/hard/score_mean": 0.4})  # nothing else is held out
+    draw_curves(tmp_path / "curves.png", history, None, alone)
+    assert num_pixels(tmp_path / "curves.png", orange) > 50 and num_pixels(tmp_path / "curves.png", RED) == 0
+
+
 @pytest.mark.parametrize("history", [[], HISTORY[:1], [{"step": 0}, {"step": 1, "score/mean": math.nan}]])
 def test_little_to_draw_is_no_error(history, tmp_path):
     draw_curves(tmp_path / "curves.png", history, BEFORE, None)

@@ -26,11 +26,10 @@ def test_pass_rate_by_hand() -> None:
 
 def test_prompts_are_repeated_under_ids_of_their_own() -> None:
     held_out = PromptBatch((-1, -3), ((5,), (6, 7)), columns=pa.table({"messages": ["a", "b"]}))
-    options = EvaluationConfig(num_prompts=3, num_samples=1, samples_per_prompt=2)
-    batch = repeat_prompts(held_out, options)
+    batch = repeat_prompts(held_out, 3, 2)
     assert (batch.sample_ids, batch.prompt_ids) == ((-1, -3, -4, -6), ((5,), (6, 7)) * 2)
     assert batch.columns is not None and batch.columns.column("messages").to_pylist() == ["a", "b"] * 2
-    assert repeat_prompts(held_out, EvaluationConfig(num_prompts=3, num_samples=1)).sample_ids == (-1, -3)
+    assert repeat_prompts(held_out, 3, 1).sample_ids == (-1, -3)
 
 
 def test_figures_by_hand() -> None:
@@ -44,7 +43,7 @@ def test_figures_by_hand() -> None:
         }
     )
     options = EvaluationConfig(num_prompts=3, num_samples=1, samples_per_prompt=4, pass_score=1.0)
-    figures = dict(summarize_evaluation(table, options))
+    figures = dict(summarize_evaluation(table, options, 3))
     assert figures == {
         "eval/score_mean": 1.0,
         "eval/score_error": pytest.approx((4 / 3 - 3 / 4) / 2),  # means of two prompts
@@ -57,15 +56,15 @@ def test_figures_by_hand() -> None:
         "eval/pass@4": 1.0,  # of the one prompt that has four scored answers
     }
     by_part = EvaluationConfig(num_prompts=3, num_samples=1, pass_score=1.0, pass_part="exact")
-    assert dict(summarize_evaluation(table, by_part))["eval/pass@1"] == pytest.approx((0 + 1 / 4) / 2)
+    assert dict(summarize_evaluation(table, by_part, 3))["eval/pass@1"] == pytest.approx((0 + 1 / 4) / 2)
     silent = EvaluationConfig(num_prompts=3, num_samples=1)
-    assert not any("pass" in name for name in dict(summarize_evaluation(table, silent)))
+    assert not any("pass" in name for name in dict(summarize_evaluation(table, silent, 3)))
 
 
 def test_the_standard_error_is_that_of_the_prompts_means() -> None:
     table = pa.table({"sample_id": [-1, -2, -3, -4, -5], "score": [1.0, 2.0, None, 3.0, 2.0]})
     # both prompts have a mean of 2
-    assert standard_error(table, EvaluationConfig(num_prompts=3, num_samples=1)) == 0.0
+    assert standard_error(table, 3) == 0.0
     table = pa.table({"sample_id": [-1, -2, -3, -4], "score": [1.0, 4.0, 7.0, 1.0]})
-    assert standard_error(table, EvaluationConfig(num_prompts=3, num_samples=1)) == pytest.approx(3 / 3**0.5)
-    assert standard_error(table.slice(3), EvaluationConfig(num_prompts=3, num_samples=1)) is None
+    assert standard_error(table, 3) == pytest.approx(3 / 3**0.5)
+    assert standard_error(table.slice(3), 3) is None

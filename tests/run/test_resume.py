@@ -75,6 +75,17 @@ def test_what_may_change(tmp_path: Path) -> None:
     ]
 
 
+def test_sets_of_an_evaluation_may_come_and_go(tmp_path: Path) -> None:
+    def sets(**paths: str) -> str:
+        return f"evaluation.sets={{{', '.join(f'{name}: {{path: {path}}}' for name, path in paths.items())}}}"
+
+    run = leave_run(tmp_path, 4, overrides=(sets(easy="e", hard="h"),))
+    found = start(run, make(tmp_path, "resume=auto", sets(hard="other", new="n")))
+    changed = [str(item) for item in found.changed]
+    assert "evaluation.sets.hard.path: h -> other" in changed and "evaluation.sets.easy.path: e -> null" in changed
+    assert "evaluation.sets.new.path: null -> n" in changed
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
