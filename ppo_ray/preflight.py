@@ -211,7 +211,7 @@ def _end_problems(config: Config, inputs: Inputs) -> Iterator[str]:
 def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:
     for key, source in config.reward.sources:
         if source.function is not None:
-            yield from _function_problems(config, inputs, f"{key}.function", source.function)
+            yield from _function_problems(config, inputs, key, source.function)
         elif source.url is not None:
             yield from server_problems(config, key, source, inputs.texts and inputs.texts.kept)
             inputs.notes.extend(describe_exposure(key, source))
@@ -221,14 +221,17 @@ def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:
 
 def _function_problems(config: Config, inputs: Inputs, key: str, name: str) -> Iterator[str]:
     try:
-        arguments = RewardFunction(name, config.prompts.kept_names).arguments or ()
+        arguments = RewardFunction(name, config.prompts.kept_names, key=key).arguments or ()
     except InputError as error:
-        yield str(error).replace("reward.function", key, 1)
+        yield str(error)
     except Exception as error:  # whatever the user's own module raises when it is imported
-        yield f"{key}={name}: importing it raised {type(error).__name__}: {error}"
+        yield f"{key}.function={name}: importing it raised {type(error).__name__}: {error}"
     else:
         if "messages" in arguments and inputs.texts and not has_template(config.prompts, inputs.texts.are_chats):
-            yield f"{key}={name}: takes messages, and the prompts are plain texts; set prompts.chat_template=tokenizer"
+            yield (
+                f"{key}.function={name}: takes messages, and the prompts are plain texts; set "
+                "prompts.chat_template=tokenizer"
+            )
 
 
 def _classifier_problems(config: Config, inputs: Inputs, key: str, source: RewardSource) -> Iterator[str]:
