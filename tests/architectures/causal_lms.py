@@ -23,6 +23,7 @@ from ppo_ray.models.support import find_config_problem
 from ppo_ray.preflight import Inputs, _policy_problems
 from ppo_ray.rollout.engine import Engine, GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
+from ppo_ray.rollout.support import ADVICE
 from ppo_ray.weights.snapshot import WeightSnapshot
 from tests.architectures.tiny import make_model, save_tokenizer, tiny_config
 
@@ -203,7 +204,8 @@ def judge(name: str, folder: Path, columns: Sequence[str]) -> dict[str, str]:
             except AssertionError:
                 raise
             except Exception as error:
-                verdicts[column] = f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+                words = re.sub("WorkerError: vLLM (.*) with '[^']*'", r"\1", f"{type(error).__name__}: {error}".strip())
+                verdicts[column] = f"fails: {words.partition(f'. {ADVICE}')[0].splitlines()[0][:160]}"
     return verdicts
 
 
