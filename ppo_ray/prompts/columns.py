@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from ppo_ray.errors import QUOTED, InputError
+from ppo_ray.machine import TIMES, max_memory_of_file
 
 Texts = list[str | None]
 
@@ -21,8 +22,6 @@ COLUMN, KEEP = "prompts.column", "prompts.keep"
 ROWS = 4096
 """Rows of a column that are decoded at once."""
 _SHOWN = 20  # columns that a message names
-_LEAST_LIMIT = 64 << 20  # bytes of memory that the texts of any file may take
-_TIMES = 100  # its size that those of a larger file may take: lines of one letter, uncompressed, take sixty
 _ENTRY = 8  # bytes of a list's item
 
 
@@ -61,7 +60,7 @@ class Meter:
             path: of the files, for the message.
             size: of the files, bytes.
         """
-        self._path, self._size, self._limit, self._held = path, size, max(_LEAST_LIMIT, _TIMES * size), 0
+        self._path, self._size, self._limit, self._held = path, size, max_memory_of_file(size), 0
 
     def add(self, num_bytes: int) -> None:
         """Count some more.
@@ -73,7 +72,7 @@ class Meter:
         if self._held > self._limit:
             raise InputError(
                 f"prompts.path={self._path}: its {self._size:,} bytes unpack to more than {self._limit >> 20:,} MiB of "
-                f"texts, more than {_TIMES} times its size, and are not read; to use them write them less compressed"
+                f"texts, more than {TIMES} times its size, and are not read; to use them write them less compressed"
             )
 
     def add_text(self, text: str | None) -> str | None:
