@@ -19,6 +19,8 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
@@ -318,6 +320,15 @@ def test_a_model_without_tokenizer(configured, tmp_path):
     llama().save_pretrained(tmp_path)
     (line,) = problems(configured(f"model.path={tmp_path}"))
     assert "its tokenizer cannot be loaded" in line
+
+
+def test_a_limit_that_a_config_names_otherwise_bounds_the_context(configured, tmp_path):
+    save_model(MptForCausalLM(MptConfig(vocab_size=8, d_model=8, n_heads=1, n_layers=1, max_seq_len=24)), tmp_path)
+    model = f"model.path={tmp_path}", "rollout.engine=hf", "rollout.stop_at_eos=false"
+    check(configured(*model, "rollout.max_context=24"))
+    assert problems(configured(*model, "rollout.max_context=25")) == [
+        f"rollout.max_context=25: {tmp_path} has only 24 positions; set it to 24 or less"
+    ]
 
 
 def test_context_must_fit_the_model(configured, home):
