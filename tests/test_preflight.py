@@ -12,6 +12,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma4TextConfig,
@@ -19,11 +21,13 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
     MptConfig,
     MptForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
 from ppo_ray.config import load_config
@@ -521,6 +525,27 @@ def test_a_model_whose_weights_vllm_cannot_replace(configured, tmp_path):
     check(configured(f"model.path={tmp_path}", "rollout.engine=hf"))
     (line,) = problems(configured(f"model.path={tmp_path}", "rollout.gpus=0"))
     assert line.startswith(f"model.path={tmp_path}: vLLM cannot replace the experts' weights of the kind gpt_oss. roll")
+
+
+def test_kinds_and_windows_that_vllm_does_not_compute_are_refused(configured):
+    cpu, gpu, hf = (configured(*more).rollout for more in ((), ("rollout.gpus=1",), ("rollout.engine=hf",)))
+    said = find_engine_problem(cpu, Ernie4_5_MoeConfig())
+    assert said is not None and said.startswith("vLLM 0.32 computes other log-probabilities than the model's own for")
+    assert (
+        find_engine_problem(gpu, Ernie4_5_MoeConfig()) == said and find_engine_problem(hf, Ernie4_5_MoeConfig()) is None
+    )
+    said = find_engine_problem(cpu, MambaConfig())
+    assert said is not None and said.startswith(
+        "vLLM 0.32 cannot run models of the kind mamba on a CPU. rollout.engine="
+    )
+    assert find_engine_problem(gpu, MambaConfig()) is None
+    windows = Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1, num_hidden_layers=2)
+    said = find_engine_problem(gpu, windows)
+    assert said is not None and said.startswith("vLLM does not compute the attention windows of the kind qwen2")
+    assert find_engine_problem(gpu, Qwen2Config(sliding_window=8)) is None  # not used
+    said = find_engine_problem(gpu, DeepseekV3Config())
+    assert said is not None and said.startswith("vLLM needs topk_method in the config.json of the kind deepseek_v3")
+    assert find_engine_problem(gpu, DeepseekV3Config(topk_method="noaux_tc")) is None
 
 
 def test_a_classifier_must_have_room_for_a_response(configured, home, tmp_path):
