@@ -27,11 +27,11 @@ _UNSERVED = {
 """Kinds of models that engines on vLLM cannot sample from, by the reason; docs/models.md has what was tried."""
 _UNSERVED_ON_CPU = {
     "vLLM 0.32 cannot run models of the kind {kind} on a CPU": (
-        *("deepseek_v32", "falcon_mamba", "jamba", "mamba", "qwen3_next"),
+        *("deepseek_v32", "falcon_mamba", "jamba", "mamba", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
     ),
 }
 """Those that GPUs may serve."""
-_NEEDS = {"afmoe": "score_func", "deepseek_v3": "topk_method"}
+_NEEDS = {"afmoe": "score_func", "deepseek_v3": "topk_method", "glm4_moe": "head_dim"}
 """What vLLM reads of a kind's config, and transformers neither writes nor reads."""
 _NO_WINDOWS = ("qwen2", "qwen2_moe", "qwen3")
 """Kinds whose attention windows vLLM leaves out, or refuses only as it starts."""
