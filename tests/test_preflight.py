@@ -16,6 +16,7 @@ from transformers import (
     Ernie4_5_MoeConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
@@ -527,7 +528,7 @@ def test_a_model_whose_weights_vllm_cannot_replace(configured, tmp_path):
     assert line.startswith(f"model.path={tmp_path}: vLLM cannot replace the experts' weights of the kind gpt_oss. roll")
 
 
-def test_kinds_and_windows_that_vllm_does_not_compute_are_refused(configured):
+def test_kinds_and_windows_that_vllm_does_not_compute_are_refused(configured, monkeypatch):
     cpu, gpu, hf = (configured(*more).rollout for more in ((), ("rollout.gpus=1",), ("rollout.engine=hf",)))
     said = find_engine_problem(cpu, Ernie4_5_MoeConfig())
     assert said is not None and said.startswith("vLLM 0.32, tried on a CPU, computes other log-probabilities than")
@@ -539,6 +540,10 @@ def test_kinds_and_windows_that_vllm_does_not_compute_are_refused(configured):
         "vLLM 0.32 cannot run models of the kind mamba on a CPU. rollout.engine="
     )
     assert find_engine_problem(gpu, MambaConfig()) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = find_engine_problem(cpu, Gemma3Config())
+    assert said is not None and said.startswith("vLLM needs torchvision for the kind gemma3, which is not installed. r")
+    monkeypatch.undo()
     windows = Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1, num_hidden_layers=2)
     said = find_engine_problem(gpu, windows)
     assert said is not None and said.startswith("vLLM does not compute the attention windows of the kind qwen2")

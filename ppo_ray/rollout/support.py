@@ -27,12 +27,14 @@ _UNSERVED = {
 """Kinds of models that engines on vLLM cannot sample from, by the reason; docs/models.md has what was tried."""
 _UNSERVED_ON_CPU = {
     "vLLM 0.32 cannot run models of the kind {kind} on a CPU": (
-        *("deepseek_v32", "falcon_mamba", "jamba", "mamba", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+        *("deepseek_v32", "falcon_mamba", "jamba", "mamba", "qwen3_next"),
     ),
 }
 """Those that GPUs may serve."""
-_NEEDS = {"afmoe": "score_func", "deepseek_v3": "topk_method", "glm4_moe": "head_dim"}
+_NEEDS = {"afmoe": "score_func", "deepseek_v3": "topk_method", "glm4_moe": "head_dim", "lfm2": "conv_dim"}
 """What vLLM reads of a kind's config, and transformers neither writes nor reads."""
+_SEEING = ("gemma3", "gemma4", "gemma4_unified", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text")
+"""Kinds whose code in vLLM imports torchvision, which an installation for CPUs has not."""
 _NO_WINDOWS = ("qwen2", "qwen2_moe", "qwen3")
 """Kinds whose attention windows vLLM leaves out, or refuses only as it starts."""
 
@@ -52,6 +54,8 @@ def find_engine_problem(rollout: RolloutConfig, model: Any) -> str | None:
             return f"{reason.format(kind=kind)}. {ADVICE}"
     if (needed := _NEEDS.get(text.model_type)) and not getattr(text, needed, None):
         return f"vLLM needs {needed} in the config.json of the kind {text.model_type}. {ADVICE}"
+    if model.model_type in _SEEING and importlib.util.find_spec("torchvision") is None:
+        return f"vLLM needs torchvision for the kind {model.model_type}, which is not installed. {ADVICE}"
     if text.model_type in _NO_WINDOWS and getattr(text, "sliding_window", None):
         return (
             f"vLLM does not compute the attention windows of the kind {text.model_type} (use_sliding_window). {ADVICE}"

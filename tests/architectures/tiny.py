@@ -146,6 +146,7 @@ FOR_VLLM: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid"},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe": {"head_dim": 32},
+    "lfm2": {"conv_dim": 64},
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3"), NO_WINDOWS),
 }
 """What vLLM asks of a config beside what transformers does, or cannot compute."""
