@@ -14,7 +14,7 @@ ADVICE = "rollout.engine=hf samples with transformers, slower, from any model th
 _UNSERVED = {
     "vLLM 0.32 cannot run models of the kind {kind}": (
         *("aria_text", "axk1", "bamba", "blt", "cohere_compass_text", "dbrx", "deepseek_v4", "diffllama", "gpt_neo"),
-        *("mpt",),
+        *("mpt", "phimoe"),
     ),
     "vLLM 0.32, tried on a CPU, computes other log-probabilities than the model's own for the kind {kind}": (
         *("apertus", "doge", "ernie4_5_moe"),
