@@ -62,11 +62,12 @@ lint: setup ## ruff: style and format
 types: setup ## mypy
 	$(BIN)/mypy
 
-LOCKS := pip torch-cuda cpu gpu trl
+LOCKS := pip torch-cuda cpu gpu dev trl
 lock: setup $(LOCKS:%=requirements/%.lock) ## remake requirements/*.txt, with the versions that they have (UPGRADE=--upgrade: newer)
 
 # One lock serves all Python versions, and Linux on x86-64 alone ([tool.uv] in pyproject.toml): no line repeats that.
 # torch is in none but gpu.txt: its CPU build is in torch-cpu.txt, PyPI's build and CUDA's libraries are in torch-cuda.txt.
+# dev.txt holds what developers need beyond cpu.txt or gpu.txt, which images install without it.
 SERVED := python_full_version < '3.14' and implementation_name == 'cpython' and platform_machine == 'x86_64' and \
   platform_python_implementation == 'CPython' and sys_platform == 'linux'
 UPGRADE ?=
@@ -74,13 +75,16 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork
   --no-header --no-annotate $(UPGRADE) --output-file requirements/$*.txt
 TORCH = $(shell sed -n 's/^torch==\([^+ ]*\).*/\1/p' requirements/torch-cpu.txt)
 NO_TORCH = $(shell sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' requirements/torch-cuda.txt)
+NO_CPU = -c requirements/cpu.txt $(shell sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' requirements/cpu.txt)
 NO_PURE = $(patsubst %,--no-emit-package %,filelock fsspec jinja2 markupsafe mpmath networkx setuptools sympy triton typing-extensions)
-PROJECT = pyproject.toml --extra $* --extra demo --extra dev --override requirements/overrides-$*.txt $(wildcard requirements/$*.in)
+PROJECT = pyproject.toml --extra $* --extra demo --override requirements/overrides-$*.txt $(wildcard requirements/$*.in)
 
 requirements/pip.lock: INPUT = - <<<pip
 requirements/torch-cuda.lock: INPUT = - $(NO_PURE) <<<torch==$(TORCH)
 requirements/cpu.lock: INPUT = $(PROJECT) $(NO_TORCH)
 requirements/gpu.lock: INPUT = $(PROJECT)
+requirements/dev.lock: INPUT = pyproject.toml --extra dev $(NO_CPU) $(NO_TORCH)
+requirements/dev.lock: requirements/cpu.lock
 requirements/trl.lock: INPUT = requirements/trl.in $(NO_TORCH)
 requirements/%.lock:
 	@$(COMPILE) $(INPUT)

@@ -1,4 +1,7 @@
-"""CPUs and memory that this process may use: those of its container or its job, not those of the machine under it."""
+"""CPUs and memory that this process may use, and memory that a packed file may take.
+
+CPUs and memory are those of its container or its job, not those of the machine under it.
+"""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +11,14 @@ import psutil
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
+_LEAST_UNPACKED = 64 << 20
+TIMES = 100
+"""How many times its size a packed file may unpack to: lines of one letter, uncompressed, take sixty."""
+
+
+def max_memory_of_file(size: int) -> int:
+    """Return how many bytes of memory the content of a file may take, which has `size` bytes and may be hostile."""
+    return max(_LEAST_UNPACKED, TIMES * size)
 
 
 def count_cpus() -> int:

@@ -12,7 +12,7 @@ from ppo_ray.config import Config, Trust, in_job, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.machine import count_cpus
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
-from ppo_ray.models.support import check_head, find_config_problem, max_exact_tokens
+from ppo_ray.models.support import check_head, find_config_problem, find_positions, max_exact_tokens
 from ppo_ray.models.tokens import EndTokens, read_end_tokens
 from ppo_ray.prompts.stream import PromptBatch, PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
@@ -159,7 +159,7 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
             yield from _network_problems(config, "model.path", config.model.path, config.model.trust, model)
             if problem := find_engine_problem(config.rollout, model):
                 yield f"model.path={config.model.path}: {problem}"
-        positions = getattr(model.get_text_config(), "max_position_embeddings", None)
+        positions = find_positions(model)
         if positions and config.max_context > positions:
             yield _too_long(config, positions, f"{config.model.path} has only {positions} positions")
     for key, (path, trust) in (("reference", config.model.reference), ("critic", config.model.critic_source)):

@@ -132,7 +132,7 @@ def describe_python(command: str) -> str:
 
 
 class Environment:
-    """A virtual environment with the packages of one lock.
+    """A virtual environment with the packages of one lock and, if it is this project's, the developers' tools.
 
     A file in it, the stamp, is written last: it names what was installed. Another is there while packages are written.
     """
@@ -146,6 +146,7 @@ class Environment:
         self.stamp = path / f".installed-{extra}"
         self.unfinished = path / ".installing"
         self.named = os.environ.get("PYTHON", "")
+        self.locks = [extra] if extra == "trl" else [extra, "dev"]
 
     def is_complete(self) -> bool:
         """Say whether all packages are there, at the versions that the locks have now, and Python starts."""
@@ -173,7 +174,9 @@ class Environment:
             stamp.unlink()
         self.unfinished.touch()
         self._pip_install("--require-hashes", "-r", str(LOCKS / "pip.txt"))
-        locks = [LOCKS / f"{self.extra}.txt", *([] if self.extra == "gpu" else [self._find_torch_lock()])]
+        locks = [LOCKS / f"{name}.txt" for name in self.locks]
+        if self.extra != "gpu":
+            locks.append(self._find_torch_lock())
         needed = DISK_GB[self.extra] + (CUDA_GB if "torch-cuda.txt" in locks[-1].name else 0)
         free = shutil.disk_usage(str(self.path)).free / 1e9
         if anew and free < needed:
@@ -204,7 +207,7 @@ class Environment:
 
     def _digest(self) -> str:
         """Return a checksum of all that decides what is installed."""
-        names = ["pip", self.extra, *([] if self.extra == "gpu" else ["torch-cpu", "torch-cuda"])]
+        names = ["pip", *self.locks, *([] if self.extra == "gpu" else ["torch-cpu", "torch-cuda"])]
         files = [
             *(LOCKS / f"{name}.txt" for name in names),
             *([] if self.extra == "trl" else [ROOT / "pyproject.toml"]),

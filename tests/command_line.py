@@ -79,6 +79,11 @@ class CommandLine:
                 found.append(f"{process.pid} {process.info['cmdline']}")
         return found
 
+    def open_to_others(self) -> list[str]:
+        """Return what lies in the folder of this folder's Ray and can be entered, read or written by other accounts."""
+        left = Path(self.environment["RAY_TMPDIR"]).iterdir()
+        return [str(path) for path in left if path.stat().st_mode & 0o077]
+
     def workers(self) -> dict[str, psutil.Process]:
         """Return the processes of this folder's actors by their names."""
         found = {}

@@ -12,16 +12,23 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MptConfig,
+    MptForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
 from ppo_ray.config import load_config
@@ -320,6 +327,15 @@ def test_a_model_without_tokenizer(configured, tmp_path):
     assert "its tokenizer cannot be loaded" in line
 
 
+def test_a_limit_that_a_config_names_otherwise_bounds_the_context(configured, tmp_path):
+    save_model(MptForCausalLM(MptConfig(vocab_size=8, d_model=8, n_heads=1, n_layers=1, max_seq_len=24)), tmp_path)
+    model = f"model.path={tmp_path}", "rollout.engine=hf", "rollout.stop_at_eos=false"
+    check(configured(*model, "rollout.max_context=24"))
+    assert problems(configured(*model, "rollout.max_context=25")) == [
+        f"rollout.max_context=25: {tmp_path} has only 24 positions; set it to 24 or less"
+    ]
+
+
 def test_context_must_fit_the_model(configured, home):
     assert problems(configured("rollout.max_context=65")) == [
         f"rollout.max_context=65: {home / 'policy'} has only 64 positions; set it to 64 or less"
@@ -510,6 +526,31 @@ def test_a_model_whose_weights_vllm_cannot_replace(configured, tmp_path):
     check(configured(f"model.path={tmp_path}", "rollout.engine=hf"))
     (line,) = problems(configured(f"model.path={tmp_path}", "rollout.gpus=0"))
     assert line.startswith(f"model.path={tmp_path}: vLLM cannot replace the experts' weights of the kind gpt_oss. roll")
+
+
+def test_kinds_and_windows_that_vllm_does_not_compute_are_refused(configured, monkeypatch):
+    cpu, gpu, hf = (configured(*more).rollout for more in ((), ("rollout.gpus=1",), ("rollout.engine=hf",)))
+    said = find_engine_problem(cpu, Ernie4_5_MoeConfig())
+    assert said is not None and said.startswith("vLLM 0.32, tried on a CPU, computes other log-probabilities than")
+    assert (
+        find_engine_problem(gpu, Ernie4_5_MoeConfig()) == said and find_engine_problem(hf, Ernie4_5_MoeConfig()) is None
+    )
+    said = find_engine_problem(cpu, MambaConfig())
+    assert said is not None and said.startswith(
+        "vLLM 0.32 cannot run models of the kind mamba on a CPU. rollout.engine="
+    )
+    assert find_engine_problem(gpu, MambaConfig()) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = find_engine_problem(cpu, Gemma3Config())
+    assert said is not None and said.startswith("vLLM needs torchvision for the kind gemma3, which is not installed. r")
+    monkeypatch.undo()
+    windows = Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1, num_hidden_layers=2)
+    said = find_engine_problem(gpu, windows)
+    assert said is not None and said.startswith("vLLM does not compute the attention windows of the kind qwen2")
+    assert find_engine_problem(gpu, Qwen2Config(sliding_window=8)) is None  # not used
+    said = find_engine_problem(gpu, DeepseekV3Config())
+    assert said is not None and said.startswith("vLLM needs topk_method in the config.json of the kind deepseek_v3")
+    assert find_engine_problem(gpu, DeepseekV3Config(topk_method="noaux_tc")) is None
 
 
 def test_a_classifier_must_have_room_for_a_response(configured, home, tmp_path):

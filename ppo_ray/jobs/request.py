@@ -72,6 +72,16 @@ def describe_exposure(address: str) -> str | None:
     )
 
 
+def describe_unsent_tokens(request: JobRequest) -> Iterator[str]:
+    """Yield a warning for each reward server's token that does not go with the job; the cluster may have it."""
+    for key, source in request.config.reward.sources:
+        if source.token_env is not None and source.token_env not in request.variables:
+            yield (
+                f"warning: {key}.token_env={source.token_env} is not among --env: the job finds it only where the "
+                f"cluster's nodes set it themselves; to send it: --env {source.token_env}"
+            )
+
+
 def request_problems(
     request: JobRequest, environment: Mapping[str, str], holds: Callable[[str], bool]
 ) -> Iterator[str]:

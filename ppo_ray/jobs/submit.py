@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError, Interrupted
-from ppo_ray.jobs.request import JobRequest, describe_exposure, head_problems, request_problems
+from ppo_ray.jobs.request import (
+    JobRequest,
+    describe_exposure,
+    describe_unsent_tokens,
+    head_problems,
+    request_problems,
+)
 from ppo_ray.preflight import refuse
 from ppo_ray.run.folder import config_text
 
@@ -101,6 +107,8 @@ def _check(request: JobRequest, say: Say) -> "tuple[Package, JobServer]":
     refuse(problems, "nothing was sent")
     assert server is not None  # or there was a problem
     if warning := describe_exposure(request.address):
+        say(warning)
+    for warning in describe_unsent_tokens(request):
         say(warning)
     if shortage := server.shortage(request.config):
         say(f"warning: the cluster is too small now, and the job will be refused unless it grows: {shortage}")

@@ -22,13 +22,13 @@ from ppo_ray.errors import CheckpointError, InputError, first_line
 from ppo_ray.learner.optimizer import save_optimizer_state
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
+from ppo_ray.machine import max_memory_of_file
 from ppo_ray.models.actor_critic import CRITIC_FOLDER, ActorCritic, CausalLMWithCritic, CausalLMWithValueHead, State
 from ppo_ray.models.decoder import recompute_layers
 from ppo_ray.models.loading import cast, load_causal_lm, load_pretrained, load_tokenizer
 from ppo_ray.models.response_lm import ResponseLM
 
 _FILE = "state.json"
-_LEAST_LIMIT, _TIMES = 256 << 20, 100  # bytes that trajectories may unpack to, or how many times the file's size
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def read_ahead(checkpoint: Path) -> pa.Table:
         with pq.ParquetFile(path) as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             unpacked, size = sum(group.total_byte_size for group in groups), path.stat().st_size
-            if unpacked > max(_LEAST_LIMIT, _TIMES * size):
+            if unpacked > max_memory_of_file(size):
                 raise ValueError(f"its {size:,} bytes unpack to {unpacked:,}")
             table = file.read()
         table.validate(full=True)

@@ -35,6 +35,17 @@ def find_config_problem(config: Any, is_critic: bool = False) -> str | None:
     return None
 
 
+def find_positions(config: Any) -> int | None:
+    """Return the tokens of the longest sequence that a model's config has positions for; None: it names no limit.
+
+    Args:
+        config: of transformers.
+    """
+    text = config.get_text_config()
+    named = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # MPT's is the second
+    return min((int(limit) for limit in named if isinstance(limit, int) and limit > 0), default=None)  # XLNet's is -1
+
+
 def max_exact_tokens(config: Any) -> tuple[int, str] | None:
     """Return up to how many tokens a sequence's figures are its own, and the rope type that says so, or None.
 
@@ -45,7 +56,7 @@ def max_exact_tokens(config: Any) -> tuple[int, str] | None:
         config: of transformers.
     """
     text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = find_positions(config)
     limits: list[tuple[int, str]] = []
     for rope in rope_parameters(config):
         kind = rope.get("rope_type", "default")

@@ -17,12 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ppo_ray.errors import InputError
+from ppo_ray.machine import TIMES, max_memory_of_file
 
 KEEP = "prompts.keep"
 ROWS = 4096
 """Rows that are decoded or written at once."""
-_LEAST_LIMIT = 64 << 20  # bytes that the texts of any file may take
-_TIMES = 100  # its size that those of a larger file may take
 _ENTRY = 8  # bytes of an item of a column
 _ALIGNMENT = 64  # bytes; Arrow copies what is not aligned
 
@@ -37,7 +36,7 @@ class Meter:
             path: of the files, for the message.
             size: of the files, bytes.
         """
-        self.path, self._size, self._limit, self._held = path, size, max(_LEAST_LIMIT, _TIMES * size), 0
+        self.path, self._size, self._limit, self._held = path, size, max_memory_of_file(size), 0
 
     def add(self, num_bytes: int) -> None:
         """Count some more.
@@ -49,7 +48,7 @@ class Meter:
         if self._held > self._limit:
             raise InputError(
                 f"prompts.path={self.path}: its {self._size:,} bytes unpack to more than {self._limit >> 20:,} MiB of "
-                f"texts, more than {_TIMES} times its size, and are not read; to use them write them less compressed"
+                f"texts, more than {TIMES} times its size, and are not read; to use them write them less compressed"
             )
 
 

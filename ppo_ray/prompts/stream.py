@@ -231,6 +231,8 @@ class PromptStream:
         try:
             # not verbose, for a whole text may well be longer than the model's context
             whole = self._tokenizer(texts, verbose=False)["input_ids"]
+            if getattr(self._tokenizer, "is_fast", False) and not self._tokenizer.num_special_tokens_to_add():
+                return [list(ids) for ids in whole]  # nothing is put in front or behind
             bare = self._tokenizer(texts, verbose=False, add_special_tokens=False)["input_ids"]
             return [_cut_behind(list(ids), list(own)) for ids, own in zip(whole, bare, strict=True)]
         except Exception:  # the tokenizers library raises no narrower kind

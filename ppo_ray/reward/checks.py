@@ -25,7 +25,7 @@ def reward_problems(config: Config, texts: UsableTexts | None, notes: list[str])
     """
     for key, source in config.reward.sources:
         if source.function is not None:
-            yield from _function_problems(config, texts, f"{key}.function", source.function)
+            yield from _function_problems(config, texts, key, source.function)
         elif source.url is not None:
             yield from server_problems(config, key, source, texts.take_all() if texts else ())
             notes.extend(describe_exposure(key, source))
@@ -37,14 +37,17 @@ def reward_problems(config: Config, texts: UsableTexts | None, notes: list[str])
 
 def _function_problems(config: Config, texts: UsableTexts | None, key: str, name: str) -> Iterator[str]:
     try:
-        arguments = RewardFunction(name, config.prompts.kept_names).arguments or ()
+        arguments = RewardFunction(name, config.prompts.kept_names, key=key).arguments or ()
     except InputError as error:
-        yield str(error).replace("reward.function", key, 1)
+        yield str(error)
     except Exception as error:  # whatever the user's own module raises when it is imported
-        yield f"{key}={name}: importing it raised {type(error).__name__}: {error}"
+        yield f"{key}.function={name}: importing it raised {type(error).__name__}: {error}"
     else:
         if "messages" in arguments and texts and not has_template(config.prompts, texts.are_chats):
-            yield f"{key}={name}: takes messages, and the prompts are plain texts; set prompts.chat_template=tokenizer"
+            yield (
+                f"{key}.function={name}: takes messages, and the prompts are plain texts; set "
+                "prompts.chat_template=tokenizer"
+            )
 
 
 def _judge_problems(config: Config, key: str, judge: JudgeConfig) -> Iterator[str]:

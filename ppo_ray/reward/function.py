@@ -26,44 +26,45 @@ _RAISED = (Exception, SystemExit, KeyboardInterrupt)
 """What a function may raise; neither sys.exit() nor a stray interrupt in it must end the worker."""
 
 
-def load_function(name: str) -> Callable[..., Any]:
+def load_function(name: str, key: str = "reward") -> Callable[..., Any]:
     """Import a function by name.
 
     Args:
         name: `package.module:function`; the module must be importable where the reward workers run, or lie in the
             folder that the run was started in.
+        key: of its options, e.g. `reward.parts[0]`, for messages.
 
     Raises:
         InputError: there is no such module or function, it is not callable, or the module is a script that exits.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise InputError(f"reward.function={name!r}: not of the form package.module:function")
+        raise InputError(f"{key}.function={name!r}: not of the form package.module:function")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # the last, so that it hides nothing
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"reward.function={name!r}: {error}; its folder must be the current one, or on PYTHONPATH"
+            f"{key}.function={name!r}: {error}; its folder must be the current one, or on PYTHONPATH"
         ) from error
     except SystemExit as error:
         raise InputError(
-            f"reward.function={name!r}: importing {module_name} ended in sys.exit({error.code!r}); put what only a "
+            f"{key}.function={name!r}: importing {module_name} ended in sys.exit({error.code!r}); put what only a "
             'script should do under `if __name__ == "__main__":`'
         ) from error
     if not callable(function):
-        raise InputError(f"reward.function={name!r}: is a {type(function).__name__}, not a function")
+        raise InputError(f"{key}.function={name!r}: is a {type(function).__name__}, not a function")
     return function
 
 
 def find_arguments(
-    name: str, function: Callable[..., Any], columns: Collection[str], is_async: bool
+    option: str, function: Callable[..., Any], columns: Collection[str], is_async: bool
 ) -> tuple[str, ...] | None:
     """Return the names of what a reward function takes; None: prompts and responses by their position.
 
     Args:
-        name: of the function, for messages.
+        option: that names the function, with its value, for messages.
         function: the function.
         columns: names of the kept columns.
         is_async: whether it takes one response's values.
@@ -88,7 +89,7 @@ def find_arguments(
     if takes_all and not unknown:
         return tuple(known)
     raise InputError(
-        f"reward.function={name!r}: nothing is known for its parameters {', '.join(unknown) or '(none)'}; there are "
+        f"{option}: nothing is known for its parameters {', '.join(unknown) or '(none)'}; there are "
         f"{', '.join(known)}, and the columns that prompts.keep names"
     )
 
@@ -104,25 +105,33 @@ class RewardFunction:
     """
 
     def __init__(
-        self, name: str, columns: Collection[str] = (), *, max_concurrent: int = 64, timeout_s: float = 60.0
+        self,
+        name: str,
+        columns: Collection[str] = (),
+        *,
+        key: str = "reward",
+        max_concurrent: int = 64,
+        timeout_s: float = 60.0,
     ) -> None:
         """Import the function.
 
         Args:
             name: `package.module:function`, as in `load_function`.
             columns: names of the kept columns.
+            key: of its options, e.g. `reward.parts[0]`, for messages.
             max_concurrent: most calls of an `async def` at a time.
             timeout_s: longest call of an `async def`, seconds; then its response has no score.
 
         Raises:
             InputError: it cannot be imported, is no function, or has parameters that nothing is known for.
         """
-        self._name, self._function = name, load_function(name)
+        self._name, self._function = name, load_function(name, key)
+        self._option = f"{key}.function={name!r}"
         self.is_async = inspect.iscoroutinefunction(self._function)
         """Whether it is an `async def`."""
         self._loop = _Loop(max_concurrent)
         self._timeout_s = timeout_s
-        self.arguments = find_arguments(name, self._function, columns, self.is_async)
+        self.arguments = find_arguments(self._option, self._function, columns, self.is_async)
         """Names of the values that it takes."""
         self._num_raised = 0  # responses of the batch in hand
         self.failure: str | None = None
@@ -134,15 +143,10 @@ class RewardFunction:
         responses: Sequence[str],
         columns: Mapping[str, Sequence[Any]] = types.MappingProxyType({}),
     ) -> list[float | None]:
-        """Score responses; one that cannot be scored gets None.
+        """Score responses; one that cannot be scored gets None. See `SampleScorer.score`.
 
         When a function raises on the whole batch it is called again for each response by itself, so that one bad text
         costs no other its score.
-
-        Args:
-            prompts: texts.
-            responses: texts.
-            columns: what else there is of each response, a sequence per name.
 
         Raises:
             InputError: the function does not return one number (or None) per response.
@@ -219,7 +223,7 @@ class RewardFunction:
     def _note(self, prompt: str, response: str, why: str) -> None:
         """Keep the reason why a response has no score, if it is the first."""
         text = f"the prompt {prompt[:QUOTED]!r} with the response {response[:QUOTED]!r}"
-        self.failure = self.failure or f"reward.function={self._name}: {text} has no score: {why}"
+        self.failure = self.failure or f"{self._option}: {text} has no score: {why}"
 
     def _check_scores(self, scores: Any, expected: int) -> list[float | None]:
         """Check what the function returned; return the scores as floats, None for those that are not finite."""
@@ -234,7 +238,7 @@ class RewardFunction:
 
     def _make_error(self, returned: str, expected: int) -> InputError:
         return InputError(
-            f"reward.function={self._name!r} returned {returned} for {expected} texts; it must return a list (or a "
+            f"{self._option} returned {returned} for {expected} texts; it must return a list (or a "
             "1-D array) of one number or None for each text"
         )
 
@@ -249,7 +253,7 @@ class RewardFunction:
             return None
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"reward.function={self._name!r} returned {repr(score)[:QUOTED]}, which is neither a number nor None"
+                f"{self._option} returned {repr(score)[:QUOTED]}, which is neither a number nor None"
             ) from error
         return number if math.isfinite(number) else None
 

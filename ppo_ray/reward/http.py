@@ -110,13 +110,20 @@ class RewardServer:
     """
 
     def __init__(
-        self, source: RewardSource, columns: Collection[str] = (), *, retries: int = 3, timeout_s: float = 60.0
+        self,
+        source: RewardSource,
+        columns: Collection[str] = (),
+        *,
+        key: str = "reward",
+        retries: int = 3,
+        timeout_s: float = 60.0,
     ) -> None:
         """Read the token; nothing is sent.
 
         Args:
             source: names the server.
             columns: names of the kept columns.
+            key: of the source's options, e.g. `reward.parts[0]`, for messages.
             retries: how often a batch is sent again.
             timeout_s: longest silence of the server, seconds. A batch waits for (retries + 1) times this at most.
 
@@ -128,6 +135,7 @@ class RewardServer:
                 f"prompts.keep: {min(same)} is the name of something else that a server is sent; rename it"
             )
         self._url, self._token = str(source.url), read_token(source.token_env)
+        self._option = f"{key}.url={self._url}"
         self._is_here = is_loopback(source.address.hostname or "")
         self._retries, self._timeout_s = retries, timeout_s
         self.arguments = ("finish_reasons", "messages", *columns)
@@ -142,12 +150,7 @@ class RewardServer:
         responses: Sequence[str],
         columns: Mapping[str, Sequence[Any]] = types.MappingProxyType({}),
     ) -> list[float | None]:
-        """Return the server's scores; None for each response where something goes wrong.
-
-        Args:
-            prompts: texts.
-            responses: texts.
-            columns: what else there is of each response, a sequence per name.
+        """Return the server's scores; None for each response where something goes wrong. See `SampleScorer.score`.
 
         Raises:
             InputError: a kept column holds what JSON cannot.
@@ -159,12 +162,12 @@ class RewardServer:
         try:
             scores = _read_scores(self._ask(sent), len(prompts))
         except (OSError, HTTPError, ValueError) as error:  # those of requests are OSError
-            self.failure = f"reward.url={self._url}: the batch has no scores: {self._describe(error)}"
+            self.failure = f"{self._option}: the batch has no scores: {self._describe(error)}"
             _LOG.warning(self.failure)
             return [None] * len(prompts)
         if None in scores:
             response = responses[scores.index(None)][:QUOTED]
-            self.failure = f"reward.url={self._url}: the server has no score for the response {response!r}"
+            self.failure = f"{self._option}: the server has no score for the response {response!r}"
         return scores
 
     def _ask(self, body: bytes) -> bytes:

@@ -5,10 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ppo_ray.errors import InputError
-from ppo_ray.models.support import rope_parameters
-
-_LENGTHS = ("max_position_embeddings", "max_seq_len")
-"""What configs call the longest sequence."""
+from ppo_ray.models.support import find_positions, rope_parameters
 
 
 def find_label(id2label: Mapping[int, Any], label: str, path: str) -> int:
@@ -69,7 +66,7 @@ def token_limit(config: Any, tokenizer: Any) -> int | None:
         tokenizer: its own.
     """
     text = config.get_text_config()
-    limits = [tokenizer.model_max_length, *(getattr(text, name, None) for name in _LENGTHS)]
+    limits = [tokenizer.model_max_length, find_positions(config)]
     if "dynamic" in rope_types(config):  # beyond it, frequencies depend on the texts before
         limits += [rope.get("original_max_position_embeddings") for rope in rope_parameters(config)]
     if getattr(text, "attention_type", None) == "block_sparse":  # longer texts change how all later ones are computed

@@ -49,14 +49,16 @@ class Scorer:
             InputError: one of them cannot be used.
         """
         kept = config.prompts.kept_names
-        self._scorers = [_make_scorer(source, config.reward, kept, start_judge) for _, source in config.reward.sources]
+        self._scorers = [
+            _make_scorer(key, source, config.reward, kept, start_judge) for key, source in config.reward.sources
+        ]
         self._at_work = threading.Lock()
         self._threads = ThreadPoolExecutor(_MOST_WAITING, "reward")
 
     @property
     def arguments(self) -> set[str]:
         """Names of what functions and servers are given beside prompts and responses, where there is such."""
-        return {name for scorer in self._scorers for name in getattr(scorer, "arguments", None) or ()}
+        return {name for scorer in self._scorers for name in scorer.arguments or ()}
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], read: Read) -> Scored:
         """Score a batch.
@@ -113,12 +115,13 @@ def _ask(scorer: Any, prompts: Sequence[str], responses: Sequence[str], read: Re
 
 
 def _make_scorer(
-    source: RewardSource, reward: RewardConfig, kept: Sequence[str], start_judge: StartJudge | None
+    key: str, source: RewardSource, reward: RewardConfig, kept: Sequence[str], start_judge: StartJudge | None
 ) -> Any:
+    timeout_s = reward.timeout_s
     if source.function is not None:
-        return RewardFunction(source.function, kept, max_concurrent=reward.max_concurrent, timeout_s=reward.timeout_s)
+        return RewardFunction(source.function, kept, key=key, max_concurrent=reward.max_concurrent, timeout_s=timeout_s)
     if source.url is not None:
-        return RewardServer(source, kept, retries=reward.retries, timeout_s=reward.timeout_s)
+        return RewardServer(source, kept, key=key, retries=reward.retries, timeout_s=timeout_s)
     if source.judge is not None:
         from ppo_ray.models.loading import load_tokenizer  # loads torch
 

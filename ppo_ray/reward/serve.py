@@ -68,7 +68,7 @@ def make_app(config: Config, token: str | None = None, start_judge: StartJudge |
             raise InputError(f"{key}.url={source.url}: is a server itself; give a classifier or a function")
     reward, scorer = config.reward, Scorer(config, start_judge)
     if "response_ids" in scorer.arguments:
-        raise InputError("reward.function: takes response_ids, which a server is not sent; leave that parameter out")
+        raise InputError("a reward function takes response_ids, which a server is not sent; leave that parameter out")
     app = FastAPI(title="ppo-ray serve-reward", docs_url=None, redoc_url=None, openapi_url=None)
     at_work = asyncio.Lock()
 

@@ -11,22 +11,55 @@ from ppo_ray.config import RolloutConfig
 
 ADVICE = "rollout.engine=hf samples with transformers, slower, from any model the learner takes"
 """Ends what is said of a model that vLLM does not serve."""
-_NO_UPDATES = ("gpt_oss",)
-"""Kinds of models whose layers vLLM does not replace as it loads new weights."""
+_UNSERVED = {
+    "vLLM 0.32 cannot run models of the kind {kind}": (
+        *("aria_text", "axk1", "bamba", "blt", "cohere_compass_text", "dbrx", "deepseek_v4", "diffllama", "gpt_neo"),
+        *("mpt", "phimoe"),
+    ),
+    "vLLM 0.32, tried on a CPU, computes other log-probabilities than the model's own for the kind {kind}": (
+        *("apertus", "doge", "ernie4_5_moe"),
+    ),
+    "vLLM 0.32, tried on a CPU, computes wrong log-probabilities for the kind {kind} after an update of its weights": (
+        *("bert-generation", "ctrl"),
+    ),
+    "vLLM cannot replace the experts' weights of the kind {kind}": ("gpt_oss",),
+}
+"""Kinds of models that engines on vLLM cannot sample from, by the reason; docs/models.md has what was tried."""
+_UNSERVED_ON_CPU = {
+    "vLLM 0.32 cannot run models of the kind {kind} on a CPU": (
+        *("deepseek_v32", "falcon_mamba", "jamba", "mamba", "qwen3_next"),
+    ),
+}
+"""Those that GPUs may serve."""
+_NEEDS = {"afmoe": "score_func", "deepseek_v3": "topk_method", "glm4_moe": "head_dim", "lfm2": "conv_dim"}
+"""What vLLM reads of a kind's config, and transformers neither writes nor reads."""
+_SEEING = ("gemma3", "gemma4", "gemma4_unified", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text")
+"""Kinds whose code in vLLM imports torchvision, which an installation for CPUs has not."""
+_NO_WINDOWS = ("qwen2", "qwen2_moe", "qwen3")
+"""Kinds whose attention windows vLLM leaves out, or refuses only as it starts."""
 
 
 def find_engine_problem(rollout: RolloutConfig, model: Any) -> str | None:
     """Say why engines on vLLM cannot sample from a model with ever new weights, or None; vLLM itself is not imported.
 
     Args:
-        rollout: of the run; other engines have no problem, and vLLM lacks sizes of attention heads on a CPU alone.
+        rollout: of the run; other engines have no problem, and what vLLM lacks on a CPU alone is none on GPUs.
         model: its config, of transformers.
     """
     text = model.get_text_config()
     if rollout.engine != "vllm":
         return None
-    if text.model_type in _NO_UPDATES:
-        return f"vLLM cannot replace the experts' weights of the kind {text.model_type}. {ADVICE}"
+    for reason, kinds in (_UNSERVED if rollout.gpus else _UNSERVED | _UNSERVED_ON_CPU).items():
+        if kind := next((kind for kind in (model.model_type, text.model_type) if kind in kinds), None):
+            return f"{reason.format(kind=kind)}. {ADVICE}"
+    if (needed := _NEEDS.get(text.model_type)) and not getattr(text, needed, None):
+        return f"vLLM needs {needed} in the config.json of the kind {text.model_type}. {ADVICE}"
+    if model.model_type in _SEEING and importlib.util.find_spec("torchvision") is None:
+        return f"vLLM needs torchvision for the kind {model.model_type}, which is not installed. {ADVICE}"
+    if text.model_type in _NO_WINDOWS and getattr(text, "sliding_window", None):
+        return (
+            f"vLLM does not compute the attention windows of the kind {text.model_type} (use_sliding_window). {ADVICE}"
+        )
     latent = getattr(text, "kv_lora_rank", None) is not None  # DeepSeek's attention, which has heads of another size
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
     sizes = {size for layer in layers if (size := _head_size(layer))} if not rollout.gpus and not latent else set()

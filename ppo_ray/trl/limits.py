@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ppo_ray.models.support import find_positions
 from ppo_ray.models.tokens import find_end_tokens
 
 TokenIds = torch.Tensor | list[torch.Tensor]
@@ -49,17 +50,19 @@ def find_limits(model: Any) -> Limits:
     """Return what a causal LM of transformers can be given.
 
     A table of positions is an embedding other than that of tokens, or a buffer named after positions, of as many rows
-    as the config has positions, or two more, as OPT has it. Without a table positions are computed.
+    as the config has positions, or two more, as OPT has it. Without a table positions are computed, but for MPT: its
+    forward pass makes the table.
     """
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     vocab_size = min(int(one.weight.shape[0]) for one in embeddings if one is not None)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:
+    positions = find_positions(model.config)
+    if positions is None:
         return Limits(vocab_size, None, False)
     tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     tables = [table for table in tables if table is not embeddings[0].weight]
     tables += [buffer for name, buffer in model.named_buffers() if "pos" in name and buffer.dim() == 2]
-    return Limits(vocab_size, positions, any(positions <= len(table) <= positions + 2 for table in tables))
+    is_hard = any(positions <= len(table) <= positions + 2 for table in tables) or model.config.model_type == "mpt"
+    return Limits(vocab_size, positions, is_hard)
 
 
 def check_queries(queries: TokenIds, limits: Limits) -> None:

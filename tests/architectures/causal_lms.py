@@ -23,8 +23,9 @@ from ppo_ray.models.support import find_config_problem
 from ppo_ray.preflight import Inputs, _policy_problems
 from ppo_ray.rollout.engine import Engine, GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
+from ppo_ray.rollout.support import ADVICE
 from ppo_ray.weights.snapshot import WeightSnapshot
-from tests.architectures.tiny import make_model, save_tokenizer, tiny_config
+from tests.architectures.tiny import FOR_VLLM, make_model, save_tokenizer, tiny_config
 
 TEMPERATURE = 0.8
 SIZES = [(1, 1), (2, 5), (7, 15), (3, 3), (12, 9), (1, 20), (5, 8), (18, 4)]
@@ -188,6 +189,11 @@ def judge(name: str, folder: Path, columns: Sequence[str]) -> dict[str, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = tiny_config(name)
+        if list(columns) == ["vLLM"]:
+            others = FOR_VLLM.get(name, {})
+            config = tiny_config(name, **others)
+            for key in others.keys() - set(dir(config)):
+                setattr(config, key, others[key])
         if problem := find_config_problem(config):
             return {"learner": shorten(problem)}
         make_model(AutoModelForCausalLM, config, embedding_size=0.2).save_pretrained(folder)
@@ -203,7 +209,8 @@ def judge(name: str, folder: Path, columns: Sequence[str]) -> dict[str, str]:
             except AssertionError:
                 raise
             except Exception as error:
-                verdicts[column] = f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+                words = re.sub("WorkerError: vLLM (.*) with '[^']*'", r"\1", f"{type(error).__name__}: {error}".strip())
+                verdicts[column] = f"fails: {words.partition(f'. {ADVICE}')[0].splitlines()[0][:160]}"
     return verdicts
 
 

@@ -5,14 +5,19 @@ alone (half an hour); names of architectures restrict it to these. What is not t
 """
 
 import argparse
+import multiprocessing
+import os
 import re
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 import tests.conftest  # noqa: F401  (sets the environment of torch and vLLM, which are imported below)
+from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT
 
 FILE = Path(__file__).parents[2] / "docs" / "models.md"
 ARCHITECTURES = sorted(CLASSES)
@@ -29,8 +34,9 @@ attention windows shorter than the sequences. `python -m tests.architectures.tab
   {total} are exact. The others are refused in these words before anything is learnt.
 - **transformers engine** (`rollout.engine=hf`) and **vLLM**: log-probabilities of sampled tokens are the model's own,
   to 1e-4 and 2e-4 nats, before a weight update and after it; `within 0.001 nats` is what a run's self-check takes.
-  `wrong` are figures that it finds, `fails` an error of the engine's own: both end a run before it has learnt anything.
-  `python -m tests.architectures.table --vllm` tries what was not tried yet.
+  vLLM was tried on a CPU. What it computes otherwise than the model, or cannot run, is refused in these words before
+  anything starts. Qwen2, Qwen2-MoE and Qwen3 were tried without attention windows, with which vLLM is refused. What was
+  `not tried` is found by the self-check before anything is learnt.
 
 The tests try a sample, another each day, and hold it to this page; `make test-architectures` tries all. What a model
 needs of memory is another question: `ppo-ray plan` answers it. Indexed attention (DeepSeek V3.2, GLM DSA) was tried on
@@ -69,11 +75,22 @@ def main() -> None:
     arguments = parser.parse_args()
     from tests.architectures.causal_lms import judge
 
+    if arguments.vllm:
+        os.environ.update(ENVIRONMENT | CPU_ENVIRONMENT)
+        from vllm import LLM  # noqa: F401  (once, for all the processes that are forked below)
+
     for name in arguments.names:
         if arguments.vllm and read_table()[name]["learner"] != "exact":
             continue
         with tempfile.TemporaryDirectory() as folder:
-            verdicts = judge(name, Path(folder), COLUMNS[2:] if arguments.vllm else COLUMNS[:2])
+            if arguments.vllm:  # in a process of its own: what a start that fails leaves would fail the next
+                with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
+                    try:
+                        verdicts = process.submit(judge, name, Path(folder), COLUMNS[2:]).result()
+                    except BrokenProcessPool:
+                        verdicts = {COLUMNS[2]: "fails: the process ends"}
+            else:
+                verdicts = judge(name, Path(folder), COLUMNS[:2])
         table = read_table()  # only now: another process may try another column
         known = table.get(name, {})
         table[name] = known | verdicts if arguments.vllm or verdicts["learner"] == "exact" else verdicts

@@ -21,8 +21,6 @@ SERVED = [name for name in ARCHITECTURES if TABLE[name]["vLLM"] == "exact"]
 def test_an_architecture_is_as_the_table_says(name: str, tmp_path: Path) -> None:
     for column, verdict in judge(name, tmp_path, COLUMNS[:2]).items():
         wanted = TABLE[name][column]
-        if wanted.startswith("wrong"):  # by how much depends on the order of sums
-            wanted, verdict = wanted[:5], verdict[:5]
         assert verdict == wanted, column
 
 
@@ -43,7 +41,9 @@ def test_what_is_listed_is_exact_or_says_why_not() -> None:
         assert verdicts["learner"].startswith(("exact", "refused: ")), name
         for column in COLUMNS[1:]:
             served = verdicts["learner"] == "exact"
-            said = verdicts[column].startswith(("exact", "within ", "refused: ", "fails: ", "wrong: ", NOT_TRIED))
+            said = verdicts[column].startswith(
+                ("exact", "within ", "refused: ", NOT_TRIED)
+            )  # nothing wrong, no failure
             assert said if served else not verdicts[column], name
 
 

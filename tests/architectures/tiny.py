@@ -22,12 +22,13 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "moe_intermediate_size"), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 2),
-    **dict.fromkeys(("decoder_attention_heads", "num_key_value_heads", "num_experts_per_tok"), 2),
+    **dict.fromkeys(("attention_heads", "decoder_attention_heads", "num_key_value_heads", "num_experts_per_tok"), 2),
     **dict.fromkeys(("head_dim", "d_kv", "d_head", "kv_channels", "attention_head_size"), 32),
     **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts", "entity_vocab_size"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"), 64),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "local_attention", "window_size", "rotary_dim"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "n_latents", "num_latents"), 8),
+    **dict.fromkeys(("n_latents", "num_latents"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
     **dict.fromkeys(("pronunciation_embed_dim", "shape_embed_dim", "entity_emb_size"), 8),
     **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), 24),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"), 64),
@@ -49,7 +50,7 @@ SIZES: dict[str, Any] = {
     "sep_token_id": 2,
     "decoder_start_token_id": 2,
 }
-"""What makes an architecture tiny, by the names that its config knows. vLLM's attention on a CPU needs heads of 32."""
+"""What makes an architecture tiny, by the names that its config knows. On a CPU vLLM needs heads and ranks of 32."""
 
 LAYERS = ("layer_types", "layers_block_type", "mlp_layer_types")
 """Options that name the kind of each layer."""
@@ -85,7 +86,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"num_key_value_heads": 1, "v_head_dim": 16},
     "bamba": {"layers_block_type": DEFAULT, "attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "codegen": {"n_head": 4, "rotary_dim": 4},
+    "codegen": {"n_embd": 128, "n_head": 4, "rotary_dim": 4},
+    "gpt_bigcode": {"num_key_value_heads": 1},
     "dbrx": {
         "attn_config": {"kv_n_heads": 1, "rope_theta": 100.0, "clip_qkv": 8},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
@@ -139,6 +141,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
 }
 """What else some of them need."""
+NO_WINDOWS = {"use_sliding_window": False}
+FOR_VLLM: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid"},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm4_moe": {"head_dim": 32},
+    "lfm2": {"conv_dim": 64},
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3"), NO_WINDOWS),
+}
+"""What vLLM asks of a config beside what transformers does, or cannot compute."""
 
 
 def chosen(names: list[str], size: int = 6) -> list[str]:

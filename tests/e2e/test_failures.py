@@ -21,6 +21,7 @@ def test_a_worker_that_fails_to_start_is_reported_with_its_own_error(ppo_ray: Co
     assert "reward-0" in result.stderr
     assert "licence server is away" in result.stderr
     assert ppo_ray.wait_until_gone() == []
+    assert ppo_ray.open_to_others() == []  # the logs that the error names are this account's alone
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def test_ended_and_resumed_again_and_again(
         assert process.returncode == CODES[number], errors
         assert "Traceback" not in errors
         assert ppo_ray.wait_until_gone() == []
+        assert ppo_ray.open_to_others() == []
         assert orphaned_shared_memory() <= orphans
         if number != signal.SIGKILL:
             (interrupted,) = [event for event in events(run)[-1:] if event["event"] == "interrupted"]

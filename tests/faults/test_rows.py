@@ -13,7 +13,7 @@ from tests.command_line import CommandLine, events, lines, wait_for_steps
 
 pytestmark = pytest.mark.slow
 
-NUM_ROWS, BATCH, STEPS = 96, 64, 5  # three epochs and some of the fourth
+NUM_ROWS, BATCH, STEPS = 3348, 2048, 5  # 10,240 rows: three epochs and some of the fourth
 REWARDS = """
 async def score_number(response: str, number: int, finish_reason: str) -> float:
     return float(number)
@@ -51,6 +51,7 @@ def test_every_row_keeps_its_own_columns(ppo_ray: CommandLine, tmp_path: Path) -
         *("prompts.keep=[number, source, note]", f"evaluation.sets={sets}"),
         *("prompts.min_tokens=null", "prompts.max_tokens=40", "prompts.min_chars=0", "prompts.system=be brief"),
         *(f"prompts.chat_template={template}", f"reward.parts={parts}", "ppo.learning_rate=1e-5"),
+        *("rollout.max_response_tokens=8", "ppo.minibatch_size=1024", "ppo.epochs=1"),
         *("evaluation.num_prompts=8", "evaluation.every_steps=2", "evaluation.samples_per_prompt=2"),
     )
     process = ppo_ray.start("train", str(ppo_ray.config), *options)

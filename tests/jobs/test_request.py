@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from ppo_ray.config import Config, load_config
-from ppo_ray.jobs.request import JobRequest, _paths, describe_exposure, head_problems, make_job_name, request_problems
+from ppo_ray.jobs.request import (
+    JobRequest,
+    _paths,
+    describe_exposure,
+    describe_unsent_tokens,
+    head_problems,
+    make_job_name,
+    request_problems,
+)
 
 TOKEN = {"RAY_AUTH_TOKEN": "s" * 40}
 BASE = ("output_dir=/shared/run", "model.path=org/model", "prompts.path=imdb", "reward.path=/models/judge")
@@ -79,6 +87,16 @@ def test_variables_go_by_name_and_no_value_is_shown() -> None:
         "--env WANDB_KEY: is not set here; export it, or leave it out",
         "--env RAY_ADDRESS: is the cluster's own to set; leave it out",
     ]
+
+
+def test_a_servers_token_that_does_not_go_with_the_job_is_said() -> None:
+    parts = [{"name": "a", "path": "c"}, {"name": "b", "url": "https://h/", "token_env": "JUDGE_TOKEN"}]
+    options = "reward.path=null", f"reward.parts={parts}"
+    (line,) = describe_unsent_tokens(request(*options, variables=("HF_TOKEN",)))
+    assert line.startswith("warning: reward.parts[1].token_env=JUDGE_TOKEN is not among --env")
+    assert line.endswith("--env JUDGE_TOKEN")
+    assert not list(describe_unsent_tokens(request(*options, variables=("JUDGE_TOKEN",))))
+    assert not list(describe_unsent_tokens(request()))
 
 
 @pytest.mark.parametrize("path", ["./films.csv", "films.csv", "a/b/c", "../films", "here-it-is"])

@@ -142,6 +142,18 @@ def test_what_a_tokenizer_puts_behind_a_text_is_no_part_of_a_prompt(tmp_path, te
     assert prompt("<s> a") == ([0, 4] if front == [0] else [*front, 0, 4])  # once
 
 
+@pytest.mark.parametrize(("template", "times"), [("$A", 1), ("<s> $A", 2), ("$A </s>", 2)])
+def test_texts_are_tokenised_once_if_nothing_is_added_to_them(tmp_path, monkeypatch, template, times):
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "a b c"}))
+    stream = PromptStream(config(tmp_path / "texts.jsonl", min_chars=0), adding(template), seed=0)
+    calls = []
+    own = PreTrainedTokenizerFast.__call__
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "__call__", lambda *args, **named: calls.append(1) or own(*args, **named)
+    )
+    assert len(stream.take(1).prompt_ids) == 1 and len(calls) == times
+
+
 def test_a_slow_tokenizer_that_appends_its_end(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text(json.dumps({"text": "ab"}))

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from requirements.set_up import PYTHONS
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-LOCKS = ["pip", "cpu", "gpu", "trl", "torch-cpu", "torch-cuda"]
+LOCKS = ["pip", "cpu", "gpu", "dev", "trl", "torch-cpu", "torch-cuda"]
 
 
 def lines(lock: str) -> list[str]:
@@ -44,12 +45,23 @@ def test_each_package_has_one_version_and_checksums(lock: str) -> None:
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("extra", ["cpu", "gpu"])
 def test_a_lock_holds_what_the_project_declares(extra: str, python: str) -> None:
-    locked, extras = pins(extra, python), PROJECT["optional-dependencies"]
+    locked, extras = pins(extra, python) | pins("dev", python), PROJECT["optional-dependencies"]
     if extra == "cpu":
         locked |= pins("torch-cpu", python)
     for declared in [*PROJECT["dependencies"], *extras[extra], *extras["demo"], *extras["dev"]]:
         requirement = Requirement(declared)
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), declared
+
+
+@pytest.mark.parametrize("image", ["cpu", "gpu"])
+def test_the_tools_of_developers_are_in_a_lock_that_images_do_not_install(image: str) -> None:
+    tools, runs = pins("dev"), pins(image)
+    assert {"pytest", "ruff", "mypy", "hypothesis", "uv"} <= tools.keys()
+    assert not tools.keys() & runs.keys()
+    for tool in tools:  # what they need is in one of the two
+        needs = [Requirement(line) for line in metadata.requires(tool) or []]
+        wanted = [need.name for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
+        assert {canonicalize_name(name) for name in wanted} <= tools.keys() | runs.keys(), tool
 
 
 @pytest.mark.parametrize("lock", ["cpu", "trl", "torch-cpu"])

@@ -115,6 +115,15 @@ def test_a_damaged_environment_is_found(environment: Environment, damage: str, m
     assert environment._must_be_made() == must_be_made
 
 
+def test_the_tools_of_developers_are_installed_with_the_lock(environment: Environment) -> None:
+    environment.stamp.unlink()
+    environment.install()
+    (line,) = [line for line in environment.log.read_text().splitlines() if "cpu.txt" in line]
+    locks = [Path(part).name for part in line.split() if part.endswith(".txt")]
+    assert locks == ["cpu.txt", "dev.txt", "torch-cpu.txt"]
+    assert environment.is_complete()
+
+
 def test_the_cpu_build_of_torch_is_taken_where_pip_sees_it(environment: Environment, capsys) -> None:
     assert environment._find_torch_lock().name == "torch-cpu.txt"
     fake(environment.python, """echo '{"versions": ["2.14.0+cpu", "2.13.0"]}'""")

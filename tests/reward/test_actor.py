@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ import ray
 
 from ppo_ray import trajectory
 from ppo_ray.config import load_config
+from ppo_ray.errors import InputError
 from ppo_ray.learner.batch import ResponseBatch, summarize_table
 from ppo_ray.reward.actor import Clock, RewardWorker
 from ppo_ray.reward.group import RewardGroup
@@ -71,6 +73,27 @@ def test_parts_are_weighed_recorded_and_left_out_where_they_have_no_score(tiny_c
     assert metrics["parts/length_mean"] == pytest.approx(sum(lengths) / 2)
     assert metrics["parts/length_unscored"] == 0.5 and metrics["parts/taste_unscored"] == 0.25
     assert metrics["parts/taste_std"] >= 0 and metrics["score/num_unscored"] == 1
+
+
+def score_as_asked(responses: list[str]) -> Any:
+    return {"none": [None], "text": ["1.0"]}[responses[0]]
+
+
+@pytest.mark.parametrize("key", ["reward", "reward.parts[1]"])
+def test_what_goes_wrong_names_the_function_by_its_key(key: str) -> None:
+    function = f"{__name__}:score_as_asked"
+    parts = [{"name": name, "function": f"{__name__}:{name}"} for name in ("by_size", "score_as_asked")]
+    reward = f"reward.function={function}" if key == "reward" else f"reward.parts={parts}"
+    worker = RewardWorker.__ray_metadata__.modified_class("reward-0")
+    worker.setup(load_config(None, ["output_dir=x", "model.path=m", "prompts.path=p", reward]))
+    worker.score(trajectory.from_rows([row(0, response="none")]))
+    assert worker.explain().startswith(f"{key}.function={function!r}: the prompt ")
+    with pytest.raises(InputError, match=re.escape(f"{key}.function={function!r} returned '1.0'")):
+        worker.score(trajectory.from_rows([row(0, response="text")]))
+
+
+def by_size(responses: list[str]) -> list[float]:
+    return [float(len(response)) for response in responses]
 
 
 def test_what_was_not_cut_by_a_classifier_counts_as_whole() -> None:

@@ -100,7 +100,7 @@ def test_the_first_reason_of_a_missing_score_is_kept_until_the_next_batch() -> N
     function = RewardFunction(name(dislikes_bad))
     function.score(["why?"] * 3, ["good", "a bad one", "bad too"])
     assert function.failure is not None and function.failure.endswith(
-        "dislikes_bad: the prompt 'why?' with the response 'a bad one' has no score: it raised RuntimeError: bad text"
+        "dislikes_bad': the prompt 'why?' with the response 'a bad one' has no score: it raised RuntimeError: bad text"
     )
     assert function.score(["p"], ["good"]) == [0.0] and function.failure is None
     function = RewardFunction(name(odd))

@@ -108,13 +108,15 @@ def test_a_worker_sends_what_there_is_of_each_response_and_takes_the_scores(serv
 
 
 def test_texts_have_no_messages_to_send(server: Server) -> None:
-    server.answers = [say('{"scores": [2]}')]
+    server.answers = [say('{"scores": [2]}'), say('{"scores": [null]}')]
     worker = RewardWorker.__ray_metadata__.modified_class("reward-0")
     parts = [{"name": "judge", "url": server.url, "weight": -0.5}]
     worker.setup(load_config(None, ["output_dir=x", "model.path=m", "prompts.path=p", f"reward.parts={parts}"]))
     scored, _ = worker.score(trajectory.from_rows([row(0)]))
     assert scored.column("score").to_pylist() == [-1.0] and scored.column("parts").to_pylist() == [{"judge": 2.0}]
     assert server.requests[0].keys() == {"prompts", "responses", "finish_reasons", "columns"}
+    worker.score(trajectory.from_rows([row(0)]))
+    assert worker.explain().startswith(f"reward.parts[0].url={server.url}: the server has no score for the response ")
 
 
 def test_a_batch_is_sent_again_after_an_error_of_the_server(server: Server) -> None:

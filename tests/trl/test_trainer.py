@@ -8,7 +8,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from ppo_ray.errors import NonFiniteError
 from ppo_ray.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -218,6 +226,11 @@ def test_sequences_beyond_the_positions_of_a_model(make: Any) -> None:
         trainer.generate(queries[0], **SAMPLING | {"max_new_tokens": 9})
     assert torch.equal(before, trainer.model.v_head.summary.weight)
     trainer.step(queries, trainer.generate(queries, return_prompt=False, **SAMPLING | {"max_new_tokens": 8}), scores)
+    mpt = MptForCausalLM(MptConfig(vocab_size=400, d_model=16, n_heads=1, n_layers=1, max_seq_len=16))
+    with pytest.raises(ValueError, match=r"queries\[0\] and responses\[0\]: 17 tokens; the model has 16 positions"):
+        make({"batch_size": 1, "mini_batch_size": 1}, model=AutoModelForCausalLMWithValueHead(mpt)).step(
+            [torch.tensor([5] * 8)], [torch.tensor([6] * 9)], scores[:1]
+        )
     # positions that are computed have no end, but the model may not have been trained on them
     rotary = make({"batch_size": 1, "mini_batch_size": 1})
     with pytest.warns(UserWarning, match=r"257 tokens; the model's config has 256 positions"):
