@@ -30,6 +30,7 @@ class AssetSet(StrEnum):
 
     imdb = "imdb"
     arithmetic = "arithmetic"
+    toy = "toy"
 
 
 Overrides = Annotated[
@@ -73,7 +74,11 @@ def train(
 def demo(
     overrides: Overrides = None,
     task: Annotated[
-        AssetSet, typer.Option("--task", help="imdb: happier film reviews. arithmetic: a chat model learns sums.")
+        AssetSet,
+        typer.Option(
+            "--task",
+            help="imdb: happier film reviews. arithmetic: a chat model learns sums. toy: a first look in a minute.",
+        ),
     ] = AssetSet.imdb,
 ) -> None:
     """Build a demo's models and data, then train as configs/imdb.yaml says: 30 steps on two CPU cores.
@@ -240,7 +245,9 @@ def submit(
 
 @app.command()
 def assets(
-    name: Annotated[AssetSet, typer.Argument(metavar="NAME", help="imdb or arithmetic: what configs/NAME.yaml needs.")],
+    name: Annotated[
+        AssetSet, typer.Argument(metavar="NAME", help="imdb, arithmetic or toy: what configs/NAME.yaml needs.")
+    ],
     force: Annotated[bool, typer.Option("--force", help="Build again what is there already.")] = False,
 ) -> None:
     """Build a demo's models and data into the cache; no hub is needed."""

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from ppo_ray.assets.arithmetic import build_sums
 from ppo_ray.assets.cache import SETS, asset_path, build_once, cache_folder
+from ppo_ray.assets.toy import build_toy, build_words
 from ppo_ray.errors import AssetError
 
 NUM_REVIEWS = 25_000
@@ -140,6 +141,8 @@ _BUILDS: dict[str, tuple[str, Callable[..., None]]] = {
     "sums": ("100 sums as chat messages", lambda path, advance: build_sums(path)),
     "policy": ("SmolLM2-135M", build_policy),
     "classifier": ("MiniLM, fine-tuned", build_classifier),
+    "words": ("64 short texts", lambda path, advance: build_words(path)),
+    "toy": ("two layers, random weights", lambda path, advance: build_toy(path)),
 }
 """Title and build of each asset."""
 
@@ -196,7 +199,7 @@ def _summarize(demo: str, seconds: dict[str, float]) -> Table:
     table = Table(
         "asset", "what", "size", "built in", title=f"offline assets in {cache_folder()}", title_justify="left"
     )
-    what = {"policy": "SmolLM2, 135M parameters, float32", **{name: _BUILDS[name][0] for name in ("prompts", "sums")}}
+    what = {name: title for name, (title, _) in _BUILDS.items()} | {"policy": "SmolLM2, 135M parameters, float32"}
     for name in SETS[demo]:
         path = asset_path(name)
         if name == "classifier":

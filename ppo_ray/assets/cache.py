@@ -9,9 +9,16 @@ from platformdirs import user_cache_path
 from ppo_ray import atomic
 from ppo_ray.errors import AssetError
 
-ASSETS = {"policy": "policy", "classifier": "classifier", "prompts": "prompts.parquet", "sums": "sums.parquet"}
+ASSETS = {
+    "policy": "policy",
+    "classifier": "classifier",
+    "prompts": "prompts.parquet",
+    "sums": "sums.parquet",
+    "toy": "toy",
+    "words": "words.parquet",
+}
 """Every asset's name, as in `asset:NAME`, and its file or folder in the cache."""
-SETS = {"imdb": ("prompts", "policy", "classifier"), "arithmetic": ("sums", "policy")}
+SETS = {"imdb": ("prompts", "policy", "classifier"), "arithmetic": ("sums", "policy"), "toy": ("words", "toy")}
 """The assets of each demo, the quickest to build first."""
 _VERSION = "imdb-v1"  # another recipe is another folder, so that a run never meets half of each
 

@@ -33,7 +33,7 @@ def _resolve_folder(path: str) -> str:
 
 
 Source = Annotated[str, Field(min_length=1), AfterValidator(_resolve)]
-"""A folder, a file, a hub name, or `asset:NAME` of what `ppo-ray assets` builds: policy, classifier, prompts, sums."""
+"""A folder, a file, a hub name, or `asset:NAME` of what `ppo-ray assets` builds, e.g. `asset:policy`."""
 Revision = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w./-]{0,199}$")]
 """A commit, tag or branch of a hub's repository."""
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_resolve_folder)]
