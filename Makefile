@@ -72,7 +72,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork
 TORCH = $(shell sed -n 's/^torch==\([^+ ]*\).*/\1/p' requirements/torch-cpu.txt)
 NO_TORCH = $(shell sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' requirements/torch-cuda.txt)
 NO_PURE = $(patsubst %,--no-emit-package %,filelock fsspec jinja2 markupsafe mpmath networkx setuptools sympy triton typing-extensions)
-PROJECT = pyproject.toml --extra $* --extra demo --extra dev --override requirements/overrides-$*.txt $(wildcard requirements/$*.in)
+PROJECT = pyproject.toml --extra $* --extra demo --extra dev --extra docs --override requirements/overrides-$*.txt $(wildcard requirements/$*.in)
 
 requirements/pip.lock: INPUT = - <<<pip
 requirements/torch-cuda.lock: INPUT = - $(NO_PURE) <<<torch==$(TORCH)
