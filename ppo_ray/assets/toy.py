@@ -1,4 +1,4 @@
-"""The task of configs/toy.yaml: a tiny policy with random weights, one token per letter, learns to write vowels."""
+"""The task of configs/toy.yaml: a tiny policy with random weights, one token per character, learns to write vowels."""
 
 import string
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-_LETTERS = string.ascii_lowercase + " "
+_CHARACTERS = string.ascii_lowercase + " " + string.digits + ".?:\n"
+_CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
 _VOWELS = frozenset("aeiou")
 _FIRST = ("the old", "a small", "one red", "my last", "this slow", "her best", "no other", "every new")
 _SECOND = ("house", "train", "garden", "letter", "winter", "song", "river", "story")
@@ -19,16 +20,20 @@ def build_words(path: Path) -> None:
 
 
 def build_toy(folder: Path) -> None:
-    """Write a two-layer Llama of 0.3 million parameters with random weights, and its tokenizer: 28 tokens."""
+    """Write a two-layer Llama of 0.3 million parameters with random weights, and its tokenizer.
+
+    The tokens are 41 characters and an end. Capitals become small letters, and what is no token is left out. There is
+    a chat template, so that the policy can stand in for any chat model.
+    """
     import torch
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    ids = {"<eos>": 0, **{letter: index for index, letter in enumerate(_LETTERS, 1)}}
+    ids = {"<eos>": 0, **{character: index for index, character in enumerate(_CHARACTERS, 1)}}
     tokenizer = Tokenizer(models.BPE(ids, []))
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.normalizer, tokenizer.decoder = normalizers.Lowercase(), decoders.Fuse()
     config = LlamaConfig(
         vocab_size=len(ids),
         hidden_size=128,
@@ -46,6 +51,7 @@ def build_toy(folder: Path) -> None:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    fast.chat_template = _CHAT
     fast.save_pretrained(folder)
 
 

@@ -20,6 +20,9 @@ def test_every_letter_of_the_texts_is_a_token_and_comes_back(tmp_path: Path) -> 
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         assert len(ids) == len(text) and tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer("The 1!")["input_ids"]) == "the 1"
+    chat = [{"role": "user", "content": "Why?"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "user: Why?\nassistant: "
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "toy")
-    assert model.config.vocab_size == len(tokenizer) == 28
+    assert model.config.vocab_size == len(tokenizer) == 42
     assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(0.3e6, rel=0.1)
