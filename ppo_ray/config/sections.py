@@ -97,12 +97,12 @@ class ModelSource(Section):
     """A section that names a model."""
 
     trust_remote_code: bool = False
-    """Whether Python code that lies with the model is run, on every machine of the run. Only for models whose authors
-    you trust with your account."""
+    """Permission to run Python code that lies with the model, on every machine of the run. Only for models whose
+    authors you trust with your account."""
     allow_pickled_weights: bool = False
-    """Whether weights are loaded that are pickled (.bin), where there are no safetensors. Only for models you trust."""
+    """Permission to load pickled weights (.bin) where there are no safetensors. Only for models you trust."""
     revision: Revision | None = None
-    """Commit, tag or branch of `path`, where that is a hub name; null: its newest commit. A branch or tag may move, the
+    """Commit, tag or branch of `path`, where that is a hub name; null: its newest commit. A branch or tag may move; the
     hash of a commit names the same files for ever."""
 
     @property
@@ -115,21 +115,23 @@ class ModelConfig(ModelSource):
     """The policy, and the frozen reference that it must not drift away from."""
 
     path: Source
-    """Folder or hub name of a causal LM with its tokenizer, weights in safetensors. Required. TRL: `model_name`."""
+    """Folder or hub name of the policy: a causal LM with its tokenizer, weights in safetensors. Required. TRL:
+    `model_name`."""
     reference_path: Source | None = None
-    """The same of the reference; null: the policy as it starts. It must share the policy's vocabulary."""
+    """Folder or hub name of the reference; null: the policy as it starts. It must share the policy's vocabulary."""
     reference_revision: Revision | None = None
-    """The `revision` of `reference_path`."""
+    """Commit, tag or branch of `reference_path`, as `revision`."""
     dtype: DType = "float32"
-    """That policy, critic and reference compute in, and of the weights that engines are sent. Under bfloat16 the
-    optimizer steps float32 master weights, which are what a checkpoint holds."""
+    """Precision that policy, critic and reference compute in, and of the weights that engines are sent. Under bfloat16
+    the optimizer steps float32 master weights, which are what a checkpoint holds."""
     critic: Literal["shared", "separate"] = "shared"
-    """Whether values come from a linear head on the policy's last hidden state, or from a decoder of their own."""
+    """Kind of value function: a linear head on the policy's last hidden state (shared), or a decoder of its own
+    (separate)."""
     critic_path: Source | None = None
-    """Folder or hub name of a separate critic's decoder, e.g. a reward model's; a value head in it is taken too.
-    null: the critic that lies with the policy (`critic/` of a checkpoint), or else a copy of the policy."""
+    """Folder or hub name of a separate critic's decoder, e.g. a reward model's. A value head in it is taken too. null:
+    the critic that lies with the policy (`critic/` of a checkpoint), or else a copy of the policy."""
     critic_revision: Revision | None = None
-    """The `revision` of `critic_path`."""
+    """Commit, tag or branch of `critic_path`, as `revision`."""
 
     @property
     def reference(self) -> tuple[str, Trust]:
@@ -150,39 +152,42 @@ class PromptsConfig(Section):
     """What the prompts are made of: texts, or conversations by a chat template."""
 
     path: Source
-    """A file (.parquet, .arrow; .jsonl, .ndjson, .json, .csv, .tsv, .txt, also compressed: .gz, .bz2, .zst, .lz4), a
-    folder of such files or of `save_to_disk`, or a hub data set name. A folder's files lie in it: its card may name no
-    others. A file's texts may take 64 MiB of memory, or 100 times its size. Required. TRL: `query_dataset`."""
+    """Source of the prompts: a file (.parquet, .arrow; .jsonl, .ndjson, .json, .csv, .tsv, .txt, also compressed: .gz,
+    .bz2, .zst, .lz4), a folder of such files or of `save_to_disk`, or a hub data set name. A folder's files lie in it:
+    its card may name no others. A file's texts may take 64 MiB of memory, or 100 times its size. Required. TRL:
+    `query_dataset`."""
     revision: Revision | None = None
     """Commit, tag or branch of a hub data set; null: its newest commit."""
     split: str = "train"
     """Split of a folder or hub data set; a single file is taken whole."""
     column: str = "text"
-    """The column of the texts, or of the conversations: lists of messages with `role` and `content`, or JSON of such.
-    In a struct or an object by its path, `meta.text`. Of a .txt file each line is a text, of the column `text`."""
+    """Column of the texts, or of the conversations: lists of messages with `role` and `content`, or JSON of such. A
+    field of a struct or an object is named by its path, `meta.text`. Each line of a .txt file is a text, in the column
+    `text`."""
     keep: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Columns that go with each prompt to the reward and into `trajectories/`, e.g. [answer, source]. Of `meta.answer`
-    the name is `answer` from then on."""
+    """Columns that go with each prompt to the reward and into `trajectories/`, e.g. [answer, source]. `meta.answer` is
+    named `answer` from then on."""
     chat_template: str = Field(default="auto", min_length=1)
-    """What makes a prompt of a conversation. auto: the tokenizer's template for messages and where `system` is given,
-    and none for plain texts. tokenizer: its template for plain texts too, each as the user's message. none: no
+    """Template that makes a prompt of a conversation. auto: the tokenizer's template for messages and where `system` is
+    given, and none for plain texts. tokenizer: its template for plain texts too, each as the user's message. none: no
     template. Else the path of a file with a template."""
     template_arguments: dict[str, Any] = {}
-    """What the template is given besides, e.g. {enable_thinking: false}."""
+    """Further arguments of the template, e.g. {enable_thinking: false}."""
     system: str | None = None
     """System message put in front of each conversation that has none of its own."""
     min_chars: int = Field(default=0, ge=0)
-    """Only texts LONGER than this many characters are used; the others are dropped."""
+    """Length that a text must exceed, in characters; shorter texts, and those of exactly this length, are dropped."""
     min_tokens: int | None = Field(default=None, ge=1)
     """Shortest prompt, in tokens, inclusive, where prompts are the beginnings of texts: each gets a length drawn from
     here to max_tokens. A shorter text is used whole. null: prompts are whole texts. TRL: `LengthSampler(min_value)`."""
     max_tokens: int = Field(default=512, ge=1)
     """Longest prompt, in tokens, INCLUSIVE (TRL's `LengthSampler(2, 8)` is half-open and never draws 8)."""
     too_long: Literal["drop", "keep_end", "cut"] | None = None
-    """What becomes of a prompt that is longer. drop: it is left out, and counted. keep_end: its beginning goes. cut:
-    its end goes. null: cut where min_tokens is given, else drop."""
+    """Treatment of a prompt that is longer. drop: it is left out, and counted. keep_end: its beginning is cut off. cut:
+    its end is cut off. null: cut where min_tokens is given, else drop."""
     shuffle: bool = True
-    """Draw a new order each epoch from the run's seed; false: the order of the data set, every time."""
+    """Order of the prompts. true: a new one each epoch, from the run's seed; false: the order of the data set, every
+    time."""
 
     @property
     def kept_names(self) -> list[str]:
@@ -194,65 +199,73 @@ class LearnerConfig(Section):
     """Where the update runs."""
 
     workers: int = Field(default=1, ge=1)
-    """Learner ranks, which share every batch by tokens; the update is the same, up to the rounding of sums."""
+    """Number of learner ranks, which share every batch by tokens. The update is the same, up to the rounding of
+    sums."""
     threads: int = Field(default=2, ge=1)
     """CPU threads per rank. workers x threads must not exceed the machine's CPUs."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs per rank; a fraction lets a single rank share one."""
     microbatch_tokens: int = Field(default=1024, ge=1)
-    """Prompt and response tokens, padding included, a forward; trades memory for speed, never changes the gradient. An
-    update whose only mini-batch fits into one saves a forward pass."""
+    """Maximum number of prompt and response tokens per forward pass, padding included. Lower it if memory runs out: the
+    gradient does not change. If an update's only mini-batch fits into one pass, a forward pass is saved."""
     sharding: Literal["ddp", "fsdp2"] = "ddp"
-    """What a rank holds of policy, critic, reference, gradients and optimizer: all of it (ddp), or a share of each, a
-    layer being gathered when it is at work (fsdp2; with one rank there is nothing to share). docs/ranks.md: bytes."""
+    """Distribution of policy, critic, reference, gradients and optimizer over the ranks. ddp: each rank holds all of
+    it. fsdp2: each holds a share, and a layer is gathered when it is at work; with one rank there is nothing to share.
+    docs/gpus.md has the bytes."""
     gradient_checkpointing: bool = False
-    """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work."""
+    """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work,
+    less memory."""
 
 
 class EvaluationConfig(Section):
     """Held-out prompts, the same for every run seed, scored before, while and after training."""
 
     num_prompts: int = Field(default=256, ge=0)
-    """How many prompts are held out; 0: none, and nothing is evaluated."""
+    """Number of prompts that are held out; 0: none, and nothing is evaluated."""
     num_samples: int = Field(default=16, ge=0)
-    """How many of them are shown in samples.md."""
+    """Number of held-out prompts that are shown in samples.md."""
     every_steps: int = Field(default=0, ge=0)
     """Steps from one evaluation to the next; its figures are in the metrics, `eval/...`. It changes nothing of the
     training. 0: only before the first step and after the last."""
     samples_per_prompt: int = Field(default=1, ge=1)
-    """Responses to each held-out prompt."""
+    """Responses per held-out prompt."""
     temperature: float | None = Field(default=None, ge=0)
-    """Of sampling the responses; 0 takes the likeliest token each time. null: rollout.temperature."""
+    """Temperature of sampling the responses; 0 takes the likeliest token each time. null: rollout.temperature."""
     pass_score: float | None = None
-    """A response passes if its score is at least this. The figure `eval/pass@K` is then the share of prompts of which
-    one of K responses passes, for K = 1, 2, 4, ... up to samples_per_prompt. null: there is no such figure."""
+    """Lowest score of a response that passes. The figure `eval/pass@K` is then the share of prompts of which one of K
+    responses passes, for K = 1, 2, 4, ... up to samples_per_prompt. null: there is no such figure."""
     pass_part: str | None = None
-    """The part of the reward whose score decides that; null: the score."""
+    """Part of the reward whose score decides whether a response passes; null: the score."""
 
 
 class RayConfig(Section):
     """The cluster."""
 
     address: str | None = None
-    """Of a running cluster, e.g. "auto" or "10.0.0.1:6379"; null: a local Ray, or in `ray job submit` the job's own."""
+    """Address of a running cluster, e.g. "auto" or "10.0.0.1:6379"; null: a local Ray, or in `ray job submit` the job's
+    own."""
     placement: Literal["apart", "colocated"] = "apart"
-    """apart: every worker has its own GPUs. colocated: learner ranks and reward workers sit on the rollout workers'
-    GPUs, each with an equal share, and engines sleep while the learner works. See docs/placement.md."""
+    """Distribution of workers over GPUs. apart: every worker has its own. colocated: learner ranks and reward workers
+    sit on the rollout workers' GPUs, each with an equal share, and engines sleep while the learner works. See
+    docs/gpus.md."""
     object_store_mib: int = Field(default=2048, ge=80)
     """Shared memory of a local Ray's object store, MiB."""
     start_timeout_s: float = Field(default=300.0, gt=0)
-    """Longest start of an actor, seconds: until the cluster has room for it, and until its model is loaded."""
+    """Time limit for the start of an actor, seconds: until the cluster has room for it, and until its model is
+    loaded."""
     call_timeout_s: float = Field(default=1800.0, gt=0)
-    """Longest call of an actor, seconds; one that takes longer is taken for dead."""
+    """Time limit for a call of an actor, seconds; one that takes longer is taken for dead."""
     transfer_timeout_s: float = Field(default=300.0, gt=0)
-    """Longest weight sync by NCCL or CUDA IPC, and longest meeting of learner and engines before it, seconds."""
+    """Time limit for a weight sync by NCCL or CUDA IPC, and for the meeting of learner and engines before it,
+    seconds."""
     ping_timeout_s: float = Field(default=60.0, gt=0)
-    """Longest silence of an actor at work, seconds: one that does not answer a control call is taken for dead."""
+    """Time without an answer to a control call, seconds, after which an actor at work is taken for dead."""
     max_restarts: int = Field(default=3, ge=0)
-    """How often in a row an actor that died is replaced without having done what it died at (a learner: without the run
-    having made a step more than before); then the run ends."""
+    """Number of failed restarts in a row after which the run ends. A restart has failed if the actor dies again before
+    it has done the work that it died at; a learner's, if the run has not made a step more than before."""
     stop_timeout_s: float = Field(default=120.0, gt=0)
-    """Longest end of a run after SIGTERM or Ctrl-C, seconds, the checkpoint included; then it is ended at once."""
+    """Time limit for the end of a run after SIGTERM or Ctrl-C, seconds, the checkpoint included; then it is ended at
+    once."""
 
     @property
     def is_private(self) -> bool:
@@ -271,9 +284,9 @@ class CheckpointConfig(Section):
     every_steps: int = Field(default=10, ge=0)
     """Steps from one checkpoint to the next; 0: only at the end, and when the run is stopped."""
     keep_last: int = Field(default=2, ge=1)
-    """How many of the newest are kept."""
+    """Number of the newest checkpoints that are kept."""
     keep_best: bool = True
-    """Whether the one whose policy was best is kept too, by `best_by`."""
+    """Whether the checkpoint whose policy was best is kept too, by `best_by`."""
     best_by: str = Field(default="score/mean", pattern=r"^(score/mean|eval/[^ ]+)$")
-    """The figure that is highest for the best policy: `score/mean` of the step that it sampled, or a figure of its
+    """Figure that is highest for the best policy: `score/mean` of the step that it sampled, or a figure of its
     evaluation, e.g. `eval/score_mean` or `eval/pass@1`."""
