@@ -63,7 +63,7 @@ types: setup
 	$(BIN)/mypy
 
 docs: setup ## the documentation as a site in site/, links checked
-	$(BIN)/mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 LOCKS := pip torch-cuda cpu gpu trl
 lock: setup $(LOCKS:%=requirements/%.lock) ## remake requirements/*.txt, with the versions that they have (UPGRADE=--upgrade: newer)

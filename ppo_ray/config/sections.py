@@ -183,8 +183,8 @@ class PromptsConfig(Section):
     max_tokens: int = Field(default=512, ge=1)
     """Longest prompt, in tokens, INCLUSIVE (TRL's `LengthSampler(2, 8)` is half-open and never draws 8)."""
     too_long: Literal["drop", "keep_end", "cut"] | None = None
-    """Treatment of a prompt that is longer. drop: it is left out, and counted. keep_end: its beginning is cut off. cut:
-    its end is cut off. null: cut where min_tokens is given, else drop."""
+    """Treatment of a prompt longer than max_tokens. drop: it is left out, and counted. keep_end: its beginning is cut
+    off. cut: its end is cut off. null: cut where min_tokens is given, else drop."""
     shuffle: bool = True
     """Order of the prompts. true: a new one each epoch, from the run's seed; false: the order of the data set, every
     time."""
