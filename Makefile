@@ -12,7 +12,7 @@ TRL_VENV := .venv-trl
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup assets demo demo-arithmetic benchmark gpu-check test test-fast test-slow test-faults test-fuzz test-architectures lint types lock clean
+.PHONY: help setup assets demo demo-toy demo-arithmetic benchmark gpu-check test test-fast test-slow test-faults test-fuzz test-architectures lint types docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -27,11 +27,14 @@ assets: setup ## the demo's models and data, built once into the user's cache
 demo: setup ## train the 135M demo policy, go on with it, or show what it left (ARGS="steps=5 output_dir=runs/short")
 	@$(BIN)/ppo-ray demo $(ARGS)
 
+demo-toy: setup ## a first look in a minute: a tiny policy learns to write vowels
+	@$(BIN)/ppo-ray demo --task toy $(ARGS)
+
 demo-arithmetic: setup ## teach a 135M chat model sums, with the right answers as the reward
 	@$(BIN)/ppo-ray demo --task arithmetic $(ARGS)
 
 # TRL 0.11.3 wants libraries of its time, so it lives in an environment of its own.
-benchmark: assets ## ppo_ray beside TRL 0.11.3: an hour, see docs/performance.md (ARGS="--batch-size 128")
+benchmark: assets ## ppo_ray beside TRL 0.11.3: an hour, see docs/internals.md (ARGS="--batch-size 128")
 	@$(or $(PYTHON),python3) requirements/set_up.py trl
 	@$(BIN)/python -m benchmarks.compare $(ARGS)
 
@@ -62,6 +65,9 @@ lint: setup ## ruff: style and format
 types: setup ## mypy
 	$(BIN)/mypy
 
+docs: setup ## the documentation as a site in site/, links checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 LOCKS := pip torch-cuda cpu gpu dev trl
 lock: setup $(LOCKS:%=requirements/%.lock) ## remake requirements/*.txt, with the versions that they have (UPGRADE=--upgrade: newer)
 
@@ -83,7 +89,7 @@ requirements/pip.lock: INPUT = - <<<pip
 requirements/torch-cuda.lock: INPUT = - $(NO_PURE) <<<torch==$(TORCH)
 requirements/cpu.lock: INPUT = $(PROJECT) $(NO_TORCH)
 requirements/gpu.lock: INPUT = $(PROJECT)
-requirements/dev.lock: INPUT = pyproject.toml --extra dev $(NO_CPU) $(NO_TORCH)
+requirements/dev.lock: INPUT = pyproject.toml --extra dev --extra docs $(NO_CPU) $(NO_TORCH)
 requirements/dev.lock: requirements/cpu.lock
 requirements/trl.lock: INPUT = requirements/trl.in $(NO_TORCH)
 requirements/%.lock:
@@ -93,4 +99,4 @@ requirements/%.lock:
 	@mv $@ requirements/$*.txt
 
 clean: ## remove the virtual environments and caches (not runs/, not the assets)
-	rm -rf $(VENV) $(TRL_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(TRL_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

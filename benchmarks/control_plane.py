@@ -3,7 +3,7 @@
 The driver's loop, its groups and Ray's object store are the real ones; the workers have no models and answer at once
 (`stub_workers.py`). So what is left of a step is the control plane, all on one machine. Each number of workers makes
 all the trajectories, each worker `--per-worker` of them per step. Leaves `control_plane.json` and `control_plane.png`
-in the folder `--output`; docs/scale.md says what they mean.
+in the folder `--output`; docs/internals.md says what they mean.
 """
 
 import argparse
@@ -103,7 +103,7 @@ class WatchedRun(Run):
 
 
 class Letters:
-    """A tokenizer of bytes; what a real one costs depends on the texts (docs/scale.md)."""
+    """A tokenizer of bytes; what a real one costs depends on the texts (docs/internals.md)."""
 
     def __call__(self, texts: list[str], verbose: bool, add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
         return {"input_ids": [list(text.encode()) for text in texts]}

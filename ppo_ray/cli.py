@@ -31,6 +31,7 @@ class AssetSet(StrEnum):
     imdb = "imdb"
     arithmetic = "arithmetic"
     assistant = "assistant"
+    toy = "toy"
 
 
 Overrides = Annotated[
@@ -80,7 +81,11 @@ def demo(
     overrides: Overrides = None,
     task: Annotated[
         AssetSet,
-        typer.Option("--task", help="imdb: happier film reviews. arithmetic: sums. assistant: warmer answers."),
+        typer.Option(
+            "--task",
+            help="imdb: happier film reviews. arithmetic: a chat model learns sums. assistant: warmer answers. toy: a "
+            "first look in a minute.",
+        ),
     ] = AssetSet.imdb,
 ) -> None:
     """Build a demo's models and data, then train as configs/imdb.yaml says: 30 steps on two CPU cores.
@@ -250,7 +255,8 @@ def submit(
 @app.command()
 def assets(
     name: Annotated[
-        AssetSet, typer.Argument(metavar="NAME", help="imdb, arithmetic or assistant: what configs/NAME.yaml needs.")
+        AssetSet,
+        typer.Argument(metavar="NAME", help="imdb, arithmetic, assistant or toy: what configs/NAME.yaml needs."),
     ],
     force: Annotated[bool, typer.Option("--force", help="Build again what is there already.")] = False,
 ) -> None:

@@ -1,1 +1,1 @@
-"""ppo_ray beside TRL 0.11.3 on the same work: `make benchmark`; docs/performance.md says what is measured and how."""
+"""ppo_ray beside TRL 0.11.3 on the same work: `make benchmark`; docs/internals.md says what is measured and how."""

@@ -1,6 +1,6 @@
 """Compare ppo_ray with TRL 0.11.3, in one run, arm after arm: `make benchmark`, or `python -m benchmarks.compare`.
 
-docs/performance.md says what is measured and how. A benchmark that was cut off goes on with the same --output.
+docs/internals.md says what is measured and how. A benchmark that was cut off goes on with the same --output.
 """
 
 import argparse

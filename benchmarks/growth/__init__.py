@@ -1,1 +1,1 @@
-"""How cost grows, and whether faster than the work: docs/performance.md says what is measured and how."""
+"""How cost grows, and whether faster than the work: docs/internals.md says what is measured and how."""

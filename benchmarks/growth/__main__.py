@@ -4,7 +4,7 @@ Measures the learner's update, vLLM's generation, the way of the weights, and th
 the responses, the model and the number of rollout workers grow; the models' weights are random. Each is held against
 its work: operations on tokens that matter for update and generation, bytes for weights, trajectories for workers.
 Nothing may grow faster than its work: no point may take more than 1.25 times the seconds per unit of work of any
-smaller point. Leaves `growth.json` and `growth.png`; ends with 1 if something grows faster. docs/performance.md says
+smaller point. Leaves `growth.json` and `growth.png`; ends with 1 if something grows faster. docs/internals.md says
 more.
 """
 

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from ppo_ray.assets.arithmetic import build_sums
 from ppo_ray.assets.assistant import make_reward_model, write_chats
 from ppo_ray.assets.cache import SETS, asset_path, build_once, cache_folder
+from ppo_ray.assets.toy import build_toy, build_words
 from ppo_ray.errors import AssetError
 
 NUM_REVIEWS = 25_000
@@ -147,6 +148,8 @@ _BUILDS: dict[str, tuple[str, Callable[..., None]]] = {
         "the classifier with a chat template",
         lambda folder, advance: make_reward_model(asset_path("classifier"), folder),
     ),
+    "words": ("64 short texts", lambda path, advance: build_words(path)),
+    "toy": ("two layers, random weights", lambda path, advance: build_toy(path)),
 }
 """Title and build of each asset."""
 

@@ -17,12 +17,15 @@ ASSETS = {
     "sums": "sums.parquet",
     "two_digit_sums": "two_digit_sums.parquet",
     "chats": "chats.parquet",
+    "toy": "toy",
+    "words": "words.parquet",
 }
 """Every asset's name, as in `asset:NAME`, and its file or folder in the cache."""
 SETS = {
     "imdb": ("prompts", "policy", "classifier"),
     "arithmetic": ("sums", "two_digit_sums", "policy"),
     "assistant": ("chats", "policy", "classifier", "reward_model"),
+    "toy": ("words", "toy"),
 }
 """The assets of each demo in the order of their builds: the quickest first, what is made of another after that."""
 _VERSION = "imdb-v1"  # another recipe is another folder, so that a run never meets half of each

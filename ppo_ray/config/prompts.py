@@ -65,34 +65,36 @@ class PromptsConfig(DataSource):
     split: str = "train"
     """Split of a folder or hub data set; a single file is taken whole."""
     column: str = "text"
-    """The column of the texts, or of the conversations: lists of messages with `role` and `content`, or JSON of such.
-    In a struct or an object by its path, `meta.text`. Of a .txt file each line is a text, of the column `text`."""
+    """Column of the texts, or of the conversations: lists of messages with `role` and `content`, or JSON of such. A
+    field of a struct or an object is named by its path, `meta.text`. Each line of a .txt file is a text, in the column
+    `text`."""
     sources: Annotated[tuple[MixedSource, ...], Field(strict=False)] = ()
     """A mixture instead of `path`: a list of {name, path, weight, split, column, subset, revision}. After however many
     prompts each has had its share of them, to less than one. Each has its own epochs."""
     keep: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Columns that go with each prompt to the reward and into `trajectories/`, e.g. [answer, source]. Of `meta.answer`
-    the name is `answer` from then on. Where there are `sources`, `source` is the name of the prompt's."""
+    """Columns that go with each prompt to the reward and into `trajectories/`, e.g. [answer, source]. `meta.answer` is
+    named `answer` from then on. Where there are `sources`, `source` is the name of the prompt's."""
     chat_template: str = Field(default="auto", min_length=1)
-    """What makes a prompt of a conversation. auto: the tokenizer's template for messages and where `system` is given,
-    and none for plain texts. tokenizer: its template for plain texts too, each as the user's message. none: no
+    """Template that makes a prompt of a conversation. auto: the tokenizer's template for messages and where `system` is
+    given, and none for plain texts. tokenizer: its template for plain texts too, each as the user's message. none: no
     template. Else the path of a file with a template."""
     template_arguments: dict[str, Any] = Field(default={})
-    """What the template is given besides, e.g. {enable_thinking: false}."""
+    """Further arguments of the template, e.g. {enable_thinking: false}."""
     system: str | None = None
     """System message put in front of each conversation that has none of its own."""
     min_chars: int = Field(default=0, ge=0)
-    """Only texts LONGER than this many characters are used; the others are dropped."""
+    """Length that a text must exceed, in characters; shorter texts, and those of exactly this length, are dropped."""
     min_tokens: int | None = Field(default=None, ge=1)
     """Shortest prompt, in tokens, inclusive, where prompts are the beginnings of texts: each gets a length drawn from
     here to max_tokens. A shorter text is used whole. null: prompts are whole texts. TRL: `LengthSampler(min_value)`."""
     max_tokens: int = Field(default=512, ge=1)
     """Longest prompt, in tokens, INCLUSIVE (TRL's `LengthSampler(2, 8)` is half-open and never draws 8)."""
     too_long: Literal["drop", "keep_end", "cut"] | None = None
-    """What becomes of a prompt that is longer. drop: it is left out, and counted. keep_end: its beginning goes. cut:
-    its end goes. null: cut where min_tokens is given, else drop."""
+    """Treatment of a prompt longer than max_tokens. drop: it is left out, and counted. keep_end: its beginning is cut
+    off. cut: its end is cut off. null: cut where min_tokens is given, else drop."""
     shuffle: bool = True
-    """Draw a new order each epoch from the run's seed; false: the order of the data set, every time."""
+    """Order of the prompts. true: a new one each epoch, from the run's seed; false: the order of the data set, every
+    time."""
 
     @property
     def kept_names(self) -> list[str]:
@@ -140,21 +142,21 @@ class EvaluationConfig(Section):
     """Held-out prompts, the same for every run seed, scored before, while and after training."""
 
     num_prompts: int = Field(default=256, ge=0)
-    """How many prompts are held out; 0: none, and nothing is evaluated."""
+    """Number of prompts that are held out; 0: none, and nothing is evaluated."""
     num_samples: int = Field(default=16, ge=0)
-    """How many of them are shown in samples.md."""
+    """Number of held-out prompts that are shown in samples.md."""
     every_steps: int = Field(default=0, ge=0)
     """Steps from one evaluation to the next; its figures are in the metrics, `eval/...`. It changes nothing of the
     training. 0: only before the first step and after the last."""
     samples_per_prompt: int = Field(default=1, ge=1)
-    """Responses to each held-out prompt."""
+    """Responses per held-out prompt."""
     temperature: float | None = Field(default=None, ge=0)
-    """Of sampling the responses; 0 takes the likeliest token each time. null: rollout.temperature."""
+    """Temperature of sampling the responses; 0 takes the likeliest token each time. null: rollout.temperature."""
     pass_score: float | None = None
-    """A response passes if its score is at least this. The figure `eval/pass@K` is then the share of prompts of which
-    one of K responses passes, for K = 1, 2, 4, ... up to samples_per_prompt. null: there is no such figure."""
+    """Lowest score of a response that passes. The figure `eval/pass@K` is then the share of prompts of which one of K
+    responses passes, for K = 1, 2, 4, ... up to samples_per_prompt. null: there is no such figure."""
     pass_part: str | None = None
-    """The part of the reward whose score decides that; null: the score."""
+    """Part of the reward whose score decides whether a response passes; null: the score."""
     sets: dict[str, EvaluationSet] = Field(default={})
     """Data sets that are evaluated too: {NAME: {path, num_prompts, split, column, subset, revision}}. Their prompts are
     made as those of the training. Their figures are `eval/NAME/...`."""

@@ -11,9 +11,31 @@ from ppo_ray.errors import InputError
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true, false", "null": "null"}
-_PAGE = """# Every option
+FIRST = {
+    "model.path": ("Train your own model.", "a folder, or a name of the hub"),
+    "prompts.path": ("Use your own prompts.", "a file, a folder or a hub data set; `prompts.column` names the column"),
+    "reward.function": ("Score with your own code.", "`module:function`; or `reward.path` for a classifier"),
+    "steps": ("Train for longer.", "a finished run goes on with `--resume steps=...`"),
+    "ppo.learning_rate": ("Learn faster, or more steadily.", "lower it if `policy/approx_kl` is above 0.1"),
+    "rollout.batch_size": ("Have less noise in each step.", "more responses per step; a step takes longer"),
+    "rollout.max_response_tokens": ("Allow longer answers.", "raise it if `response/eos_rate` falls to 0"),
+    "ppo.kl_coef": ("Keep the policy near its start.", "raise it if the score rises and the samples get worse"),
+    "learner.microbatch_tokens": ("Need less memory.", "halve it; results do not change"),
+    "evaluation.every_steps": ("See whether it learns.", "10: the held-out score every ten steps"),
+}
+"""The options to touch first: the goal, and how to reach it."""
+_PAGE = """# Options
 
-Of a YAML file and of `key=value` on the command line. `ppo-ray options` shows them, `ppo-ray options rollout` a part.
+Every option can be in a YAML file, and on the command line as `key=value`. `ppo-ray options` shows them all,
+`ppo-ray options rollout` those of a section.
+
+## Ten options to touch first
+
+| goal | option | how |
+|---|---|---|
+{first}
+
+[diagnostics.md](diagnostics.md#symptoms) goes from what you see to what to change. [gpus.md](gpus.md) is about GPUs.
 """
 
 
@@ -69,7 +91,8 @@ def find_table(section: str) -> OptionTable:
 
 def to_markdown() -> str:
     """Return docs/options.md."""
-    parts = [_PAGE]
+    first = "\n".join(f"| {goal} | `{name}` | {how} |" for name, (goal, how) in FIRST.items())
+    parts = [_PAGE.format(first=first)]
     for table in make_tables():
         rows = [
             f"| `{option.name}` | {option.values} | {f'`{option.default}`' if option.default else 'required'} "

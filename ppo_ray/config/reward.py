@@ -102,16 +102,17 @@ class RewardSource(ModelSource):
     """Name of an environment variable, on the machines of the reward workers, with a token for the server: it goes as
     `Authorization: Bearer ...`. The token itself is never written or shown."""
     label: str = "POSITIVE"
-    """The classifier's label, by name, whose output is the score."""
+    """Name of the classifier's label whose output is the score."""
     transform: Literal["logit", "softmax", "sigmoid"] = "logit"
-    """What makes a score of the classifier's outputs: the label's raw output, its probability, or its own sigmoid."""
+    """Function that makes a score of the classifier's outputs: the label's raw output (logit), its probability
+    (softmax), or its own sigmoid."""
     dtype: DType = "float32"
-    """That the classifier computes in."""
+    """Precision that the classifier computes in."""
     chat_template: str = Field(default="none", min_length=1)
     """What the classifier reads. none: prompt and response, one behind the other. tokenizer: what its own chat template
     makes of the prompt's messages and the response as the assistant's. Else the path of a file with a template."""
     batch_size: int = Field(default=32, ge=1)
-    """Most texts per forward pass of the classifier."""
+    """Largest number of texts per forward pass of the classifier."""
     batch_tokens: int | None = Field(default=None, ge=1)
     """Most tokens per forward pass of the classifier, padding included; a longer text has one of its own. null: as many
     as batch_size texts have."""
@@ -126,9 +127,9 @@ class RewardPart(RewardSource):
     """One of several things that are scored."""
 
     name: str = Field(pattern=r"^[A-Za-z_]\w*$")
-    """In the metrics and in `trajectories/`. Required."""
+    """Name of the part in the metrics and in `trajectories/`. Required."""
     weight: float = 1.0
-    """What its score is multiplied by."""
+    """Factor that its score is multiplied by."""
 
 
 class RewardConfig(RewardSource):
@@ -139,14 +140,15 @@ class RewardConfig(RewardSource):
     this section from `path` to `batch_tokens`. The score is the weighted sum. A part without a score is left out of it;
     a response without any has none. The metrics have each part, `trajectories/` its score before the weight."""
     max_concurrent: int = Field(default=64, ge=1)
-    """Most calls of an `async def` function at a time, per worker."""
+    """Largest number of calls of an `async def` function at a time, per worker."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """Longest call of an `async def` function, seconds; then its response has no score. Of a server: longest silence,
-    and (retries + 1) times this is the longest that a batch waits for its scores; then it has none."""
+    """Time limit for a call of an `async def` function, seconds; after it the response has no score. For a server:
+    longest silence. A batch waits at most (retries + 1) times this for its scores; then it has none."""
     retries: int = Field(default=3, ge=0, le=100)
-    """How often a batch is sent again to a server that does not answer, or answers 429, 500, 502, 503 or 504."""
+    """Number of times that a batch is sent again to a server that does not answer, or answers 429, 500, 502, 503 or
+    504."""
     workers: int = Field(default=1, ge=1)
-    """Reward actors; each scores the shards it is given."""
+    """Number of reward actors. Each scores the shards it is given."""
     threads: int = Field(default=1, ge=1)
     """CPU threads per worker. workers x threads must not exceed the machine's CPUs."""
     gpus: float = Field(default=0.0, ge=0)

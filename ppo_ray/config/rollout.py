@@ -48,28 +48,29 @@ class RolloutConfig(Section):
     )
 
     engine: Literal["vllm", "hf"] = "vllm"
-    """vLLM, or transformers (slow) where vLLM cannot be installed or does not have the model."""
+    """Library that generates: vllm, or hf (transformers, slow) where vLLM cannot be installed or does not have the
+    model."""
     workers: int = Field(default=1, ge=1)
-    """Rollout actors; each holds the whole policy and takes an equal share of the batch."""
+    """Number of rollout actors. Each holds the whole policy and takes an equal share of the batch."""
     threads: int = Field(default=1, ge=1)
     """CPU threads per worker. workers x threads must not exceed the machine's CPUs."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs per worker, or per rank of one (tensor_parallel); a fraction lets actors share one."""
     tensor_parallel: int = Field(default=1, ge=1)
-    """Ranks of each vLLM worker that share one copy of the policy, all on one node, each on a GPU of its own."""
+    """Ranks per vLLM worker that share one copy of the policy, all on one node, each on a GPU of its own."""
     batch_size: int = Field(default=128, ge=1)
-    """Responses a step, over all workers. TRL: `batch_size`."""
+    """Responses per step, over all workers. TRL: `batch_size`."""
     min_response_tokens: int | None = Field(default=None, ge=1)
-    """Smallest limit that a response is given, in tokens, inclusive; each response's is drawn from here to
+    """Smallest limit of a response, in tokens, inclusive: each response's limit is drawn from here to
     max_response_tokens. An end of sequence may still come earlier. null: all have the same limit."""
     max_response_tokens: int = Field(default=256, ge=1)
-    """Largest limit that a response is given, in tokens, INCLUSIVE (TRL's `LengthSampler(4, 16)` never draws 16)."""
+    """Largest limit of a response, in tokens, INCLUSIVE (TRL's `LengthSampler(4, 16)` never draws 16)."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of sampling, from the full softmax. The learner's log-probabilities are taken at the same temperature. vLLM
-    samples at 0.01 or more."""
+    """Temperature of sampling, from the full softmax. The learner's log-probabilities are taken at the same
+    temperature. vLLM samples at 0.01 or more."""
     stop_at_eos: bool = True
-    """Whether an end-of-sequence token ends a response: the tokenizer's, and each `eos_token_id` of the model's
-    generation_config.json; false: every response has its full length."""
+    """Effect of an end-of-sequence token: the tokenizer's, and each `eos_token_id` of the model's
+    generation_config.json. true: it ends a response; false: every response has its full length."""
     stop_token_ids: Annotated[tuple[int, ...], Field(strict=False)] = ()
     """Further tokens that end a response, by their ids; also with stop_at_eos=false."""
     max_context: int | None = Field(default=None, ge=2)
@@ -81,26 +82,26 @@ class RolloutConfig(Section):
     """Memory of each vLLM engine, or of each of its ranks, for keys and values, MiB. null: 512 on a CPU; on a GPU what
     the engine's share of a batch needs, as far as the GPU has room. `ppo-ray plan` shows it."""
     dtype: DType | None = None
-    """Dtype of the engines' weights. null: bfloat16 on GPUs, float32 on CPUs. With bfloat16 log-probabilities are up to
-    0.4 off the learner's. float32 on a GPU is several times slower."""
+    """Precision of the engines' weights. null: bfloat16 on GPUs, float32 on CPUs. With bfloat16 log-probabilities are
+    up to 0.4 off the learner's. float32 on a GPU is several times slower."""
     batch_invariant: bool = False
-    """Whether vLLM on a GPU computes each response by kernels whose results do not depend on the rest of the batch; it
-    is slower. Without it a repeated or resumed generation on GPUs may sample other responses. On CPUs float32 needs
-    it not."""
+    """Whether vLLM on a GPU takes kernels whose results do not depend on the rest of the batch; they are slower. Without
+    them a repeated or resumed generation on GPUs may sample other responses. On CPUs float32 does not need them."""
     max_staleness: int = Field(default=0, ge=0, le=1)
-    """How many updates old the policy that samples may be. 0: the engines wait for each update. 1: they sample the next
-    batch while the learner works on this one; the batch is then of the policy before the last update, which
-    `ppo.importance_cap` (required) corrects. See docs/overlap.md."""
+    """Number of updates by which the policy that samples may be old. 0: the engines wait for each update. 1: they
+    sample the next batch while the learner works on this one; the batch is then of the policy before the last update,
+    which `ppo.importance_cap` (required) corrects. See docs/internals.md."""
     weight_transport: Literal["auto", Transport] = "auto"
-    """How new weights reach the engines: through Ray's object store, by NCCL from GPU to GPU, or by CUDA IPC where they
-    share one; auto: the fastest of them that fits (`docs/weights.md`). Verified and acknowledged in the same way."""
+    """Way of new weights to the engines: through Ray's object store, by NCCL from GPU to GPU, or by CUDA IPC where they
+    share one; auto: the fastest of them that fits (docs/internals.md). All are verified and acknowledged alike."""
     wire_dtype: Literal["bfloat16"] | None = None
-    """What weights are rounded to on their way: half the bytes. Engines then compute with rounded weights, also in
-    float32, and `mismatch/*` grows; with dtype=bfloat16 they round them anyway, and nothing is lost. null: nothing."""
+    """Precision that weights are rounded to on their way; bfloat16 halves the bytes. Engines then compute with rounded
+    weights, also in float32, and `mismatch/*` grows; with dtype=bfloat16 they round them anyway, and nothing is lost.
+    null: no rounding."""
     weight_bucket_mib: int = Field(default=256, ge=1)
     """Largest piece that weights travel in, MiB; a tensor that is larger has one of its own."""
     self_check: bool = True
-    """Whether the run begins by proving that new weights change what each engine computes as they change the learner;
+    """Check before the first step that new weights change what each engine computes as they change the learner; it
     costs two weight syncs."""
 
     @property

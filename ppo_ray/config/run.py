@@ -34,11 +34,12 @@ class Config(Section):
     """A whole run."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of everything random in the run, held-out prompts excepted. TRL: `seed`."""
+    """Seed of everything random in the run, held-out prompts excepted. TRL: `seed`."""
     steps: int = Field(default=100, ge=1)
-    """Cycles of generation, scoring, update and weight broadcast. TRL: `steps` counts responses instead."""
+    """Number of steps: cycles of generation, scoring, update and weight broadcast. TRL: `steps` counts responses
+    instead."""
     output_dir: Folder
-    """Folder that the run writes to; it must not hold another run, unless that is resumed. Required."""
+    """Folder that the run writes to. It must not hold another run, unless that is resumed. Required."""
     resume: Literal["never", "auto", "required"] = "never"
     """Whether the run in output_dir goes on from its newest checkpoint: never (a run there is an error), auto (if there
     is one), required (there must be one: `ppo-ray train CONFIG --resume`)."""

@@ -97,12 +97,12 @@ class ModelSource(Section):
     """A section that names a model."""
 
     trust_remote_code: bool = False
-    """Whether Python code that lies with the model is run, on every machine of the run. Only for models whose authors
-    you trust with your account."""
+    """Permission to run Python code that lies with the model, on every machine of the run. Only for models whose
+    authors you trust with your account."""
     allow_pickled_weights: bool = False
-    """Whether weights are loaded that are pickled (.bin), where there are no safetensors. Only for models you trust."""
+    """Permission to load pickled weights (.bin) where there are no safetensors. Only for models you trust."""
     revision: Revision | None = None
-    """Commit, tag or branch of `path`, where that is a hub name; null: its newest commit. A branch or tag may move, the
+    """Commit, tag or branch of `path`, where that is a hub name; null: its newest commit. A branch or tag may move; the
     hash of a commit names the same files for ever."""
 
     @property
@@ -115,21 +115,23 @@ class ModelConfig(ModelSource):
     """The policy, and the frozen reference that it must not drift away from."""
 
     path: Source
-    """Folder or hub name of a causal LM with its tokenizer, weights in safetensors. Required. TRL: `model_name`."""
+    """Folder or hub name of the policy: a causal LM with its tokenizer, weights in safetensors. Required. TRL:
+    `model_name`."""
     reference_path: Source | None = None
-    """The same of the reference; null: the policy as it starts. It must share the policy's vocabulary."""
+    """Folder or hub name of the reference; null: the policy as it starts. It must share the policy's vocabulary."""
     reference_revision: Revision | None = None
-    """The `revision` of `reference_path`."""
+    """Commit, tag or branch of `reference_path`, as `revision`."""
     dtype: DType = "float32"
-    """That policy, critic and reference compute in, and of the weights that engines are sent. Under bfloat16 the
-    optimizer steps float32 master weights, which are what a checkpoint holds."""
+    """Precision that policy, critic and reference compute in, and of the weights that engines are sent. Under bfloat16
+    the optimizer steps float32 master weights, which are what a checkpoint holds."""
     critic: Literal["shared", "separate"] = "shared"
-    """Whether values come from a linear head on the policy's last hidden state, or from a decoder of their own."""
+    """Kind of value function: a linear head on the policy's last hidden state (shared), or a decoder of its own
+    (separate)."""
     critic_path: Source | None = None
-    """Folder or hub name of a separate critic's decoder, e.g. a reward model's; a value head in it is taken too.
-    null: the critic that lies with the policy (`critic/` of a checkpoint), or else a copy of the policy."""
+    """Folder or hub name of a separate critic's decoder, e.g. a reward model's. A value head in it is taken too. null:
+    the critic that lies with the policy (`critic/` of a checkpoint), or else a copy of the policy."""
     critic_revision: Revision | None = None
-    """The `revision` of `critic_path`."""
+    """Commit, tag or branch of `critic_path`, as `revision`."""
     value_head_init: Literal["random", "zeros"] = "random"
     """Weights that a new value head begins with. random: as TRL's, which makes values of its own; zeros: no value is
     foreseen at first, so that advantages have less noise until the head has learnt. Not used where a head is loaded."""
@@ -153,44 +155,52 @@ class LearnerConfig(Section):
     """Where the update runs."""
 
     workers: int = Field(default=1, ge=1)
-    """Learner ranks, which share every batch by tokens; the update is the same, up to the rounding of sums."""
+    """Number of learner ranks, which share every batch by tokens. The update is the same, up to the rounding of
+    sums."""
     threads: int = Field(default=2, ge=1)
     """CPU threads per rank. workers x threads must not exceed the machine's CPUs."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs per rank; a fraction lets a single rank share one."""
     microbatch_tokens: int = Field(default=1024, ge=1)
-    """Prompt and response tokens, padding included, a forward; trades memory for speed, never changes the gradient. An
-    update whose only mini-batch fits into one saves a forward pass."""
+    """Maximum number of prompt and response tokens per forward pass, padding included. Lower it if memory runs out: the
+    gradient does not change. If an update's only mini-batch fits into one pass, a forward pass is saved."""
     sharding: Literal["ddp", "fsdp2"] = "ddp"
-    """What a rank holds of policy, critic, reference, gradients and optimizer: all of it (ddp), or a share of each, a
-    layer being gathered when it is at work (fsdp2; with one rank there is nothing to share). docs/ranks.md: bytes."""
+    """Distribution of policy, critic, reference, gradients and optimizer over the ranks. ddp: each rank holds all of
+    it. fsdp2: each holds a share, and a layer is gathered when it is at work; with one rank there is nothing to share.
+    docs/gpus.md has the bytes."""
     gradient_checkpointing: bool = False
-    """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work."""
+    """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work,
+    less memory."""
 
 
 class RayConfig(Section):
     """The cluster."""
 
     address: str | None = None
-    """Of a running cluster, e.g. "auto" or "10.0.0.1:6379"; null: a local Ray, or in `ray job submit` the job's own."""
+    """Address of a running cluster, e.g. "auto" or "10.0.0.1:6379"; null: a local Ray, or in `ray job submit` the job's
+    own."""
     placement: Literal["apart", "colocated"] = "apart"
-    """apart: every worker has its own GPUs. colocated: learner ranks and reward workers sit on the rollout workers'
-    GPUs, each with an equal share, and engines sleep while the learner works. See docs/placement.md."""
+    """Distribution of workers over GPUs. apart: every worker has its own. colocated: learner ranks and reward workers
+    sit on the rollout workers' GPUs, each with an equal share, and engines sleep while the learner works. See
+    docs/gpus.md."""
     object_store_mib: int = Field(default=2048, ge=80)
     """Shared memory of a local Ray's object store, MiB."""
     start_timeout_s: float = Field(default=300.0, gt=0)
-    """Longest start of an actor, seconds: until the cluster has room for it, and until its model is loaded."""
+    """Time limit for the start of an actor, seconds: until the cluster has room for it, and until its model is
+    loaded."""
     call_timeout_s: float = Field(default=1800.0, gt=0)
-    """Longest call of an actor, seconds; one that takes longer is taken for dead."""
+    """Time limit for a call of an actor, seconds; one that takes longer is taken for dead."""
     transfer_timeout_s: float = Field(default=300.0, gt=0)
-    """Longest weight sync by NCCL or CUDA IPC, and longest meeting of learner and engines before it, seconds."""
+    """Time limit for a weight sync by NCCL or CUDA IPC, and for the meeting of learner and engines before it,
+    seconds."""
     ping_timeout_s: float = Field(default=60.0, gt=0)
-    """Longest silence of an actor at work, seconds: one that does not answer a control call is taken for dead."""
+    """Time without an answer to a control call, seconds, after which an actor at work is taken for dead."""
     max_restarts: int = Field(default=3, ge=0)
-    """How often in a row an actor that died is replaced without having done what it died at (a learner: without the run
-    having made a step more than before); then the run ends."""
+    """Number of failed restarts in a row after which the run ends. A restart has failed if the actor dies again before
+    it has done the work that it died at; a learner's, if the run has not made a step more than before."""
     stop_timeout_s: float = Field(default=120.0, gt=0)
-    """Longest end of a run after SIGTERM or Ctrl-C, seconds, the checkpoint included; then it is ended at once."""
+    """Time limit for the end of a run after SIGTERM or Ctrl-C, seconds, the checkpoint included; then it is ended at
+    once."""
 
     @property
     def is_private(self) -> bool:
@@ -209,9 +219,9 @@ class CheckpointConfig(Section):
     every_steps: int = Field(default=10, ge=0)
     """Steps from one checkpoint to the next; 0: only at the end, and when the run is stopped."""
     keep_last: int = Field(default=2, ge=1)
-    """How many of the newest are kept."""
+    """Number of the newest checkpoints that are kept."""
     keep_best: bool = True
-    """Whether the one whose policy was best is kept too, by `best_by`."""
+    """Whether the checkpoint whose policy was best is kept too, by `best_by`."""
     best_by: str = Field(default="score/mean", pattern=r"^(score/mean|eval/[^ ]+)$")
-    """The figure that is highest for the best policy: `score/mean` of the step that it sampled, or a figure of its
+    """Figure that is highest for the best policy: `score/mean` of the step that it sampled, or a figure of its
     evaluation, e.g. `eval/score_mean` or `eval/pass@1`."""

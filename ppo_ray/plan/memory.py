@@ -1,6 +1,6 @@
 """Estimates of the memory that the processes of a run hold: a few terms for each actor, from the sizes of the models.
 
-`docs/placement.md` compares them with measurements.
+`docs/gpus.md` compares them with measurements.
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ STATE: tuple[tuple[str, int, When], ...] = (
 )
 """Bytes of each trained parameter: on every rank, or shared by all ranks under fsdp2."""
 _PROCESS_MIB = {"rollout": 750, "hf": 500, "reward": 500, "learner": 550}
-"""Python with its libraries, without a model worth mention: measured, see `docs/placement.md`."""
+"""Python with its libraries, without a model worth mention: measured, see `docs/gpus.md`."""
 _NODE_MIB = 1200
 _CUDA_MIB = {"rollout": 4000, "reward": 800, "learner": 1000}
 """CUDA's context and kernels, an engine's graphs and the pass that it measures itself by: assumed, not measured."""

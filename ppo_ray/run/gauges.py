@@ -67,6 +67,6 @@ class Gauges:
 
     def _counter(self) -> ray_metrics.Counter:
         if self._events is None:
-            counter = ray_metrics.Counter(EVENTS, "What happened beside the steps; docs/faults.md", ("run", "kind"))
+            counter = ray_metrics.Counter(EVENTS, "What happened beside steps; docs/reliability.md", ("run", "kind"))
             self._events = counter.set_default_tags(self._tags)
         return self._events

@@ -199,7 +199,7 @@ def test_every_pod_is_one_that_a_restricted_namespace_takes() -> None:
         ]
     autoscaler = job["spec"]["rayClusterSpec"]["autoscalerOptions"]["securityContext"]
     assert autoscaler == submitter["containers"][0]["securityContext"]
-    assert "pod-security.kubernetes.io/enforce=restricted" in (FOLDER.parent / "README.md").read_text()
+    assert "pod-security.kubernetes.io/enforce=restricted" in (FOLDER.parents[1] / "docs" / "clusters.md").read_text()
     tokens = {name: pod.get("automountServiceAccountToken", True) for name, pod in pods("rayjob.yaml").items()}
     assert tokens == {"head": True, "gpu": False, "cpu": False}  # the head's autoscaler needs one
     assert (
@@ -315,8 +315,8 @@ def test_the_redis_pod_is_one_that_kubernetes_knows() -> None:
     assert address == f"{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
 
 
-def test_every_secret_that_is_referred_to_is_made_in_the_readme() -> None:
+def test_every_secret_that_is_referred_to_is_made_on_the_page() -> None:
     text = "".join(path.read_text() for path in FOLDER.glob("*.yaml"))
     names = set(re.findall(r"secretKeyRef: {name: ([\w-]+)", text)) | set(re.findall(r"secretName: ([\w-]+)", text))
-    readme = (FOLDER.parent / "README.md").read_text()
-    assert names and all(f"kubectl create secret generic {name} " in readme for name in names)
+    page = (FOLDER.parents[1] / "docs" / "clusters.md").read_text()
+    assert names and all(f"kubectl create secret generic {name} " in page for name in names)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ppo_ray.config import Config, UpdateConfig
-from ppo_ray.config.reference import Option, OptionTable, find_table, make_tables, to_markdown
+from ppo_ray.config.reference import FIRST, Option, OptionTable, find_table, make_tables, to_markdown
 from ppo_ray.errors import InputError
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
@@ -32,6 +32,11 @@ def test_values_default_and_meaning_are_those_of_the_model() -> None:
     assert option("rollout.engine").values == "`vllm`, `hf`"
     assert (option("model.path").default, option("seed").values) == ("", "integer >= 0")
     assert option("rollout.max_context").meaning.endswith("rollout.max_response_tokens.")
+
+
+def test_the_options_to_touch_first_exist() -> None:
+    assert len(FIRST) == 10
+    assert all(option(name).name == name for name in FIRST)
 
 
 def test_a_section_is_found_by_its_name() -> None:

@@ -1,4 +1,4 @@
-"""docs/jobs.md, command by command, on a real head: a run submitted, stopped and submitted again is the same run."""
+"""The jobs of docs/clusters.md, command by command, on a real head: a run stopped and submitted again is the same."""
 
 import contextlib
 import re
@@ -17,7 +17,8 @@ from tests.faults.conftest import Same
 from tests.ray_head import Head, ray_head
 
 pytestmark = pytest.mark.slow
-PAGE = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text()
+JOBS = PAGE[PAGE.index("## Jobs") : PAGE.index("## The images")]
 
 
 def shell(head: Head, folder: Path, script: str) -> "subprocess.Popen[str]":
@@ -50,7 +51,7 @@ def write_config(path: Path, source: Path, steps: int) -> None:
 
 @pytest.mark.timeout(600)
 def test_the_page_does_what_it_says(ppo_ray: CommandLine, tmp_path: Path, same_as_undisturbed: Same) -> None:
-    start, submit, stop, again, judged, plain = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
+    start, submit, stop, again, judged, plain = re.findall(r"```sh\n(.*?)```", JOBS, flags=re.DOTALL)
     assert "ray start --head --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1\n" in start  # as ray_head does
     config, run = tmp_path / "films.yaml", tmp_path / "runs" / "films"
     write_config(config, ppo_ray.config, 10_000)  # however long the command that stops it takes to start

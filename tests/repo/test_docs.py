@@ -1,8 +1,11 @@
-"""The documents name what there is: every metric, every option of TRL's, every recording."""
+"""The documents name what there is: every metric, option, message and link; and they build as a site."""
 
 import dataclasses
 import inspect
+import os
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -17,9 +20,18 @@ from tests.learning import make_learner, make_table
 ROOT = Path(__file__).parents[2]
 DIAGNOSTICS = (ROOT / "docs" / "diagnostics.md").read_text()
 TRL = (ROOT / "docs" / "trl.md").read_text()
-OWN_TASK = (ROOT / "docs" / "own_task.md").read_text()
-WEIGHTS = (ROOT / "docs" / "weights.md").read_text()
-README = (ROOT / "README.md").read_text()
+CONCEPTS = (ROOT / "docs" / "concepts.md").read_text()
+TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("cluster/*.md")])
+}
+CONFIGS = [
+    pytest.param(block, id=f"{name}-{number}")
+    for name, text in PAGES.items()
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    if "output_dir:" in block
+]
 LOOP = {f"time/{part}_s" for part in ("step", "generate", "score", "learn", "publish", "sync", "wait")}
 LOOP |= {"prompts/num_skipped", "rollout/staleness_mean", "rollout/staleness_max"}
 LOOP |= {
@@ -32,6 +44,9 @@ LOOP |= {
 }
 """What actors and the log add to a learner's metrics; tests/e2e reads them."""
 
+NO_OPTIONS = {"prompts.parquet", "model.safetensors", "model.pretrained_model", "model.v_head"}
+"""Words that look like options: files, and attributes of TRL's."""
+
 
 def first_column(text: str) -> set[str]:
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
@@ -43,10 +58,10 @@ def placeholders(names: set[str]) -> set[str]:
     return {name for name in names if name != name.lower()}
 
 
-def test_the_loop_in_the_readme_is_the_loop_that_runs() -> None:
+def test_the_loop_of_the_concepts_is_the_loop_that_runs() -> None:
     source = textwrap.dedent(inspect.getsource(run_steps))
     loop = source[source.index("    " * 2 + "for step in") :]
-    assert f"```python\n{textwrap.dedent(loop)}```" in README
+    assert f"```python\n{textwrap.dedent(loop)}```" in CONCEPTS
 
 
 def test_every_metric_is_explained_and_nothing_else(tiny_policy: Path) -> None:
@@ -104,21 +119,63 @@ def test_the_recordings_and_options_that_are_named_exist() -> None:
     assert all((ROOT / "tests/golden/trl_options" / f"{name}.json").is_file() for name in recordings - {"trl_default"})
     named = {path.stem for path in (ROOT / "tests/golden/trl_options").glob("*.json")}
     assert named - recordings == {"max_grad_norm_as_it_is"}
-    for option in set(re.findall(r"`((?:ppo|rollout|prompts|learner)\.\w+)[`=]", TRL + DIAGNOSTICS + WEIGHTS)):
-        section, _, leaf = option.partition(".")
-        known = Config.model_fields[section].annotation.model_fields
-        assert leaf in known, option
 
 
-@pytest.mark.parametrize(
-    "name", re.findall(r"`(tests/[\w/.]+|examples/[\w/.]+|docs/[\w/.]+)`", TRL + DIAGNOSTICS + WEIGHTS)
-)
-def test_files_that_are_named_exist(name: str) -> None:
-    assert (ROOT / name).exists()
+def test_the_options_that_are_named_exist() -> None:
+    sections = [name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")]
+    known = {
+        f"{section}.{leaf}" for section in sections for leaf in Config.model_fields[section].annotation.model_fields
+    }
+    for page, text in PAGES.items():
+        named = set(re.findall(rf"`((?:{'|'.join(sections)})\.[a-z_]+)(?:=[^`]*)?`", text))
+        assert named - known <= NO_OPTIONS, page
 
 
-@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", OWN_TASK, re.DOTALL))
-def test_the_configs_of_ones_own_task_are_right(block: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page: str) -> None:
+    names = re.findall(r"`((?:tests|examples|docs|benchmarks|configs|cluster|requirements)/[\w/.-]+)`", PAGES[page])
+    assert [name for name in names if not (ROOT / name).exists()] == []
+    tests = re.findall(r"`(test_\w+\.py)`", PAGES[page])
+    assert [name for name in tests if not (ROOT / "tests" / "faults" / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page: str) -> None:
+    text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+def anchors(text: str) -> set[str]:
+    """Return what links may have behind #: each heading as GitHub spells it."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
+    joined = [re.sub(r'"\s+f?"', "", path.read_text()) for path in (ROOT / "ppo_ray").rglob("*.py")]
+    tables = TROUBLESHOOTING[TROUBLESHOOTING.index("### Config") : TROUBLESHOOTING.index("## Questions")]
+    messages = re.findall(r"^\| `([^|]+)` \|", tables, re.MULTILINE)
+    assert len(messages) >= 8
+    for message in messages:
+        parts = [part.strip() for part in message.split("...") if len(part.strip()) > 3]
+        assert any(all(part in source for part in parts) for source in joined), message
+
+
+@pytest.mark.parametrize("block", CONFIGS)
+def test_the_configs_of_the_pages_are_right(block: str, tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(block)
-    sources = [source for _, source in load_config(tmp_path / "task.yaml", []).reward.sources]
-    assert all(source.function and source.function.startswith("rewards:score_") for source in sources)
+    load_config(tmp_path / "task.yaml", [])
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"REPOSITORY_URL": "https://git.example.org/us/ppo_ray"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    first = (tmp_path / "site" / "index.html").read_text()
+    assert 'src="architecture.svg"' in first and 'href="quickstart/"' in first
+    assert 'href="https://git.example.org/us/ppo_ray/blob/main/SECURITY.md"' in first

@@ -48,7 +48,7 @@ def test_a_lock_holds_what_the_project_declares(extra: str, python: str) -> None
     locked, extras = pins(extra, python) | pins("dev", python), PROJECT["optional-dependencies"]
     if extra == "cpu":
         locked |= pins("torch-cpu", python)
-    for declared in [*PROJECT["dependencies"], *extras[extra], *extras["demo"], *extras["dev"]]:
+    for declared in [*PROJECT["dependencies"], *extras[extra], *extras["demo"], *extras["dev"], *extras["docs"]]:
         requirement = Requirement(declared)
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), declared
 

@@ -43,7 +43,7 @@ def test_it_holds_the_package_its_types_and_the_demos_config_alone(wheel: zipfil
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ppo_ray").rglob("*.py")}
     assert files == modules | {
         "ppo_ray/py.typed",
-        *(f"ppo_ray/assets/{name}.yaml" for name in ("imdb", "arithmetic", "assistant")),
+        *(f"ppo_ray/assets/{name}.yaml" for name in ("imdb", "arithmetic", "assistant", "toy")),
     }
     assert wheel.read("ppo_ray/assets/imdb.yaml") == (ROOT / "configs" / "imdb.yaml").read_bytes()
 
