@@ -85,8 +85,9 @@ class RolloutConfig(Section):
     """Precision of the engines' weights. null: bfloat16 on GPUs, float32 on CPUs. With bfloat16 log-probabilities are
     up to 0.4 off the learner's. float32 on a GPU is several times slower."""
     batch_invariant: bool = False
-    """Whether vLLM on a GPU takes kernels whose results do not depend on the rest of the batch; they are slower. Without
-    them a repeated or resumed generation on GPUs may sample other responses. On CPUs float32 does not need them."""
+    """Whether vLLM on a GPU takes kernels whose results do not depend on the rest of the batch; they are slower.
+    Without them a repeated or resumed generation on GPUs may sample other responses. On CPUs float32 does not need
+    them."""
     max_staleness: int = Field(default=0, ge=0, le=1)
     """Number of updates by which the policy that samples may be old. 0: the engines wait for each update. 1: they
     sample the next batch while the learner works on this one; the batch is then of the policy before the last update,
