@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 
 from benchmarks.compare.arms import Step
 from ppo_ray import trajectory
-from ppo_ray.config import Config, load_config
+from ppo_ray.config import Config, UpdateConfig, load_config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "imdb.yaml"
+_DEMOS = ("learning_rate", "warmup_steps", "value_learning_rate", "epochs", "kl_coef", "max_grad_norm")
 
 _SECONDS = {
     "generation": ("time/generate_s",),
@@ -30,22 +31,25 @@ _FIGURES = {
 
 
 def run_config(batch_size: int, steps: int, seed: int, threads: int, folder: Path, more: list[str]) -> Config:
-    """Return the config of a run: the demo's models and workers, the notebook's lengths and learning rate."""
+    """Return the config of a run: the demo's models and workers, the notebook's lengths and algorithm."""
+    notebooks = UpdateConfig(learning_rate=1.41e-5)
     options = {
+        **{f"ppo.{name}": getattr(notebooks, name) for name in _DEMOS},
+        "model.value_head_init": "random",
         "seed": seed,
         "steps": steps,
         "output_dir": folder,
         "rollout.batch_size": batch_size,
         "prompts.max_tokens": 7,  # TRL's LengthSampler(2, 8) and LengthSampler(4, 16) never draw the upper bound
         "rollout.max_response_tokens": 15,
-        "ppo.learning_rate": 1.41e-5,
         "evaluation.num_prompts": 0,
         "checkpoint.every_steps": 0,
         "rollout.threads": threads,
         "reward.threads": threads,
         "learner.threads": threads,
     }
-    return load_config(CONFIG, [f"{key}={value}" for key, value in options.items()] + more)
+    texts = {key: "null" if value is None else value for key, value in options.items()}
+    return load_config(CONFIG, [f"{key}={value}" for key, value in texts.items()] + more)
 
 
 def read_steps(run: Path) -> list[Step]:

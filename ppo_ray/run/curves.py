@@ -96,8 +96,8 @@ def _find_held_out(
     for step, evaluation in ((0.0, before), (float(len(history)), after)):
         if evaluation is not None:
             value = evaluation.figures.get(name, math.nan)
-            if name == "eval/score_mean" and not evaluation.sets:  # older records have no figures
-                value = evaluation.mean_score
+            if name == "eval/score_mean" and not any(figure.count("/") > 1 for figure in evaluation.figures):
+                value = evaluation.mean_score  # with sets alone it is that of the first set
             found[step] = value, evaluation.figures
     points = []
     for step, (value, figures) in sorted(found.items()):

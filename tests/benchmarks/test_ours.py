@@ -7,6 +7,7 @@ from benchmarks.compare import machine
 from benchmarks.compare.ours import read_steps, run_config
 from benchmarks.flops import DecoderShape
 from ppo_ray import trajectory
+from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.actor import write_trajectories
 
 METRICS = {
@@ -48,12 +49,13 @@ def test_the_seconds_of_a_step_by_phase(tmp_path: Path) -> None:
     assert step.figures == {"score": 0.5, "kl": 0.1, "policy_loss": -0.01, "value_loss": 0.3}
 
 
-def test_the_run_is_the_demo_at_the_notebooks_lengths_and_rate(tmp_path: Path) -> None:
+def test_the_run_is_the_demo_at_the_notebooks_lengths_and_algorithm(tmp_path: Path) -> None:
     config = run_config(8, 2, seed=4, threads=1, folder=tmp_path, more=["learner.microbatch_tokens=99"])
     assert (config.seed, config.steps, config.rollout.batch_size, config.learner.microbatch_tokens) == (4, 2, 8, 99)
     assert (config.prompts.min_tokens, config.prompts.max_tokens) == (2, 7)
     assert (config.rollout.min_response_tokens, config.rollout.max_response_tokens) == (4, 15)
-    assert (config.ppo.learning_rate, config.ppo.epochs, config.ppo.minibatch_size) == (1.41e-5, 4, None)
+    assert config.ppo == UpdateConfig(learning_rate=1.41e-5) and config.model.value_head_init == "random"
+    assert (config.ppo.epochs, config.ppo.minibatch_size) == (4, None)
     assert (config.rollout.workers, config.rollout.threads, config.reward.threads, config.learner.threads) == (1,) * 4
 
 

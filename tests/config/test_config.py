@@ -74,8 +74,8 @@ def test_assets_and_home_become_paths(tmp_path, monkeypatch):
     assert config.reward.path == str(tmp_path / "imdb-v1" / "classifier")
     assert config.prompts.path == str(tmp_path / "imdb-v1" / "prompts.parquet")
     assert violations(*REQUIRED, "model.path=asset:polcy") == [
-        "model.path: 'asset:polcy' is no asset; there are asset:policy, asset:classifier, asset:prompts, asset:sums, "
-        "asset:toy, asset:words"
+        "model.path: 'asset:polcy' is no asset; there are asset:policy, asset:classifier, asset:reward_model, "
+        "asset:prompts, asset:sums, asset:two_digit_sums, asset:chats, asset:toy, asset:words"
     ]
 
 

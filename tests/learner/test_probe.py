@@ -71,7 +71,7 @@ def test_an_engine_that_serves_what_it_was_sent_is_told_from_one_that_does_not(t
         (Agreement("w", 1e-5, 0.5, 0.5), "float32", None),
         (Agreement("w", 0.03, 0.5, 0.5), "bfloat16", None),
         (Agreement("w", 0.03, 0.5, 0.5), "float32", "at most 0.001 in float32"),
-        (Agreement("w", float("nan"), 0.5, 0.5), "float32", "nan nats a token off"),
+        (Agreement("w", float("nan"), 0.5, 0.5), "float32", "nan nats per token off"),
         (Agreement("w", 5e-4, 1e-3, 1e-3), "float32", "cannot be told"),
     ],
 )

@@ -16,6 +16,8 @@ from ppo_ray.errors import WorkerLost
 from ppo_ray.rollout.group import rollout_spec
 from ppo_ray.rollout.vllm import VLLMEngine
 
+pytestmark = pytest.mark.slow  # imports vLLM, which the other tests do without
+
 ROOT = Path(__file__).parents[2]
 TRANSFER = "vllm.distributed.weight_transfer"
 RELOAD = "vllm.model_executor.model_loader.reload"

@@ -44,5 +44,5 @@ def test_engines_may_differ_from_the_learner_by_the_rounding_of_either(
     if rounded:
         assert engines.check_engines(learner, prompts) == found
     else:
-        with pytest.raises(WorkerError, match=r"rollout-0 is 3.0e-02 nats a token off.* of another policy"):
+        with pytest.raises(WorkerError, match=r"rollout-0 is 3.0e-02 nats per token off.* of another policy"):
             engines.check_engines(learner, prompts)
