@@ -44,6 +44,7 @@ class WeightPublisher:
         self._buffers = Buffers()
         self._sums = bool(config.learner.gpus) and config.learner.workers > 1
         self._manifest: WeightManifest | None = None
+        self._learner: PPOLearner | None = None
         self._tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]] = list
         self._rest: Iterator[tuple[str, torch.Tensor]] = iter(())
         self._lent: LentBuffer | None = None
@@ -71,7 +72,7 @@ class WeightPublisher:
         version, size = learner.policy_version, self._wire.bucket_bytes
         self._tensors = lambda: self._wire.round(learner.named_weights())
         if self._transport != "object_store":
-            self._manifest = WeightManifest.of(self._tensors(), version, "sums", size)
+            self._learner, self._manifest = learner, WeightManifest.of(self._tensors(), version, "sums", size)
             return self._manifest, [], self._manifest.checksum
         if not self._leads:  # on a GPU the weights need not come to the host to be compared
             found = WeightManifest.of(self._tensors(), version, "sums" if self._sums else "xxh3", size)
@@ -138,10 +139,11 @@ class WeightPublisher:
             self._nccl.leave()
 
     def _check_version(self, policy_version: int) -> WeightManifest:
-        if self._manifest is None or self._manifest.policy_version != policy_version:
+        version = None if self._learner is None else self._learner.policy_version
+        if self._manifest is None or {version, self._manifest.policy_version} != {policy_version}:
             raise WorkerLost(  # only a learner that is restored from its checkpoint has them again
                 f"weights of policy version {policy_version} are asked for, but the learner has those of version "
-                f"{self._manifest.policy_version if self._manifest else 'none'} on its GPU and no others; "
+                f"{'none' if version is None else version} on its GPU and no others; "
                 "rollout.weight_transport=object_store keeps them for engines that come late",
                 actor_name("learner", 0),
             )

@@ -8,7 +8,7 @@ import torch
 
 from ppo_ray.checkpoint import AHEAD, RunState
 from ppo_ray.config import load_config
-from ppo_ray.errors import CheckpointError, WorkerError
+from ppo_ray.errors import CheckpointError, WorkerError, WorkerLost
 from ppo_ray.learner.actor import LearnerWorker
 from ppo_ray.weights.manifest import WeightManifest
 from tests.learning import make_table
@@ -86,3 +86,15 @@ def test_moved_weights_stay_until_they_are_sent(tiny_policy: Path, tmp_path: Pat
         worker, moved = undisturbed, own()
         assert own() == moved != before
     assert own() != manifest.checksum
+
+
+def test_weights_from_before_an_update_are_gone_with_it(tiny_policy: Path, tmp_path: Path) -> None:
+    """An engine that is lost during the update asks for them afterwards: what it got would not be what it asked for."""
+    worker = started(tiny_policy, tmp_path, None, "rollout.weight_transport=nccl")
+    worker.publish()
+    worker.send_weights(0)
+    worker.update(0, str(tmp_path / "step.parquet"), *shards(0, 0))
+    with pytest.raises(WorkerLost, match="policy version 0 are asked for, but the learner has those of version 1"):
+        worker.send_weights(0)
+    worker.publish()
+    worker.send_weights(1)
