@@ -21,7 +21,7 @@ def test_shares_are_sent_whole_and_saved_whole(ppo_ray: CommandLine, tmp_path: P
     )
     shares = ppo_ray.train(*options, "steps=1", "learner.workers=2", "learner.sharding=fsdp2")
     assert shares.returncode == 0, shares.stderr
-    assert "new weights change what every engine computes, as they should" in shares.stdout
+    assert "self-check passed" in shares.stdout
     first = tmp_path / "checkpoints" / "step-00001"
     assert load_file(first / "model.safetensors") and (first / "learner" / "optimizer.safetensors").is_file()
     alone = ppo_ray.train(*options, "steps=2", "resume=required")
