@@ -1,6 +1,9 @@
 """A judge: what it is asked, what is read in its answers, and what it says itself on each engine."""
 
+import multiprocessing
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ppo_ray.config import JudgeConfig, load_config
+from ppo_ray.config import Config, JudgeConfig, load_config
 from ppo_ray.errors import InputError
 from ppo_ray.reward.judge import Judge, Question
 from ppo_ray.reward.scorer import Scorer
@@ -104,28 +107,33 @@ def test_a_question_that_cannot_be_filled_is_refused(tmp_path: Path, text: str, 
         Question("/no.txt", [])
 
 
+def ask_real_model(config: Config) -> tuple[list[str], list[float | None]]:
+    """Ask a config's judge two questions; returns what it answered, and the scores."""
+    os.environ.update(judge_environment(config))
+    scorer = Scorer(config, start_judge)
+    judge: Any = scorer._scorers[0]
+    answers: list[str] = []
+    judge._read = lambda text: answers.append(text) or float(len(text))
+    columns = {"answer": ["a film", "a story"]}
+    (scores,) = scorer.score(["good", "bad"], ["so good", "so bad"], lambda names: columns).parts
+    return answers, scores
+
+
 @pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.slow)])
-def test_a_real_model_answers_greedily(
-    engine: str, tiny_policy: Path, question: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_real_model_answers_greedily(engine: str, tiny_policy: Path, question: str) -> None:
+    """In a process of its own: what vLLM sets up in one is shared by all engines there."""
     options = f"{{path: {tiny_policy}, prompt: {question}, pattern: '(.+)', engine: {engine}, max_tokens: 5, "
     options += "max_context: 200, kv_cache_mib: 32}"
     base = ["output_dir=x", f"model.path={tiny_policy}", "prompts.path=p", "prompts.keep=[answer]"]
     config = load_config(None, [*base, f"reward.judge={options}"])
-    for name, value in judge_environment(config).items():
-        monkeypatch.setenv(name, value)
-    scorer = Scorer(config, start_judge)
-    judge: Any = scorer._scorers[0]
-    answers: list[str] = []
-    monkeypatch.setattr(judge, "_read", lambda text: answers.append(text) or float(len(text)))
-    columns = {"answer": ["a film", "a story"]}
-    (scores,) = scorer.score(["good", "bad"], ["so good", "so bad"], lambda names: columns).parts
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        answers, scores = pool.submit(ask_real_model, config).result(timeout=300)
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tiny_policy).eval(),
         AutoTokenizer.from_pretrained(tiny_policy),
     )
     wanted = []
-    for prompt, response, answer in zip(["good", "bad"], ["so good", "so bad"], columns["answer"], strict=True):
+    for prompt, response, answer in zip(["good", "bad"], ["so good", "so bad"], ["a film", "a story"], strict=True):
         ids = tokenizer(f"Asked {prompt}, said {response}, right is {answer}. {{}}", return_tensors="pt")["input_ids"]
         with torch.no_grad():
             made = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=0, pad_token_id=0)
