@@ -22,9 +22,9 @@ def rollout_spec(config: Config) -> ActorSpec:
     spec = actor_specs(config)["rollout"]
     if config.rollout.engine != "vllm":
         return spec
-    from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT, GPU_ENVIRONMENT
+    from ppo_ray.rollout.vllm import engine_environment
 
-    environment = ENVIRONMENT | (GPU_ENVIRONMENT if config.rollout.gpus else CPU_ENVIRONMENT)
+    environment = engine_environment(config.rollout.gpus)
     if config.rollout.batch_invariant:
         environment |= {"VLLM_BATCH_INVARIANT": "1"}
     if spec.ranks > 1:

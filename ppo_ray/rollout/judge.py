@@ -39,9 +39,9 @@ def judge_environment(config: Config) -> dict[str, str]:
     judges = [source.judge for _, source in config.reward.sources if source.judge is not None]
     if all(judge.engine != "vllm" for judge in judges):
         return {}
-    from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT
+    from ppo_ray.rollout.vllm import engine_environment
 
-    return ENVIRONMENT | ({} if config.reward.gpus else CPU_ENVIRONMENT)
+    return engine_environment(config.reward.gpus)
 
 
 def _start_engine(judge: JudgeConfig) -> Engine:

@@ -51,7 +51,6 @@ _BLOCK_SIZE = 32  # tokens per KV-cache block; the CPU default of 128 wastes mos
 
 # The KV cache's size is given, yet vLLM still refuses to start on a GPU with less than this share of its memory free:
 # an engine that starts anew beside a learner would never find the default of 0.92.
-#
 # Logits are in float32, as the learner's are: rounded to bfloat16 they were 0.03 nats off, nearly all of the difference
 # between the two.
 _ON_GPU = {"gpu_memory_utilization": 0.01, "hf_overrides": {"head_dtype": "float32"}}
@@ -280,6 +279,11 @@ class VLLMEngine:
         self._llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def engine_environment(gpus: float) -> dict[str, str]:
+    """Return the environment of an engine that has `gpus`; 0: it computes on the CPU."""
+    return ENVIRONMENT | (GPU_ENVIRONMENT if gpus else CPU_ENVIRONMENT)
 
 
 def _explain(error: Exception) -> str:

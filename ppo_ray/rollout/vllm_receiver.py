@@ -197,14 +197,17 @@ class _LentBuckets(_Buckets):
 
     update_info_cls = LentBucket
 
+    def start_weight_update(self) -> None:
+        """Prepare every layer to be replaced, and to map the buffer of this update."""
+        self._importer = PackedBufferImporter()
+        super().start_weight_update()
+
     def receive_weights(self, update_info: LentBucket) -> None:
         """Copy a bucket out of the buffer, and load its tensors; the buffer is mapped once per sync.
 
         Raises:
             WorkerError: no learner rank is on this GPU.
         """
-        if not hasattr(self, "_importer"):
-            self._importer = PackedBufferImporter()
         gpu = str(torch.cuda.get_device_properties(self.device).uuid)
         if gpu not in update_info.handles:
             raise WorkerError(f"no learner rank has lent its weights on GPU {gpu}, but on {list(update_info.handles)}")
