@@ -119,8 +119,8 @@ class WeightPublisher:
 
         buckets = [entries for _, entries in self._check_version(policy_version).buckets()]
         if bucket == 0:
-            ends = [entries[-1].offset + entries[-1].num_bytes for entries in buckets]
-            self._lent, self._rest = LentBuffer(max(ends)), iter(self._tensors())
+            self._lent = LentBuffer(max(entries[-1].end for entries in buckets))
+            self._rest = iter(self._tensors())
         assert self._lent is not None
         self._lent.fill((entry, next(self._rest)[1]) for entry in buckets[bucket])
         return len(buckets), self._lent.handle

@@ -29,32 +29,40 @@ def rollout_terms(config: Config, sizes: ModelSizes, gpu_memory: int | None = No
         sizes: of its models.
         gpu_memory: bytes of a GPU; None: not known.
     """
+    yield from _other_terms(config, sizes)
+    rollout, policy = config.rollout, sizes.policy
+    if rollout.engine == "vllm":
+        yield kv_cache_term(config, sizes, gpu_memory)
+        return
+    device: Device = "gpu" if rollout.gpus else "host"
+    tokens, size = (
+        rollout.share * (config.prompts.max_tokens + rollout.max_response_tokens),
+        BYTES[rollout.engine_dtype],
+    )
+    kv = tokens * policy.layers * policy.key_values * size
+    how = f"{tokens} tokens x {policy.layers} layers x {policy.key_values} x {size} bytes"
+    yield Term("KV cache", how, kv, device, "at work")
+
+
+def _other_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
+    """Yield what an engine, or each of its ranks, holds beside keys and values."""
     rollout, policy = config.rollout, sizes.policy
     device: Device = "gpu" if rollout.gpus else "host"
-    size = BYTES[rollout.engine_dtype]
+    size, ranks = BYTES[rollout.engine_dtype], rollout.tensor_parallel
     yield process_term("rollout" if rollout.engine == "vllm" else "hf", "rollout")
     if device == "gpu":
         yield cuda_term("rollout")
-    yield _weights_term(config, sizes)
+    weights = parameter_term("weights", policy.parameters, size, device, "at work", ranks)
+    yield weights
     if device == "gpu" and config.ray.placement == "colocated":
-        kept, ranks = -(-policy.parameters * size // rollout.tensor_parallel), rollout.tensor_parallel
-        share = f" / {ranks} ranks" if ranks > 1 else ""
-        how = f"weights{share} x 1.5: torch rounds pinned memory up to powers of two, assumed"
-        yield Term("weights of the sleeping engine", how, kept * 3 // 2, "host")
-    if weight_transport(config) != "object_store":
-        yield bucket_term(config, weight_transport(config))
-    if rollout.engine == "vllm":
-        yield kv_cache_term(config, sizes, gpu_memory)
-        if device == "host":
-            head = policy.vocabulary * policy.hidden
-            yield parameter_term("packed copy of the head", head, size, "host")
-            yield parameter_term("weights that are being replaced", policy.parameters, size, "host")
-            yield parameter_term("their file, mapped", policy.parameters, size, "host")
-    else:
-        tokens = rollout.share * (config.prompts.max_tokens + rollout.max_response_tokens)
-        kv = tokens * policy.layers * policy.key_values * size
-        how = f"{tokens} tokens x {policy.layers} layers x {policy.key_values} x {size} bytes"
-        yield Term("KV cache", how, kv, device, "at work")
+        how = f"{weights.how} x 1.5: torch rounds pinned memory up to powers of two, assumed"
+        yield Term("weights of the sleeping engine", how, weights.num_bytes * 3 // 2, "host")
+    if (transport := weight_transport(config)) != "object_store":
+        yield bucket_term(config, transport)
+    if rollout.engine == "vllm" and device == "host":
+        yield parameter_term("packed copy of the head", policy.vocabulary * policy.hidden, size, "host")
+        yield parameter_term("weights that are being replaced", policy.parameters, size, "host")
+        yield parameter_term("their file, mapped", policy.parameters, size, "host")
 
 
 def kv_cache_term(config: Config, sizes: ModelSizes, gpu_memory: int | None) -> Term:
@@ -86,22 +94,12 @@ def kv_cache_term(config: Config, sizes: ModelSizes, gpu_memory: int | None) -> 
 def _room(config: Config, sizes: ModelSizes, gpu_memory: int) -> int:
     """Return the bytes of a GPU that are left for keys and values when an engine is at work."""
     apart = config.ray.placement == "apart"
-    others = [cuda_term("rollout"), _weights_term(config, sizes)]
-    if weight_transport(config) != "object_store":
-        others.append(bucket_term(config, weight_transport(config)))
+    others = list(_other_terms(config, sizes))
     if not apart:  # then the learner rank and the reward worker that share the GPU rest, and keep some of it
         others += [term for term in learner_terms(config, sizes, 0) if term.when == "always"]
         others += reward_terms(config, sizes) if config.reward.gpus else ()
     part = min(config.rollout.gpus, 1.0) if apart else 1.0
     return int(gpu_memory * part * _GPU_SHARE) - sum(term.num_bytes for term in others if term.device == "gpu")
-
-
-def _weights_term(config: Config, sizes: ModelSizes) -> Term:
-    """Return an engine's weights; with tensor parallelism, those of a rank."""
-    rollout = config.rollout
-    device: Device = "gpu" if rollout.gpus else "host"
-    size, ranks = BYTES[rollout.engine_dtype], rollout.tensor_parallel
-    return parameter_term("weights", sizes.policy.parameters, size, device, "at work", ranks)
 
 
 def waiting_problem(config: Config, num_cached: int, kv_cache_mib: int) -> str | None:

@@ -143,10 +143,15 @@ class RewardFunction:
         responses: Sequence[str],
         columns: Mapping[str, Sequence[Any]] = types.MappingProxyType({}),
     ) -> list[float | None]:
-        """Score responses; one that cannot be scored gets None. See `SampleScorer.score`.
+        """Score responses; one that cannot be scored gets None.
 
         When a function raises on the whole batch it is called again for each response by itself, so that one bad text
         costs no other its score.
+
+        Args:
+            prompts: texts.
+            responses: texts.
+            columns: what else there is of each response, a sequence per name.
 
         Raises:
             InputError: the function does not return one number (or None) per response.

@@ -150,7 +150,12 @@ class RewardServer:
         responses: Sequence[str],
         columns: Mapping[str, Sequence[Any]] = types.MappingProxyType({}),
     ) -> list[float | None]:
-        """Return the server's scores; None for each response where something goes wrong. See `SampleScorer.score`.
+        """Return the server's scores; None for each response where something goes wrong.
+
+        Args:
+            prompts: texts.
+            responses: texts.
+            columns: what else there is of each response, a sequence per name.
 
         Raises:
             InputError: a kept column holds what JSON cannot.

@@ -97,7 +97,7 @@ def score_held_out(
     for name, prompts in held_out.items():
         if not prompts.sample_ids:
             continue
-        prefix = f"eval/{name}/" if name else "eval/"
+        prefix = _prefix(name)
         num_prompts = options.sets[name].num_prompts if name else options.num_prompts
         asked = repeat_prompts(prompts, num_prompts, options.samples_per_prompt)
         scored = reward.score(rollout.generate(replace(asked, temperature=options.temperature), 0, EVALUATION_SEED))
@@ -124,24 +124,28 @@ def score_held_out(
 def evaluate_now(run: Run, actors: Actors) -> Evaluation | None:
     """Evaluate the policy so far on all held-out prompts, and show the figures; None if none is held out."""
     options, held_out = run.config.evaluation, run.held_out
-    sizes = [(name or "held-out", len(prompts.sample_ids)) for name, prompts in held_out.items() if prompts.sample_ids]
+    sizes = {name: len(prompts.sample_ids) for name, prompts in held_out.items() if prompts.sample_ids}
     if not sizes:
         return None
     times = f", {options.samples_per_prompt} responses each" if options.samples_per_prompt > 1 else ""
-    run.say(f"evaluating on {', '.join(f'{number} {name}' for name, number in sizes)} prompts{times} ...")
+    asked = ", ".join(f"{number} {name or 'held-out'}" for name, number in sizes.items())
+    run.say(f"evaluating on {asked} prompts{times} ...")
     began = time.monotonic()
     found = score_held_out(actors.rollout, actors.reward, held_out, run.config, actors.learner)
     if found:
         lines = []
-        for name, _ in sizes:
-            prefix = "eval/" if name == "held-out" else f"eval/{name}/"
-            score, passes = found.figures.get(f"{prefix}score_mean"), f"{prefix}pass@"
-            rates = [
-                f"{key[len(prefix) :]} {rate:.3f}" for key, rate in found.figures.items() if key.startswith(passes)
-            ]
-            lines.append(", ".join([f"{name} mean score {format_score(score)}", *rates]))
+        for name in sizes:
+            of_set = {key.removeprefix(_prefix(name)): figure for key, figure in found.figures.items()}
+            rates = [f"{key} {rate:.3f}" for key, rate in of_set.items() if key.startswith("pass@")]
+            score = format_score(of_set.get("score_mean"))
+            lines.append(", ".join([f"{name or 'held-out'} mean score {score}", *rates]))
         run.say(f"after {run.state.step} steps: {'; '.join(lines)} ({time.monotonic() - began:.0f} s)")
     return found
+
+
+def _prefix(name: str) -> str:
+    """Return what the names of a set's figures begin with; an empty name: of the run's own held-out prompts."""
+    return f"eval/{name}/" if name else "eval/"
 
 
 def evaluate_when_due(run: Run, actors: Actors) -> None:

@@ -42,6 +42,11 @@ class TensorEntry:
 
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
 
+    @property
+    def end(self) -> int:
+        """Place behind it in the buffer, bytes from its start; of a bucket's last tensor it is the bucket's size."""
+        return self.offset + self.num_bytes
+
 
 @dataclass(frozen=True)
 class WeightManifest:

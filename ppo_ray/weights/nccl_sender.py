@@ -103,7 +103,7 @@ class LentBuffer:
 
 def view_tensor(buffer: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     """Return a tensor that lies in a buffer of bytes, as a view."""
-    raw = buffer[entry.offset : entry.offset + entry.num_bytes]
+    raw = buffer[entry.offset : entry.end]
     return raw.view(getattr(torch, entry.dtype)).view(entry.shape)
 
 

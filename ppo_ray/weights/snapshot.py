@@ -124,7 +124,7 @@ class WeightSnapshot:
             entries.append(TensorEntry(name, dtype, shape, byte_checksum(view), bucket, offset))
             del tensor  # before the next is made
         manifest = WeightManifest(policy_version, "xxh3", tuple(entries))
-        ends = [_end(inside) for _, inside in manifest.buckets()]
+        ends = [inside[-1].end for _, inside in manifest.buckets()]
         return cls(manifest, tuple(buffer[:end] for buffer, end in zip(filled, ends, strict=True)))
 
     def tensors(self) -> Iterator[tuple[str, "torch.Tensor"]]:
@@ -146,18 +146,13 @@ class WeightSnapshot:
             try:
                 if any(entry.offset < 0 or min(entry.shape, default=0) < 0 for entry in entries):
                     raise ValueError("a place or a size below 0")  # numpy would read before the buffer
-                if len(buffer) < (end := max(entry.offset + entry.num_bytes for entry in entries)):
+                if len(buffer) < (end := max(entry.end for entry in entries)):
                     raise WorkerError(f"{damaged} has {len(buffer)} bytes of {end}")
                 views = [_view(buffer, entry) for entry in entries]
             except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
                 raise WorkerError(f"{damaged}: its manifest does not fit: {first_line(error)}") from error
             self.manifest.check(entries, map(byte_checksum, views))
             yield [(entry.name, view) for entry, view in zip(entries, views, strict=True)]
-
-
-def _end(entries: Sequence[TensorEntry]) -> int:
-    """Return where the last tensor of a bucket ends."""
-    return entries[-1].offset + entries[-1].num_bytes
 
 
 def _view(buffer: np.ndarray, entry: TensorEntry) -> "torch.Tensor":
