@@ -15,7 +15,7 @@ from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
 from ppo_ray.models.support import check_head, find_config_problem, find_positions, max_exact_tokens
 from ppo_ray.models.tokens import EndTokens, read_end_tokens
 from ppo_ray.prompts.stream import PromptBatch, PromptStream
-from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
+from ppo_ray.prompts.texts import UsableTexts, count_shared, read_usable_texts
 from ppo_ray.reward.checks import reward_problems
 
 
@@ -245,3 +245,9 @@ def _prompt_problems(config: Config, inputs: Inputs) -> Iterator[str]:
             inputs.sets[name] = read_usable_texts(config.prompts.of_set(name, source), 0, key=f"evaluation.sets.{name}")
         except InputError as error:
             yield str(error) + asset_hint(source.path)
+            continue
+        if inputs.texts is not None and (shared := count_shared(inputs.sets[name], inputs.texts)):
+            inputs.notes.append(
+                f"evaluation.sets.{name}: {shared:,} of its {len(inputs.sets[name]):,} texts are among those of "
+                f"{config.prompts.place} too, and the policy may train on them; its figures say less about new texts"
+            )

@@ -609,3 +609,12 @@ def test_sets_and_sources_are_checked_by_their_own_names(configured, home, tmp_p
     config = configured(f"evaluation.sets={{easy: {{path: {home / 'texts.csv'}, num_prompts: 9}}}}")
     (batch,) = check(config).open_sets(config).values()
     assert sorted(batch.sample_ids) == [-5, -4, -3, -2, -1]  # all that there are
+
+
+def test_it_is_said_how_many_texts_of_a_set_are_those_of_the_training_too(configured, home, tmp_path):
+    known = (home / "texts.csv").read_text().splitlines()
+    (tmp_path / "new.csv").write_text("\n".join([known[0], "nobody wrote this before"]))
+    (tmp_path / "mixed.csv").write_text("\n".join([*known[:3], "nobody wrote this before", "nor this one"]))
+    sets = f"{{new: {{path: {tmp_path / 'new.csv'}}}, mixed: {{path: {tmp_path / 'mixed.csv'}}}}}"
+    (note,) = [note for note in check(configured(f"evaluation.sets={sets}")).notes if "evaluation.sets" in note]
+    assert note.startswith("evaluation.sets.mixed: 2 of its 4 texts are among those of ")

@@ -73,7 +73,8 @@ class PromptsConfig(DataSource):
     prompts each has had its share of them, to less than one. Each has its own epochs."""
     keep: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Columns that go with each prompt to the reward and into `trajectories/`, e.g. [answer, source]. `meta.answer` is
-    named `answer` from then on. Where there are `sources`, `source` is the name of the prompt's."""
+    named `answer` from then on. Where there are `sources`, `source` is the name of the prompt's, and each source has
+    its mean score in the metrics."""
     chat_template: str = Field(default="auto", min_length=1)
     """Template that makes a prompt of a conversation. auto: the tokenizer's template for messages and where `system` is
     given, and none for plain texts. tokenizer: its template for plain texts too, each as the user's message. none: no
@@ -100,6 +101,11 @@ class PromptsConfig(DataSource):
     def kept_names(self) -> list[str]:
         """The names that the columns of `keep` have from then on: the last parts of theirs."""
         return [name.rpartition(".")[2] for name in self.keep]
+
+    @property
+    def kept_sources(self) -> tuple[str, ...]:
+        """The names in the kept column `source`: those of a mixture; none where there is no such column."""
+        return tuple(source.name for source in self.sources) if SOURCE in self.keep else ()
 
     @property
     def parts(self) -> tuple[tuple[str, "PromptsConfig"], ...]:

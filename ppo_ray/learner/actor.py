@@ -75,6 +75,7 @@ class LearnerWorker(Worker):
             checkpoint=None if checkpoint is None else Path(checkpoint),
         )
         self._max_staleness, self._batch_size = config.rollout.max_staleness, config.rollout.batch_size
+        self._sources = config.prompts.kept_sources
         self._held: pa.Table | None = None
         if self._max_staleness and checkpoint is not None:
             from ppo_ray.learner.state import read_ahead
@@ -106,13 +107,14 @@ class LearnerWorker(Worker):
                 a trajectory is staler than it may be.
             PeersLost: another rank is gone.
         """
-        from ppo_ray.learner.batch import check_staleness
+        from ppo_ray.learner.batch import check_staleness, summarize_sources
 
         start = time.perf_counter()
         self._settle()
         table, self._held = trajectory.concat(shards) if shards else self._held, None
         assert table is not None
         metrics = check_staleness(table, self._learner.policy_version, self._max_staleness)
+        metrics |= summarize_sources(table, self._sources)
         metrics["prompts/num_skipped"] = float(self._batch_size - table.num_rows)
         try:
             report = self._learner.update(table, step)

@@ -9,9 +9,11 @@ from functools import cached_property, partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from ppo_ray import trajectory
+from ppo_ray.config import SOURCE
 from ppo_ray.errors import WorkerError
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.models.packing import PackedRows, Row, balance, make_microbatches, pack
@@ -189,6 +191,27 @@ def summarize_table(table: pa.Table, batch: ResponseBatch) -> dict[str, float]:
             if len(known):
                 spread = float(known.std(ddof=1)) if len(known) > 1 else 0.0
                 metrics |= {f"parts/{name}_mean": float(known.mean()), f"parts/{name}_std": spread}
+    return metrics
+
+
+def summarize_sources(table: pa.Table, sources: Sequence[str]) -> dict[str, float]:
+    """Summarise the scores of each data set of a mixture, as they were given.
+
+    Args:
+        table: of `trajectory.SCHEMA`, with the kept column `source`.
+        sources: the data sets' names.
+
+    Returns:
+        For each that has trajectories in the table: `sources/NAME_unscored`, their share without a score, and
+        `sources/NAME_score_mean`, if one has a score.
+    """
+    metrics: dict[str, float] = {}
+    for name in sources:
+        scores = table.column("score").filter(pc.equal(pc.struct_field(table.column("row"), SOURCE), name))
+        if len(scores):
+            metrics[f"sources/{name}_unscored"] = scores.null_count / len(scores)
+        if scores.null_count < len(scores):
+            metrics[f"sources/{name}_score_mean"] = pc.mean(scores).as_py()
     return metrics
 
 

@@ -166,6 +166,12 @@ def read_usable_texts(config: PromptsConfig, num_held_out: int, *, key: str = "p
     return usable
 
 
+def count_shared(texts: UsableTexts, others: UsableTexts) -> int:
+    """Return how many of the texts are among the others too, whatever their kept columns."""
+    own = {xxhash.xxh3_128_digest(text.encode()) for text in texts}
+    return len(own) - len(own.difference(xxhash.xxh3_128_digest(text.encode()) for text in others))
+
+
 @contextlib.contextmanager
 def _name_source(key: str) -> Iterator[None]:
     """Name the options of the data set in errors by the key that they have."""

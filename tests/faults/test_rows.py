@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import statistics
 from pathlib import Path
 
 import pyarrow as pa
@@ -64,6 +65,7 @@ def test_every_row_keeps_its_own_columns(ppo_ray: CommandLine, tmp_path: Path) -
     run = tmp_path / "run"
     assert {event["worker"].partition("-")[0] for event in events(run)} >= {"rollout", "reward"}
     numbers: list[int] = []
+    scores: list[float] = []
     for step in range(STEPS):
         for row in pq.read_table(run / "trajectories" / f"step-{step:05d}.parquet").to_pylist():
             system, user = json.loads(row["messages"])
@@ -74,8 +76,11 @@ def test_every_row_keeps_its_own_columns(ppo_ray: CommandLine, tmp_path: Path) -
             assert row["row"] == {"number": number**2, "source": source, "note": {"of": [str(number)]}}
             length = None if len(user["content"]) % 7 == 0 else float(len(row["response_ids"]))
             assert row["parts"] == {"number": number**2, "length": length}
+            scores.append(row["score"])
             assert row["score"] == pytest.approx(0.5 * number**2 - 2 * (length or 0), rel=1e-6)
         assert sum(number % 2 for number in numbers[-BATCH:]) == BATCH // 4
+        odd_mean = statistics.fmean(scores[-BATCH:][place] for place in range(BATCH) if numbers[-BATCH:][place] % 2)
+        assert lines(run)[step]["sources/odd_score_mean"] == pytest.approx(odd_mean, rel=1e-6)
     assert len(numbers) == STEPS * BATCH and len(set(numbers)) == NUM_ROWS - 8
     for figure in ("eval/score_mean", "eval/hard/score_mean", "eval/hard/length_mean", "eval/hard/kl_per_sequence"):
         assert [step for step, line in enumerate(lines(run)) if figure in line] == [0, 2, 4]

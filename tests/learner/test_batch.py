@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from ppo_ray import trajectory
 from ppo_ray.errors import WorkerError
-from ppo_ray.learner.batch import Layout, ResponseBatch, check_staleness
+from ppo_ray.learner.batch import Layout, ResponseBatch, check_staleness, summarize_sources
 from ppo_ray.learner.ranks import Ranks
 from tests.learning import make_table
 from tests.test_trajectory import row
@@ -64,3 +65,16 @@ def test_what_is_too_stale_or_not_yet_learnt_is_refused_by_name(versions, policy
     )
     with pytest.raises(WorkerError, match=message):
         check_staleness(make(*versions), policy, limit)
+
+
+def test_each_source_of_a_mixture_has_its_own_scores() -> None:
+    table = make_table(5, scores=[1.0, None, 2.0, None, 4.0])
+    table = table.append_column("row", pa.array([{"source": name} for name in ("a", "b", "b", "c", "b")]))
+    assert summarize_sources(table, ()) == {}
+    assert summarize_sources(table, ("a", "b", "c", "none")) == {
+        "sources/a_unscored": 0.0,
+        "sources/a_score_mean": 1.0,
+        "sources/b_unscored": 1 / 3,
+        "sources/b_score_mean": 3.0,
+        "sources/c_unscored": 1.0,
+    }

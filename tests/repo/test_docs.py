@@ -68,6 +68,7 @@ def test_every_metric_is_explained_and_nothing_else(tiny_policy: Path) -> None:
     found = set(make_learner(tiny_policy, importance_cap=2.0).update(make_table(), 0).metrics)
     explained = first_column(DIAGNOSTICS)
     parts = {f"parts/NAME_{figure}" for figure in ("mean", "std", "unscored")}
+    parts |= {"sources/NAME_score_mean", "sources/NAME_unscored"}
     assert placeholders(explained) == parts | {"eval/NAME_mean", "eval/pass@K", "eval/SET/..."}
     assert explained - placeholders(explained) == found | LOOP
 
