@@ -53,12 +53,18 @@ def load_learner(
 def make_table(
     num_rows: int = 8, scores: list[float | None] | None = None, lengths: list[tuple[int, int]] | None = None
 ) -> pa.Table:
-    """Make trajectories; `lengths` are of prompt and response, drawn if they are not given."""
+    """Make trajectories; `lengths` are of prompt and response, drawn if they are not given.
+
+    Prompts of more than 20 tokens have the first 20 in common.
+    """
     rng = np.random.default_rng(num_rows)
     rows = []
     for index in range(num_rows):
         num_prompt, num_response = lengths[index] if lengths else (None, None)
         response = rng.integers(0, 500, num_response or rng.integers(1, 12)).tolist()  # 0 is end and pad too
+        prompt = rng.integers(1, 500, num_prompt or rng.integers(1, 9))
+        if len(prompt) > 20:
+            prompt[:20] = np.arange(7, 27)
         rows.append(
             {
                 "sample_id": index,
@@ -68,7 +74,7 @@ def make_table(
                 "seed": index,
                 "prompt": "p",
                 "response": "r",
-                "prompt_ids": rng.integers(1, 500, num_prompt or rng.integers(1, 9)).tolist(),
+                "prompt_ids": prompt.tolist(),
                 "response_ids": response,
                 "rollout_logprobs": [-1.0] * len(response),
                 "finish_reason": "length",

@@ -6,6 +6,7 @@ Dimensions: N trajectories of the table, B of them with a score, R response toke
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,20 @@ from ppo_ray import trajectory
 from ppo_ray.config import SOURCE
 from ppo_ray.errors import WorkerError
 from ppo_ray.learner.ranks import Ranks
-from ppo_ray.models.packing import PackedRows, Row, balance, make_microbatches, pack
+from ppo_ray.models.actor_critic import ActorCritic
+from ppo_ray.models.packing import (
+    SHORTEST_SHARED,
+    PackedRows,
+    Row,
+    balance,
+    join_prompts,
+    make_microbatches,
+    pack,
+)
+from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.seeding import derive_seed
+
+_ROW_WIDTH = 64  # tokens; wide enough for little padding, narrow enough for cheap attention
 
 
 @dataclass(frozen=True)
@@ -116,35 +129,56 @@ class Layout:
     ranks: Ranks
     in_lockstep: bool = False
     """Whether all ranks make the same number of passes: those with fewer add empty ones."""
+    hidden_size: int = 0
+    """Of the policy; 0: prompts that begin alike share no tokens."""
+
+    @classmethod
+    def of(
+        cls, policy: ActorCritic, reference: ResponseLM, microbatch_tokens: int, ranks: Ranks, in_lockstep: bool
+    ) -> Self:
+        """Return the layout that both models can take."""
+        if not (policy.packs and reference.packs):
+            return cls(microbatch_tokens, 0, policy.device, ranks, in_lockstep)
+        return cls(microbatch_tokens, _ROW_WIDTH, policy.device, ranks, in_lockstep, policy.decoder.hidden_size)
 
     def passes(self, batch: ResponseBatch, sequences: np.ndarray) -> Iterator[PackedRows]:
         """Yield this rank's passes over the named sequences, the same in whatever order they are named.
 
         A rank that has no sequence makes one pass over nothing, so that it reports the same metrics as the others.
         """
-        sequences = np.sort(sequences)
-        shares = self._shares(batch.num_inputs[sequences])
+        shares = self._deal(batch, np.sort(sequences))
         mine = shares[self.ranks.rank]
         for rows in mine:
-            named = [[int(sequences[index]) for index in row] for row in rows]
-            yield pack(named, batch.prompt_ids, batch.response_ids, self.device)
+            shortest_shared = SHORTEST_SHARED if self.hidden_size else 0
+            yield pack(rows, batch.prompt_ids, batch.response_ids, self.device, shortest_shared)
         num_passes = max(map(len, shares)) if self.in_lockstep else 1
         for _ in range(len(mine), num_passes):
             yield PackedRows.empty(self.device)
 
     def num_passes(self, batch: ResponseBatch) -> int:
         """Return how many passes over all sequences a rank makes at most."""
-        return max(map(len, self._shares(batch.num_inputs)))
+        return max(map(len, self._deal(batch, np.arange(batch.num_sequences))))
 
-    def _shares(self, lengths: np.ndarray) -> list[list[list[Row]]]:
-        """Deal sequences of these lengths to the ranks; returns each one's micro-batches of rows of indices.
+    def _deal(self, batch: ResponseBatch, sequences: np.ndarray) -> list[list[list[Row]]]:
+        """Deal sequences, in ascending order, to the ranks; returns each one's micro-batches of rows.
 
-        Every rank sees all lengths, so each knows how many passes the others make.
+        Every rank sees all sequences, so each knows how many passes the others make.
         """
+        units, sizes = [[index] for index in sequences.tolist()], batch.num_inputs[sequences].tolist()
+        if self.hidden_size and len(units) > 1:
+            fair = sum(sizes) // (2 * self.ranks.size) if self.ranks.size > 1 else self.microbatch_tokens
+            units, sizes = join_prompts(
+                sequences.tolist(),
+                batch.prompt_ids,
+                batch.response_ids,
+                hidden_size=self.hidden_size,
+                narrowest=self.row_width,
+                widest=min(self.microbatch_tokens, fair),
+            )
         shares = []
-        for share in balance(lengths.tolist(), self.ranks.size):
-            micro = make_microbatches(lengths[share].tolist(), self.microbatch_tokens, self.row_width)
-            shares.append([[[share[index] for index in row] for row in rows] for rows in micro])
+        for share in balance(sizes, self.ranks.size):
+            micro = make_microbatches([sizes[unit] for unit in share], self.microbatch_tokens, self.row_width)
+            shares.append([[[i for place in row for i in units[share[place]]] for row in rows] for rows in micro])
         return shares
 
 

@@ -38,8 +38,6 @@ from ppo_ray.weights.checksums import weights_checksum
 from ppo_ray.weights.manifest import num_buckets
 from ppo_ray.weights.snapshot import Buffers, WeightSnapshot, Wire
 
-_ROW_WIDTH = 64  # tokens; wide enough for little padding, narrow enough for cheap attention
-
 
 class PPOLearner:
     """Trains a policy; knows no Ray. Not thread-safe: one call at a time."""
@@ -72,9 +70,8 @@ class PPOLearner:
         """Number of updates that the weights have seen."""
         self._policy, self._reference, self._ppo = policy, reference, ppo
         self._seed, self._num_steps, self._moments = seed, num_steps, RunningMoments()
-        row_width = _ROW_WIDTH if policy.packs and reference.packs else 0
         self._sharding = sharding = sharding or Replicated(policy, Ranks())
-        self._layout = Layout(microbatch_tokens, row_width, policy.device, sharding.ranks, sharding.in_lockstep)
+        self._layout = Layout.of(policy, reference, microbatch_tokens, sharding.ranks, sharding.in_lockstep)
         self._owns_optimizer, self._optimizer = optimizer is None, optimizer or make_adam(policy, sharding, ppo)
         self._updater = MinibatchUpdater(policy, sharding, self._optimizer, ppo, self._layout)
         self.controller: KLController = FixedKLController(ppo.kl_coef)

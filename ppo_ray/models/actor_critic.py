@@ -152,7 +152,7 @@ class CausalLMWithCritic(ActorCritic):
 
     @property
     def packs(self) -> bool:
-        """Whether several sequences may share a row, in both decoders."""
+        """Whether several sequences may lie in a row, and share what their prompts begin with, in both decoders."""
         return self.decoder.packs and self._critic_decoder.packs
 
     def forward(self, rows: PackedRows) -> ResponseOutput:

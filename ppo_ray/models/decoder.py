@@ -41,6 +41,7 @@ class Decoder:
         self.hidden_size = self._check_causal()
         """H; not always the config's `hidden_size`: OPT-350m projects its last state."""
         self.packs = self._can_pack()
+        """Whether several sequences may lie in a row, and share what their prompts begin with."""
 
     @property
     def device(self) -> torch.device:
@@ -117,10 +118,11 @@ class Decoder:
 
     @torch.no_grad()
     def _can_pack(self) -> bool:
-        """Tell whether several sequences may share a row: the model attends, and only where the mask lets it.
+        """Tell whether several sequences may lie in a row: the model attends, and only where the mask lets it.
 
-        Sliding windows, recurrent states and positions taken from the mask rule it out. If nothing rules it out, two
-        short sequences are tried, together and alone.
+        Sliding windows, recurrent states and positions taken from the mask rule it out. If nothing rules it out, three
+        short sequences are tried, together and alone. Two of them share a token, so the second lies in two pieces:
+        attention that goes by places instead of positions shows there.
         """
         config = self._base_model.config.get_text_config()
         layer_types = getattr(config, "layer_types", None)
@@ -128,13 +130,14 @@ class Decoder:
         if windowed or getattr(self._base_model, "_is_stateful", False) or not self._takes_positions:
             return False
         tokens = self._tokens
-        prompts, responses = [tokens[:2], tokens[3:5]], [tokens[2:3], tokens[5:8]]
-        alone = [self._run(pack([[i]], prompts, responses, self.device), block_diagonal=False) for i in (0, 1)]
+        prompts, responses = [tokens[:2], tokens[3:5], tokens[3:4]], [tokens[2:3], tokens[5:8], tokens[:3]]
+        alone = [self._run(pack([[i]], prompts, responses, self.device), block_diagonal=False) for i in range(3)]
+        together = pack([[0, 1, 2]], prompts, responses, self.device, shortest_shared=1)
         try:
-            together = self._run(pack([[0, 1]], prompts, responses, self.device), block_diagonal=True)
+            found = self._run(together, block_diagonal=True)
         except (RuntimeError, ValueError, IndexError, TypeError):  # it cannot take a mask of four dimensions
             return False
-        return agree(together, torch.cat(alone))
+        return agree(found, torch.cat(alone))
 
 
 def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:

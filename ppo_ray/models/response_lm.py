@@ -67,7 +67,7 @@ class ResponseLM(torch.nn.Module):
 
     @property
     def packs(self) -> bool:
-        """Whether several sequences may share a row."""
+        """Whether several sequences may lie in a row, and share what their prompts begin with."""
         return self.decoder.packs
 
     def forward(self, rows: PackedRows) -> ResponseOutput:

@@ -43,6 +43,9 @@ def draw_tokens(*lengths: int) -> list[np.ndarray]:
 
 
 SEQUENCES = [draw_tokens(*size) for size in SIZES]
+for longer, shorter in ((4, 2), (7, 4), (6, 2)):  # prompts that begin alike, which the learner's rows may share
+    common = min(SIZES[longer][0], SIZES[shorter][0]) - 1
+    SEQUENCES[longer][0][:common] = SEQUENCES[shorter][0][:common]
 REQUESTS = [
     GenerationRequest(tuple(draw_tokens(size)[0].tolist()), max_tokens=4 + size % 9, seed=size)
     for size in (1, 12, 5, 20)
@@ -71,8 +74,11 @@ def compute_packed(policy: CausalLMWithValueHead) -> list[tuple[torch.Tensor, to
     prompts, responses = zip(*SEQUENCES, strict=True)
     lengths = [sum(size) - 1 for size in SIZES]
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for rows in make_microbatches(lengths, budget=48, row_width=32 if policy.packs else 0):
-        output = policy(pack(rows, prompts, responses))
+    batches = make_microbatches(lengths, budget=48, row_width=32 if policy.packs else 0)
+    if policy.packs:
+        batches = [[[4, 0, 7, 5], [2, 6, 1]], [[3]]]
+    for rows in batches:
+        output = policy(pack(rows, prompts, responses, shortest_shared=3 if policy.packs else 0))
         assert output.values is not None
         for row, index in enumerate(sorted(chain.from_iterable(rows))):
             size = len(responses[index])

@@ -8,9 +8,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from ppo_ray.learner import batch as learner_batch
+from ppo_ray.learner.batch import ResponseBatch
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.ranks import Ranks
+from ppo_ray.models import packing
+from ppo_ray.models.packing import SHORTEST_SHARED, join_prompts
 from tests.learning import largest_difference, load_learner, make_float64_learner, make_table, weights
 
 FULL = {  # everything that adds to the loss, all at once
@@ -109,6 +114,35 @@ def test_the_number_of_ranks_and_their_sharding_change_nothing(tiny_policy: Path
         for found in crew.run(work_on, tiny_policy, case, "float64", sharding):
             assert not isinstance(found, str), found
             same(found, alone)
+
+
+@pytest.mark.parametrize("model", [{}, SEPARATE])
+def test_tokens_that_prompts_share_change_nothing(tmp_path: Path, crew: Any, model: dict[str, Any]) -> None:
+    """On a GPT-2: a Llama's norms round to float32, so that what is added up before them shows."""
+    sizes = {"vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, initializer_range=0.2)).save_pretrained(
+        tmp_path
+    )
+    alike = [(23, 5), (4, 3), (21, 2), (25, 9), (21, 1), (22, 4), (3, 6)]  # most prompts have 20 tokens in common
+    case = (alike, 60, model, {}, FULL | SMALL_STEPS)
+    found = work_on(None, tmp_path, case, "float64", "ddp")
+    with pytest.MonkeyPatch.context() as patch:
+        num_rows = []
+        for shortest in (SHORTEST_SHARED, 1000):
+            for module in (packing, learner_batch):
+                patch.setattr(module, "SHORTEST_SHARED", shortest)
+            batch = ResponseBatch.from_table(make_table(len(alike), lengths=alike))
+            arrays = batch.prompt_ids, batch.response_ids
+            rows, _ = join_prompts(range(len(alike)), *arrays, hidden_size=32, narrowest=64, widest=60)
+            num_rows.append(len(rows))
+        apart = work_on(None, tmp_path, case, "float64", "ddp")
+    assert num_rows[0] < num_rows[1] == len(alike)
+    same(found, apart)
+    for sharding in ("ddp", "fsdp2"):
+        for of_rank in crew.run(work_on, tmp_path, case, "float64", sharding):
+            assert not isinstance(of_rank, str), of_rank
+            same(of_rank, apart)
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])

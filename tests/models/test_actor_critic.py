@@ -90,7 +90,7 @@ def test_what_lies_in_the_padding_changes_nothing(family: str) -> None:
     clean.logprobs.sum().backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
-    rows.input_ids[rows.segment_ids < 0] = 17
+    rows.input_ids[rows.seen_until == 0] = 17
     dirty = model(rows)
     dirty.logprobs.sum().backward()
     assert dirty.logprobs.tolist() == clean.logprobs.tolist()

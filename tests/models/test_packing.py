@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_ray.models.packing import PackedRows, balance, make_microbatches, pack
+from ppo_ray.models.packing import PackedRows, balance, join_prompts, make_microbatches, pack
 
 PROMPTS = [np.array([1, 2]), np.array([9]), np.array([5, 6])]
 RESPONSES = [np.array([3, 0, 0]), np.array([8]), np.array([7])]
@@ -16,7 +16,7 @@ def test_layout_by_hand() -> None:
     assert rows.packed
     assert rows.input_ids.tolist() == [[5, 6, 9, 0], [1, 2, 3, 0]]
     assert rows.position_ids.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3]]
-    assert rows.segment_ids.tolist() == [[0, 0, 1, -1], [0, 0, 0, 0]]
+    assert rows.seen_until.tolist() == [[2, 2, 3, 0], [4, 4, 4, 4]]
     assert rows.target_ids.tolist() == [3, 0, 0, 8, 7]  # a pad token that was sampled counts
     assert rows.input_ids.flatten()[rows.predict_at].tolist() == [2, 3, 0, 9, 6]
     assert rows.response_mask.tolist() == [[True, True, True], [True, False, False], [True, False, False]]
@@ -33,6 +33,67 @@ def test_attention_is_causal_within_a_sequence_and_nil_between() -> None:
         [0, 0, 1, 1, 1, 0],
         [0, 0, 1, 1, 1, 1],
     ]
+
+
+def test_prompts_that_begin_alike_share_tokens() -> None:
+    prompts = [np.array([1, 2, 3]), np.array([1, 2, 3]), np.array([1, 2, 5, 6]), np.array([1, 9])]
+    responses = [np.array([4, 7]), np.array([8]), np.array([4, 4]), np.array([2, 3])]
+    rows = pack([[0, 1, 2, 3]], prompts, responses, shortest_shared=2)
+    assert rows.packed and rows.longest == 5
+    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 4, 1, 9, 2]]  # the last prompt shares one token only
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 1, 2]]
+    assert rows.seen_until.tolist() == [[7, 7, 4, 4, 7, 7, 7, 10, 10, 10]]
+    assert rows.predict_at.tolist() == [2, 3, 2, 5, 6, 8, 9]
+    assert rows.target_ids.tolist() == [4, 7, 8, 4, 4, 2, 3]
+    mask = rows.attention_mask(block_diagonal=True)[0, 0].int().tolist()
+    assert mask[3] == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert mask[4] == [1, 1, 0, 0, 1, 0, 0, 0, 0, 0]
+    assert mask[6] == [1, 1, 0, 0, 1, 1, 1, 0, 0, 0]
+    assert mask[8] == [0, 0, 0, 0, 0, 0, 0, 1, 1, 0]
+    whole = pack([[0, 1, 2, 3]], prompts, responses)
+    assert whole.input_ids.shape == (1, 15)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(1, 4)), min_size=1, max_size=9))
+def test_in_a_tree_of_tokens_each_sequence_sees_itself_alone(sizes: list[tuple[int, int, int]]) -> None:
+    rng = np.random.default_rng(len(sizes))
+    stems = rng.integers(0, 3, (4, 6))
+    prompts = [stems[stem, :length] for stem, length, _ in sizes]
+    responses = [rng.integers(0, 3, length) for _, _, length in sizes]
+    rows = pack([list(range(len(sizes)))], prompts, responses, shortest_shared=1)
+    mask, ids = rows.attention_mask(block_diagonal=True)[0, 0], rows.input_ids[0]
+    ends = np.cumsum([len(response) for response in responses])
+    for prompt, response, end in zip(prompts, responses, ends, strict=True):
+        for place in range(len(response)):
+            at = rows.predict_at[end - len(response) + place]
+            wanted = [*prompt, *response[:place]]
+            assert ids[mask[at]].tolist() == wanted
+            assert rows.position_ids[0][mask[at]].tolist() == list(range(len(wanted)))
+
+
+def join(prompts: list[list[int]], sizes: list[int], **limits: int) -> tuple[list[list[int]], list[int]]:
+    options = {"hidden_size": 4, "narrowest": 60, "widest": 1000} | limits
+    arrays = [np.array(prompt) for prompt in prompts], [np.zeros(size, np.int64) for size in sizes]
+    return join_prompts(range(len(prompts)), *arrays, **options)
+
+
+def test_prompts_are_joined_as_long_as_it_pays() -> None:
+    system = list(range(20))
+    prompts = [[*system, 1, 2], [7] * 30, [*system, 1], [*system[:15], 3], [*system, 1, 2]]
+    # 20 and the answers' tokens but the last; of 0 and 4 the whole prompt, of 2 all but a token; 15 are too few
+    assert join(prompts, [3, 3, 3, 3, 3]) == ([[2, 0, 4], [1], [3]], [28, 32, 18])
+    assert join(prompts, [3, 3, 3, 3, 3], narrowest=26) == ([[2, 0], [1], [3], [4]], [26, 32, 18, 24])
+    assert join(prompts, [3, 3, 3, 3, 3], narrowest=24, hidden_size=10) == ([[2, 0, 4], [1], [3]], [28, 32, 18])
+    assert join(prompts, [3, 3, 3, 3, 3], widest=25) == ([[0], [1], [2], [3], [4]], [24, 32, 23, 18, 24])
+
+
+def test_a_row_counts_its_predictions_where_they_are_more_than_its_tokens() -> None:
+    assert join([[5] * 16] * 30, [1] * 30) == ([list(range(30))], [30])  # 16 tokens, 30 predictions
+
+
+def test_nothing_in_common_leaves_the_sequences_alone_and_in_order() -> None:
+    prompts = [[3] * 20, [1] * 20, [2] * 20]
+    assert join(prompts, [1, 2, 3]) == ([[0], [1], [2]], [20, 21, 22])
 
 
 def test_padding_is_on_the_right_and_masked_by_length() -> None:

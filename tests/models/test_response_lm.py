@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from ppo_ray.errors import InputError
 from ppo_ray.models import response_lm
@@ -68,6 +75,27 @@ def test_packed_rows_give_what_each_sequence_gives_alone(causal_lm: Any, sequenc
     assert sorted(seen) == list(range(len(SIZES)))
 
 
+def test_shared_tokens_give_the_figures_and_gradients_of_sequences_alone(causal_lm: Any, sequences: Any) -> None:
+    prompts, responses = sequences
+    prompts = [np.concatenate([prompts[1][: 3 + index % 4], prompt]) for index, prompt in enumerate(prompts)]
+    policy = CausalLMWithValueHead(causal_lm, temperature=0.7)
+    policy.value_head.double()
+    assert policy.packs
+    found = []
+    for shortest in (0, 1):
+        rows = pack([[3, 4, 0, 1], [5, 2]], prompts, responses, shortest_shared=shortest)
+        output = policy(rows)
+        draw = torch.Generator().manual_seed(0)
+        figures = [output.logprobs, output.entropies, output.values]
+        loss = sum((torch.randn(part.shape, generator=draw, dtype=part.dtype) * part).sum() for part in figures)
+        found.append((rows.input_ids.shape[1], figures, torch.autograd.grad(loss, list(policy.parameters()))))
+    (whole, wanted, gradients), (shared, got, others) = found
+    assert shared < whole
+    torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
+    exact = 1e-10 if isinstance(causal_lm, GPT2LMHeadModel) else 1e-5  # Llama's norms compute in float32
+    torch.testing.assert_close(others, gradients, atol=exact, rtol=0)
+
+
 def test_a_token_that_is_the_pad_token_is_a_token(causal_lm: Any) -> None:
     """Masks come from lengths: a sequence full of id 0, which fills the padding too, is not cut."""
     policy = ResponseLM(causal_lm, temperature=1.0)
@@ -90,7 +118,7 @@ def test_a_forward_pass_reads_nothing_back_from_the_device(causal_lm: Any, seque
     with NoReading():
         policy(rows)
         with pytest.raises(AssertionError):
-            int(rows.segment_ids.max())
+            int(rows.seen_until.max())
 
 
 def test_models_that_change_their_logits_are_refused() -> None:
