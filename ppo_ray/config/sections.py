@@ -111,6 +111,10 @@ class ModelSource(Section):
         return Trust(self.trust_remote_code, self.allow_pickled_weights, self.revision)
 
 
+DEFAULT_RANK = 16
+"""Of new adapters (LoRA)."""
+
+
 class LoraConfig(Section):
     """Adapters of low rank (LoRA): with them the policy's own weights are frozen, and the adapters learn."""
 

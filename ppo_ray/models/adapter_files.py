@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from transformers.utils import cached_file
 
-from ppo_ray.config import LoraConfig
+from ppo_ray.config import DEFAULT_RANK, LoraConfig
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.models.lora import ADAPTER, is_adapter
 from ppo_ray.models.tensors import list_names
@@ -19,7 +19,6 @@ from ppo_ray.models.tensors import list_names
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 """The files of adapters, for `PeftModel.from_pretrained`."""
 _PREFIX = "base_model.model."  # of the names in peft's files
-_RANK = 16
 _KEPT = {"r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "use_rslora"}
 _KEPT |= {"rank_pattern", "alpha_pattern"}
 """What is taken of an adapter's config."""
@@ -41,7 +40,7 @@ def make_adapter_config(lora: LoraConfig, base: str, task: str = "CAUSAL_LM") ->
         InputError: there are no adapters at `lora.path`, they are of another base, or of a kind that is not computed.
     """
     if lora.path is None:
-        rank = lora.rank or _RANK
+        rank = lora.rank or DEFAULT_RANK
         targets: Any = "all-linear" if lora.targets is None else list(lora.targets)
         options: dict[str, Any] = {"r": rank, "lora_alpha": lora.alpha or 2 * rank, "target_modules": targets}
     else:
@@ -135,30 +134,32 @@ def load_adapters(model: Any, path: str) -> None:
     Raises:
         InputError: they cannot be read, are not those of this model, or hold NaN.
     """
+    for parameter, tensor in check_tensors(model, path):
+        parameter.copy_(tensor)
+
+
+def check_tensors(model: Any, path: str) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Return each parameter of a model's adapters with its tensor in a folder or hub name; raises as `load_adapters`.
+
+    Args:
+        model: with adapters, on any device, the meta device too.
+        path: folder or hub name.
+    """
     try:
-        file = find_file(path, WEIGHTS_FILE)
-        found = safetensors.torch.load_file(file)
+        found = safetensors.torch.load_file(find_file(path, WEIGHTS_FILE))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise InputError(f"the adapters at {path} cannot be read ({WEIGHTS_FILE}): {first_line(error)}") from error
     wanted = {_file_name(name): parameter for name, parameter in model.named_parameters() if is_adapter(name)}
-    if problem := find_tensor_problem(wanted, found):
-        raise InputError(f"the adapters at {path} do not fit the model: {problem}")
+    other = "they are of another base, or the file is damaged"
+    if differing := wanted.keys() ^ found.keys():
+        raise InputError(f"the adapters at {path} do not fit the model, {other}: names differ, {list_names(differing)}")
     for name, parameter in wanted.items():
+        if found[name].shape != parameter.shape:
+            shapes = f"{list(found[name].shape)}, the model's is {list(parameter.shape)}"
+            raise InputError(f"the adapters at {path} do not fit the model, {other}: {name} is {shapes}")
         if not found[name].isfinite().all():
             raise InputError(f"the adapters at {path} hold NaN or infinite weights ({name}); their file is damaged")
-        parameter.copy_(found[name])
-
-
-def find_tensor_problem(wanted: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """Say which tensors a file of adapters lacks, holds besides, or holds in another shape; None: it fits."""
-    if differing := wanted.keys() ^ found.keys():
-        return f"names differ, {list_names(differing)}"
-    shapes = {
-        f"{name} ({list(found[name].shape)} instead of {list(wanted[name].shape)})"
-        for name in wanted
-        if tuple(found[name].shape) != tuple(wanted[name].shape)
-    }
-    return f"shapes differ, {list_names(shapes)}" if shapes else None
+    return [(parameter, found[name]) for name, parameter in wanted.items()]
 
 
 def _file_name(name: str) -> str:
