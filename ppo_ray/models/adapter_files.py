@@ -81,17 +81,8 @@ def _read_options(path: str, base: str) -> dict[str, Any]:
         found = dict(content.items())
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} holds no adapters: its {CONFIG_FILE} cannot be read: {first_line(error)}") from error
-    if found.get("peft_type") != "LORA":
-        raise InputError(f"the adapters at {path} are {found.get('peft_type')}, not LORA, which alone is trained here")
-    others = {name: value for name, value in found.items() if name not in _KEPT | _IDLE and value not in (None, "none")}
-    others = {name: value for name, value in others.items() if value not in (False, [], {}) and name != "loftq_config"}
-    if found.get("init_lora_weights") not in _PLAIN_STARTS:
-        others["init_lora_weights"] = found["init_lora_weights"]
-    if others:
-        raise InputError(
-            f"the adapters at {path} are no plain LoRA ({CONFIG_FILE}: {others}), and would be computed wrongly; merge "
-            "them into the base with peft, and give new ones"
-        )
+    if problem := find_kind_problem(found):
+        raise InputError(f"the adapters at {path} {problem}")
     theirs = found.get("base_model_name_or_path")
     if theirs and not _is_same_model(str(theirs), base):
         raise InputError(
@@ -99,6 +90,20 @@ def _read_options(path: str, base: str) -> dict[str, Any]:
             f"the same model at another place, write this place into base_model_name_or_path of {CONFIG_FILE}"
         )
     return {name: value for name, value in found.items() if name in _KEPT and value is not None}
+
+
+def find_kind_problem(options: dict[str, Any]) -> str | None:
+    """Say why adapters of these options, as peft writes them, are not computed here; None: they are plain LoRA."""
+    if options.get("peft_type") != "LORA":
+        return f"are of the kind {options.get('peft_type')}, and LORA alone is trained here"
+    taken = _KEPT | _IDLE | {"loftq_config", "runtime_config"}
+    others = {name: value for name, value in options.items() if name not in taken and value not in (None, "none")}
+    others = {name: value for name, value in others.items() if value not in (False, [], {})}
+    if options.get("init_lora_weights") not in _PLAIN_STARTS:
+        others["init_lora_weights"] = options["init_lora_weights"]
+    if not others:
+        return None
+    return f"are no plain LoRA ({others}) and would be computed wrongly; merge them into the base, and give new ones"
 
 
 def _is_same_model(theirs: str, ours: str) -> bool:

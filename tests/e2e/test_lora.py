@@ -19,7 +19,7 @@ def test_engines_compute_with_the_adapters_of_every_step(undisturbed: Undisturbe
     run = undisturbed("vllm", 3, *OPTIONS)
     assert "self-check passed" in (run.parent / "stdout").read_text()
     steps = lines(run)
-    assert [step["kl/per_sequence"] for step in steps][0] == 0.0  # exactly: the same forward pass, without adapters
+    assert steps[0]["kl/per_sequence"] == 0.0  # exactly: the same forward pass, without adapters
     assert steps[-1]["kl/per_sequence"] > 1e-3
     assert max(step["mismatch/logprob_max"] for step in steps) < 1e-4
 
