@@ -240,13 +240,15 @@ def _check_adapters(lora: LoraConfig, empty: Any, path: str, is_critic: bool) ->
 
     if problem := find_target_problem(empty, lora):
         raise InputError(f"model.lora.targets: {problem}")
-    if not is_critic or lora.path is None:  # a critic's adapters at the path are optional, and checked as they are read
-        try:
-            add_adapters(empty, make_adapter_config(lora, path), 0)
-            if lora.path is not None:
-                check_tensors(empty, lora.path)
-        except InputError as error:
-            raise InputError(f"model.lora: {error}") from error
+    if is_critic and lora.path is not None:  # its adapters there are optional, and checked as they are read
+        return
+    try:
+        adapters = make_adapter_config(lora, path)
+    except InputError:  # is said by itself
+        return
+    add_adapters(empty, adapters, 0)
+    if lora.path is not None:
+        check_tensors(empty, lora.path)
 
 
 def _num_tokens(model: Any) -> int | None:
