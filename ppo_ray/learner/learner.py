@@ -258,14 +258,13 @@ class PPOLearner:
         self.policy_version, self._moments = state.policy_version, state.moments
         self.controller = replace(self.controller, kl_coef=state.kl_coef)
         load_optimizer_state(checkpoint, self._optimizer, self._policy, self._sharding)
-        if weights_checksum(self._sharding.parameters()) != state.weights_checksum:
-            raise CheckpointError(f"{checkpoint}: its weights, loaded, are not those that were saved")
         if self._reference_checksum != state.reference_checksum:
             raise InputError(
                 f"the reference model ({model.reference_path or model.path}) is not the one that the run began with; "
-                "the KL penalty would be another. Put the first one back, or begin a new run from "
-                f"model.path={checkpoint}"
+                f"the KL penalty would be another. Put the first one back, or begin a new run from {checkpoint}"
             )
+        if weights_checksum(self._sharding.parameters()) != state.weights_checksum:
+            raise CheckpointError(f"{checkpoint}: its weights, loaded, are not those that were saved")
 
     def _optimize(
         self,
