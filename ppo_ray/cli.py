@@ -233,8 +233,7 @@ def options(
             shown.columns[0].no_wrap = True
             for option in table.options:
                 default = f"default {option.default}" if option.default else "required"
-                about = f"{option.meaning}\n{option.values.replace('`', '')}; {default}"
-                shown.add_row(option.name, escape(about))
+                shown.add_row(option.name, escape(f"{option.meaning}\n{option.values.replace('`', '')}; {default}"))
             Console().print(shown)
 
 

@@ -165,7 +165,7 @@ class Replicated:
 
     def state(self) -> State:
         """Return the tensors themselves, or their master weights; of a policy with adapters, what is trained."""
-        state = _trained_state(self._policy) if self.ranks.leads else {}
+        state = _select_state(self._policy) if self.ranks.leads else {}
         return {name: self._masters.of(tensor).detach() for name, tensor in state.items()}
 
 
@@ -248,7 +248,7 @@ class FullySharded:
     def state(self) -> State:
         """Gather one tensor after the other into host memory; of a policy with adapters, what is trained."""
         found: dict[torch.Tensor, torch.Tensor] = {}  # a tied head is gathered once
-        state = _trained_state(self._policy)
+        state = _select_state(self._policy)
         for tensor in state.values():
             if tensor not in found:
                 gathered = gather_full(tensor)
@@ -256,7 +256,7 @@ class FullySharded:
         return {name: found[tensor] for name, tensor in state.items()} if self.ranks.leads else {}
 
 
-def _trained_state(policy: ActorCritic) -> dict[str, Any]:
+def _select_state(policy: ActorCritic) -> dict[str, Any]:
     """Return a policy's state; if it has adapters, that of its parameters that are trained."""
     state = policy.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if tensor.requires_grad} if policy.adapted else state
@@ -264,9 +264,9 @@ def _trained_state(policy: ActorCritic) -> dict[str, Any]:
 
 def _merge_weights(policy: ActorCritic, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> NamedTensors:
     """Yield the weights of a policy with its adapters merged into them; `gather_full` makes parameters whole."""
-    from ppo_ray.models.lora import merged_weights  # peft, which a policy without adapters does not need
+    from ppo_ray.models.lora import merge_weights  # peft, which a policy without adapters does not need
 
-    return merged_weights(policy.causal_lm, gather or gather_full)
+    return merge_weights(policy.causal_lm, gather or gather_full)
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:

@@ -120,7 +120,7 @@ def base_weights(model: torch.nn.Module, gather: Gather = torch.Tensor.detach) -
         yield name, gather(parameter)
 
 
-def merged_weights(model: torch.nn.Module, gather: Gather = torch.Tensor.detach) -> Iterator[tuple[str, torch.Tensor]]:
+def merge_weights(model: torch.nn.Module, gather: Gather = torch.Tensor.detach) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield W + scale x B A of each linear map with adapters, and every other tensor as it is, one at a time.
 
     The sum is in float32 or better and rounded once, to the type of W. A model without adapters yields its parameters.

@@ -89,7 +89,7 @@ def node_terms() -> Iterator[Term]:
 
 def disk_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what the run writes to disk: the checkpoints that are kept, and the one that is being written."""
-    trained = _trained_parameters(sizes)
+    trained = _count_trainable(sizes)
     copies = config.checkpoint.keep_last + 1 + config.checkpoint.keep_best
     size = 3 * EXACT
     how = f"{copies} x {_format_count(trained)} x {size} bytes: weights and Adam's moments, "
@@ -145,7 +145,7 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
     if rank == 0 and transport == "object_store":
         yield parameter_term("weights to publish", sizes.policy.parameters, _wire_bytes(config), "host")
     if rank == 0 and device == "gpu":
-        yield parameter_term("a checkpoint on its way to the disk", _trained_parameters(sizes), 3 * EXACT, "host")
+        yield parameter_term("a checkpoint on its way to the disk", _count_trainable(sizes), 3 * EXACT, "host")
 
 
 def bucket_term(config: Config, transport: str) -> Term:
@@ -159,7 +159,7 @@ def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[
     size, ranks = BYTES[config.model.dtype], config.learner.workers
     shared = config.learner.sharding == "fsdp2" and ranks > 1
     by = ranks if shared else 1
-    adapted, trained = config.model.lora is not None, _trained_parameters(sizes)
+    adapted, trained = config.model.lora is not None, _count_trainable(sizes)
     for what, number, when in STATE:
         name = "float32 adapters and value head" if adapted and what.endswith("weights") else what
         yield parameter_term(name, trained, number, device, when, by)
@@ -214,7 +214,7 @@ def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device
     return Term(what, f"{tokens} tokens x {how} x {size} bytes", tokens * each_token * size, device, "at work")
 
 
-def _trained_parameters(sizes: ModelSizes) -> int:
+def _count_trainable(sizes: ModelSizes) -> int:
     """Return the parameters that the optimizer steps: all of them, or those of adapters and the value head."""
     values = sizes.critic.trained + sizes.critic.hidden if sizes.critic else sizes.policy.hidden
     return sizes.policy.trained + values + 1

@@ -21,7 +21,7 @@ from ppo_ray.models.lora import (
     matrices,
     merge,
     merge_in_place,
-    merged_weights,
+    merge_weights,
     without_adapters,
 )
 
@@ -85,7 +85,7 @@ def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(
     with without_adapters(model):
         assert torch.equal(model(IDS).logits, before)
     assert torch.equal(model(IDS).logits, after)
-    merged = {name: tensor.clone() for name, tensor in merged_weights(model)}
+    merged = {name: tensor.clone() for name, tensor in merge_weights(model)}
     assert list(merged) == names
     merge_in_place(model)
     assert {name for name, tensor in model.named_parameters() if not torch.equal(tensor, merged[name])} == set()
