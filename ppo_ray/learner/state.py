@@ -187,7 +187,7 @@ def load_actor_critic(
         trained, (path, trust) = Path(model.path) / CRITIC_FOLDER, model.critic_source
         if model.critic_path is None and trained.is_dir():
             path = str(trained)
-        if model.lora is not None and path == model.path:
+        if model.lora is not None and (path, trust) == (model.path, model.trust):
             critic = _share_weights(find_decoder(causal_lm))
         else:
             critic = load_pretrained(AutoModel, path, dtype=_master_dtype(model), device=device, trust=trust)
