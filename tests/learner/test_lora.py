@@ -14,6 +14,7 @@ from ppo_ray import trajectory
 from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import InputError, WorkerError
 from ppo_ray.learner.learner import PPOLearner
+from ppo_ray.models.merging import merge_checkpoint
 from ppo_ray.rollout.engine import GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
 from ppo_ray.weights.acks import check_agreements
@@ -63,6 +64,23 @@ def test_adapters_and_value_head_learn_and_go_on_bit_for_bit(
     assert not [name for name in files if name.name == "model.safetensors"]
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_merged_checkpoint_is_a_whole_model_that_a_learner_takes(
+    tiny_policy: Path, tmp_path: Path, critic: str
+) -> None:
+    learner = load(tiny_policy, critic=critic)
+    learner.update(make_table(8), 0)
+    learner.save(tmp_path / "saved")
+    merge_checkpoint(tmp_path / "saved", tmp_path / "merged", base=str(tiny_policy))
+    whole = load(tmp_path / "merged", lora=None, critic=critic)
+    assert largest_difference(weights(whole), weights(learner)) == 0  # the same sum, rounded in the same way
+    values = [one.update(make_table(6), 1).metrics["value/mean"] for one in (whole, learner)]
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
+    for folder, words in ((tmp_path / "merged", "it is a whole model already"), (tmp_path / "saved", "exists")):
+        with pytest.raises(InputError, match=words):
+            merge_checkpoint(folder, tmp_path / "merged", base=str(tiny_policy))
 
 
 def test_a_checkpoint_on_another_base_is_refused(tiny_policy: Path, tmp_path: Path) -> None:
