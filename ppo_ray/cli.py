@@ -63,7 +63,6 @@ def train(
     """Train a policy with PPO as CONFIG says; everything about the run goes into its output_dir.
 
     `ppo-ray options` shows every option. A run that was stopped or failed goes on with --resume.
-
     Exit codes: 0 the run is done, 1 it failed, 2 bad input (nothing was started), 130 Ctrl-C, 143 SIGTERM.
     """
     with _report_errors():
@@ -140,6 +139,20 @@ def check(
         from ppo_ray.run.train import check
 
         check(parsed)
+
+
+@app.command()
+def merge(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="E.g. RUN/checkpoints/final, of adapters.")],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder to be made.")],
+    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Round to bfloat16; else float32.")] = False,
+    base: Annotated[str | None, typer.Option(help="The base, if it is not where the checkpoint says.")] = None,
+) -> None:
+    """Make a whole model of a checkpoint of adapters (LoRA) and their base; it loads without peft."""
+    with _report_errors():
+        from ppo_ray.models.merging import merge_checkpoint
+
+        merge_checkpoint(checkpoint, output, "bfloat16" if bfloat16 else "float32", base)
 
 
 @app.command()
@@ -220,8 +233,7 @@ def options(
             shown.columns[0].no_wrap = True
             for option in table.options:
                 default = f"default {option.default}" if option.default else "required"
-                about = f"{option.meaning}\n{option.values.replace('`', '')}; {default}"
-                shown.add_row(option.name, escape(about))
+                shown.add_row(option.name, escape(f"{option.meaning}\n{option.values.replace('`', '')}; {default}"))
             Console().print(shown)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, Trust, in_job, transport_problems
+from ppo_ray.config import Config, LoraConfig, Trust, in_job, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.machine import count_cpus
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
@@ -162,6 +162,7 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
         positions = find_positions(model)
         if positions and config.max_context > positions:
             yield _too_long(config, positions, f"{config.model.path} has only {positions} positions")
+    yield from _adapter_problems(config)
     for key, (path, trust) in (("reference", config.model.reference), ("critic", config.model.critic_source)):
         if (path, trust) == (config.model.path, config.model.trust):
             continue
@@ -201,11 +202,53 @@ def _network_problems(config: Config, key: str, path: str, trust: Trust, model: 
     empty, problem = check_weights(key, auto_class, path, trust)
     if problem:
         yield problem
-    elif empty is not None and not is_critic:
+    elif empty is not None:
         try:
-            check_head(empty)
+            if not is_critic:
+                check_head(empty)
+            if config.model.lora is not None and key != "model.reference_path":
+                _check_adapters(config.model.lora, empty, path, is_critic)
         except InputError as error:
             yield f"{key}={path}: {error}"
+
+
+def _adapter_problems(config: Config) -> Iterator[str]:
+    """Yield what is wrong with adapters, as far as it can be told without the model that they adapt."""
+    if config.model.lora is None:
+        if (Path(config.model.path) / "adapter_config.json").is_file():
+            yield (
+                f"model.path={config.model.path}: holds adapters (LoRA), not a whole model; give their base as "
+                "model.path and this folder as model.lora.path, or make a whole model of both with `ppo-ray merge`"
+            )
+        return
+    from ppo_ray.models.adapter_files import make_adapter_config  # loads torch
+
+    try:
+        make_adapter_config(config.model.lora, config.model.path)
+    except InputError as error:
+        yield f"model.lora.path={config.model.lora.path}: {error}"
+
+
+def _check_adapters(lora: LoraConfig, empty: Any, path: str, is_critic: bool) -> None:
+    """Put adapters into a model on the meta device, which costs no memory.
+
+    Raises:
+        InputError: they fit it not.
+    """
+    from ppo_ray.models.adapter_files import check_tensors, make_adapter_config
+    from ppo_ray.models.lora import add_adapters, find_target_problem
+
+    if problem := find_target_problem(empty, lora):
+        raise InputError(f"model.lora.targets: {problem}")
+    if is_critic and lora.path is not None:  # its adapters there are optional, and checked as they are read
+        return
+    try:
+        adapters = make_adapter_config(lora, path)
+    except InputError:  # is said by itself
+        return
+    add_adapters(empty, adapters, 0)
+    if lora.path is not None:
+        check_tensors(empty, lora.path)
 
 
 def _num_tokens(model: Any) -> int | None:

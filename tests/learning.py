@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from ppo_ray import trajectory
-from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
+from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.ranks import Ranks
 
@@ -25,9 +25,9 @@ def make_learner(folder: Path, budget: int = 1024, **ppo: Any) -> PPOLearner:
     )
 
 
-def make_float64_learner(folder: Path, budget: int = 1024, **ppo: Any) -> PPOLearner:
+def make_float64_learner(folder: Path, budget: int = 1024, lora: LoraConfig | None = None, **ppo: Any) -> PPOLearner:
     """Load a learner of a precision finer than what is offered, in which rounding hides nothing."""
-    return load_learner(folder, {"dtype": "float64"}, {"microbatch_tokens": budget}, ppo)
+    return load_learner(folder, {"dtype": "float64", "lora": lora}, {"microbatch_tokens": budget}, ppo)
 
 
 def load_learner(

@@ -31,8 +31,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from ppo_ray.config import load_config
+from ppo_ray.config import LoraConfig, load_config
 from ppo_ray.errors import InputError
+from ppo_ray.models.adapter_files import make_adapter_config, save_adapters
+from ppo_ray.models.lora import add_adapters
 from ppo_ray.preflight import check, cpu_demand
 from ppo_ray.rollout.support import find_engine_problem
 
@@ -103,6 +105,31 @@ def test_a_model_without_vocabulary_is_no_language_model(configured, home, tmp_p
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     lines = problems(configured(f"model.path={tmp_path}"))
     assert f"model.path={tmp_path}: its config has no vocab_size; give a language model" in lines
+
+
+def test_adapters_that_do_not_fit(configured, home, tmp_path):
+    check(configured("model.lora.rank=4", "model.critic=separate"))
+    lines = problems(configured("model.lora.targets=[q_prj]"))
+    assert lines[0].startswith(f"model.path={home / 'policy'}: model.lora.targets: 'q_prj' fits none of the model's")
+    assert "q_proj" in lines[0]
+    assert "output embedding" in problems(configured("model.lora.targets=[lm_head]"))[0]
+    lines = problems(configured(f"model.lora.path={tmp_path}"))
+    assert f"model.lora.path={tmp_path}: {tmp_path} holds no adapters" in lines[0]
+
+    base, config = LlamaForCausalLM.from_pretrained(home / "policy"), LoraConfig(rank=2)
+    add_adapters(base, make_adapter_config(config, str(home / "policy")), 0)
+    trained = {name: tensor for name, tensor in base.named_parameters() if tensor.requires_grad}
+    save_adapters(base, tmp_path / "adapters", trained)
+    check(configured(f"model.lora.path={tmp_path / 'adapters'}"))
+    lines = problems(configured(f"model.path={tmp_path / 'adapters'}"))
+    assert any("holds adapters (LoRA), not a whole model; give their base as model.path" in line for line in lines)
+    save_model(llama(hidden_size=64), tmp_path / "wider" / "policy")
+    lines = problems(configured(f"model.lora.path={tmp_path / 'adapters'}", f"model.path={tmp_path}/wider/policy"))
+    assert any("are of another base" in line for line in lines)
+    text = (tmp_path / "adapters" / "adapter_config.json").read_text().replace(str(home / "policy"), "hub/policy")
+    (tmp_path / "adapters" / "adapter_config.json").write_text(text)
+    lines = problems(configured(f"model.lora.path={tmp_path / 'adapters'}", f"model.path={tmp_path}/wider/policy"))
+    assert any("do not fit the model, they are of another base" in line for line in lines)
 
 
 def test_what_is_read_is_what_the_run_works_with(configured):

@@ -7,9 +7,11 @@ from ppo_ray.config.reward import JudgeConfig, RewardConfig, RewardSource, is_lo
 from ppo_ray.config.rollout import RolloutConfig
 from ppo_ray.config.run import Config, load_config, to_yaml
 from ppo_ray.config.sections import (
+    DEFAULT_RANK,
     NO_TRUST,
     CheckpointConfig,
     LearnerConfig,
+    LoraConfig,
     ModelConfig,
     RayConfig,
     Transport,
@@ -20,6 +22,7 @@ from ppo_ray.config.sections import (
 from ppo_ray.config.transport import transport_problems, weight_transport
 
 __all__ = [
+    "DEFAULT_RANK",
     "NO_TRUST",
     "SOURCE",
     "CheckpointConfig",
@@ -28,6 +31,7 @@ __all__ = [
     "EvaluationSet",
     "JudgeConfig",
     "LearnerConfig",
+    "LoraConfig",
     "ModelConfig",
     "PromptsConfig",
     "RayConfig",

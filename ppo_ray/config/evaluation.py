@@ -94,5 +94,10 @@ def load_evaluation_config(checkpoint: str | Path, overrides: Sequence[str] = ()
     for one, other in (("prompts.path", "prompts.sources"), ("prompts.sources", "prompts.path")):
         if one in given:
             taken.pop(other, None)
-    overrides = [f"model.path={checkpoint}", f"output_dir={checkpoint}", *overrides]
-    return load(Config, None, overrides, given=taken), dropped
+    policy = {"model.path": str(checkpoint)}
+    if (Path(checkpoint) / "adapter_config.json").is_file():
+        policy = {"model.lora.path": str(checkpoint)}
+        policy |= {key: options[key] for key in ("model.path", "model.revision") if options.get(key)}
+        if "${" in str(options.get("model.path")):
+            raise InputError(f"{source}: model.path holds an interpolation, which a checkpoint's config never does")
+    return load(Config, None, [f"output_dir={checkpoint}", *overrides], given=taken | policy), dropped

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -85,7 +85,8 @@ def explain_unknown(model: type[BaseModel], key: str) -> str:
 def _refusal(model: type[BaseModel], key: str) -> str | None:
     """Return why an option that people look for is refused; None for any other."""
     section, _, leaf = key.rpartition(".")
-    holder = section_of(model.model_fields[section]) if section in model.model_fields else model
+    fields = dict(all_options(model))
+    holder = section_of(fields[section]) if section in fields else model
     reason: str | None = getattr(holder, "refused", {}).get(leaf)
     return reason
 
@@ -120,5 +121,6 @@ def all_options(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the model of a field that is a section of options; None for an option."""
-    return field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
+    """Return the model of a field that is a section of options, or one that may be null; None for an option."""
+    kinds = get_args(field.annotation) if type(None) in get_args(field.annotation) else (field.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

@@ -72,9 +72,12 @@ def make_tables() -> list[OptionTable]:
     schema = Config.model_json_schema()
     sections = {name: schema["$defs"][target] for name, target in _sections(schema).items()}
     found = [OptionTable("", "The run.", tuple(_options("", schema)))]
-    return found + [
-        OptionTable(name, _line(section), tuple(_options(f"{name}.", section))) for name, section in sections.items()
-    ]
+    for name, section in sections.items():
+        found.append(OptionTable(name, _line(section), tuple(_options(f"{name}.", section))))
+        for inner, target in _sections(section).items():  # those that may be null
+            nested = schema["$defs"][target]
+            found.append(OptionTable(f"{name}.{inner}", _line(nested), tuple(_options(f"{name}.{inner}.", nested))))
+    return found
 
 
 def find_table(section: str) -> OptionTable:
@@ -106,7 +109,8 @@ def to_markdown() -> str:
 
 def _sections(schema: Mapping[str, Any]) -> dict[str, str]:
     """Return the name of each section's definition."""
-    references = {name: field.get("$ref") for name, field in schema["properties"].items()}
+    fields = schema["properties"].items()
+    references = {name: field.get("$ref") or field.get("anyOf", [{}])[0].get("$ref") for name, field in fields}
     return {name: reference.rpartition("/")[2] for name, reference in references.items() if reference}
 
 

@@ -101,6 +101,9 @@ class RolloutConfig(Section):
     null: no rounding."""
     weight_bucket_mib: int = Field(default=256, ge=1)
     """Largest piece that weights travel in, MiB; a tensor that is larger has one of its own."""
+    adapter_sync: Literal["auto", "merged", "adapter"] = "auto"
+    """What engines get of a policy with adapters (model.lora). merged: whole weights, the adapters merged into them,
+    with which engines generate at full speed. adapter: the adapters alone; not offered yet. auto: merged."""
     self_check: bool = True
     """Check before the first step that new weights change what each engine computes as they change the learner; it
     costs two weight syncs."""
@@ -128,6 +131,11 @@ def engine_contradictions(rollout: RolloutConfig) -> Iterator[Contradiction]:
             ("rollout.temperature", "rollout.engine"),
             f"{rollout.temperature:g} is below {MIN_VLLM_TEMPERATURE}, the lowest at which rollout.engine=vllm samples "
             f"(it would take {MIN_VLLM_TEMPERATURE} instead); set {MIN_VLLM_TEMPERATURE} or more, or rollout.engine=hf",
+        )
+    if rollout.adapter_sync == "adapter":
+        yield Contradiction(
+            ("rollout.adapter_sync",),
+            "adapter is not offered yet: engines get whole weights, the adapters merged into them; set auto or merged",
         )
     if rollout.batch_invariant and not (rollout.engine == "vllm" and rollout.gpus):
         yield Contradiction(

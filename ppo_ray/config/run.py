@@ -225,6 +225,14 @@ def _source_contradictions(config: Config) -> Iterator[Contradiction]:
             ("model.critic_path", "model.critic"),
             "is for model.critic=separate; set that, or leave critic_path out",
         )
+    if (lora := model.lora) is not None and lora.path is not None:
+        given = [name for name in ("rank", "alpha", "targets") if getattr(lora, name) is not None]
+        if given:
+            options = tuple(f"model.lora.{name}" for name in given)
+            yield Contradiction(
+                (*options, "model.lora.path"),
+                "is for new adapters, and those at model.lora.path have their own; leave it out",
+            )
     for key, path, revision in (
         ("model.reference", model.reference_path, model.reference_revision),
         ("model.critic", model.critic_path, model.critic_revision),

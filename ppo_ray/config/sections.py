@@ -111,6 +111,38 @@ class ModelSource(Section):
         return Trust(self.trust_remote_code, self.allow_pickled_weights, self.revision)
 
 
+DEFAULT_RANK = 16
+"""Of new adapters (LoRA)."""
+
+
+class LoraConfig(Section):
+    """Adapters of low rank (LoRA): with them the policy's own weights are frozen, and the adapters learn."""
+
+    refused: ClassVar[dict[str, str]] = {
+        "dropout": "not offered: PPO compares two passes over the same tokens, which dropout would make differ. Leave "
+        "it out; it is off"
+    }
+
+    rank: int | None = Field(default=None, ge=1, le=512)
+    """Rank of each adapter: A has as many rows, B as many columns. null: 16, or that of the adapters at `path`."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Numerator of the scale: W + alpha / rank x B A. null: twice the rank, or that of the adapters at `path`."""
+    targets: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    """Names of the linear maps that get adapters, or the ends of their names, e.g. [q_proj, v_proj]. null: all of them
+    but the output embedding, or those of the adapters at `path`."""
+    path: Source | None = None
+    """Folder or hub name of adapters to begin with, as peft saves them, or a checkpoint of a run with LoRA. The
+    reference is the policy without them. null: new ones, which change nothing at first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_dropout(cls, options: Any) -> Any:
+        """Take `dropout: 0` and `dropout: off` for what they are: nothing is asked for."""
+        if isinstance(options, dict) and options.get("dropout", True) in (0, None):
+            return {name: value for name, value in options.items() if name != "dropout"}
+        return options
+
+
 class ModelConfig(ModelSource):
     """The policy, and the frozen reference that it must not drift away from."""
 
@@ -132,6 +164,9 @@ class ModelConfig(ModelSource):
     the critic that lies with the policy (`critic/` of a checkpoint), or else a copy of the policy."""
     critic_revision: Revision | None = None
     """Commit, tag or branch of `critic_path`, as `revision`."""
+    lora: LoraConfig | None = None
+    """Adapters that are trained instead of the policy's own weights; `{}` takes all defaults. null: all weights are
+    trained. See docs/lora.md."""
     value_head_init: Literal["random", "zeros"] = "random"
     """Weights that a new value head begins with. random: as TRL's, which makes values of its own; zeros: no value is
     foreseen at first, so that advantages have less noise until the head has learnt. Not used where a head is loaded."""

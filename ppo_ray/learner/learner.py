@@ -240,13 +240,13 @@ class PPOLearner:
         self._unfinished = False
 
     def _state(self) -> LearnerState:
-        checksum = weights_checksum(self._sharding.weights(), self._layout.ranks.leads)
+        checksum = weights_checksum(self._sharding.parameters(), self._layout.ranks.leads)
         return LearnerState(self.policy_version, self.kl_coef, self._moments, checksum, self._reference_checksum)
 
     @cached_property
     def _reference_checksum(self) -> str:
         """Checksum of the reference, which is frozen: computed once; all ranks ask for it together."""
-        named = self._reference.causal_lm.named_parameters()
+        named = self._reference.named_weights()
         return weights_checksum((name, gather_full(tensor)) for name, tensor in named)
 
     def _restore(self, checkpoint: Path, model: ModelConfig) -> None:
@@ -255,14 +255,13 @@ class PPOLearner:
         self.policy_version, self._moments = state.policy_version, state.moments
         self.controller = replace(self.controller, kl_coef=state.kl_coef)
         load_optimizer_state(checkpoint, self._optimizer, self._policy, self._sharding)
-        if weights_checksum(self._sharding.weights()) != state.weights_checksum:
-            raise CheckpointError(f"{checkpoint}: its weights, loaded, are not those that were saved")
         if self._reference_checksum != state.reference_checksum:
             raise InputError(
                 f"the reference model ({model.reference_path or model.path}) is not the one that the run began with; "
-                "the KL penalty would be another. Put the first one back, or begin a new run from "
-                f"model.path={checkpoint}"
+                f"the KL penalty would be another. Put the first one back, or begin a new run from {checkpoint}"
             )
+        if weights_checksum(self._sharding.parameters()) != state.weights_checksum:
+            raise CheckpointError(f"{checkpoint}: its weights, loaded, are not those that were saved")
 
     def _optimize(
         self,

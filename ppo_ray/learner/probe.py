@@ -1,8 +1,9 @@
 """A probe of whether an engine computes with the weights it is sent: it is sent weights that differ from the policy's.
 
 An engine that acknowledges weights may still compute with others: a packed copy of a tied head, a stale cache, a layer
-that was not reloaded. So the probe moves every tensor by a tenth of its size, lets the engine generate, and compares
-the engine's log-probabilities with the learner's under the moved weights and under its own.
+that was not reloaded; or without the adapters. So the probe moves every tensor that is trained by a tenth of its size,
+lets the engine generate, and compares the engine's log-probabilities with the learner's under the moved weights and
+under its own. Adapters, which begin with zeros, are moved by what makes a tenth of the weights that they adapt.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import torch
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.learner.ranks import detect_lost_peers
 from ppo_ray.learner.sharding import Sharding, gather_full, shard_like
-from ppo_ray.models.response_lm import ResponseLM
+from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.weights.acks import Agreement
 from ppo_ray.weights.snapshot import Wire
 
@@ -28,7 +29,7 @@ _SMALLEST_SIZE = 0.01  # a tensor of zeros is moved too
 class WeightProbe:
     """A policy whose weights can be moved and put back; all ranks make the same calls."""
 
-    policy: ResponseLM
+    policy: ActorCritic
     sharding: Sharding
     layout: Layout
     seed: int
@@ -67,17 +68,37 @@ class WeightProbe:
     @torch.no_grad()
     def move(self) -> Iterator[None]:
         """Move the policy's weights for the length of a block."""
-        parameters = list(self.policy.causal_lm.parameters())
+        parameters = [parameter for parameter in self.policy.causal_lm.parameters() if parameter.requires_grad]
         kept = [parameter.detach().clone() for parameter in parameters]
         generator = torch.Generator(self.policy.device).manual_seed(self.seed)  # all ranks' GPUs draw the same
+        sizes = self._size_adapters() if self.policy.adapted else {}
         try:
             for parameter in parameters:
                 before = gather_full(parameter)
-                size = max(float(before.square().mean().sqrt()), _SMALLEST_SIZE)
+                size = sizes.get(parameter) or _RELATIVE_MOVE * max(_rms(before), _SMALLEST_SIZE)
                 noise = torch.randn(before.shape, generator=generator, device=before.device)
-                moved = before + (noise * (_RELATIVE_MOVE * size)).to(before)
-                parameter.copy_(shard_like(moved.to(self.wire.dtype_of(moved)), parameter))
+                moved = before + (noise * size).to(before)
+                if not self.policy.adapted:  # else the sum of both is rounded on its way
+                    moved = moved.to(self.wire.dtype_of(moved))
+                parameter.copy_(shard_like(moved, parameter))
             yield
         finally:
             for parameter, original in zip(parameters, kept, strict=True):
                 parameter.copy_(original)
+
+    def _size_adapters(self) -> dict[torch.nn.Parameter, float]:
+        """Return the size of the move of each B, with which scale x B A moves by a tenth of the size of W."""
+        from ppo_ray.models.lora import adapter_layers, matrices
+
+        sizes = {}
+        for layer in adapter_layers(self.policy.causal_lm).values():
+            a, b, scale = matrices(layer)
+            weight = _rms(gather_full(layer.get_base_layer().weight))
+            each = scale * max(_rms(gather_full(a)), _SMALLEST_SIZE) * a.shape[0] ** 0.5
+            sizes[b] = _RELATIVE_MOVE * max(weight, _SMALLEST_SIZE) / each
+        return sizes
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    """Return the root of a tensor's mean square."""
+    return float(tensor.float().square().mean().sqrt())

@@ -5,9 +5,9 @@ ranks, layer by layer. So all ranks make the same passes at the same time, and c
 tensors are torch's DTensors: an elementwise operation on one works on the local shard.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -92,7 +92,14 @@ class Sharding(Protocol):
         ...
 
     def weights(self) -> NamedTensors:
-        """Yield the policy's full weights by their Hugging Face names, in the dtype it computes in, one at a time."""
+        """Yield the policy's full weights by their Hugging Face names, in the dtype it computes in, one at a time.
+
+        Adapters are merged into the weights that they adapt.
+        """
+        ...
+
+    def parameters(self) -> NamedTensors:
+        """Yield the policy's full parameters as they are kept, adapters on their own, one at a time."""
         ...
 
     def meta_weights(self) -> Iterator[torch.Tensor]:
@@ -143,16 +150,22 @@ class Replicated:
         """Do nothing: copies gather nothing."""
 
     def weights(self) -> NamedTensors:
+        """Yield the model's own parameters, or what they make with adapters."""
+        return _merge_weights(self._policy) if self._policy.adapted else self._policy.causal_lm.named_parameters()
+
+    def parameters(self) -> NamedTensors:
         """Yield the model's own parameters."""
         return self._policy.causal_lm.named_parameters()
 
     def meta_weights(self) -> Iterator[torch.Tensor]:
-        """Yield each of the model's own parameters on the meta device."""
+        """Yield each of `weights` on the meta device."""
+        if self._policy.adapted:
+            return (weight for _, weight in _merge_weights(self._policy, _to_meta))
         return (parameter.to("meta") for parameter in self._policy.causal_lm.parameters())
 
     def state(self) -> State:
-        """Return the tensors themselves, or their master weights."""
-        state = self._policy.state_dict(keep_vars=True) if self.ranks.leads else {}
+        """Return the tensors themselves, or their master weights; of a policy with adapters, what is trained."""
+        state = _select_state(self._policy) if self.ranks.leads else {}
         return {name: self._masters.of(tensor).detach() for name, tensor in state.items()}
 
 
@@ -166,30 +179,34 @@ class FullySharded:
     in_lockstep = True
 
     def __init__(
-        self, policy: ActorCritic, reference: ResponseLM, ranks: Ranks, dtype: torch.dtype, device: torch.device
+        self, policy: ActorCritic, reference: ResponseLM, ranks: Ranks, dtype: torch.dtype | None, device: torch.device
     ) -> None:
         """Shard policy and reference in place.
 
         Args:
             policy: full, on any device; its parameters in the precision of the optimizer.
-            reference: full and frozen, in the dtype it computes in.
+            reference: full and frozen, in the dtype it computes in; or without parameters, on the policy's.
             ranks: the processes that share the update; each keeps its shards.
-            dtype: the policy computes in this; gradients are reduced in float32 or better.
+            dtype: the policy computes in this; gradients are reduced in float32 or better. None: each parameter is
+                used in its own, as frozen weights and adapters are.
             device: where the shards go, layer by layer.
 
         Raises:
             InputError: a model's layers cannot be found.
         """
-        self.ranks, self._policy, self._reference, self._dtype = ranks, policy, reference, dtype
+        self.ranks, self._policy, self._dtype = ranks, policy, dtype
+        self._references = [reference] if any(True for _ in reference.parameters()) else []
+        models = [policy, *self._references]
         mesh = init_device_mesh(device.type, (ranks.size,))
-        exact = torch.promote_types(dtype, torch.float32)
+        exact = None if dtype is None else torch.promote_types(dtype, torch.float32)
         rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact, cast_forward_inputs=False)
-        for layer in chain(decoder_layers(policy), decoder_layers(reference)):
+        for layer in chain.from_iterable(map(decoder_layers, models)):
             fully_shard(layer, mesh=mesh, mp_policy=rounded)
         fully_shard(policy.value_head, mesh=mesh)
-        for model in (policy, reference):
+        for model in models:
             fully_shard(model, mesh=mesh, mp_policy=rounded, reshard_after_forward=False)  # `full_kl` needs the heads
-        register_fsdp_forward_method(policy, "forward_values")
+        for method in ("forward_values", "forward_reference"):
+            register_fsdp_forward_method(policy, method)
         for module in policy.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # losses are shares of one sum, not means of their own
@@ -207,29 +224,53 @@ class FullySharded:
 
     def release_gathered(self, backward_follows: bool) -> None:
         """Reshard the root modules, which a forward pass leaves gathered for a backward pass."""
-        for model in (self._reference,) if backward_follows else (self._policy, self._reference):
+        for model in self._references if backward_follows else [self._policy, *self._references]:
             assert isinstance(model, FSDPModule)
             model.reshard()
 
     def weights(self) -> NamedTensors:
-        """Gather and yield one parameter after the other."""
+        """Gather and yield one weight after the other."""
+        return _merge_weights(self._policy) if self._policy.adapted else self.parameters()
+
+    def parameters(self) -> NamedTensors:
+        """Gather and yield one parameter after the other, in the dtype that the policy computes in."""
         for name, parameter in self._policy.causal_lm.named_parameters():
-            yield name, gather_full(parameter.detach().to(self._dtype))
+            yield name, gather_full(parameter.detach().to(self._dtype or parameter.dtype))
 
     def meta_weights(self) -> Iterator[torch.Tensor]:
-        """Yield each parameter on the meta device, in the dtype that the policy computes in."""
+        """Yield each weight on the meta device, in the dtype that the policy computes in."""
+        if self._policy.adapted:
+            yield from (weight for _, weight in _merge_weights(self._policy, _to_meta))
+            return
         for parameter in self._policy.causal_lm.parameters():
             yield torch.empty(parameter.shape, dtype=self._dtype, device="meta")
 
     def state(self) -> State:
-        """Gather one tensor after the other into host memory."""
+        """Gather one tensor after the other into host memory; of a policy with adapters, what is trained."""
         found: dict[torch.Tensor, torch.Tensor] = {}  # a tied head is gathered once
-        state = self._policy.state_dict(keep_vars=True)
+        state = _select_state(self._policy)
         for tensor in state.values():
             if tensor not in found:
                 gathered = gather_full(tensor)
                 found[tensor] = gathered.cpu() if self.ranks.leads else gathered.new_empty(0)
         return {name: found[tensor] for name, tensor in state.items()} if self.ranks.leads else {}
+
+
+def _select_state(policy: ActorCritic) -> dict[str, Any]:
+    """Return a policy's state; if it has adapters, that of its parameters that are trained."""
+    state = policy.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if tensor.requires_grad} if policy.adapted else state
+
+
+def _merge_weights(policy: ActorCritic, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> NamedTensors:
+    """Yield the weights of a policy with its adapters merged into them; `gather_full` makes parameters whole."""
+    from ppo_ray.models.lora import merge_weights  # peft, which a policy without adapters does not need
+
+    return merge_weights(policy.causal_lm, gather or gather_full)
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Scalars are written as JSON and tensors as safetensors, with no pickle.
 """
 
+import copy
 import json
 import tempfile
 from dataclasses import asdict, dataclass
@@ -17,16 +18,25 @@ from transformers import AutoModel
 from ppo_ray import trajectory
 from ppo_ray.algo.rewards import RunningMoments
 from ppo_ray.checkpoint import AHEAD, LEARNER_FOLDER, read_record
-from ppo_ray.config import LearnerConfig, ModelConfig
+from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig
 from ppo_ray.errors import CheckpointError, InputError, first_line
 from ppo_ray.learner.optimizer import save_optimizer_state
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
 from ppo_ray.machine import max_memory_of_file
-from ppo_ray.models.actor_critic import CRITIC_FOLDER, ActorCritic, CausalLMWithCritic, CausalLMWithValueHead, State
+from ppo_ray.models.actor_critic import (
+    CRITIC_FOLDER,
+    ActorCritic,
+    CausalLMWithCritic,
+    CausalLMWithValueHead,
+    State,
+    UnadaptedPolicy,
+)
 from ppo_ray.models.decoder import recompute_layers
 from ppo_ray.models.loading import cast, load_causal_lm, load_pretrained, load_tokenizer
 from ppo_ray.models.response_lm import ResponseLM
+from ppo_ray.models.support import find_decoder
+from ppo_ray.seeding import derive_seed
 
 _FILE = "state.json"
 
@@ -114,23 +124,28 @@ def load_models(
         value_head_seed: of the initial weights of the value head.
         device: where they go. `FullySharded` moves them there layer by layer: the device never holds a full model.
         ranks: the processes that share the update.
-        checkpoint: policy and values are loaded from it instead; the reference stays that of `model`.
+        checkpoint: policy and values are loaded from it instead, or their adapters; the reference, and the base of
+            adapters, stay those of `model`.
 
     Raises:
         InputError: a model cannot be loaded, is not supported, or could not be saved.
     """
     shared = learner.sharding == "fsdp2" and ranks.size > 1
     loaded_on = torch.device("cpu") if shared else device
-    here = {"path": str(checkpoint), "revision": None, "critic_path": None, "critic_revision": None}
+    here: dict[str, Any] = {"path": str(checkpoint), "revision": None, "critic_path": None, "critic_revision": None}
+    if model.lora is not None:
+        here = {"lora": LoraConfig(path=str(checkpoint))}
     trained = model.model_copy(update=here) if checkpoint else model
     policy = load_actor_critic(trained, temperature, value_head_seed, loaded_on)
-    reference = load_reference(model, temperature, loaded_on)
+    own = model.lora is not None and model.reference_path is None
+    reference = UnadaptedPolicy(policy) if own else load_reference(model, temperature, loaded_on)
     tokenizer = load_tokenizer(model.path, model.trust)
     _try_save(policy, tokenizer)
     if learner.gradient_checkpointing:
         recompute_layers(policy)
-    dtype = _compute_dtype(model)
+    dtype = None if policy.adapted else _compute_dtype(model)
     if shared:
+        _copy_shared_weights(policy)
         return LearnerModels(policy, reference, FullySharded(policy, reference, ranks, dtype, device), tokenizer)
     return LearnerModels(policy, reference, Replicated(policy, ranks, dtype), tokenizer)
 
@@ -160,7 +175,8 @@ def load_actor_critic(
 ) -> ActorCritic:
     """Load the policy with its value head or critic; a value head that lies with its decoder is loaded too.
 
-    If the policy computes in bfloat16, its parameters are float32: the masters are made of them.
+    If the policy computes in bfloat16, its parameters are float32: the masters are made of them. With adapters these
+    are float32, and the frozen weights are of the type that the policy computes in.
 
     Raises:
         InputError: a model cannot be loaded or is not supported.
@@ -171,7 +187,10 @@ def load_actor_critic(
         trained, (path, trust) = Path(model.path) / CRITIC_FOLDER, model.critic_source
         if model.critic_path is None and trained.is_dir():
             path = str(trained)
-        critic = load_pretrained(AutoModel, path, dtype=_master_dtype(model), device=device, trust=trust)
+        if model.lora is not None and (path, trust) == (model.path, model.trust):
+            critic = _share_weights(find_decoder(causal_lm))
+        else:
+            critic = load_pretrained(AutoModel, path, dtype=_master_dtype(model), device=device, trust=trust)
         actor_critic = CausalLMWithCritic(causal_lm, critic, temperature=temperature, value_head_seed=value_head_seed)
     else:
         path, trust = model.path, model.trust
@@ -180,7 +199,49 @@ def load_actor_critic(
         for parameter in actor_critic.value_head.parameters():
             torch.nn.init.zeros_(parameter)
     actor_critic.load_value_head(path, **trust.place)
+    if model.lora is not None:
+        _adapt(actor_critic, model, model.lora, derive_seed(value_head_seed, "lora"))
     return actor_critic
+
+
+def _share_weights(decoder: Any) -> Any:
+    """Return a second decoder on the very same parameters, which are frozen: it gets adapters of its own."""
+    shared = {id(tensor): tensor for tensor in (*decoder.parameters(), *decoder.buffers())}
+    return copy.deepcopy(decoder, shared)
+
+
+def _copy_shared_weights(policy: ActorCritic) -> None:
+    """Give a critic that shares the policy's frozen weights copies of them: fsdp2 shards a parameter in one place."""
+    if not isinstance(policy, CausalLMWithCritic):
+        return
+    shared = set(policy.causal_lm.parameters())
+    for module in policy.critic.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in shared:
+                setattr(module, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
+
+
+def _adapt(actor_critic: ActorCritic, model: ModelConfig, lora: LoraConfig, seed: int) -> None:
+    """Put adapters into policy and critic, new ones or those at `lora.path` with the value head that lies there."""
+    from ppo_ray.models.adapter_files import CONFIG_FILE, load_adapters, make_adapter_config, make_critic_config
+    from ppo_ray.models.lora import is_adapter
+
+    config, values = make_adapter_config(lora, model.path), Path(lora.path or "")
+    actor_critic.add_adapters(config, seed)
+    if lora.path is not None:
+        load_adapters(actor_critic.causal_lm, lora.path)
+    if isinstance(actor_critic, CausalLMWithCritic):
+        values /= CRITIC_FOLDER
+        own = make_critic_config(config, lora, values, model.critic_source[0])
+        actor_critic.add_critic_adapters(own, derive_seed(seed, "critic"))
+        if lora.path is not None and (values / CONFIG_FILE).is_file():
+            load_adapters(actor_critic.critic, str(values))
+    if lora.path is not None and values.is_dir():
+        actor_critic.load_value_head(values)
+    heads = set(actor_critic.value_head.parameters())
+    for name, parameter in actor_critic.named_parameters():
+        if not is_adapter(name) and parameter not in heads:
+            cast(parameter, _compute_dtype(model))
 
 
 def load_reference(model: ModelConfig, temperature: float, device: torch.device) -> ResponseLM:

@@ -35,10 +35,30 @@ class ActorCritic(ResponseLM):
 
     value_head: torch.nn.Linear
     """From H to 1; float32 or better."""
+    adapted = False
+    """Whether adapters (LoRA) are trained on frozen weights."""
 
     def forward_values(self, rows: PackedRows) -> torch.Tensor:
         """Compute the values `[B, R]` alone, with no gradient for the policy."""
         raise NotImplementedError
+
+    def forward_reference(self, rows: PackedRows) -> ResponseOutput:
+        """Compute what the policy without its adapters does, without gradient and values."""
+        from ppo_ray.models.lora import without_adapters
+
+        with torch.no_grad(), without_adapters(self.causal_lm):
+            return ResponseLM.forward(self, rows)
+
+    def add_adapters(self, config: Any, seed: int) -> None:
+        """Freeze the causal LM and put adapters into it, `config` of peft; the value head is trained as a whole.
+
+        Raises:
+            InputError: peft cannot adapt it.
+        """
+        from ppo_ray.models.lora import add_adapters
+
+        self.adapted = True
+        add_adapters(self.causal_lm, config, seed)
 
     def policy_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Yield the causal LM's parameters."""
@@ -77,8 +97,19 @@ class ActorCritic(ResponseLM):
         self.value_head.load_state_dict(tensors)
 
     def save(self, folder: Path, state: State) -> None:
-        """Write the models into a checkpoint, from a whole state of this module; subclasses add what is theirs."""
-        save_model(self.causal_lm, folder, _select(state, "causal_lm"))
+        """Write the models into a checkpoint, from a whole state of this module; subclasses add what is theirs.
+
+        Of a model with adapters these alone are written, and the state has nothing else of it.
+        """
+        self._save_model(self.causal_lm, folder, _select(state, "causal_lm"))
+
+    def _save_model(self, model: Any, folder: Path, state: State) -> None:
+        if not self.adapted:
+            save_model(model, folder, state)
+            return
+        from ppo_ray.models.adapter_files import save_adapters
+
+        save_adapters(model, folder, state)
 
     def _apply_value_head(self, states: torch.Tensor, rows: PackedRows) -> torch.Tensor:
         """Compute values `[B, R]` from hidden states `[N, H]`; zero outside the mask."""
@@ -150,6 +181,12 @@ class CausalLMWithCritic(ActorCritic):
         dtype = next(critic.parameters()).dtype
         self.value_head = make_value_head(self._critic_decoder.hidden_size, dtype, value_head_seed).to(self.device)
 
+    def add_critic_adapters(self, config: Any, seed: int) -> None:
+        """Do with the critic as `add_adapters` does with the policy."""
+        from ppo_ray.models.lora import add_adapters
+
+        add_adapters(self.critic, config, seed)
+
     @property
     def packs(self) -> bool:
         """Whether several sequences may lie in a row, and share what their prompts begin with, in both decoders."""
@@ -171,12 +208,42 @@ class CausalLMWithCritic(ActorCritic):
     def save(self, folder: Path, state: State) -> None:
         """Write policy, critic and value head into a checkpoint, from a whole state of this module."""
         super().save(folder, state)
-        save_model(self.critic, folder / CRITIC_FOLDER, _select(state, "critic"))
+        self._save_model(self.critic, folder / CRITIC_FOLDER, _select(state, "critic"))
         save_value_head(folder / CRITIC_FOLDER / VALUE_HEAD_FILE, _select(state, "value_head"))
 
     def _estimate_values(self, rows: PackedRows) -> torch.Tensor:
         """Compute the values; `forward` cannot call `forward_values`, which fsdp2 hooks as a pass of its own."""
         return self._apply_value_head(self._critic_decoder.run(rows), rows)
+
+
+class UnadaptedPolicy(ResponseLM):
+    """A policy without its adapters, as its own frozen reference: a second model without memory of its own."""
+
+    def __init__(self, policy: ActorCritic) -> None:
+        """Take a policy with adapters."""
+        torch.nn.Module.__init__(self)
+        self._policy = [policy]  # in a list, so that its parameters are not this module's too
+        self.temperature = policy.temperature
+
+    @property
+    def causal_lm(self) -> Any:
+        """The policy's own, adapters included."""
+        return self._policy[0].causal_lm
+
+    @property
+    def packs(self) -> bool:
+        """Whether several sequences may share a row."""
+        return self._policy[0].decoder.packs
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the frozen parameters, by the names that they have without adapters."""
+        from ppo_ray.models.lora import base_weights
+
+        return base_weights(self.causal_lm)
+
+    def forward(self, rows: PackedRows) -> ResponseOutput:
+        """Compute the log-probability and entropy of each response token, without gradient."""
+        return self._policy[0].forward_reference(rows)
 
 
 def make_value_head(hidden_size: int, dtype: torch.dtype, seed: int) -> torch.nn.Linear:

@@ -5,6 +5,7 @@ The decoder runs over packed rows. The output embedding is applied only where a 
 Dimensions: B sequences, R response tokens, N response tokens in all, H hidden units, V vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,10 @@ class ResponseLM(torch.nn.Module):
     def packs(self) -> bool:
         """Whether several sequences may lie in a row, and share what their prompts begin with."""
         return self.decoder.packs
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the parameters of the causal LM by its names; under fsdp2, shards of them."""
+        return self.causal_lm.named_parameters()
 
     def forward(self, rows: PackedRows) -> ResponseOutput:
         """Compute the log-probability and entropy of each response token, both with gradient."""

@@ -89,8 +89,7 @@ def node_terms() -> Iterator[Term]:
 
 def disk_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what the run writes to disk: the checkpoints that are kept, and the one that is being written."""
-    values = sizes.critic.parameters if sizes.critic else sizes.policy.hidden + 1
-    trained = sizes.policy.parameters + values
+    trained = _count_trainable(sizes)
     copies = config.checkpoint.keep_last + 1 + config.checkpoint.keep_best
     size = 3 * EXACT
     how = f"{copies} x {_format_count(trained)} x {size} bytes: weights and Adam's moments, "
@@ -146,7 +145,7 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
     if rank == 0 and transport == "object_store":
         yield parameter_term("weights to publish", sizes.policy.parameters, _wire_bytes(config), "host")
     if rank == 0 and device == "gpu":
-        yield parameter_term("a checkpoint on its way to the disk", _actor_critic_parameters(sizes), 3 * EXACT, "host")
+        yield parameter_term("a checkpoint on its way to the disk", _count_trainable(sizes), 3 * EXACT, "host")
 
 
 def bucket_term(config: Config, transport: str) -> Term:
@@ -160,20 +159,28 @@ def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[
     size, ranks = BYTES[config.model.dtype], config.learner.workers
     shared = config.learner.sharding == "fsdp2" and ranks > 1
     by = ranks if shared else 1
+    adapted, trained = config.model.lora is not None, _count_trainable(sizes)
     for what, number, when in STATE:
-        yield parameter_term(what, _actor_critic_parameters(sizes), number, device, when, by)
-    yield parameter_term("reference", sizes.reference.parameters, size, device, ranks=by)
+        name = "float32 adapters and value head" if adapted and what.endswith("weights") else what
+        yield parameter_term(name, trained, number, device, when, by)
+    if adapted:
+        yield parameter_term("frozen base", sizes.policy.parameters, size, device, ranks=by)
+        if sizes.critic and (config.model.critic_path is not None or shared):
+            yield parameter_term("the critic's frozen base", sizes.critic.parameters, size, device, ranks=by)
+    reference = None if adapted and config.model.reference_path is None else sizes.reference
+    if reference:
+        yield parameter_term("reference", reference.parameters, size, device, ranks=by)
     if shared:
-        models = [model for model in (sizes.policy, sizes.reference, sizes.critic) if model]
+        models = [model for model in (sizes.policy, reference, sizes.critic) if model]
         layer = max((model.parameters - model.embeddings) // model.layers for model in models)
         gathered = sum(model.embeddings for model in models) + 2 * layer
         yield parameter_term("gathered: embeddings, two layers", gathered, size, device, "at work")
         roots = sum(model.embeddings for model in (sizes.policy, sizes.critic) if model)
-        reduced = max(roots, layer)
+        reduced = sizes.policy.adapters // sizes.policy.layers if adapted else max(roots, layer)
         yield parameter_term("gradients that are being reduced", reduced, size + EXACT, device, "at work")
-        whole = _actor_critic_parameters(sizes) + sizes.reference.parameters
+        whole = _actor_critic_parameters(sizes) + (reference.parameters if reference else 0)
         yield parameter_term("whole models, before they are shared", whole, EXACT, "host")
-    elif size != EXACT:
+    elif size != EXACT and not adapted:
         yield parameter_term(f"{config.model.dtype} weights", _actor_critic_parameters(sizes), size, device)
 
 
@@ -205,6 +212,12 @@ def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device
     if recomputed:
         each_token, how = model.layers * model.hidden + width, f"({model.layers} layers x {model.hidden} + {figures})"
     return Term(what, f"{tokens} tokens x {how} x {size} bytes", tokens * each_token * size, device, "at work")
+
+
+def _count_trainable(sizes: ModelSizes) -> int:
+    """Return the parameters that the optimizer steps: all of them, or those of adapters and the value head."""
+    values = sizes.critic.trained + sizes.critic.hidden if sizes.critic else sizes.policy.hidden
+    return sizes.policy.trained + values + 1
 
 
 def _actor_critic_parameters(sizes: ModelSizes) -> int:

@@ -1,10 +1,13 @@
 """The sizes of a config's models, from the models' own configs alone: weights are not read, and need not be there."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, Trust, revision_problem
+import safetensors
+
+from ppo_ray.config import DEFAULT_RANK, Config, LoraConfig, Trust, revision_problem
 from ppo_ray.errors import InputError, first_line
 
 
@@ -23,6 +26,13 @@ class ModelSize:
     vocabulary: int
     key_values: int
     """Keys and values of one token in one layer: 2 x key-value heads x their width."""
+    adapters: int = 0
+    """Parameters of the adapters (LoRA) that are trained instead of the model's own; 0: none."""
+
+    @property
+    def trained(self) -> int:
+        """Parameters that the optimizer steps."""
+        return self.adapters or self.parameters
 
 
 @dataclass(frozen=True)
@@ -47,13 +57,13 @@ class ModelSizes:
         from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
         model, reward = config.model, config.reward
-        policy = _read("model.path", model.path, model.trust, AutoModelForCausalLM)
+        policy = _read("model.path", model.path, model.trust, AutoModelForCausalLM, model.lora)
         separate, other = model.critic == "separate", model.reference_path is not None
         reference = _read("model.reference_path", *model.reference, AutoModelForCausalLM) if other else policy
         return cls(
             policy,
             reference,
-            _read("model.critic_path", *model.critic_source, AutoModel) if separate else None,
+            _read("model.critic_path", *model.critic_source, AutoModel, model.lora) if separate else None,
             tuple(
                 _read(f"{key}.path", source.path, source.trust, AutoModelForSequenceClassification)
                 for key, source in reward.sources
@@ -67,7 +77,7 @@ class ModelSizes:
         )
 
 
-def _read(key: str, path: str, trust: Trust, auto_class: Any) -> ModelSize:
+def _read(key: str, path: str, trust: Trust, auto_class: Any, lora: LoraConfig | None = None) -> ModelSize:
     import torch
     from transformers import AutoConfig
 
@@ -94,6 +104,22 @@ def _read(key: str, path: str, trust: Trust, auto_class: Any) -> ModelSize:
         intermediate=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden),
         vocabulary=int(text.vocab_size),
         key_values=2 * kv_heads * width,
+        adapters=0 if lora is None else _count_adapters(model, lora),
+    )
+
+
+def _count_adapters(model: Any, lora: LoraConfig) -> int:
+    """Return the parameters of a model's adapters: rank x (in + out) for each linear map; the head has none."""
+    file = Path(lora.path or "") / "adapter_model.safetensors"
+    if lora.path is not None and file.is_file():
+        with safetensors.safe_open(file, "pt") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    head, ends = model.get_output_embeddings(), tuple(f".{target}" for target in lora.targets or ())
+    return sum(
+        (lora.rank or DEFAULT_RANK) * sum(module.weight.shape)
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and module is not head
+        if not ends or f".{name}".endswith(ends)
     )
 
 

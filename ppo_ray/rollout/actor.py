@@ -1,8 +1,11 @@
 """Rollout workers: a shell over `Engine` that turns prompts into trajectories."""
 
+import contextlib
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
@@ -32,7 +35,8 @@ class RolloutWorker(Worker):
         start = time.perf_counter()
         check_gpu("rollout.gpus", config.rollout.gpus)
         self._config = config
-        self._engine, self._waits = _start_engine(config)
+        with _whole_model(config) as path:
+            self._engine, self._waits = _start_engine(config, path)
         self._tokenizer = load_tokenizer(config.model.path, config.model.trust)
         ends = read_end_tokens(config, self._tokenizer)
         self._sampling = Sampling(config.rollout.temperature, ends.ids)
@@ -126,9 +130,23 @@ def draw_limits(rollout: RolloutConfig, seed: int, step: int, sample_ids: Sequen
     return [shortest + draw % (longest - shortest + 1) for draw in draws]
 
 
-def _start_engine(config: Config) -> tuple[Engine, str | None]:
+@contextlib.contextmanager
+def _whole_model(config: Config) -> Iterator[str]:
+    """Yield the folder or hub name of the policy as it begins; adapters are merged into a folder for the start."""
+    if config.model.lora is None or config.model.lora.path is None:
+        yield config.model.path
+        return
+    from ppo_ray.models.merging import merge_model  # loads torch
+
+    with tempfile.TemporaryDirectory(prefix="ppo_ray-") as folder:
+        merge_model(config.model, Path(folder), config.rollout.engine_dtype)
+        yield folder
+
+
+def _start_engine(config: Config, path: str) -> tuple[Engine, str | None]:
     """Start the engine that `rollout.engine` names; also returns what `RolloutWorker.describe_limits` does."""
-    rollout, path, trust = config.rollout, config.model.path, config.model.trust
+    rollout, trust = config.rollout, config.model.trust
+    trust = trust if path == config.model.path else replace(trust, revision=None)
     if rollout.engine == "hf":
         from ppo_ray.rollout.hf import HFEngine
 

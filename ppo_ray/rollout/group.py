@@ -114,10 +114,11 @@ class RolloutGroup:
         calls = [_generate_call(prompts, 0, self._config.seed)] * self._config.rollout.workers
         timeout_s = self._config.ray.call_timeout_s
         agreements = learner.compare(Shards(self._group, "generating for a check", calls, timeout_s))
-        coarser = (
-            "bfloat16" if "bfloat16" in (self._config.model.dtype, self._config.rollout.engine_dtype) else "float32"
-        )
-        check_agreements(agreements, coarser)
+        model, rollout = self._config.model, self._config.rollout
+        dtypes = [model.dtype, rollout.engine_dtype]
+        if model.lora is not None:  # merged weights are rounded on their way, which adapters alone are not
+            dtypes.append(rollout.wire_dtype or model.dtype)
+        check_agreements(agreements, "bfloat16" if "bfloat16" in dtypes else "float32")
         return agreements
 
     def close(self) -> None:

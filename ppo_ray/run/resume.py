@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "rollout.max_num_seqs",
     "rollout.kv_cache_mib",
     "rollout.self_check",
+    "rollout.adapter_sync",
     "rollout.weight_transport",
     "rollout.weight_bucket_mib",
     "reward.workers",

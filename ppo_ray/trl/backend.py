@@ -3,6 +3,7 @@
 Dimensions: P prompt tokens, R response tokens.
 """
 
+import contextlib
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Protocol
@@ -14,7 +15,8 @@ import torch
 from ppo_ray import trajectory
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.reports import UpdateReport
-from ppo_ray.models.actor_critic import CausalLMWithValueHead
+from ppo_ray.models.actor_critic import CausalLMWithValueHead, UnadaptedPolicy
+from ppo_ray.models.lora import without_adapters
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.trl.config import PPOConfig
 from ppo_ray.trl.generation import GenerateCall, generate
@@ -50,14 +52,17 @@ class InProcess:
         self,
         config: PPOConfig,
         model: AutoModelForCausalLMWithValueHead,
-        ref_model: AutoModelForCausalLMWithValueHead,
+        ref_model: AutoModelForCausalLMWithValueHead | None,
         tokenizer: Any,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Make a learner of models that are on their device, in eval mode."""
         self._model, self._ref_model, self._tokenizer = model, ref_model, tokenizer
         self._policy = CausalLMWithValueHead(model.pretrained_model, temperature=1.0, value_head=model.v_head.summary)
-        self._reference = ResponseLM(ref_model.pretrained_model, temperature=1.0)
+        self._policy.adapted = model.is_peft_model
+        self._reference = (
+            ResponseLM(ref_model.pretrained_model, temperature=1.0) if ref_model else UnadaptedPolicy(self._policy)
+        )
         self._learner = PPOLearner(
             self._policy,
             self._reference,
@@ -78,9 +83,11 @@ class InProcess:
 
     def generate(self, call: GenerateCall, by_reference: bool = False) -> TokenIds:
         """Sample by transformers' `generate`, dropout off."""
-        model = self._ref_model if by_reference else self._model
+        model = (by_reference and self._ref_model) or self._model
         model.eval()
-        return generate(model, self._tokenizer, call)
+        unadapted = by_reference and self._ref_model is None
+        with without_adapters(model) if unadapted else contextlib.nullcontext():
+            return generate(model, self._tokenizer, call)
 
     def update(self, table: pa.Table, orders: list[np.ndarray], temperature: float) -> UpdateReport:
         """Make one update; the model is in eval mode after it as before."""

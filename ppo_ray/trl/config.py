@@ -178,7 +178,7 @@ class PPOConfig:
             "push_to_hub_if_best_kwargs": "look at stats['ppo/mean_scores'] and call push_to_hub yourself",
             "gradient_checkpointing": "it had no effect in TRL, where every pass ran in eval mode; leave it out",
             "is_encoder_decoder": "only causal language models are trained here",
-            "is_peft_model": "adapters are not supported; merge them into the model",
+            "is_peft_model": "the trainer sets it; adapters are made by from_pretrained(..., peft_config=...)",
         }
         for name, reason in reasons.items():
             if getattr(self, name):

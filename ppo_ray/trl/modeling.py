@@ -7,9 +7,15 @@ import copy
 from pathlib import Path
 from typing import Any, Self
 
+import peft
+import safetensors.torch
 import torch
 from transformers import PreTrainedModel
 
+from ppo_ray.config import LoraConfig
+from ppo_ray.models.actor_critic import VALUE_HEAD_FILE, save_value_head
+from ppo_ray.models.adapter_files import CONFIG_FILE, find_kind_problem, load_adapters, save_adapters
+from ppo_ray.models.lora import ADAPTER, add_adapters, find_target_problem, is_adapter
 from ppo_ray.models.saving import keep_generation_config
 from ppo_ray.models.tensors import VALUE_HEAD
 from ppo_ray.trl.checkpoint import load_with_value_head
@@ -21,7 +27,6 @@ _LAYER_PATTERNS = (
     "model.layers.{layer}",
 )
 _REFUSED = {
-    "peft_config": "adapters are not supported; merge them into the model",
     "reward_adapter": "adapters are not supported; score with a model of its own",
     "load_in_8bit": "quantised models are not trained here",
     "load_in_4bit": "quantised models are not trained here",
@@ -101,9 +106,10 @@ class AutoModelForCausalLMWithValueHead(torch.nn.Module):
             **kwargs: likewise; those of the constructor go there. Weights are float32 unless `dtype` says otherwise.
 
         Raises:
-            ValueError: an argument cannot be honoured.
+            ValueError: an argument cannot be honoured. `peft_config` takes peft's LoraConfig.
             OSError: there is no such model, or it has no safetensors weights.
         """
+        adapters = kwargs.pop("peft_config", None)
         for name, reason in _REFUSED.items():
             if kwargs.pop(name, None):
                 raise ValueError(f"{name} cannot be honoured: {reason}")
@@ -111,19 +117,50 @@ class AutoModelForCausalLMWithValueHead(torch.nn.Module):
             raise ValueError(
                 "use_safetensors=False cannot be honoured: pickled weights can run code when they are read"
             )
-        for name in ("reward_adapter_name", "is_trainable"):  # they say something of adapters, of which there are none
+        for name in ("reward_adapter_name", "is_trainable"):  # adapters are always trained, and none scores
             kwargs.pop(name, None)
         head = {name: kwargs.pop(name) for name in _HEAD_ARGUMENTS if name in kwargs}
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):
             if args or kwargs:
                 raise ValueError(f"{[*args, *kwargs]} cannot be honoured: the model is loaded already")
-            return cls(pretrained_model_name_or_path, **head)
+            return cls(pretrained_model_name_or_path, **head)._adapt(adapters)
         if not isinstance(pretrained_model_name_or_path, str | Path):
             raise ValueError(f"give a folder, a hub name or a causal LM, not {type(pretrained_model_name_or_path)}")
-        pretrained_model, value_head = load_with_value_head(str(pretrained_model_name_or_path), *args, **kwargs)
-        model = cls(pretrained_model, **head)
+        path = Path(pretrained_model_name_or_path)
+        if (path / CONFIG_FILE).is_file():  # as `save_pretrained` writes adapters
+            if adapters is not None:
+                raise ValueError(f"peft_config cannot be honoured: {path} holds adapters already")
+            saved = peft.LoraConfig.from_pretrained(path)
+            base, value_head = load_with_value_head(str(saved.base_model_name_or_path), *args, **kwargs)
+            model = cls(base, **head)._adapt(saved)
+            load_adapters(base, str(path))
+            value_head |= {f"{VALUE_HEAD}summary.{name}": tensor for name, tensor in _read_head(path).items()}
+        else:
+            pretrained_model, value_head = load_with_value_head(str(path), *args, **kwargs)
+            model = cls(pretrained_model, **head)._adapt(adapters)
         model.post_init(value_head)
         return model
+
+    def _adapt(self, config: Any) -> Self:
+        """Put adapters into the model; None: none.
+
+        Raises:
+            ValueError: they are not plain LoRA of linear maps.
+        """
+        if config is None:
+            return self
+        if not isinstance(config, peft.PeftConfig):
+            raise ValueError(f"peft_config must be a peft.LoraConfig, not {type(config)}")
+        if problem := find_kind_problem(config.to_dict()):
+            raise ValueError(f"peft_config cannot be honoured: its adapters {problem}")
+        targets = () if isinstance(config.target_modules, str | None) else tuple(config.target_modules)
+        if problem := find_target_problem(self.pretrained_model, LoraConfig(targets=targets)):
+            raise ValueError(f"peft_config.target_modules: {problem}")
+        add_adapters(self.pretrained_model, config, torch.initial_seed() % (1 << 63))
+        own = self.pretrained_model.peft_config[ADAPTER]
+        own.base_model_name_or_path = own.base_model_name_or_path or self.config.name_or_path
+        self.is_peft_model = True
+        return self
 
     def forward(
         self,
@@ -166,7 +203,15 @@ class AutoModelForCausalLMWithValueHead(torch.nn.Module):
             self.v_head.load_state_dict(head)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
-        """Write the model with `v_head.*` beside its own weights, for `from_pretrained` here and in transformers."""
+        """Write the model with `v_head.*` beside its own weights, for `from_pretrained` here and in transformers.
+
+        Of a model with adapters these and the value head alone are written, as in a checkpoint (`model.lora.path`).
+        """
+        if self.is_peft_model:
+            named = self.pretrained_model.named_parameters()
+            save_adapters(self.pretrained_model, Path(save_directory), {n: p for n, p in named if is_adapter(n)})
+            save_value_head(Path(save_directory) / VALUE_HEAD_FILE, self.v_head.summary.state_dict())
+            return None
         state = kwargs.pop("state_dict", None) or self.state_dict()
         with keep_generation_config(self.pretrained_model):
             return self.pretrained_model.save_pretrained(save_directory, state_dict=state, **kwargs)
@@ -183,6 +228,11 @@ class AutoModelForCausalLMWithValueHead(torch.nn.Module):
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Enable it in the wrapped model; it has no effect in eval mode, in which PPO runs."""
         self.pretrained_model.gradient_checkpointing_enable(*args, **kwargs)
+
+
+def _read_head(folder: Path) -> dict[str, torch.Tensor]:
+    file = folder / VALUE_HEAD_FILE
+    return safetensors.torch.load_file(file) if file.is_file() else {}
 
 
 def create_reference_model(

@@ -65,7 +65,7 @@ class PPOTrainer:
         Args:
             config: the options.
             model: trained in place.
-            ref_model: frozen; None: a copy of the model as it is.
+            ref_model: frozen; None: a copy of the model as it is, or a model with adapters without them.
             tokenizer: the model's.
             dataset: of torch or datasets, for `dataloader`; None: the script brings its own batches.
             optimizer: of the model's parameters; None: Adam with `config.learning_rate`.
@@ -84,6 +84,8 @@ class PPOTrainer:
         assert model is not None and tokenizer is not None
         if ref_model is not None and num_shared_layers is not None:
             warnings.warn("num_shared_layers is ignored: a ref_model is given", UserWarning, stacklevel=2)
+        if on_ray is not None and model.is_peft_model:
+            raise ValueError("adapters cannot be honoured on Ray: set model.lora in a config of ppo-ray train")
         for name, own in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
             if on_ray is not None and own is not None:
                 raise ValueError(f"{name} cannot be honoured on Ray: the learner makes its own Adam with learning_rate")
@@ -93,11 +95,15 @@ class PPOTrainer:
         self.current_device = self.accelerator.device
         config.world_size = 1
         config.global_backward_batch_size, config.global_batch_size = config.backward_batch_size, config.batch_size
-        config.is_encoder_decoder = config.is_peft_model = self.is_encoder_decoder = self.is_peft_model = False
+        config.is_encoder_decoder = self.is_encoder_decoder = False
+        config.is_peft_model = self.is_peft_model = model.is_peft_model
         self.is_distributed = False
         self.model = model.to(self.current_device).eval()
-        reference = ref_model or create_reference_model(model, num_shared_layers)
-        self.ref_model = reference.to(self.current_device).requires_grad_(False).eval()
+        self.ref_model = ref_model
+        if ref_model is None and not model.is_peft_model:  # else it is the model without its adapters
+            self.ref_model = create_reference_model(model, num_shared_layers)
+        if self.ref_model is not None:
+            self.ref_model = self.ref_model.to(self.current_device).requires_grad_(False).eval()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer or torch.optim.Adam(trained, lr=config.learning_rate)
         self.lr_scheduler = lr_scheduler
@@ -109,6 +115,7 @@ class PPOTrainer:
         else:
             from ppo_ray.trl.on_ray import OnRay  # Ray is not needed otherwise
 
+            assert self.ref_model is not None
             self._backend = OnRay(config, self.model, self.ref_model, tokenizer, on_ray)
         self.kl_ctl = KLControl(self._backend)
         self.current_step = 0

@@ -507,3 +507,29 @@ def test_a_value_that_its_interpolations_make_long_is_refused(tmp_path, monkeypa
     path.write_text("output_dir: " + "${oc.env:LONG_NAME}" * 3)
     with pytest.raises(InputError, match=r"output_dir: 12,057 characters with what it refers to, more than 10,000"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.lora.rank=0", "model.lora.rank: 0 must be at least 1"),
+        ("model.lora.rank=4096", "model.lora.rank: 4096 must be at most 512"),
+        ("model.lora.alpha=0", "model.lora.alpha: 0 must be greater than 0"),
+        ("model.lora.dropout=0.1", "model.lora.dropout: not offered: PPO compares two passes"),
+        ("model.lora={dropout: 0.1}", "model.lora.dropout: not offered: PPO compares two passes"),
+        ("model.lora.rnk=8", "model.lora.rnk: unknown option; did you mean model.lora.rank?"),
+        ("model.lora={path: x, alpha: 3}", "model.lora.alpha: is for new adapters"),
+        ("rollout.adapter_sync=adapter", "rollout.adapter_sync: adapter is not offered yet"),
+    ],
+)
+def test_adapters_that_cannot_be(override: str, line: str) -> None:
+    given = ["output_dir=x", "model.path=m", "prompts.path=p", "reward.path=r", override]
+    with pytest.raises(InputError, match=re.escape(line)):
+        load_config(None, given)
+
+
+def test_adapters_are_off_and_on_with_all_defaults() -> None:
+    given = ["output_dir=x", "model.path=m", "prompts.path=p", "reward.path=r"]
+    assert load_config(None, given).model.lora is None
+    lora = load_config(None, [*given, "model.lora={dropout: off}"]).model.lora
+    assert lora is not None and (lora.rank, lora.alpha, lora.targets, lora.path) == (None, None, None, None)

@@ -35,6 +35,18 @@ def test_what_an_evaluation_needs_is_taken(checkpoint):
     assert dropped == []
 
 
+def test_a_checkpoint_of_adapters_is_evaluated_on_its_base(checkpoint):
+    folder = checkpoint(model={"path": "base", "lora": {"rank": 4}}, reward={"path": "c"})
+    (folder / "adapter_config.json").write_text("{}")
+    config, _ = load_evaluation_config(folder)
+    assert (config.model.path, config.model.lora.path, config.model.lora.rank) == ("base", str(folder), None)
+    config, _ = load_evaluation_config(folder, ["model.path=elsewhere"])
+    assert (config.model.path, config.model.lora.path) == ("elsewhere", str(folder))
+    checkpoint(model={"path": "${oc.env:HOME}"}, reward={"path": "c"})
+    with pytest.raises(InputError, match=r"model.path holds an interpolation"):
+        load_evaluation_config(folder)
+
+
 def test_sets_and_mixtures_are_taken_and_a_path_given_stands_for_the_mixture(checkpoint):
     sources = [{"name": "a", "path": "a.jsonl", "weight": 2.0}, {"name": "b", "path": "b.jsonl"}]
     sets = {"hard": {"path": "hard.jsonl", "num_prompts": 7}}

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ppo_ray.config import Config, UpdateConfig
+from ppo_ray.config.explain import all_options, section_of
 from ppo_ray.config.reference import FIRST, Option, OptionTable, find_table, make_tables, to_markdown
 from ppo_ray.errors import InputError
 
@@ -16,9 +17,8 @@ def option(name: str) -> Option:
 
 
 def test_every_option_is_there_once() -> None:
-    sections = {name: field.annotation for name, field in Config.model_fields.items()}
-    wanted = {name for name, section in sections.items() if not hasattr(section, "model_fields")}
-    wanted |= {f"{name}.{leaf}" for name, section in sections.items() for leaf in getattr(section, "model_fields", ())}
+    sections = {name for name, field in Config.model_fields.items() if section_of(field)}
+    wanted = {name for name, _ in all_options(Config)} - sections
     found = [option.name for table in make_tables() for option in table.options]
     assert set(found) == wanted and len(found) == len(wanted)
 
@@ -42,7 +42,7 @@ def test_the_options_to_touch_first_exist() -> None:
 def test_a_section_is_found_by_its_name() -> None:
     found = find_table("ppo")
     assert isinstance(found, OptionTable) and len(found.options) == len(UpdateConfig.model_fields)
-    with pytest.raises(InputError, match="pop is no section of a config; there are model, prompts, rollout"):
+    with pytest.raises(InputError, match="pop is no section of a config; there are model, model.lora, prompts"):
         find_table("pop")
 
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ppo_ray.config import LoraConfig
 from ppo_ray.learner import batch as learner_batch
 from ppo_ray.learner.batch import ResponseBatch
 from ppo_ray.learner.learner import PPOLearner
@@ -29,6 +30,7 @@ FULL = {  # everything that adds to the loss, all at once
     "score_scaling": "mean_std",
 }
 NUM_ROWS = 12
+LORA = LoraConfig(rank=4)
 
 
 def updated(learner: PPOLearner, order: Any = None) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -49,23 +51,22 @@ def same(first: tuple[Any, Any], second: tuple[Any, Any]) -> None:
 def whole(tiny_policy: Path) -> dict[str, tuple[Any, Any]]:
     """Return the update made in one pass, for each set of options."""
     return {
-        name: updated(make_float64_learner(tiny_policy, 10**6, **options))
-        for name, options in (("default", {}), ("full", FULL))
+        name: updated(make_float64_learner(tiny_policy, 10**6, lora=lora, **options))
+        for name, lora, options in (("default", None, {}), ("full", None, FULL), ("lora", LORA, FULL))
     }
 
 
 slow_examples = settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.mark.parametrize("options", ["default", "full"])
+@pytest.mark.parametrize("options", ["default", "full", "lora"])
 @slow_examples
 @given(budget=st.integers(8, 200), parts=st.integers(1, 12), seed=st.integers(0, 2**31))
 def test_passes_parts_and_order_change_nothing(
     tiny_policy: Path, whole: Any, options: str, budget: int, parts: int, seed: int
 ) -> None:
-    learner = make_float64_learner(
-        tiny_policy, budget, gradient_accumulation=parts, **(FULL if options == "full" else {})
-    )
+    ppo, lora = {} if options == "default" else FULL, LORA if options == "lora" else None
+    learner = make_float64_learner(tiny_policy, budget, lora=lora, gradient_accumulation=parts, **ppo)
     same(updated(learner, lambda epoch: np.random.default_rng([seed, epoch]).permutation(NUM_ROWS)), whole[options])
 
 
@@ -90,13 +91,14 @@ Case = tuple[list[tuple[int, int]], int, dict[str, Any], dict[str, Any], dict[st
 """Lengths of prompts and responses, tokens of a micro-batch, and options of model, learner and ppo."""
 
 SEPARATE, RECOMPUTE = {"critic": "separate"}, {"gradient_checkpointing": True}
+ADAPTERS = {"lora": LORA}
 SMALL_STEPS = {"minibatch_size": 3, "max_grad_norm": 0.01}
 HEAD_ONLY = {"value_warmup_steps": 1}
 PARTS = {"gradient_accumulation": 2, "ratio_exceeded": "zero_loss", "ratio_threshold": 1.0001, "epochs": 3}
 cases = st.tuples(
     st.lists(st.tuples(st.integers(1, 8), st.integers(1, 12)), min_size=2, max_size=9),
     st.integers(8, 80),
-    st.sampled_from([{}, SEPARATE]),
+    st.sampled_from([{}, SEPARATE, ADAPTERS, SEPARATE | ADAPTERS]),
     st.sampled_from([{}, RECOMPUTE]),
     st.sampled_from([{}, SMALL_STEPS, HEAD_ONLY, PARTS, FULL, {"kl_estimator": "full"}]),
 )
@@ -107,6 +109,8 @@ cases = st.tuples(
 @example(case=([(3, 4), (2, 1)], 80, {}, {}, SMALL_STEPS))  # fewer sequences than ranks
 @example(case=([(8, 40), *[(1, 2)] * 6], 10, {}, RECOMPUTE, PARTS))  # one long, many short: other numbers of passes
 @example(case=([(2, 5), (8, 9), (1, 1), (4, 12)], 20, SEPARATE, {}, HEAD_ONLY | SMALL_STEPS))
+@example(case=([(3, 4), (2, 1)], 80, ADAPTERS, {}, {"kl_estimator": "full"} | SMALL_STEPS))
+@example(case=([(8, 40), *[(1, 2)] * 6], 10, SEPARATE | ADAPTERS, RECOMPUTE, FULL))
 def test_the_number_of_ranks_and_their_sharding_change_nothing(tiny_policy: Path, crew: Any, case: Case) -> None:
     """Real processes and gloo."""
     alone = work_on(None, tiny_policy, case, "float64", "ddp")

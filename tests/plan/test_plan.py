@@ -150,6 +150,31 @@ def test_ranks_of_a_learner_share_its_state_and_gather_layers(configured: Config
     assert found_types == (4 * TRAINED, 2 * TRAINED, 2 * POLICY)
 
 
+ADAPTERS = 2 * 4 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 256))  # of rank 4, in two layers
+
+
+def test_adapters_are_what_is_stepped_and_saved_and_the_base_is_there_once(configured: Configured) -> None:
+    cluster = ClusterShape.uniform(1, 8, 0, 64 * GIB)
+    found = planned(configured("model.lora.rank=4", "model.dtype=bfloat16"), cluster)
+    terms = amounts(found.terms["learner-0"])
+    assert "reference" not in terms and "bfloat16 weights" not in terms
+    stepped = ADAPTERS + 129
+    assert (terms["float32 adapters and value head"], terms["gradients"]) == (4 * stepped, 4 * stepped)
+    assert terms["Adam's two moments"] == 8 * stepped
+    assert terms["frozen base"] == 2 * POLICY
+    assert terms["weights to publish"] == 2 * POLICY
+    assert amounts(found.disk_terms)["checkpoints"] == 4 * 12 * stepped
+    separate = ("model.lora.rank=4", "model.critic=separate")
+    both = amounts(planned(configured(*separate), cluster).terms["learner-0"])
+    assert both["gradients"] == 4 * (2 * ADAPTERS + 129) and "the critic's frozen base" not in both
+    ranks = ("learner.workers=2", "learner.sharding=fsdp2")
+    assert amounts(planned(configured(*separate, *ranks), cluster).terms["learner-0"])["the critic's frozen base"] > 0
+    some = amounts(
+        planned(configured("model.lora={rank: 2, targets: [q_proj, down_proj]}"), cluster).terms["learner-0"]
+    )
+    assert some["gradients"] == 4 * (2 * 2 * (128 + 128 + 256 + 128) + 129)
+
+
 SEQUENCE = 8 + 16 + 16  # tokens of prompt and response, and a block that is filled in part
 
 

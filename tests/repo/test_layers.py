@@ -37,6 +37,7 @@ HOMES = {
     "vllm": "rollout/vllm*.py  weights/nccl_sender.py",
     "torch": "algo/*  models/*  learner/*  rollout/*  reward/classifier.py  reward/batching.py  weights/*  plan/*  "
     "assets/*  trl/*",
+    "peft": "models/lora.py  models/adapter_files.py  trl/modeling.py",
     "matplotlib": "run/curves.py",
     "tensorboard": "run/log.py",
     "datasets": "prompts/sources.py  assets/*",

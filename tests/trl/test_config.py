@@ -81,7 +81,7 @@ def test_derived_figures() -> None:
         ({"log_with": "mlflow"}, "log_with='mlflow' is not one of wandb, tensorboard"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing=True cannot be honoured"),
         ({"push_to_hub_if_best_kwargs": {"repo_id": "x"}}, "cannot be honoured"),
-        ({"is_peft_model": True}, "adapters are not supported"),
+        ({"is_peft_model": True}, "adapters are made by from_pretrained"),
         ({"world_size": 2}, "ppo-ray train"),
         ({"optimize_cuda_cache": True, "optimize_device_cache": True}, "give one of them"),
         ({"gamma": 1.5}, "gamma"),

@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -70,7 +71,9 @@ def test_dropout_is_in_the_value_head_and_off_in_eval(model: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"peft_config": object()}, "adapters are not supported"),
+        ({"peft_config": object()}, "must be a peft.LoraConfig"),
+        ({"peft_config": peft.LoraConfig(use_dora=True)}, "no plain LoRA .*use_dora"),
+        ({"peft_config": peft.LoraConfig(target_modules=["lm_head"])}, "output embedding"),
         ({"load_in_8bit": True}, "quantised models"),
         ({"trust_remote_code": True}, "no code of a model's folder is ever run"),
         ({"v_head_init_strategy": "zeros"}, "must be None or 'normal'"),
