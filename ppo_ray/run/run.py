@@ -27,6 +27,7 @@ from ppo_ray.run.health import find_warnings
 from ppo_ray.run.log import MetricsLog
 from ppo_ray.run.progress import StepProgress
 from ppo_ray.run.resume import Start, find_start, is_finished, open_folder
+from ppo_ray.run.tracking import Tracking, track
 
 
 class Run:
@@ -55,6 +56,7 @@ class Run:
         """Whether all steps were made before this process began."""
         self._evaluated: dict[str, float] = {}
         self._log, self._gauges = log, Gauges(folder.path.name)
+        self._tracking = Tracking(config, folder, self.report)
         self._progress: StepProgress  # set by `under_way`, as the next two
         self._save: BeginSave
         self._explain: Callable[[], str]
@@ -77,13 +79,14 @@ class Run:
             inputs = preflight.check(config)
             prompts = inputs.open_prompts(config)
         folder = open_folder(config)
-        with folder.lock(), MetricsLog(folder.path) as log:
+        with folder.lock(), MetricsLog(folder.path) as log, contextlib.ExitStack() as stack:
             run = cls(config, prompts, inputs.open_sets(config), folder, log, console)
             run.is_finished = is_finished(folder, config)
             if not run.is_finished:
                 run._begin()
                 for note in filter(None, [inputs.describe_ends(), *inputs.notes]):
                     run.say(note)
+                run._tracking = stack.enter_context(track(config, folder, run.report))
             yield run
 
     @contextlib.contextmanager
@@ -112,6 +115,7 @@ class Run:
         """
         self.record(update)
         self._progress.update(step, self.history[-1])
+        self._tracking.check()
         for warning in find_warnings(self.history, self.config.ppo.value_warmup_steps):
             self.say(warning)
         if step == 0 and not update.metrics["learner/skipped_update"]:
