@@ -109,12 +109,12 @@ class WandbTracker:
 
 
 def count_wandb_steps(folder: Path) -> int:
-    """Return how many steps the offline files of Weights & Biases below a folder hold: 1 + the last one's number."""
+    """Return how many steps the offline stores of Weights & Biases below a folder hold: 1 + the last one's number."""
     from wandb.proto import wandb_internal_pb2
 
     steps = 0
     for path in folder.glob("wandb/*run-*/run-*.wandb"):
-        for data in read_wandb_file(path):
+        for data in read_store(path):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "history":
@@ -122,10 +122,10 @@ def count_wandb_steps(folder: Path) -> int:
     return steps
 
 
-def read_wandb_file(path: Path) -> Iterator[bytes]:
-    """Yield the records of a .wandb file, up to one that was cut off.
+def read_store(path: Path) -> Iterator[bytes]:
+    """Yield the records of an offline store of Weights & Biases or SwanLab, up to one that was cut off.
 
-    It is LevelDB's log format behind a header of 7 bytes: blocks of 32 KiB, in which each part of a record follows its
+    Both are LevelDB's log format behind a header of 7 bytes: blocks of 32 KiB, in which each part of a record follows its
     checksum, length and kind (1 whole, 2 first, 3 middle, 4 last).
     """
     data, place, record = path.read_bytes(), 7, b""
@@ -224,10 +224,8 @@ class TrackioTracker:
         self._run.log(row, step=step)  # type: ignore[attr-defined]
 
     def log_file(self, path: Path) -> None:
-        """Save a file with the project."""
-        import trackio
-
-        trackio.save(str(path))
+        """Log an artifact of the run."""
+        self._run.log_artifact(str(path), name=path.stem, type="report")  # type: ignore[attr-defined]
 
     def close(self, finished: bool) -> None:
         """Write what is in the queue."""
@@ -247,8 +245,22 @@ class SwanlabTracker:
 
         given = {"name": run.name, "project": run.project, "log_dir": str(run.folder)} | self._options
         given |= {"id": run.id, "config": dict(run.config), "resume": "allow"}
-        swanlab.init(**given)
-        return None
+        held = self._count_steps(run.folder)
+        return held if swanlab.init(**given).mode == "offline" else None
+
+    @staticmethod
+    def _count_steps(folder: Path) -> int:
+        """Return how many steps the offline stores below a folder hold whole: up to the last figure of a row."""
+        from swanlab.proto.swanlab.record.v1 import record_pb2
+
+        steps = 0
+        for path in folder.glob("run-*/run-*.swanlab"):
+            for data in read_store(path):
+                record = record_pb2.Record()
+                record.ParseFromString(data)
+                if record.WhichOneof("record_type") == "scalar" and record.scalar.key == "time/step_s":
+                    steps = max(steps, record.scalar.step + 1)
+        return steps
 
     def log_step(self, step: int, metrics: Mapping[str, float], samples: Samples | None) -> None:
         """Log figures, and each response as a text under its prompt."""
