@@ -153,7 +153,7 @@ class Follower:
 
     def _send(self, tracker: Tracker, everything: bool) -> None:
         self._waiting.update(self._steps.read())
-        limit = math.inf if everything or not self._options["only_checkpointed"] else self._count_checkpointed()
+        limit = math.inf if everything or not self._options["only_checkpointed"] else self._count_safe_steps()
         for step in sorted(self._waiting):
             if step >= limit:
                 break
@@ -168,7 +168,7 @@ class Follower:
         tracker.close(finished)
         self._note(closed=finished)
 
-    def _count_checkpointed(self) -> int:
+    def _count_safe_steps(self) -> int:
         """Return how many steps the newest checkpoint holds: no start makes them again."""
         names = [re.fullmatch(r"step-(\d+)", path.name) for path in self._folder.checkpoints.glob("step-*")]
         return max((int(name[1]) for name in names if name), default=0)

@@ -14,6 +14,7 @@ from typing import Self
 from rich.console import Console
 
 from ppo_ray import __version__, preflight, stopping
+from ppo_ray.actors.watch import show_waits
 from ppo_ray.checkpoint import BeginSave, RunState
 from ppo_ray.config import Config
 from ppo_ray.errors import WorkerError
@@ -99,7 +100,9 @@ class Run:
         """
         self._save, self._explain = save, explain
         self._log.start_clock()
-        with StepProgress(self.config.steps, self.console, self.state.step) as self._progress:
+        self._progress = StepProgress(self.config.steps, self.console, self.state.step)
+        self._progress.show_history(self.history)
+        with self._progress, show_waits(self._progress.show_phase):
             yield
         self.checkpoints.finish()
         if self.history and self._num_unscored_steps() == len(self.history):
@@ -219,11 +222,17 @@ def describe_run(config: Config, folder: RunFolder) -> Iterator[str]:
     sources = (source.path or source.function or source.url for _, source in config.reward.sources)
     yield f"reward: {', '.join(map(str, sources))}"
     devices = [
-        f"{section} {workers} x {f'{gpus:g} GPU' if gpus else f'{threads} CPU threads'}"
-        for section, workers, gpus, threads in (
-            ("rollout", rollout.workers, rollout.gpus * rollout.tensor_parallel, rollout.threads),
-            ("reward", config.reward.workers, config.reward.gpus, config.reward.threads),
+        f"{_count(workers, noun)} on {_count(gpus, 'GPU') if gpus else _count(threads, 'CPU thread')}"
+        + " each" * (workers > 1)
+        for noun, workers, gpus, threads in (
+            ("rollout worker", rollout.workers, rollout.gpus * rollout.tensor_parallel, rollout.threads),
+            ("reward worker", config.reward.workers, config.reward.gpus, config.reward.threads),
             ("learner", config.learner.workers, config.learner.gpus, config.learner.threads),
         )
     ]
     yield f"devices: {', '.join(devices)}; generation by {rollout.engine}"
+
+
+def _count(number: float, noun: str) -> str:
+    """Write a number with its noun, e.g. `1 CPU thread` and `0.5 GPUs`."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"

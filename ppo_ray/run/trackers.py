@@ -5,6 +5,7 @@ die.
 """
 
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,8 @@ class WandbTracker:
 
     def __init__(self, **options: Any) -> None:
         """Take arguments of `wandb.init`."""
-        self._options, self._run = options, None
+        self._options = options
+        self._run: Any = None
 
     def start(self, run: TrackedRun) -> int | None:
         """Begin or resume the run of this id; an offline one is found in the folder."""
@@ -97,15 +99,15 @@ class WandbTracker:
         if samples:
             columns = list(samples[0])
             row["samples"] = wandb.Table(columns=columns, data=[[line[name] for name in columns] for line in samples])
-        self._run.log(row, step=step, commit=True)  # type: ignore[attr-defined]
+        self._run.log(row, step=step, commit=True)
 
     def log_file(self, path: Path) -> None:
         """Save a file with the run; a page is shown beside its charts too."""
-        self._run.save(str(path), base_path=str(path.parent), policy="now")  # type: ignore[attr-defined]
+        self._run.save(str(path), base_path=str(path.parent), policy="now")
 
     def close(self, finished: bool) -> None:
         """End the run; a broken one has the exit code 1."""
-        self._run.finish(exit_code=0 if finished else 1)  # type: ignore[attr-defined]
+        self._run.finish(exit_code=0 if finished else 1)
 
 
 def count_wandb_steps(folder: Path) -> int:
@@ -125,8 +127,8 @@ def count_wandb_steps(folder: Path) -> int:
 def read_store(path: Path) -> Iterator[bytes]:
     """Yield the records of an offline store of Weights & Biases or SwanLab, up to one that was cut off.
 
-    Both are LevelDB's log format behind a header of 7 bytes: blocks of 32 KiB, in which each part of a record follows its
-    checksum, length and kind (1 whole, 2 first, 3 middle, 4 last).
+    Both are LevelDB's log format behind a header of 7 bytes: blocks of 32 KiB, in which each part of a record follows
+    its checksum, length and kind (1 whole, 2 first, 3 middle, 4 last).
     """
     data, place, record = path.read_bytes(), 7, b""
     while place + 7 <= len(data):
@@ -173,8 +175,6 @@ class MlflowTracker:
 
     def log_step(self, step: int, metrics: Mapping[str, float], samples: Samples | None) -> None:
         """Log the figures at once; a table is the artifact samples/step-00010.json, as `mlflow.load_table` reads it."""
-        import time
-
         if samples:
             columns = list(samples[0])
             table = {"columns": columns, "data": [[row[name] for name in columns] for row in samples]}
@@ -202,7 +202,8 @@ class TrackioTracker:
 
     def __init__(self, **options: Any) -> None:
         """Take arguments of `trackio.init`."""
-        self._options, self._run = options, None
+        self._options = options
+        self._run: Any = None
 
     def start(self, run: TrackedRun) -> int | None:
         """Begin or resume the run, whose name ends with its id."""
@@ -221,15 +222,15 @@ class TrackioTracker:
             import trackio
 
             row["samples"] = trackio.Table(dataframe=pd.DataFrame(list(samples)))
-        self._run.log(row, step=step)  # type: ignore[attr-defined]
+        self._run.log(row, step=step)
 
     def log_file(self, path: Path) -> None:
         """Log an artifact of the run."""
-        self._run.log_artifact(str(path), name=path.stem, type="report")  # type: ignore[attr-defined]
+        self._run.log_artifact(str(path), name=path.stem, type="report")
 
     def close(self, finished: bool) -> None:
         """Write what is in the queue."""
-        self._run.finish()  # type: ignore[attr-defined]
+        self._run.finish()
 
 
 class SwanlabTracker:

@@ -1,4 +1,4 @@
-"""The trackers of a run as the driver sees them: a process each, which is watched and never waited for but at the end."""
+"""The trackers of a run as the driver sees them: a process each, which is watched, and waited for at the end alone."""
 
 import contextlib
 import os
@@ -15,8 +15,8 @@ from ppo_ray import atomic, preflight
 from ppo_ray.config import Config, load_config, tracking_problems
 from ppo_ray.errors import InputError
 from ppo_ray.events import Event, Report
-from ppo_ray.run.follow import GAVE_UP, Sent, state_file
 from ppo_ray.run.folder import RunFolder
+from ppo_ray.run.follow import GAVE_UP, Sent, state_file
 from ppo_ray.run.log import read_steps
 from ppo_ray.run.resume import differences
 

@@ -1,4 +1,4 @@
-"""The real libraries, offline: what their stores hold after a kill and a resume. One that is not installed is skipped."""
+"""The real libraries, offline: what their stores hold after a kill and a resume; what is not installed is skipped."""
 
 import importlib.util
 import json
@@ -18,8 +18,8 @@ from ppo_ray.events import Event
 from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.follow import Sent, state_file
 from ppo_ray.run.log import MetricsLog, read_steps
-from ppo_ray.run.tracking import Tracking, track
 from ppo_ray.run.trackers import read_store
+from ppo_ray.run.tracking import Tracking, track
 
 HOSTILE = "<script>alert(1)</script>\x00\x1b[31m=1+1\u202e" + "a" * 10_000
 Rows = dict[int, dict[str, float]]
@@ -37,14 +37,18 @@ def read_wandb(folder: Path, run_id: str) -> tuple[Rows, str]:
             record.ParseFromString(data)
             kind = record.WhichOneof("record_type")
             if kind == "history":
-                items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                items = {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+                }
                 step = items.pop("_step")
                 assert step not in rows, "a step was sent twice"
                 rows[step] = {name: value for name, value in items.items() if name[0] != "_"}
             elif kind == "run":
                 config = str(record.run.config)
     tables = list(folder.glob("run/tracking/wandb/wandb/offline-run-*/files/media/table/*.json"))
-    assert {json.loads(table.read_text())["data"][0][3] for table in tables} == {HOSTILE}  # the killed one's lies there too
+    assert {json.loads(table.read_text())["data"][0][3] for table in tables} == {
+        HOSTILE
+    }  # the killed one's lies there too
     assert len(list(folder.glob("run/tracking/wandb/wandb/offline-run-*/files/report.html"))) == 1
     return rows, config
 
@@ -67,9 +71,9 @@ def read_mlflow(folder: Path, run_id: str) -> tuple[Rows, str]:
     table = Path(client.download_artifacts(run.info.run_id, "samples/step-00000.json"))
     assert json.loads(table.read_text())["data"][0][3] == HOSTILE
     assert run.data.params["ppo.learning_rate"] == "1.41e-05"
-    return {step: {name.replace("pass_4", "pass@4"): value for name, value in row.items()} for step, row in rows.items()}, str(
-        run.data.params
-    )
+    return {
+        step: {name.replace("pass_4", "pass@4"): value for name, value in row.items()} for step, row in rows.items()
+    }, str(run.data.params)
 
 
 def read_trackio(folder: Path, run_id: str) -> tuple[Rows, str]:
@@ -177,5 +181,5 @@ def test_a_store_holds_the_log_after_a_kill_and_a_resume(name: str, config: Conf
     rows, sent_config = READERS[name](tmp_path, (folder.tracking / "run_id").read_text().strip())
     logged = {int(row.pop("step")): row for row in read_steps(folder.path)}
     rows = {step: {key: row[key] for key in row if not key.startswith("samples")} for step, row in rows.items()}
-    assert rows == {step: {key: value for key, value in row.items() if value == value} for step, row in logged.items()}
+    assert rows == {step: {key: row[key] for key in row if row[key] == row[key]} for step, row in logged.items()}
     assert sorted(rows) == [0, 1, 2, 3, 4, 5] and "learning_rate" in sent_config

@@ -144,7 +144,11 @@ def test_a_tracker_gets_what_is_in_the_log(make_config, events):
             log.event(Event("worker_replaced", "rollout-0 was replaced"))
     for name in ("Recorder", "Killed"):
         made = calls(folder, name)
-        assert [call[0] for call in made if call[0] != "start"] == [*("step",) * len(steps(folder, name)), "file", "close"]
+        assert [call[0] for call in made if call[0] != "start"] == [
+            *("step",) * len(steps(folder, name)),
+            "file",
+            "close",
+        ]
         assert made[-1] == ["close", True] and made[-2] == ["file", "report.html"]
     run_id = (folder.tracking / "run_id").read_text().strip()
     assert calls(folder, "Recorder")[0] == ["start", run_id, "run", "films", 30] and len(run_id) == 21
