@@ -54,7 +54,8 @@ def test_a_terminal_shows_curves_and_what_is_under_way():
         assert "now: generating, 0 s" in output.getvalue()
         console.print("a worker's line")
         progress.update(4, {"score/mean": math.nan})
-    last = output.getvalue().rpartition("a worker's line")[2]
+    assert "a worker's line\n" in output.getvalue()
+    last = output.getvalue().rpartition("steps done")[2]
     assert "score     none  ▁▂▃█ " in last and "now:" not in last
     assert output.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is shown again
 

@@ -114,7 +114,7 @@ def test_whatever_a_model_wrote_is_shown_as_text(run) -> None:
     assert result.exit_code == 0, result.exception
     cell = "".join(line.split("│")[5].strip() for line in result.output.splitlines() if line.count("│") == 7)
     assert "\\x1b]0;owned\\x07<script>\\x00[red]\\u202eabc\\u2066\\x9b31maaa" in cell
-    assert "... (200,037 characters; --json has all)".replace(" ", "") in cell.replace(" ", "")
+    assert "... (200,033 characters; --json has all)".replace(" ", "") in cell.replace(" ", "")
     assert not {"\x1b", "\x00", "\x07", "\u202e", "\u2066", "\x9b"} & set(result.output)
     (line,) = [line for line in show(run, "--step", 1, "--json").output.splitlines() if "owned" in line]
     assert json.loads(line)["response"] == HOSTILE and line.isascii() and line.isprintable()
