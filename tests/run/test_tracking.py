@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -268,6 +269,20 @@ def test_the_log_is_read_on_and_read_again_when_it_is_another(tmp_path):
     (tmp_path / "other").write_text('{"step": 0, "a": 3}\n')
     (tmp_path / "other").replace(path)
     assert list(reader.read()) == [(0, {"a": 3})]
+
+
+def test_the_tracker_of_the_page_keeps_a_curve(make_config, events, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "tracking.md").read_text()
+    (program,) = re.findall(r"`csv_tracker.py`:\n\n```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "csv_tracker.py").write_text(program)
+    (options,) = re.findall(r"`tracking.options=(\{\".*?\}\})`", page)
+    given = make_config(options=options, trackers="[csv_tracker:CsvTracker]")
+    folder = open_folder(given)
+    with MetricsLog(folder.path) as log, track(given, folder, events.append):
+        log.write(0, {"score/mean": 0.5, "kl/per_sequence": 0.0})
+        log.write(1, {"score/mean": 0.75})
+    lines = (folder.tracking / "csv_tracker-CsvTracker" / "scores.csv").read_text().splitlines()
+    assert lines == ["0,0.5,0.0", "1,0.75,"] and events == []
 
 
 def test_nothing_is_imported_or_written_without_trackers(make_config, events, tmp_path):
