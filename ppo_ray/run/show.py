@@ -140,7 +140,8 @@ def select(run: Path, selection: Selection, note: Callable[[str], None]) -> list
     for number, sign in ((selection.worst, 1), (selection.best, -1)):
         if number:
             sign = -sign if figure.worst_is_highest else sign
-            chosen = heapq.nsmallest(number, known, key=lambda item, sign=sign: (sign * item[0], item[1], item[2]))
+            ordered = ((sign * value, step, row, path) for value, step, row, path in known)
+            chosen = [(sign * value, step, row, path) for value, step, row, path in heapq.nsmallest(number, ordered)]
             rows += _read_rows(chosen, selection.by)
     return rows
 
@@ -199,7 +200,7 @@ def _read_rows(chosen: Sequence[tuple[float, int, int, Path]], by: str) -> list[
     places: dict[Path, list[int]] = {}
     for _, _, row, path in chosen:
         places.setdefault(path, []).append(row)
-    read = {}
+    read: dict[tuple[Path, int], Row] = {}
     for path, numbers in places.items():
         with pq.ParquetFile(path) as file:
             columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
