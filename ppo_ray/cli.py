@@ -13,6 +13,7 @@ import typer
 from ppo_ray import __version__
 from ppo_ray.errors import Interrupted, PPORayError
 from ppo_ray.events import escape_controls
+from ppo_ray.run import commands
 
 _DEMOS = Path(__file__).parent / "assets"  # with configs/imdb.yaml and others, for those who have the package alone
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -65,7 +66,7 @@ def train(
     `ppo-ray options` shows every option. A run that was stopped or failed goes on with --resume.
     Exit codes: 0 the run is done, 1 it failed, 2 bad input (nothing was started), 130 Ctrl-C, 143 SIGTERM.
     """
-    with _report_errors():
+    with report_errors():
         from ppo_ray.config import load_config
 
         parsed = load_config(config, [*(overrides or []), *(["resume=required"] if resume else [])])
@@ -92,7 +93,7 @@ def demo(
     Called again, it goes on with a run that was stopped, and shows what a finished one left. More steps: steps=40.
     A run with other options needs another folder: output_dir=runs/other seed=1.
     """
-    with _report_errors():
+    with report_errors():
         from ppo_ray.config import load_config
 
         parsed = load_config(_DEMOS / f"{task.value}.yaml", ["resume=auto", *(overrides or [])])
@@ -115,7 +116,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, all else as errors.")] = False,
 ) -> None:
     """Score responses to the held-out prompts: of a checkpoint by its run's config, or of the model of a CONFIG."""
-    with _report_errors():
+    with report_errors():
         from rich.console import Console
 
         from ppo_ray.run.train import evaluate
@@ -131,7 +132,7 @@ def check(
     overrides: Overrides = None,
 ) -> None:
     """Start what CONFIG needs and prove that new weights change what every engine computes; train nothing."""
-    with _report_errors():
+    with report_errors():
         from ppo_ray.config import load_config
 
         parsed = load_config(config, overrides or [])
@@ -170,7 +171,7 @@ def plan(
     verbose: Annotated[bool, typer.Option("--verbose", help="Also what each actor's memory is made of.")] = False,
 ) -> None:
     """Say whether CONFIG fits (exit code 2 if not), where each actor would go, and the memory it takes."""
-    with _report_errors():
+    with report_errors():
         from ppo_ray.config import load_config
 
         parsed = load_config(config, overrides or [])
@@ -197,7 +198,7 @@ def serve_reward(
     ] = None,
 ) -> None:
     """Serve the reward of CONFIG over HTTP, for the reward.url of other runs."""
-    with _report_errors():
+    with report_errors():
         from ppo_ray.config import load_config
 
         parsed = load_config(config, overrides or [])
@@ -216,7 +217,7 @@ def options(
     markdown: Annotated[bool, typer.Option("--markdown", help="All of them as docs/options.md.")] = False,
 ) -> None:
     """Show every option of a CONFIG: what it may be, its default, what it means."""
-    with _report_errors():
+    with report_errors():
         from ppo_ray.config import reference
 
         if markdown:
@@ -254,7 +255,7 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log; exit with the job's code.")] = True,
 ) -> None:
     """Train as `train` does, as a job on a Ray cluster; sent again, it goes on from its newest checkpoint."""
-    with _report_errors():
+    with report_errors():
         from ppo_ray.jobs import submit as submission
         from ppo_ray.jobs.request import JobRequest, make_job_name
 
@@ -273,14 +274,14 @@ def assets(
     force: Annotated[bool, typer.Option("--force", help="Build again what is there already.")] = False,
 ) -> None:
     """Build a demo's models and data into the cache; no hub is needed."""
-    with _report_errors():
+    with report_errors():
         from ppo_ray.assets.build import build_assets
 
         build_assets(name.value, force=force)
 
 
 @contextmanager
-def _report_errors() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """Print our own errors on stderr and exit with their code; anything else is a bug and keeps its traceback."""
     try:
         yield
@@ -298,3 +299,6 @@ def _report_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(_INTERRUPTED) from None
+
+
+commands.register(app, Overrides, report_errors)

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from rich.console import Console
 
-EventKind = Literal["interrupted", "learner_rebuilt", "resumed", "torn_checkpoint", "unscored_step", "worker_replaced"]
+EventKind = Literal[
+    "interrupted",
+    "learner_rebuilt",
+    "resumed",
+    "torn_checkpoint",
+    "tracker_failed",
+    "unscored_step",
+    "worker_replaced",
+]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, LoraConfig, Trust, in_job, transport_problems
+from ppo_ray.config import Config, LoraConfig, Trust, in_job, tracking_problems, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.machine import count_cpus
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
@@ -74,7 +74,8 @@ def check(config: Config) -> Inputs:
         InputError: a line for everything that cannot be used.
     """
     inputs = Inputs()
-    problems = [*_cpu_problems(config), *transport_problems(config), *_policy_problems(config, inputs)]
+    problems = [*_cpu_problems(config), *transport_problems(config), *tracking_problems(config.tracking)]
+    problems += _policy_problems(config, inputs)
     problems += [*_end_problems(config, inputs), *_prompt_problems(config, inputs), *_reward_problems(config, inputs)]
     if in_job():
         problems = [*output_problems(config), *problems]

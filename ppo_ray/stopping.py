@@ -5,6 +5,7 @@ which must be finished (an update, a weight sync) does not. So a run is always s
 """
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from types import FrameType
 
 from ppo_ray.errors import Interrupted
 
+_SHOW_CURSOR = b"\x1b[?25h"  # the view of a run's progress hides it, and has no time to end
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _requested: int | None = None
 
@@ -30,13 +32,19 @@ def handle_signals(limit_s: float, end_at_once: Callable[[int], None]) -> Iterat
         return
     timer: threading.Timer | None = None
 
+    def end(code: int) -> None:
+        with contextlib.suppress(OSError):
+            if os.isatty(1):
+                os.write(1, _SHOW_CURSOR)
+        end_at_once(code)
+
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal timer
         global _requested
         if _requested is not None:
-            end_at_once(128 + number)
+            end(128 + number)
         _requested = number
-        timer = threading.Timer(limit_s, end_at_once, (128 + number,))
+        timer = threading.Timer(limit_s, end, (128 + number,))
         timer.daemon = True
         timer.start()
 

@@ -7,7 +7,8 @@ error of its GPU a process can compute nothing more, and is lost.
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,22 @@ class Limits:
     """The config's name of the limit for all answers."""
 
 
+Show = Callable[[str], contextlib.AbstractContextManager[None]]
+"""Takes what workers do, e.g. `generating`; returns a block in which they are waited for."""
+
+_show: ContextVar[Show] = ContextVar("show", default=lambda doing: contextlib.nullcontext())
+
+
+@contextlib.contextmanager
+def show_waits(show: Show) -> Iterator[None]:
+    """Let somebody show what is waited for during the block."""
+    token = _show.set(show)
+    try:
+        yield
+    finally:
+        _show.reset(token)
+
+
 def watch(calls: Mapping[Any, Member], limits: Limits, doing: str, may_stop: bool = True) -> None:
     """Wait until all calls are answered; the first failure ends the wait at once.
 
@@ -102,6 +119,11 @@ def watch(calls: Mapping[Any, Member], limits: Limits, doing: str, may_stop: boo
         WorkerError: a worker raised something else.
         Interrupted: the run is to be stopped.
     """
+    with _show.get()(doing):
+        _wait_for_all(calls, limits, doing, may_stop)
+
+
+def _wait_for_all(calls: Mapping[Any, Member], limits: Limits, doing: str, may_stop: bool) -> None:
     began = time.monotonic()
     pulses = {member.name: _Pulse(member, began) for member in calls.values()}
     waiting, felt = list(calls), began

@@ -19,6 +19,7 @@ from ppo_ray.config.sections import (
     in_job,
     revision_problem,
 )
+from ppo_ray.config.tracking import TrackingConfig, tracking_problems
 from ppo_ray.config.transport import transport_problems, weight_transport
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "RewardConfig",
     "RewardSource",
     "RolloutConfig",
+    "TrackingConfig",
     "Transport",
     "Trust",
     "UpdateConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "load_evaluation_config",
     "revision_problem",
     "to_yaml",
+    "tracking_problems",
     "transport_problems",
     "weight_transport",
 ]

@@ -24,7 +24,7 @@ _LONGEST_LINE = 500  # characters of a problem: the value may be a whole file
 _DEEPEST = 20  # levels of sections and lists; YAML's C parser overflows the stack at some thousands
 _LONGEST_VALUE = 10_000  # characters, interpolations resolved
 _INTERPOLATION = re.compile(r"\$\{(oc\.env:(?P<name>\w+)(,(?P<default>[^{}]*))?|(?P<key>\w+(\.\w+)*))\}")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)(KEY|PWD)($|_)|APIKEY", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)(KEY|PWD)($|_)|APIKEY", re.IGNORECASE)
 _MOST_NODES = 50_000  # keys and values of a file, aliases expanded
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -201,7 +201,7 @@ def _interpolation_problems(options: Any) -> Iterator[str]:
             if not match:
                 yield f"{key}: {found[0]} is neither ${{oc.env:NAME}} nor ${{section.option}}"
             elif (name := match["name"]) is not None:
-                if _SECRET.search(name):
+                if SECRET.search(name):
                     yield f"{key}: {found[0]} would write a secret into the run's config.yaml; leave it out"
                 length += len(os.environ.get(name, match["default"] or ""))
             elif match["key"] not in values or "${" in str(values[match["key"]]):

@@ -28,6 +28,7 @@ from ppo_ray.config.sections import (
     RayConfig,
     Section,
 )
+from ppo_ray.config.tracking import TrackingConfig, tracking_contradictions
 
 
 class Config(Section):
@@ -51,6 +52,7 @@ class Config(Section):
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
 
     @property
@@ -119,6 +121,7 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
         yield Contradiction(
             ("checkpoint.best_by", "evaluation.sets"), f"{best_set} is none of evaluation.sets, whose figures are there"
         )
+    yield from tracking_contradictions(config.tracking)
     if config.rollout.max_staleness > 0:
         yield from _overlap_contradictions(config)
 

@@ -13,11 +13,12 @@ ADVICE = "rollout.engine=hf samples with transformers, slower, from any model th
 """Ends what is said of a model that vLLM does not serve."""
 _UNSERVED = {
     "vLLM 0.32 cannot run models of the kind {kind}": (
-        *("aria_text", "axk1", "bamba", "blt", "cohere_compass_text", "dbrx", "deepseek_v4", "diffllama", "gpt_neo"),
-        *("mpt", "phimoe"),
+        *("aria_text", "axk1", "bamba", "blt", "codegen", "cohere_compass_text", "dbrx", "deepseek_v4", "diffllama"),
+        *("fuyu", "git", "gpt_neo", "gpt_neox_japanese", "jetmoe", "laguna", "minimax", "minimax_m3_vl_text", "mpt"),
+        *("openai-gpt", "phimoe", "qwen4_exp", "rwkv", "xglm", "zamba"),
     ),
     "vLLM 0.32, tried on a CPU, computes other log-probabilities than the model's own for the kind {kind}": (
-        *("apertus", "doge", "ernie4_5_moe"),
+        *("apertus", "doge", "ernie4_5_moe", "hrm_text", "lfm2_moe", "moshi", "zamba2", "zaya"),
     ),
     "vLLM 0.32, tried on a CPU, computes wrong log-probabilities for the kind {kind} after an update of its weights": (
         *("bert-generation", "ctrl"),
@@ -27,13 +28,27 @@ _UNSERVED = {
 """Kinds of models that engines on vLLM cannot sample from, by the reason; docs/models.md has what was tried."""
 _UNSERVED_ON_CPU = {
     "vLLM 0.32 cannot run models of the kind {kind} on a CPU": (
-        *("deepseek_v32", "falcon_mamba", "jamba", "mamba", "qwen3_next"),
+        *("axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "falcon_mamba", "glm4_moe_lite", "glm_moe_dsa"),
+        *("hy_v4", "jamba", "kimi_linear", "mamba", "nemotron_h", "olmo_hybrid", "qwen3_next", "youtu"),
     ),
 }
 """Those that GPUs may serve."""
-_NEEDS = {"afmoe": "score_func", "deepseek_v3": "topk_method", "glm4_moe": "head_dim", "lfm2": "conv_dim"}
+_NEEDS = {
+    "afmoe": ("score_func", "route_norm", "n_group"),
+    "deepseek_v3": ("topk_method",),
+    "glm4_moe": ("head_dim",),
+    "glm4_moe_lite": ("first_k_dense_replace",),
+    "hy_v3": ("first_k_dense_replace", "expert_hidden_dim"),
+    "lfm2": ("conv_dim", "block_dim"),
+    "longcat_flash": ("mla_scale_q_lora",),
+    "mimo_v2_flash": ("hybrid_layer_pattern",),
+    "minimax_m2": ("rotary_dim",),
+}
 """What vLLM reads of a kind's config, and transformers neither writes nor reads."""
-_SEEING = ("gemma3", "gemma4", "gemma4_unified", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text")
+_SEEING = (
+    *("gemma3", "gemma4", "gemma4_unified", "llama4", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
+    "qwen4_exp_text",
+)
 """Kinds whose code in vLLM imports torchvision, which an installation for CPUs has not."""
 _NO_WINDOWS = ("qwen2", "qwen2_moe", "qwen3")
 """Kinds whose attention windows vLLM leaves out, or refuses only as it starts."""
@@ -52,8 +67,9 @@ def find_engine_problem(rollout: RolloutConfig, model: Any) -> str | None:
     for reason, kinds in (_UNSERVED if rollout.gpus else _UNSERVED | _UNSERVED_ON_CPU).items():
         if kind := next((kind for kind in (model.model_type, text.model_type) if kind in kinds), None):
             return f"{reason.format(kind=kind)}. {ADVICE}"
-    if (needed := _NEEDS.get(text.model_type)) and not getattr(text, needed, None):
-        return f"vLLM needs {needed} in the config.json of the kind {text.model_type}. {ADVICE}"
+    for needed in _NEEDS.get(text.model_type, ()):
+        if getattr(text, needed, None) in (None, ""):
+            return f"vLLM needs {needed} in the config.json of the kind {text.model_type}. {ADVICE}"
     if model.model_type in _SEEING and importlib.util.find_spec("torchvision") is None:
         return f"vLLM needs torchvision for the kind {model.model_type}, which is not installed. {ADVICE}"
     if text.model_type in _NO_WINDOWS and getattr(text, "sliding_window", None):

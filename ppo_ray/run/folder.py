@@ -71,6 +71,16 @@ class RunFolder:
         """Score and KL over the steps, a picture."""
         return self.path / "curves.png"
 
+    @property
+    def report(self) -> Path:
+        """The report on the run, one page, where one was made."""
+        return self.path / "report.html"
+
+    @property
+    def tracking(self) -> Path:
+        """Folder of what has been sent to each tracker, and of the files that trackers keep themselves."""
+        return self.path / "tracking"
+
     def trajectory_file(self, step: int) -> Path:
         """Where a step's trajectories go."""
         return self.trajectories / f"step-{step:05d}.parquet"
@@ -143,6 +153,7 @@ class RunFolder:
         """Remove what a run left that ended before its first step: it may have been another's."""
         self.before.unlink(missing_ok=True)
         self.metrics.unlink(missing_ok=True)
+        atomic.remove(self.tracking)
 
     def _remnant(self) -> Path | None:
         """Return a file that only a run with at least one step leaves behind."""

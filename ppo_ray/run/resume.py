@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "resume",
     "checkpoint.*",
     "ray.*",
+    "tracking.*",
     "evaluation.num_samples",
     "evaluation.every_steps",
     "evaluation.samples_per_prompt",

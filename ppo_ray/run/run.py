@@ -14,6 +14,7 @@ from typing import Self
 from rich.console import Console
 
 from ppo_ray import __version__, preflight, stopping
+from ppo_ray.actors.watch import show_waits
 from ppo_ray.checkpoint import BeginSave, RunState
 from ppo_ray.config import Config
 from ppo_ray.errors import WorkerError
@@ -27,6 +28,7 @@ from ppo_ray.run.health import find_warnings
 from ppo_ray.run.log import MetricsLog
 from ppo_ray.run.progress import StepProgress
 from ppo_ray.run.resume import Start, find_start, is_finished, open_folder
+from ppo_ray.run.tracking import Tracking, track
 
 
 class Run:
@@ -55,6 +57,7 @@ class Run:
         """Whether all steps were made before this process began."""
         self._evaluated: dict[str, float] = {}
         self._log, self._gauges = log, Gauges(folder.path.name)
+        self._tracking = Tracking(config, folder, self.report)
         self._progress: StepProgress  # set by `under_way`, as the next two
         self._save: BeginSave
         self._explain: Callable[[], str]
@@ -77,13 +80,14 @@ class Run:
             inputs = preflight.check(config)
             prompts = inputs.open_prompts(config)
         folder = open_folder(config)
-        with folder.lock(), MetricsLog(folder.path) as log:
+        with folder.lock(), MetricsLog(folder.path) as log, contextlib.ExitStack() as stack:
             run = cls(config, prompts, inputs.open_sets(config), folder, log, console)
             run.is_finished = is_finished(folder, config)
             if not run.is_finished:
                 run._begin()
                 for note in filter(None, [inputs.describe_ends(), *inputs.notes]):
                     run.say(note)
+                run._tracking = stack.enter_context(track(config, folder, run.report))
             yield run
 
     @contextlib.contextmanager
@@ -96,7 +100,9 @@ class Run:
         """
         self._save, self._explain = save, explain
         self._log.start_clock()
-        with StepProgress(self.config.steps, self.console, self.state.step) as self._progress:
+        self._progress = StepProgress(self.config.steps, self.console, self.state.step)
+        self._progress.show_history(self.history)
+        with self._progress, show_waits(self._progress.show_phase):
             yield
         self.checkpoints.finish()
         if self.history and self._num_unscored_steps() == len(self.history):
@@ -112,6 +118,7 @@ class Run:
         """
         self.record(update)
         self._progress.update(step, self.history[-1])
+        self._tracking.check()
         for warning in find_warnings(self.history, self.config.ppo.value_warmup_steps):
             self.say(warning)
         if step == 0 and not update.metrics["learner/skipped_update"]:
@@ -215,11 +222,17 @@ def describe_run(config: Config, folder: RunFolder) -> Iterator[str]:
     sources = (source.path or source.function or source.url for _, source in config.reward.sources)
     yield f"reward: {', '.join(map(str, sources))}"
     devices = [
-        f"{section} {workers} x {f'{gpus:g} GPU' if gpus else f'{threads} CPU threads'}"
-        for section, workers, gpus, threads in (
-            ("rollout", rollout.workers, rollout.gpus * rollout.tensor_parallel, rollout.threads),
-            ("reward", config.reward.workers, config.reward.gpus, config.reward.threads),
+        f"{_count(workers, noun)} on {_count(gpus, 'GPU') if gpus else _count(threads, 'CPU thread')}"
+        + " each" * (workers > 1)
+        for noun, workers, gpus, threads in (
+            ("rollout worker", rollout.workers, rollout.gpus * rollout.tensor_parallel, rollout.threads),
+            ("reward worker", config.reward.workers, config.reward.gpus, config.reward.threads),
             ("learner", config.learner.workers, config.learner.gpus, config.learner.threads),
         )
     ]
     yield f"devices: {', '.join(devices)}; generation by {rollout.engine}"
+
+
+def _count(number: float, noun: str) -> str:
+    """Write a number with its noun, e.g. `1 CPU thread` and `0.5 GPUs`."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"

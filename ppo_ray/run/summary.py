@@ -108,14 +108,14 @@ def _print_samples(console: Console, before: Evaluation | None, after: Evaluatio
     for column in table.columns:
         column.no_wrap = True
     for old, new in pairs:
-        cells = [_flatten(old.prompt)[-width:]]
+        cells = [make_visible(old.prompt)[-width:]]
         for sample in (old, new):
-            cells += [_flatten(sample.response)[:width], format_score(sample.score)]
+            cells += [make_visible(sample.response)[:width], format_score(sample.score)]
         table.add_row(*map(Text, cells))
     console.print(table)
 
 
-def _flatten(text: str) -> str:
+def make_visible(text: str) -> str:
     """Make one visible line of text: a terminal stays as it is, whatever a model writes."""
     return "".join(map(_show_character, text))
 

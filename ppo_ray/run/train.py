@@ -87,13 +87,13 @@ def train(config: Config, console: Console | None = None) -> RunReport:
                     after.write(run.folder.after)
                     run.checkpoints.note_score(run.state.step, after.figures.get(config.checkpoint.best_by))
             run.checkpoints.finish_run(run.state.step)
-    with say_failure(run, "the table of samples"):
-        if before and after:
-            write_samples(run.folder.samples, before, after)
-    with say_failure(run, "the picture of the curves"):
-        title = f"{run.folder.path.name}: {config.model.path}, {len(run.history)} steps, seed {config.seed}"
-        target = config.ppo.kl_target if config.ppo.kl_controller == "adaptive" else None
-        draw_curves(run.folder.curves, run.history, before, after, title, target)
+        with say_failure(run, "the table of samples"):
+            if before and after:
+                write_samples(run.folder.samples, before, after)
+        with say_failure(run, "the picture of the curves"):
+            title = f"{run.folder.path.name}: {config.model.path}, {len(run.history)} steps, seed {config.seed}"
+            target = config.ppo.kl_target if config.ppo.kl_controller == "adaptive" else None
+            draw_curves(run.folder.curves, run.history, before, after, title, target)
     print_summary(console, run.folder, config, run.history, before, after)
     made = config.steps - run.start.state.step
     run.say(f"{made} steps in {format_duration(time.monotonic() - began)}, start and evaluations included")

@@ -409,7 +409,7 @@ def test_every_option_is_documented():
         for name, field in Config.model_fields.items()
         if hasattr(field.annotation, "model_fields")
     }
-    assert len(sections) == 9
+    assert len(sections) == 10
     for name, section in sections.items():
         for option, field in section.model_fields.items():
             assert field.description, f"{name}.{option}"

@@ -41,11 +41,15 @@ HOMES = {
     "matplotlib": "run/curves.py",
     "tensorboard": "run/log.py",
     "datasets": "prompts/sources.py  assets/*",
-    "typer": "cli.py",
+    "typer": "cli.py  run/commands.py",
     "requests": "jobs/server.py  reward/http.py",
     "fastapi": "reward/serve.py",
     "uvicorn": "reward/serve.py",
     "omegaconf": "config/file.py",
+    "wandb": "run/trackers.py  trl/statistics.py",
+    "mlflow": "run/trackers.py",
+    "trackio": "run/trackers.py",
+    "swanlab": "run/trackers.py",
 }
 """The files that may import a library, even inside a function."""
 
@@ -122,12 +126,12 @@ def test_contributing_shows_this_map():
 @pytest.mark.parametrize(
     ("names", "heavy"),
     [
-        ("cli", "torch ray transformers vllm pyarrow datasets pydantic"),
+        ("cli run.commands", "torch ray transformers vllm pyarrow datasets pydantic"),
         ("config seeding plan", "torch ray transformers vllm pyarrow datasets numpy"),
-        ("run.log run.folder", "torch ray transformers vllm pyarrow datasets"),
+        ("run.log run.folder run.follow run.trackers", "torch ray transformers vllm pyarrow datasets"),
         ("prompts.stream", "torch ray transformers vllm datasets"),
         ("rollout.group reward.group learner.group", "torch transformers vllm datasets"),
-        ("run.summary run.curves", "torch transformers vllm datasets matplotlib"),
+        ("run.summary run.curves run.show", "torch transformers vllm datasets matplotlib"),
         ("learner.learner rollout.hf weights.nccl_sender", "ray vllm"),
     ],
 )

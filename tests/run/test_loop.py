@@ -191,7 +191,8 @@ def test_one_step_after_the_other(tmp_path: Path) -> None:
     assert said[0] == f"ppo_ray {__version__}: 2 steps of 4 responses each, seed 0, into {tmp_path}"
     assert said[1].startswith("model: m (float32), learning rate 1.41e-05, 4 epochs per step")
     assert said[2] == "reward: r"
-    assert said[3].startswith("devices: rollout 1 x 1 CPU threads, reward 1 x 1 CPU threads, learner 1 x ")
+    workers = "1 rollout worker on 1 CPU thread, 1 reward worker on 1 CPU thread, 1 learner on 2 CPU threads"
+    assert said[3] == f"devices: {workers}; generation by vllm"
     begun = [line.partition("  ")[0] for line in said if line.startswith("step ")]
     assert begun[0] == "step 0 (1/2)" and begun[-1] == "step 1 (2/2)"
     assert said[-1] == "saving the policy after 2 steps: checkpoints/step-00002"

@@ -3,7 +3,7 @@ import math
 
 from rich.console import Console
 
-from ppo_ray.run.progress import StepProgress, format_score, step_line
+from ppo_ray.run.progress import StepProgress, draw_spark, format_score, step_line
 
 METRICS = {
     "score/mean": 0.514,
@@ -40,6 +40,38 @@ def test_a_terminal_gets_a_bar_with_the_figures():
         assert "first step under way" in output.getvalue()
         progress.update(1, METRICS)
     assert "2/3" in output.getvalue() and "━" in output.getvalue() and LINE in output.getvalue()
+
+
+def test_a_terminal_shows_curves_and_what_is_under_way():
+    output = io.StringIO()
+    console = Console(file=output, width=40, force_terminal=True, color_system=None)
+    progress = StepProgress(9, console, 3)
+    progress.show_history({"score/mean": float(step), "kl/per_sequence": math.nan} for step in range(3))
+    with progress:
+        with progress.show_phase("generating"):
+            progress.update(3, {"score/mean": 7.0, "kl/per_sequence": 0.5})
+        assert "score    +7.00  ▁▂▃█" in output.getvalue() and "KL        0.50     ▁" in output.getvalue()
+        assert "now: generating, 0 s" in output.getvalue()
+        console.print("a worker's line")
+        progress.update(4, {"score/mean": math.nan})
+    assert "a worker's line\n" in output.getvalue()
+    last = output.getvalue().rpartition("steps done")[2]
+    assert "score     none  ▁▂▃█ " in last and "now:" not in last
+    assert output.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is shown again
+
+
+def test_a_log_file_gets_no_curves_and_no_phases():
+    output = io.StringIO()
+    with StepProgress(3, Console(file=output, width=40)) as progress:
+        progress.show_history([METRICS])
+        with progress.show_phase("generating"):
+            progress.update(0, {"score/mean": 1.0})
+    assert len(output.getvalue().splitlines()) == 1 and "generating" not in output.getvalue()
+
+
+def test_bars_go_from_the_lowest_value_to_the_highest():
+    assert draw_spark([0, 7, 3.5, -math.inf, 1]) == "▁█▅ ▂"
+    assert draw_spark([2, 2]) == "▁▁" and draw_spark([math.nan]) == " " and draw_spark([]) == ""
 
 
 def test_signed():
