@@ -196,6 +196,21 @@ def serve_reward(
 
 
 @app.command()
+def view(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, finished or under way.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; any other than loopback is a network's.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="To listen at; 0: a free one.")] = 0,
+) -> None:
+    """Show runs in the browser: curves, every response token by token, distributions, seconds."""
+    with _report_errors():
+        from ppo_ray.view.server import serve
+
+        serve(runs, host, port, partial(typer.echo, err=True))
+
+
+@app.command()
 def options(
     section: Annotated[
         str | None, typer.Argument(metavar="SECTION", help="One section's, e.g. rollout; all if it is left out.")

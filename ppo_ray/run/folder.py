@@ -71,6 +71,11 @@ class RunFolder:
         """Score and KL over the steps, a picture."""
         return self.path / "curves.png"
 
+    @property
+    def report(self) -> Path:
+        """All of this as one HTML page."""
+        return self.path / "report.html"
+
     def trajectory_file(self, step: int) -> Path:
         """Where a step's trajectories go."""
         return self.trajectories / f"step-{step:05d}.parquet"
