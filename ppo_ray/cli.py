@@ -225,19 +225,7 @@ def options(
             typer.echo(reference.to_markdown(), nl=False)
             return
 
-        from rich import box
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
-        for table in [reference.find_table(section)] if section else reference.make_tables():
-            shown = Table("option", "", title=table.meaning, box=box.SIMPLE_HEAD, title_justify="left")
-            shown.columns[0].no_wrap = True
-            for option in table.options:
-                default = f"default {option.default}" if option.default else "required"
-                about = f"{option.meaning}\n{option.values.replace('`', '')}; {default}"
-                shown.add_row(option.name, escape(about))
-            Console().print(shown)
+        reference.print_tables(section)
 
 
 @app.command()

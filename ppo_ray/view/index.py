@@ -4,6 +4,7 @@ Each step's Parquet file is read once, when it is new or has changed. Of its lis
 kept, so that 100,000 trajectories take some tens of megabytes. Files that cannot be read are left out and named.
 """
 
+import json
 import re
 import threading
 import time
@@ -22,6 +23,7 @@ from ppo_ray.trajectory import SCHEMA_VERSION, lengths
 
 _STEP_FILE = re.compile(r"step-(\d+)\.parquet")
 _PLAIN = ("sample_id", "policy_version", "worker", "finish_reason", "score", "truncated", "prompt", "response")
+_MESSAGES = "messages"
 _SUMS = {"kl": "kl"}
 """Columns whose sum over the response's tokens is kept, by the name that it gets."""
 _MEANS = {"logprob": "rollout_logprobs", "advantage": "advantages", "value": "values"}
@@ -215,7 +217,7 @@ def read_step(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         version = (file.schema_arrow.metadata or {}).get(b"ppo_ray.schema", b"none").decode(errors="replace")
         if version != SCHEMA_VERSION:
             raise InputError(f"schema version {version}; this ppo_ray reads version {SCHEMA_VERSION}")
-        wanted = columns or (*_PLAIN, "response_ids", *_SUMS.values(), *_MEANS.values(), "parts")
+        wanted = columns or (*_PLAIN, "response_ids", *_SUMS.values(), *_MEANS.values(), _MESSAGES, "parts")
         return file.read([name for name in wanted if name in file.schema_arrow.names]).combine_chunks()
 
 
@@ -230,12 +232,23 @@ def summarize(table: pa.Table, step: int) -> pa.Table:
         **{name: _total(table, column, None) for name, column in _SUMS.items()},
         **{name: _total(table, column, tokens) for name, column in _MEANS.items()},
     }
+    if _MESSAGES in table.column_names:
+        columns[_MESSAGES] = table.column(_MESSAGES)
     if "parts" in table.column_names:
         parts = table.column("parts").combine_chunks()
         for part in parts.type:
             columns[f"parts.{part.name}"] = pc.struct_field(parts, part.name)
     columns["score"] = _drop_nonfinite(columns["score"])
     return pa.table(columns)
+
+
+def read_messages(text: str | None) -> list[dict[str, str]] | None:
+    """Return a conversation's roles and contents; None where it is none."""
+    try:
+        messages = json.loads(text) if text else None
+        return messages and [{"role": str(item["role"]), "content": str(item["content"])} for item in messages]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _total(table: pa.Table, column: str, counts: np.ndarray | None) -> pa.Array:
@@ -266,6 +279,8 @@ def _excerpt(row: dict[str, Any]) -> dict[str, Any]:
         row[f"{name}_chars"] = len(row[name])
     row["response"] = row["response"][:_EXCERPT]
     row["prompt"] = row["prompt"][-_EXCERPT:]  # its end says what is asked
+    messages = read_messages(row.pop(_MESSAGES, None)) or []
+    row["question"] = next((item["content"][-_EXCERPT:] for item in reversed(messages) if item["role"] == "user"), None)
     return row
 
 

@@ -1,6 +1,5 @@
 """One trajectory token by token, and the spread of a step's figures."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import pyarrow as pa
 
 from ppo_ray.errors import InputError
 from ppo_ray.trajectory import EXTRAS, LEARNED_FIELDS, LEARNED_SCHEMA, lengths, ragged
-from ppo_ray.view.index import read_step
+from ppo_ray.view.index import read_messages, read_step
 
 FIGURES = ("rollout_logprobs", *LEARNED_FIELDS)
 """Columns with a figure per token of the response."""
@@ -126,20 +125,11 @@ def open_sample(path: Path, row: int, texts: TokenTexts, offset: int, limit: int
     return {
         "prompt": found.pop("prompt"),
         "response": found.pop("response"),
-        "messages": _read_messages(found.pop("messages", None)),
+        "messages": read_messages(found.pop("messages", None)),
         "facts": _plain({name: value for name, value in found.items() if value is not None}),
         "num_tokens": len(ids),
         "tokens": tokens,
     }
-
-
-def _read_messages(text: str | None) -> list[dict[str, str]] | None:
-    """Return a conversation's roles and contents; None where it is none."""
-    try:
-        messages = json.loads(text) if text else None
-        return messages and [{"role": str(item["role"]), "content": str(item["content"])} for item in messages]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:

@@ -11,8 +11,6 @@ import json
 import math
 import secrets
 import socket
-import threading
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,18 +21,9 @@ from ppo_ray import __version__
 from ppo_ray.config import is_loopback
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.run.health import HEALTHY
-from ppo_ray.run.record import PANELS, RunRecord
-from ppo_ray.view.index import CHOICES, NUMBERS, Query, TrajectoryIndex
-from ppo_ray.view.sample import (
-    QUANTILES,
-    SPREADS,
-    Spreads,
-    TokenTexts,
-    count_bins,
-    count_workers,
-    open_sample,
-    read_values,
-)
+from ppo_ray.run.record import PANELS
+from ppo_ray.view.sample import QUANTILES, SPREADS, count_bins, count_workers, open_sample, read_values
+from ppo_ray.view.shown import LONGEST_PAGE, View, read_query
 
 try:
     import uvicorn
@@ -43,7 +32,7 @@ except ModuleNotFoundError as missing:
     raise InputError(f"view needs {missing.name}: pip install 'ppo-ray[serve]'") from missing
 
 _INDEX_S = 0.15  # seconds that an answer may spend on reading trajectories that are new
-_LONGEST_PAGE, _MOST_TOKENS, _MOST_BINS = 500, 4096, 120
+_MOST_TOKENS, _MOST_BINS = 4096, 120
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": (
@@ -57,74 +46,6 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 """Of every answer."""
-
-
-class View:
-    """One run that is shown: what was read of it, and what is read again when its files change."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the run's record; its trajectories are read when they are asked for.
-
-        Raises:
-            InputError: there is no run in the folder.
-        """
-        self._record = RunRecord.read(path)
-        self._stamp: Any = None
-        self._lock = threading.Lock()
-        folder = self._record.folder
-        self.index = TrajectoryIndex(folder.trajectories)
-        self.spreads = Spreads()
-        model = self._record.options.get("model.path")
-        self.texts = TokenTexts(folder.path, model if isinstance(model, str) else None)
-
-    @property
-    def record(self) -> RunRecord:
-        """What the folder holds now."""
-        folder = self._record.folder
-        stamp = [_stamp(path) for path in (folder.metrics, folder.config, folder.before, folder.after)]
-        with self._lock:
-            if stamp != self._stamp:
-                self._record, self._stamp = RunRecord.read(folder.path), stamp
-            return self._record
-
-    def summarize(self) -> dict[str, Any]:
-        """Return what heads the page of a run."""
-        record = self.record
-        written = _stamp(record.folder.metrics)
-        return {
-            "name": record.folder.path.name,
-            "folder": str(record.folder.path),
-            "facts": record.describe(),
-            "num_steps": len(record.steps),
-            "num_planned": record.num_planned,
-            "seconds_since": max(time.time() - written[0] / 1e9, 0) if written else None,
-            "last_event": record.events[-1]["event"] if record.events else None,
-            "notes": [*record.notes, *(f"{name} is left out: {why}" for name, why in self.index.skipped.items())],
-        }
-
-    def measure(self) -> dict[str, Any]:
-        """Return every metric as a list over the steps, and all that is drawn with them."""
-        record = self.record
-        names = dict.fromkeys(name for metrics in record.steps for name in metrics)
-        return {
-            **self.summarize(),
-            "metrics": {name: [metrics.get(name) for metrics in record.steps] for name in names},
-            "batch_size": record.options.get("rollout.batch_size"),
-            "events": list(record.events),
-            "unhealthy": record.find_unhealthy(),
-            "held_out": [{"step": step, **figures} for step, figures in record.find_held_out()],
-            "evaluations": {"before": record.before, "after": record.after},
-            "changes": [vars(option) for option in record.find_changes()],
-            "options": dict(record.options),
-        }
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size
 
 
 def make_app(views: Sequence[View], token: str, host: str = "127.0.0.1") -> FastAPI:
@@ -198,7 +119,7 @@ def make_app(views: Sequence[View], token: str, host: str = "127.0.0.1") -> Fast
     def samples(run: int, request: Request) -> Response:
         view = find(run)
         is_whole = view.index.refresh(_INDEX_S)
-        page = view.index.search(_read_query(request.query_params))
+        page = view.index.search(read_query(request.query_params))
         read, there = view.index.progress
         state = {"is_whole": is_whole, "num_read": read, "num_files": there, "skipped": view.index.skipped}
         return _answer({**state, **view.index.describe(), "num_matches": page.num_matches, "rows": page.rows})
@@ -208,11 +129,13 @@ def make_app(views: Sequence[View], token: str, host: str = "127.0.0.1") -> Fast
         view = find(run)
         offset, limit = max(offset, 0), min(max(limit, 1), _MOST_TOKENS)
         opened = open_sample(view.index.find_path(step), row, view.texts, offset, limit)
-        alike = view.index.find_prompt(opened["prompt"], _LONGEST_PAGE)
+        alike = view.index.find_prompt(opened["prompt"], LONGEST_PAGE)
         return _answer({**opened, "alike": alike.rows, "num_alike": alike.num_matches})
 
     @app.get("/api/runs/{run}/spread/{name}")
     def spread(run: int, name: str) -> Response:
+        if name not in SPREADS:
+            raise InputError(f"{name}: no such figure; there are {', '.join(SPREADS)}")
         index, found, notes = find(run).index, [], []
         for step in index.list_steps():
             try:
@@ -274,32 +197,6 @@ def _answer(content: Mapping[str, Any], code: int = 200) -> Response:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _read_query(given: Mapping[str, str]) -> Query:
-    """Read what a request asks for: `min.NAME`, `max.NAME`, `NAME` of a choice, `text`, `in`, `pattern`, `sort`."""
-    ranges: dict[str, tuple[float | None, float | None]] = {}
-    try:
-        for key, value in given.items():
-            bound, _, name = key.partition(".")
-            if bound in ("min", "max") and (name in NUMBERS or name.startswith("parts.")):
-                low, high = ranges.get(name, (None, None))
-                limit = float(value)
-                ranges[name] = (limit, high) if bound == "min" else (low, limit)
-        offset, limit_ = int(given.get("offset", 0)), int(given.get("limit", 50))
-    except ValueError as error:
-        raise InputError(f"not a number: {error}") from error
-    return Query(
-        ranges=ranges,
-        choices={name: given[name] for name in CHOICES if given.get(name)},
-        text=given.get("text", ""),
-        text_column=given.get("in", "response"),
-        is_pattern=given.get("pattern") == "1",
-        sort=given.get("sort", "step"),
-        is_descending=given.get("order") == "desc",
-        offset=max(offset, 0),
-        limit=min(max(limit_, 1), _LONGEST_PAGE),
-    )
 
 
 def serve(paths: Sequence[Path], host: str, port: int, say: Callable[[str], object]) -> None:

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = {
     "__main__ cli": "the commands",
-    "jobs": "a run as a job on a Ray cluster: what is sent, and how it is followed",
+    "jobs view": "a run as a job on a Ray cluster: what is sent, and how it is followed; runs in the browser",
     "run trl": "the loop, what stands around it and what it writes; TRL's classes over the same parts",
     "preflight": "what is found wrong before anything starts",
     "learner rollout": "one PPO update; generation",
@@ -42,8 +42,8 @@ HOMES = {
     "datasets": "prompts/sources.py  assets/*",
     "typer": "cli.py",
     "requests": "jobs/server.py  reward/http.py",
-    "fastapi": "reward/serve.py",
-    "uvicorn": "reward/serve.py",
+    "fastapi": "reward/serve.py  view/server.py",
+    "uvicorn": "reward/serve.py  view/server.py",
     "omegaconf": "config/file.py",
 }
 """The files that may import a library, even inside a function."""

@@ -24,17 +24,28 @@ export function abscissa(run, kind) {
   return (run.metrics["time/step_s"] ?? []).map((value) => (sum += value ?? 0));
 }
 
-function axes(isLog, height) {
+const WHOLE = [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7, 1e8, 1e9];
+
+/** Write an axis' numbers with as many digits as tell them apart. */
+function writeTicks(_, ticks) {
+  const known = ticks.filter((tick) => tick !== null);
+  const step = known.length > 1 ? Math.abs(known[1] - known[0]) : 0;
+  const places = step > 0 ? Math.min(Math.max(0, Math.ceil(-Math.log10(step) - 1e-9)), 6) : 3;
+  const fixed = (tick) => (Math.abs(tick) >= 1e5 || (tick !== 0 && Math.abs(tick) < 1e-4) ? number(tick) : tick.toFixed(places).replace("-", "−"));
+  return ticks.map((tick) => (tick === null ? "" : fixed(tick)));
+}
+const writeLogTicks = (_, ticks) => ticks.map((tick) => (tick === null ? "" : tick < 1e-3 || tick >= 1e5 ? tick.toExponential(0).replace("e+", "e").replace("-", "−") : String(tick)));
+
+function axes(isLog, height, isWhole) {
   const look = {
     stroke: colour("muted"),
     font: `11px ${colour("font")}`,
     grid: { stroke: colour("line"), width: 1 },
     ticks: { show: false },
   };
-  const values = (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick)));
   return [
-    { ...look, grid: { show: false }, size: 26, values, space: 60 },
-    { ...look, size: 52, values, space: isLog ? 24 : height / 5 },
+    { ...look, grid: { show: false }, size: 26, values: writeTicks, space: 60, ...(isWhole ? { incrs: WHOLE } : {}) },
+    { ...look, size: 52, values: isLog ? writeLogTicks : writeTicks, space: isLog ? 24 : height / 5 },
   ];
 }
 
@@ -79,7 +90,7 @@ function mark(events) {
  * lines: [{x, y, stroke, width, points, dash, band}], each with its own x; range: {low, high} or null;
  * events: [{x}]; onCursor: is called with the index on the joined x axis, or null, and the joined data.
  */
-export function draw(element, { lines, isLog = false, range = null, events = [], onCursor = null, bars = false, linked = true, height = HEIGHT, bands = [] }) {
+export function draw(element, { lines, isLog = false, range = null, events = [], onCursor = null, bars = false, linked = true, isWhole = true, height = HEIGHT, bands = [] }) {
   const clean = (values) => (isLog ? values.map((value) => (value > 0 ? value : null)) : values.map((value) => value ?? null));
   const data = uPlot.join(lines.map((line) => [line.x, clean(line.y)]));
   const series = lines.map((line) => ({
@@ -99,7 +110,7 @@ export function draw(element, { lines, isLog = false, range = null, events = [],
     padding: [8, 12, 0, 0],
     cursor: { ...(linked ? { sync: { key: "runs" } } : {}), y: false, points: { size: 6 }, drag: { x: true, y: false, dist: 8 } },
     scales: { x: { time: false, range: padX }, y: isLog ? { distr: 3 } : { range: padY } },
-    axes: axes(isLog, height),
+    axes: axes(isLog, height, isWhole),
     series: [{}, ...series],
     bands,
     hooks: {

@@ -53,6 +53,7 @@ export function number(value, digits = 3) {
 /** Write seconds for people. */
 export function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
+  if (seconds < 0.0995) return `${number(1000 * seconds, 2)} ms`;
   if (seconds < 90) return `${number(seconds, 2)} s`;
   if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
   return seconds < 172800 ? `${(seconds / 3600).toFixed(1)} h` : `${Math.round(seconds / 86400)} days`;

@@ -25,7 +25,7 @@ class Samples {
     this.pager = h("div", { class: "pager" });
     this.side = h("aside", { class: "drawer", hidden: true, "aria-label": "Opened sample" });
     this.side.addEventListener("close", () => this.open(null));
-    fill(main, h("div", { class: "split" }, h("div", { class: "list" }, this.filters, this.count, this.table, this.pager), this.side));
+    fill(main, this.filters, this.count, h("div", { class: "split" }, h("div", { class: "list" }, this.table, this.pager), this.side));
   }
 
   close() {
@@ -36,7 +36,8 @@ class Samples {
 
   /** The options that the server is asked with. */
   query() {
-    return Object.fromEntries(Object.entries(this.options).filter(([name]) => !["run", ...SAMPLE].includes(name)));
+    const asked = Object.entries(this.options).filter(([name]) => !["run", ...SAMPLE].includes(name));
+    return { sort: "step", order: this.options.sort ? "" : "desc", ...Object.fromEntries(asked) };
   }
 
   set(changes, push = false) {
@@ -132,9 +133,9 @@ class Samples {
     const columns = [...FIRST, ...parts, "kl", "advantage", "tokens", "finish_reason", "worker"];
     const head = (name) => {
       const active = (this.options.sort ?? "step") === name;
-      const down = this.options.order === "desc";
-      const turn = () => this.change({ sort: name, order: active && !down ? "desc" : "" });
-      return h("th", { class: isText(name) ? null : "num", "aria-sort": active ? (down ? "descending" : "ascending") : "none" }, h("button", { class: "sort", onclick: turn }, NAMES[name] ?? name.replace("parts.", ""), h("span", { class: "arrow" }, active ? (down ? "↓" : "↑") : "")));
+      const down = this.query().order === "desc";
+      const turn = () => this.change({ sort: name, order: active && down ? "" : "desc" });
+      return h("th", { class: isText(name) ? "label" : "num", "aria-sort": active ? (down ? "descending" : "ascending") : "none" }, h("button", { class: "sort", onclick: turn }, NAMES[name] ?? name.replace("parts.", ""), h("span", { class: "arrow" }, active ? (down ? "↓" : "↑") : "")));
     };
     const rows = this.rows.map((row, index) =>
       h(

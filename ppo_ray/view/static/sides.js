@@ -102,7 +102,7 @@ function summary(a, b, pairs) {
 }
 
 function showPair({ rows, isSame }, view) {
-  const prompt = (row) => h("div", { class: "prompt-line", title: row.prompt }, show(row.prompt));
+  const prompt = (row) => h("div", { class: "prompt-line", title: row.prompt }, show(row.question ?? row.prompt));
   const cells = rows.map((row, index) => {
     const side = index ? view.b : view.a;
     return row ? makeSide(row, side, view, isSame ? null : prompt(row)) : h("div", { class: "side empty" });

@@ -46,9 +46,10 @@ async function showRun(body, index, run, { steps, notes }, view, write) {
 
 function drawFan(element, steps, stroke, view, onStep) {
   const x = steps.map((step) => step.step);
-  const line = (place, width, alpha, dash) => ({ x, y: steps.map((step) => step.quantiles[place]), stroke, width, alpha, dash });
-  const lines = [line(0, 1, 0.6, [2, 3]), line(1, 0, 0), line(2, 0, 0), line(3, 2, 1), line(4, 0, 0), line(5, 0, 0), line(6, 1, 0.6, [2, 3])];
   const shade = (share) => `color-mix(in srgb, ${stroke} ${share}%, transparent)`;
+  const line = (place, width, paint, dash) => ({ x, y: steps.map((step) => step.quantiles[place]), stroke: paint, width, dash });
+  const [none, faint] = ["transparent", shade(60)];
+  const lines = [line(0, 1, faint, [2, 3]), line(1, 0, none), line(2, 0, none), line(3, 2, stroke), line(4, 0, none), line(5, 0, none), line(6, 1, faint, [2, 3])];
   const chart = draw(element, { lines, linked: false, height: 240, bands: [{ series: [6, 2], fill: shade(14) }, { series: [5, 3], fill: shade(26) }] });
   chart.plot.over.addEventListener("click", () => chart.plot.cursor.idx !== null && onStep(x[chart.plot.cursor.idx]));
   view.charts.push(chart);
@@ -90,5 +91,5 @@ async function showStep(element, index, run, view, known) {
   const list = (title, { rows }) => h("div", { class: "card" }, h("h3", {}, title), h("table", { class: "samples" }, h("tbody", {}, rows.map((row) => h("tr", { onclick: () => (location.hash = `#/samples?run=${index}&open=${row.step}.${row.row}`) }, h("td", { class: "num" }, number(row.score)), h("td", { class: "excerpt" }, h("div", {}, show(row.response || "(no text)"))))))));
   fill(element, h("div", { class: "card" }, h("h3", {}, `Step ${step}: ${num_values.toLocaleString("en")} values`), plot), h("div", { class: "two" }, list("Best scored", best), list("Worst scored", worst)));
   const middle = counts.map((_, bin) => (edges[bin] + edges[bin + 1]) / 2);
-  view.charts.push(draw(plot, { lines: [{ x: middle, y: counts, stroke: runColour(index), fill: colour("bar"), width: 1 }], bars: true, linked: false, height: 180 }));
+  view.charts.push(draw(plot, { lines: [{ x: middle, y: counts, stroke: runColour(index), fill: colour("bar"), width: 1 }], bars: true, linked: false, isWhole: false, height: 180 }));
 }
