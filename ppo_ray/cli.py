@@ -38,6 +38,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Options that win over the file's, e.g. steps=5 ppo.learning_rate=1e-5."),
 ]
+Host = Annotated[str, typer.Option(help="Address to listen at; any other than loopback is a network's.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="To listen at; 0: a free one.")]
 
 
 def main() -> None:
@@ -136,7 +138,6 @@ def check(
         from ppo_ray.config import load_config
 
         parsed = load_config(config, overrides or [])
-
         from ppo_ray.run.train import check
 
         check(parsed)
@@ -175,10 +176,8 @@ def plan(
 def serve_reward(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/imdb.yaml.")],
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; any other than loopback is a network's.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="To listen at; 0: a free one.")] = 8000,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     token_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="A variable with the token that requests must have.")
     ] = None,
@@ -188,7 +187,6 @@ def serve_reward(
         from ppo_ray.config import load_config
 
         parsed = load_config(config, overrides or [])
-
         from ppo_ray.reward.serve import serve
         from ppo_ray.rollout.judge import start_judge
 
@@ -198,16 +196,27 @@ def serve_reward(
 @app.command()
 def view(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, finished or under way.")],
-    host: Annotated[str, typer.Option(help="Address to listen at; any other than loopback is a network's.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="To listen at; 0: a free one.")] = 0,
+    host: Host = "127.0.0.1",
+    port: Port = 0,
 ) -> None:
     """Show runs in the browser: curves, every response token by token, distributions, seconds."""
     with _report_errors():
         from ppo_ray.view.server import serve
 
         serve(runs, host, port, partial(typer.echo, err=True))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or under way.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write a run's report: one HTML page without network or scripts."""
+    with _report_errors():
+        from ppo_ray.run.record import RunRecord
+        from ppo_ray.run.report import write_report
+
+        write_report(RunRecord.read(run), output)
 
 
 @app.command()

@@ -8,7 +8,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from ppo_ray import trajectory
 from ppo_ray.errors import InputError, first_line
-from ppo_ray.trajectory import SCHEMA_VERSION, lengths
+from ppo_ray.trajectory import lengths
 
 _STEP_FILE = re.compile(r"step-(\d+)\.parquet")
 _PLAIN = ("sample_id", "policy_version", "worker", "finish_reason", "score", "truncated", "prompt", "response")
@@ -28,6 +28,7 @@ _SUMS = {"kl": "kl"}
 """Columns whose sum over the response's tokens is kept, by the name that it gets."""
 _MEANS = {"logprob": "rollout_logprobs", "advantage": "advantages", "value": "values"}
 """Columns whose mean over the response's tokens is kept."""
+_COLUMNS = (*_PLAIN, "response_ids", *_SUMS.values(), *_MEANS.values(), _MESSAGES, "parts")
 NUMBERS = ("step", "sample_id", "policy_version", "score", "tokens", *_SUMS, *_MEANS)
 """Columns that can be limited to a range; beside them the reward's parts, as `parts.NAME`."""
 CHOICES = ("finish_reason", "worker")
@@ -200,25 +201,10 @@ class TrajectoryIndex:
     def _read(self, path: Path, step: int) -> pa.Table | None:
         self.skipped.pop(path.name, None)
         try:
-            return summarize(read_step(path), step)
+            return summarize(trajectory.read(path, _COLUMNS), step)
         except (OSError, pa.ArrowException, InputError, ValueError, KeyError, TypeError) as error:
             self.skipped[path.name] = first_line(error)
             return None
-
-
-def read_step(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a step's trajectories: the columns of the index, or those that are named and there.
-
-    Raises:
-        InputError: they are of another version.
-        OSError, pa.ArrowException: the file is torn, or no Parquet file.
-    """
-    with pq.ParquetFile(path) as file:
-        version = (file.schema_arrow.metadata or {}).get(b"ppo_ray.schema", b"none").decode(errors="replace")
-        if version != SCHEMA_VERSION:
-            raise InputError(f"schema version {version}; this ppo_ray reads version {SCHEMA_VERSION}")
-        wanted = columns or (*_PLAIN, "response_ids", *_SUMS.values(), *_MEANS.values(), _MESSAGES, "parts")
-        return file.read([name for name in wanted if name in file.schema_arrow.names]).combine_chunks()
 
 
 def summarize(table: pa.Table, step: int) -> pa.Table:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ppo_ray import trajectory
 from ppo_ray.errors import InputError
 from ppo_ray.trajectory import EXTRAS, LEARNED_FIELDS, LEARNED_SCHEMA, lengths, ragged
-from ppo_ray.view.index import read_messages, read_step
+from ppo_ray.view.index import read_messages
 
 FIGURES = ("rollout_logprobs", *LEARNED_FIELDS)
 """Columns with a figure per token of the response."""
@@ -106,7 +107,7 @@ def open_sample(path: Path, row: int, texts: TokenTexts, offset: int, limit: int
         InputError: there is no such row.
         OSError, pa.ArrowException: the file cannot be read.
     """
-    table = read_step(path, [*LEARNED_SCHEMA.names, *EXTRAS])
+    table = trajectory.read(path, [*LEARNED_SCHEMA.names, *EXTRAS])
     if not 0 <= row < table.num_rows:
         raise InputError(f"{path.name} has no row {row}: it has {table.num_rows}")
     found = table.slice(row, 1).to_pylist()[0]
@@ -177,7 +178,7 @@ def read_values(path: Path, name: str) -> np.ndarray:
     """
     if name not in SPREADS:
         raise InputError(f"{name}: no such figure; there are {', '.join(SPREADS)}")
-    table = read_step(path, SPREADS[name])
+    table = trajectory.read(path, SPREADS[name])
     if set(SPREADS[name]) - set(table.column_names):
         return np.zeros(0)
     if name == "score":
@@ -221,7 +222,7 @@ def count_workers(path: Path) -> list[dict[str, Any]]:
         InputError: trajectories of another version.
         OSError, pa.ArrowException: the file cannot be read.
     """
-    table = read_step(path, ["worker", "policy_version", "score", "response_ids"])
+    table = trajectory.read(path, ["worker", "policy_version", "score", "response_ids"])
     table = table.append_column("tokens", pa.array(lengths(table, "response_ids"))).drop_columns(["response_ids"])
     by_worker = table.group_by("worker").aggregate(
         [("tokens", "count"), ("tokens", "sum"), ("policy_version", "max"), ("score", "mean")]

@@ -37,7 +37,7 @@ HOMES = {
     "vllm": "rollout/vllm*.py  weights/nccl_sender.py",
     "torch": "algo/*  models/*  learner/*  rollout/*  reward/classifier.py  reward/batching.py  weights/*  plan/*  "
     "assets/*  trl/*",
-    "matplotlib": "run/curves.py",
+    "matplotlib": "run/curves.py  run/report.py",
     "tensorboard": "run/log.py",
     "datasets": "prompts/sources.py  assets/*",
     "typer": "cli.py",
