@@ -185,7 +185,9 @@ def _draw_chart(record: RunRecord, panel: Panel, values: Sequence[float | None])
     axes.spines["bottom"].set_color(_LINE)
     axes.tick_params(colors=_MUTED, labelsize=8, length=0)
     written = io.StringIO()
-    figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(
+        written, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    )
     svg = written.getvalue()
     svg = svg[svg.index("<svg") :]
     for sentinel, name in _COLOURS.items():

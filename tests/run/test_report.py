@@ -37,6 +37,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
+        self.text += " " if tag in ("td", "dd", "span", "p", "h3") else ""
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -80,20 +81,23 @@ def test_its_size_is_bounded(tmp_path: Path) -> None:
 
 
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "<b>run</b>", 1, {0: HOSTILE})
-    (run / "evaluation_after.json").write_text((run / "evaluation_before.json").read_text().replace("resp", "<i>"))
-    harmless = Page(make_report(RunRecord.read(make_run(tmp_path / "run", 1))))
+    run = make_run(tmp_path / "<b>run", 1, {0: HOSTILE})
+    (run / "evaluation_after.json").write_text(
+        (run / "evaluation_before.json").read_text().replace('"resp"', '"<i>onse"')
+    )
+    make_run(tmp_path / "run", 1)
     shutil.copy(run / "evaluation_after.json", tmp_path / "run" / "evaluation_after.json")
     harmless = Page(make_report(RunRecord.read(tmp_path / "run")))
     page = Page(make_report(RunRecord.read(run)))
-    assert sorted(page.tags) == sorted(harmless.tags)
+    for tag in (*"abip", "img", "script", "table", "tr", "td", "h3", "figure"):  # within a chart seconds decide
+        assert page.tags.count(tag) == harmless.tags.count(tag)
     for text in (
         HOSTILE[0],
         HOSTILE[1],
         HOSTILE[2],
         HOSTILE[5],
         "<i>onse",
-        "<b>run</b>",
+        "<b>run",
         r"\x00\x1b[31mred",
         r"\u202eright",
     ):
