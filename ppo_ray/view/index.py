@@ -74,6 +74,7 @@ class TrajectoryIndex:
         self._files: dict[int, tuple[tuple[int, int], pa.Table | None]] = {}
         self._lock = threading.Lock()
         self._table: pa.Table | None = None
+        self._described: tuple[pa.Table, dict[str, Any]] | None = None
         self._num_files = 0
         self.skipped: dict[str, str] = {}
         """Names of files that cannot be read, with the reason."""
@@ -143,8 +144,9 @@ class TrajectoryIndex:
         with_keys = pa.table({"key": keys.filter(known), "place": chosen.filter(known)})
         order = "descending" if query.is_descending else "ascending"
         ranks = pc.sort_indices(with_keys, sort_keys=[("key", order), ("place", "ascending")])
-        places = [*with_keys.column("place").take(ranks).to_pylist(), *chosen.filter(pc.invert(known)).to_pylist()]
-        shown = places[query.offset : query.offset + query.limit]
+        last = chosen.filter(pc.invert(known)).to_numpy()
+        places = np.concatenate([with_keys.column("place").to_numpy()[ranks.to_numpy()], last])
+        shown = places[query.offset : query.offset + query.limit].tolist()
         return Page(len(chosen), [_excerpt(table.slice(place, 1).to_pylist()[0]) for place in shown])
 
     def find_prompt(self, prompt: str, limit: int) -> Page:
@@ -156,10 +158,12 @@ class TrajectoryIndex:
     def describe(self) -> dict[str, Any]:
         """Return the columns that can be asked for, and the values of those with choices."""
         table = self.table
-        numbers = [name for name in table.column_names if name in NUMBERS or name.startswith("parts.")]
-        limits = {name: pc.min_max(table.column(name)).as_py() for name in numbers}
-        choices = {name: sorted(map(str, pc.unique(table.column(name)).to_pylist())) for name in CHOICES}
-        return {"numbers": limits, "choices": choices, "num_rows": table.num_rows}
+        if self._described is None or self._described[0] is not table:
+            numbers = [name for name in table.column_names if name in NUMBERS or name.startswith("parts.")]
+            limits = {name: pc.min_max(table.column(name)).as_py() for name in numbers}
+            choices = {name: sorted(map(str, pc.unique(table.column(name)).to_pylist())) for name in CHOICES}
+            self._described = table, {"numbers": limits, "choices": choices, "num_rows": table.num_rows}
+        return self._described[1]
 
     def _select(self, table: pa.Table, query: Query) -> pa.Array:
         """Return the places of the rows that a query is about."""
