@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ppo_ray.errors import InputError
-
 SCHEMA_VERSION = "2"
 
 SCHEMA = pa.schema(
@@ -203,7 +201,7 @@ def read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         columns: to be read, where they are there; None: all.
 
     Raises:
-        InputError: they are of another version of the schema.
+        pa.ArrowInvalid: they are of another version of the schema; the message names both.
         OSError, pa.ArrowException: the file is not there, torn, or no Parquet file.
     """
     import pyarrow.parquet as pq
@@ -212,7 +210,7 @@ def read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         there = file.schema_arrow
         version = (there.metadata or {}).get(b"ppo_ray.schema", b"none").decode(errors="replace")
         if version != SCHEMA_VERSION:
-            raise InputError(f"{path.name}: schema version {version}; this ppo_ray reads version {SCHEMA_VERSION}")
+            raise pa.ArrowInvalid(f"{path.name}: schema version {version}; this ppo_ray reads version {SCHEMA_VERSION}")
         return file.read(columns and [name for name in columns if name in there.names]).combine_chunks()
 
 

@@ -173,7 +173,7 @@ def read_values(path: Path, name: str) -> np.ndarray:
     """Return all finite values of a figure in a step, float64.
 
     Raises:
-        InputError: no such figure, or trajectories of another version.
+        InputError: no such figure.
         OSError, pa.ArrowException: the file cannot be read.
     """
     if name not in SPREADS:
@@ -219,8 +219,7 @@ def count_workers(path: Path) -> list[dict[str, Any]]:
     """Return what each rollout worker sampled in a step, by name: `responses`, `tokens`, `policy_version`, `score`.
 
     Raises:
-        InputError: trajectories of another version.
-        OSError, pa.ArrowException: the file cannot be read.
+        OSError, pa.ArrowException: the file cannot be read, or is of another version.
     """
     table = trajectory.read(path, ["worker", "policy_version", "score", "response_ids"])
     table = table.append_column("tokens", pa.array(lengths(table, "response_ids"))).drop_columns(["response_ids"])

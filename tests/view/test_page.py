@@ -123,8 +123,8 @@ def test_samples_are_filtered_sorted_and_searched(shown: Shown) -> None:
     page = shown.page
     shown.go("samples?run=0")
     shown.wait_for_count(str(3 * ROWS))
-    page.get_by_role("button", name="kl", exact=True).click()
-    playwright.expect(page.locator("th[aria-sort=descending]")).to_have_text("kl↓")
+    page.get_by_role("button", name="KL", exact=True).click()
+    playwright.expect(page.locator("th[aria-sort=descending]")).to_have_text("KL↓")
     playwright.expect(page.locator(".list .samples tbody tr").first).to_contain_text("response 2 6")
     page.get_by_label("min of score").fill("5")
     shown.wait_for_count("6")
@@ -177,7 +177,7 @@ def test_two_steps_are_shown_side_by_side(shown: Shown) -> None:
     playwright.expect(pairs).to_have_count(ROWS)
     expect_texts(shown.page.locator("main"), f"{ROWS} prompts are in both steps")
     expect_texts(pairs.first, "prompt 6", "response 0 6", "response 2 6")
-    pairs.first.get_by_role("button", name="tokens").first.click()
+    pairs.first.get_by_role("button", name="token by token").first.click()
     playwright.expect(pairs.first.locator(".token")).to_have_count(7)
 
 

@@ -4,7 +4,7 @@ import { fill, h, number, select, show } from "./dom.js";
 import { openSample } from "./sample.js";
 
 const PAGE = 50;
-const NAMES = { policy_version: "version", finish_reason: "finish", sample_id: "sample" };
+const NAMES = { policy_version: "version", finish_reason: "finish", sample_id: "sample", kl: "KL" };
 const FIRST = ["step", "score"];
 const RANGES = ["step", "score", "kl", "tokens", "policy_version"];
 const SAMPLE = ["open", "colour"];
@@ -142,10 +142,11 @@ class Samples {
         "tr",
         { class: this.isOpen(row) ? "open" : null, "aria-selected": index === this.at, tabindex: -1, onclick: () => ((this.at = index), this.open(`${row.step}.${row.row}`)) },
         columns.map((name) => h("td", { class: isText(name) ? "label" : "num" }, name === "score" ? scored(row.score, this.found.numbers.score) : number(row[name]))),
-        h("td", { class: "excerpt", title: "" }, h("div", {}, show(row.response || "(no text)"))),
+        h("td", { class: "excerpt asked" }, h("div", {}, show(row.question ?? row.prompt))),
+        h("td", { class: "excerpt" }, h("div", {}, show(row.response || "(no text)"))),
       ),
     );
-    const heads = h("tr", {}, columns.map(head), h("th", {}, "response"));
+    const heads = h("tr", {}, columns.map(head), h("th", { class: "asked" }, "prompt"), h("th", {}, "response"));
     fill(this.table, h("table", { class: "samples" }, h("thead", {}, heads), h("tbody", {}, rows)), rows.length ? null : h("p", { class: "hint" }, "No response is like that."));
   }
 

@@ -124,7 +124,7 @@ function makeSide(row, side, view, prompt) {
   return h(
     "section",
     { class: "side" },
-    h("header", {}, h("span", { class: "dot", style: { background: runColour(side.run) } }), h("b", {}, `step ${row.step}`), h("span", {}, `score ${number(row.score)}`), h("span", {}, `KL ${number(row.kl)}`), h("span", {}, `${row.tokens} tokens`), h("button", { class: "quiet", onclick: open }, "tokens")),
+    h("header", {}, h("span", { class: "dot", style: { background: runColour(side.run) } }), h("b", {}, `step ${row.step}`), h("span", {}, `score ${number(row.score)}`), h("span", {}, `KL ${number(row.kl)}`), h("span", {}, `${row.tokens} tokens`), h("button", { class: "quiet", onclick: open }, "token by token ›")),
     prompt,
     text,
   );
