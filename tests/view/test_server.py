@@ -1,5 +1,6 @@
 """The server of `ppo-ray view`: who may ask, what it answers, and that nothing leads out of a run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ppo_ray.errors import InputError
+from ppo_ray.view import server
 from ppo_ray.view.server import HEADERS, is_expected_host, make_app
 from ppo_ray.view.shown import View
 from tests.view.runs import ROWS, append_step, make_run, write_step
@@ -258,3 +260,12 @@ def test_a_link_leads_nowhere(tmp_path: Path) -> None:
     write_step(run, 5).replace(tmp_path / "secret.parquet")
     (run / "trajectories" / "step-00005.parquet").symlink_to(tmp_path / "secret.parquet")
     assert open_client(run).get("/api/runs/0/samples/5/0").status_code == 400
+
+
+def test_the_pages_scripts_are_short_and_never_read_text_as_html() -> None:
+    static = Path(server.__file__).parent / "static"
+    scripts = {path.name: path.read_text() for path in static.glob("*.js")}
+    assert {name for name, text in scripts.items() if len(text.splitlines()) > 300} == set()
+    reads = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|\beval\b|new Function|srcdoc")
+    assert [name for name, text in scripts.items() if reads.search(text)] == []
+    assert not reads.search((static / "vendor" / "uPlot.esm.js").read_text())

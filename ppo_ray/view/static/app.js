@@ -89,7 +89,8 @@ async function follow() {
   if (after !== before) current?.update?.(await loadShown());
 }
 
-const SUN = "☀", MOON = "☾";
+const SUN = "☀",
+  MOON = "☾";
 function setTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
   const dark = (theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
@@ -117,7 +118,13 @@ function showHelp() {
   const box = document.getElementById("help");
   if (box.open) return box.close();
   const rows = KEYS.map(([key, meaning]) => h("tr", {}, h("td", {}, h("kbd", {}, key)), h("td", {}, meaning)));
-  fill(box, h("h2", {}, "Keyboard"), h("table", { class: "plain" }, rows), h("p", { class: "hint" }, "In charts: drag to look closer, double-click to see all."), h("button", { onclick: () => box.close() }, "Close"));
+  fill(
+    box,
+    h("h2", {}, "Keyboard"),
+    h("table", { class: "plain" }, rows),
+    h("p", { class: "hint" }, "In charts: drag to look closer, double-click to see all."),
+    h("button", { onclick: () => box.close() }, "Close"),
+  );
   box.showModal();
 }
 
@@ -136,7 +143,10 @@ async function start() {
   setTheme(localStorage.getItem("ppo-ray-theme"));
   document.getElementById("theme").addEventListener("click", switchTheme);
   document.getElementById("keys").addEventListener("click", showHelp);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => (setTheme(document.documentElement.dataset.theme), render()));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener(
+    "change",
+    () => (setTheme(document.documentElement.dataset.theme), render()),
+  );
   try {
     const known = await loadRuns();
     known.runs.forEach((_, index) => state.shown.add(index));

@@ -10,7 +10,9 @@ export function smooth(values, width) {
   const half = Math.floor(width / 2);
   return values.map((value, index) => {
     if (value === null || value === undefined) return value;
-    const around = values.slice(Math.max(0, index - half), index + half + 1).filter((item) => item !== null && item !== undefined);
+    const around = values
+      .slice(Math.max(0, index - half), index + half + 1)
+      .filter((item) => item !== null && item !== undefined);
     return around.reduce((sum, item) => sum + item, 0) / around.length;
   });
 }
@@ -24,17 +26,29 @@ export function abscissa(run, kind) {
   return (run.metrics["time/step_s"] ?? []).map((value) => (sum += value ?? 0));
 }
 
-const WHOLE = [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7, 1e8, 1e9];
+const WHOLE = [
+  1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7, 1e8, 1e9,
+];
 
 /** Write an axis' numbers with as many digits as tell them apart. */
 function writeTicks(_, ticks) {
   const known = ticks.filter((tick) => tick !== null);
   const step = known.length > 1 ? Math.abs(known[1] - known[0]) : 0;
   const places = step > 0 ? Math.min(Math.max(0, Math.ceil(-Math.log10(step) - 1e-9)), 6) : 3;
-  const fixed = (tick) => (Math.abs(tick) >= 1e5 || (tick !== 0 && Math.abs(tick) < 1e-4) ? number(tick) : tick.toFixed(places).replace("-", "−"));
+  const fixed = (tick) =>
+    Math.abs(tick) >= 1e5 || (tick !== 0 && Math.abs(tick) < 1e-4)
+      ? number(tick)
+      : tick.toFixed(places).replace("-", "−");
   return ticks.map((tick) => (tick === null ? "" : fixed(tick)));
 }
-const writeLogTicks = (_, ticks) => ticks.map((tick) => (tick === null ? "" : tick < 1e-3 || tick >= 1e5 ? tick.toExponential(0).replace("e+", "e").replace("-", "−") : String(tick)));
+const writeLogTicks = (_, ticks) =>
+  ticks.map((tick) =>
+    tick === null
+      ? ""
+      : tick < 1e-3 || tick >= 1e5
+        ? tick.toExponential(0).replace("e+", "e").replace("-", "−")
+        : String(tick),
+  );
 
 function axes(isLog, height, isWhole) {
   const look = {
@@ -53,8 +67,10 @@ function axes(isLog, height, isWhole) {
 function shade(range) {
   return (plot) => {
     const { left, top, width, height } = plot.bbox;
-    const at = (value, other) => (value === null ? other : Math.min(Math.max(plot.valToPos(value, "y", true), top), top + height));
-    const high = at(range.high, top), low = at(range.low, top + height);
+    const at = (value, other) =>
+      value === null ? other : Math.min(Math.max(plot.valToPos(value, "y", true), top), top + height);
+    const high = at(range.high, top),
+      low = at(range.low, top + height);
     plot.ctx.save();
     plot.ctx.fillStyle = colour("healthy");
     plot.ctx.fillRect(left, high, width, Math.max(low - high, 0));
@@ -90,8 +106,23 @@ function mark(events) {
  * lines: [{x, y, stroke, width, points, dash, band}], each with its own x; range: {low, high} or null;
  * events: [{x}]; onCursor: is called with the index on the joined x axis, or null, and the joined data.
  */
-export function draw(element, { lines, isLog = false, range = null, events = [], onCursor = null, bars = false, linked = true, isWhole = true, height = HEIGHT, bands = [] }) {
-  const clean = (values) => (isLog ? values.map((value) => (value > 0 ? value : null)) : values.map((value) => value ?? null));
+export function draw(
+  element,
+  {
+    lines,
+    isLog = false,
+    range = null,
+    events = [],
+    onCursor = null,
+    bars = false,
+    linked = true,
+    isWhole = true,
+    height = HEIGHT,
+    bands = [],
+  },
+) {
+  const clean = (values) =>
+    isLog ? values.map((value) => (value > 0 ? value : null)) : values.map((value) => value ?? null);
   const data = uPlot.join(lines.map((line) => [line.x, clean(line.y)]));
   const series = lines.map((line) => ({
     stroke: line.stroke,
@@ -108,7 +139,12 @@ export function draw(element, { lines, isLog = false, range = null, events = [],
     height,
     legend: { show: false },
     padding: [8, 12, 0, 0],
-    cursor: { ...(linked ? { sync: { key: "runs" } } : {}), y: false, points: { size: 6 }, drag: { x: true, y: false, dist: 8 } },
+    cursor: {
+      ...(linked ? { sync: { key: "runs" } } : {}),
+      y: false,
+      points: { size: 6 },
+      drag: { x: true, y: false, dist: 8 },
+    },
     scales: { x: { time: false, range: padX }, y: isLog ? { distr: 3 } : { range: padY } },
     axes: axes(isLog, height, isWhole),
     series: [{}, ...series],
@@ -147,8 +183,17 @@ export function runLines(runs, names, kind, width) {
       const held = name.startsWith("eval/") ? run.held_out.filter((item) => item[name] !== undefined) : [];
       // the policy after the last step is one step further than any that was logged
       const last = x.length - 1;
-      const place = (step) => (x[run.metrics.step.indexOf(step)] ?? (last > 0 ? 2 * x[last] - x[last - 1] : step));
-      if (held.length) lines.push({ x: held.map((item) => place(item.step)), y: held.map((item) => item[name]), stroke, width: 1.2, dash: [2, 4], points: true, held: index });
+      const place = (step) => x[run.metrics.step.indexOf(step)] ?? (last > 0 ? 2 * x[last] - x[last - 1] : step);
+      if (held.length)
+        lines.push({
+          x: held.map((item) => place(item.step)),
+          y: held.map((item) => item[name]),
+          stroke,
+          width: 1.2,
+          dash: [2, 4],
+          points: true,
+          held: index,
+        });
     }
   }
   return lines;

@@ -10,13 +10,17 @@ export function h(tag, attributes = {}, ...children) {
     else if (name === "value" || name === "checked" || name === "selected") element[name] = value;
     else element.setAttribute(name === "class" ? "class" : name, value === true ? "" : String(value));
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
 /** Put new children in place of an element's old ones. */
 export function fill(element, ...children) {
-  element.replaceChildren(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.replaceChildren(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
 }
 
 // Controls, marks of direction, invisible characters, halves of surrogate pairs: what a reader would not see as it is.
@@ -93,4 +97,11 @@ export function tip(event, ...children) {
 
 export function hideTip() {
   document.getElementById("tip").hidden = true;
+}
+
+/** A score with a bar for where it lies between the lowest and the highest. */
+export function scored(value, limits) {
+  if (value === null) return h("span", { class: "none", title: "not scored" }, "none");
+  const share = limits && limits.max > limits.min ? (value - limits.min) / (limits.max - limits.min) : 0.5;
+  return h("span", { class: "scored" }, h("i", { style: { width: `${Math.round(share * 34)}px` } }), number(value));
 }

@@ -1,6 +1,6 @@
 // The table of all trajectories of a run: filter, sort, search, open.
 import { get, writeAddress } from "./api.js";
-import { fill, h, number, select, show } from "./dom.js";
+import { fill, h, number, scored, select, show } from "./dom.js";
 import { openSample } from "./sample.js";
 
 const PAGE = 50;
@@ -25,7 +25,12 @@ class Samples {
     this.pager = h("div", { class: "pager" });
     this.side = h("aside", { class: "drawer", hidden: true, "aria-label": "Opened sample" });
     this.side.addEventListener("close", () => this.open(null));
-    fill(main, this.filters, this.count, h("div", { class: "split" }, h("div", { class: "list" }, this.table, this.pager), this.side));
+    fill(
+      main,
+      this.filters,
+      this.count,
+      h("div", { class: "split" }, h("div", { class: "list" }, this.table, this.pager), this.side),
+    );
   }
 
   close() {
@@ -86,16 +91,63 @@ class Samples {
       clearTimeout(this.typing);
       this.typing = setTimeout(() => this.change({ [name]: event.target.value }), 180);
     };
-    const bound = (name, side) => h("input", { inputmode: "decimal", size: 5, placeholder: side === "min" ? number(numbers[name]?.min) : number(numbers[name]?.max), "aria-label": `${side} of ${NAMES[name] ?? name}`, value: this.options[`${side}.${name}`] ?? "", oninput: later(`${side}.${name}`) });
-    const ranges = names.filter((name) => name in numbers).map((name) => h("label", { class: "field range" }, h("span", {}, NAMES[name] ?? name), h("span", {}, bound(name, "min"), "–", bound(name, "max"))));
-    const lists = Object.entries(choices).map(([name, values]) => select(NAMES[name] ?? name, [["", "any"], ...values], this.options[name] ?? "", (value) => this.change({ [name]: value })));
-    const text = h("input", { type: "search", id: "search", placeholder: "search the texts", value: this.options.text ?? "", oninput: later("text"), size: 22 });
-    const pattern = h("input", { type: "checkbox", checked: this.options.pattern === "1", onchange: (event) => this.change({ pattern: event.target.checked ? "1" : "" }) });
+    const bound = (name, side) =>
+      h("input", {
+        inputmode: "decimal",
+        size: 5,
+        placeholder: side === "min" ? number(numbers[name]?.min) : number(numbers[name]?.max),
+        "aria-label": `${side} of ${NAMES[name] ?? name}`,
+        value: this.options[`${side}.${name}`] ?? "",
+        oninput: later(`${side}.${name}`),
+      });
+    const ranges = names
+      .filter((name) => name in numbers)
+      .map((name) =>
+        h(
+          "label",
+          { class: "field range" },
+          h("span", {}, NAMES[name] ?? name),
+          h("span", {}, bound(name, "min"), "–", bound(name, "max")),
+        ),
+      );
+    const lists = Object.entries(choices).map(([name, values]) =>
+      select(NAMES[name] ?? name, [["", "any"], ...values], this.options[name] ?? "", (value) =>
+        this.change({ [name]: value }),
+      ),
+    );
+    const text = h("input", {
+      type: "search",
+      id: "search",
+      placeholder: "search the texts",
+      value: this.options.text ?? "",
+      oninput: later("text"),
+      size: 22,
+    });
+    const pattern = h("input", {
+      type: "checkbox",
+      checked: this.options.pattern === "1",
+      onchange: (event) => this.change({ pattern: event.target.checked ? "1" : "" }),
+    });
     fill(
       this.filters,
-      this.runs.length > 1 ? select("run", this.runs.map(([index, run]) => [index, run.name]), this.run, (value) => this.switchRun(Number(value))) : null,
+      this.runs.length > 1
+        ? select(
+            "run",
+            this.runs.map(([index, run]) => [index, run.name]),
+            this.run,
+            (value) => this.switchRun(Number(value)),
+          )
+        : null,
       h("label", { class: "field grow" }, h("span", {}, "text"), text),
-      select("in", [["response", "response"], ["prompt", "prompt"]], this.options.in ?? "response", (value) => this.change({ in: value })),
+      select(
+        "in",
+        [
+          ["response", "response"],
+          ["prompt", "prompt"],
+        ],
+        this.options.in ?? "response",
+        (value) => this.change({ in: value }),
+      ),
       h("label", { class: "check", title: "A regular expression, by RE2's syntax" }, pattern, "pattern"),
       ranges,
       lists,
@@ -124,7 +176,14 @@ class Samples {
       h("b", {}, num_matches.toLocaleString("en")),
       num_matches === num_rows ? " responses" : ` of ${num_rows.toLocaleString("en")} responses`,
       is_whole ? null : h("span", { class: "reading" }, ` · ${num_read} of ${num_files} steps are read`),
-      wrong.length ? h("details", { class: "note" }, h("summary", {}, `${wrong.length} ${wrong.length === 1 ? "file is" : "files are"} left out`), wrong.map(([name, why]) => h("p", {}, h("code", {}, show(name)), ": ", show(why)))) : null,
+      wrong.length
+        ? h(
+            "details",
+            { class: "note" },
+            h("summary", {}, `${wrong.length} ${wrong.length === 1 ? "file is" : "files are"} left out`),
+            wrong.map(([name, why]) => h("p", {}, h("code", {}, show(name)), ": ", show(why))),
+          )
+        : null,
     );
   }
 
@@ -135,19 +194,43 @@ class Samples {
       const active = (this.options.sort ?? "step") === name;
       const down = this.query().order === "desc";
       const turn = () => this.change({ sort: name, order: active && down ? "" : "desc" });
-      return h("th", { class: isText(name) ? "label" : "num", "aria-sort": active ? (down ? "descending" : "ascending") : "none" }, h("button", { class: "sort", onclick: turn }, NAMES[name] ?? name.replace("parts.", ""), h("span", { class: "arrow" }, active ? (down ? "↓" : "↑") : "")));
+      return h(
+        "th",
+        { class: isText(name) ? "label" : "num", "aria-sort": active ? (down ? "descending" : "ascending") : "none" },
+        h(
+          "button",
+          { class: "sort", onclick: turn },
+          NAMES[name] ?? name.replace("parts.", ""),
+          h("span", { class: "arrow" }, active ? (down ? "↓" : "↑") : ""),
+        ),
+      );
     };
     const rows = this.rows.map((row, index) =>
       h(
         "tr",
-        { class: this.isOpen(row) ? "open" : null, "aria-selected": index === this.at, tabindex: -1, onclick: () => ((this.at = index), this.open(`${row.step}.${row.row}`)) },
-        columns.map((name) => h("td", { class: isText(name) ? "label" : "num" }, name === "score" ? scored(row.score, this.found.numbers.score) : number(row[name]))),
+        {
+          class: this.isOpen(row) ? "open" : null,
+          "aria-selected": index === this.at,
+          tabindex: -1,
+          onclick: () => ((this.at = index), this.open(`${row.step}.${row.row}`)),
+        },
+        columns.map((name) =>
+          h(
+            "td",
+            { class: isText(name) ? "label" : "num" },
+            name === "score" ? scored(row.score, this.found.numbers.score) : number(row[name]),
+          ),
+        ),
         h("td", { class: "excerpt asked" }, h("div", {}, show(row.question ?? row.prompt))),
         h("td", { class: "excerpt" }, h("div", {}, show(row.response || "(no text)"))),
       ),
     );
     const heads = h("tr", {}, columns.map(head), h("th", { class: "asked" }, "prompt"), h("th", {}, "response"));
-    fill(this.table, h("table", { class: "samples" }, h("thead", {}, heads), h("tbody", {}, rows)), rows.length ? null : h("p", { class: "hint" }, "No response is like that."));
+    fill(
+      this.table,
+      h("table", { class: "samples" }, h("thead", {}, heads), h("tbody", {}, rows)),
+      rows.length ? null : h("p", { class: "hint" }, "No response is like that."),
+    );
   }
 
   isOpen(row) {
@@ -155,12 +238,17 @@ class Samples {
   }
 
   showPager() {
-    const offset = Number(this.options.offset ?? 0), all = this.found.num_matches;
+    const offset = Number(this.options.offset ?? 0),
+      all = this.found.num_matches;
     const go = (to) => (this.set({ offset: to || "" }), this.load());
     fill(
       this.pager,
       h("button", { disabled: offset === 0, onclick: () => go(Math.max(offset - PAGE, 0)) }, "← before"),
-      h("span", {}, all ? `${(offset + 1).toLocaleString("en")} to ${Math.min(offset + PAGE, all).toLocaleString("en")}` : ""),
+      h(
+        "span",
+        {},
+        all ? `${(offset + 1).toLocaleString("en")} to ${Math.min(offset + PAGE, all).toLocaleString("en")}` : "",
+      ),
       h("button", { disabled: offset + PAGE >= all, onclick: () => go(offset + PAGE) }, "after →"),
     );
   }
@@ -169,7 +257,7 @@ class Samples {
   async open(name, push = true) {
     this.opened?.close?.();
     this.opened = null;
-    if (push || !name) this.set({ open: name }, push && Boolean(name));
+    this.set({ open: name }, push && Boolean(name));
     this.side.hidden = !name;
     this.side.parentElement.classList.toggle("with-drawer", Boolean(name));
     if (this.found) this.showTable();
@@ -199,7 +287,8 @@ class Samples {
       this.at = Math.min(Math.max(this.at + move, 0), this.rows.length - 1);
       this.showTable();
       this.table.querySelectorAll("tbody tr")[this.at]?.scrollIntoView({ block: "nearest" });
-      if (this.options.open) this.open(`${this.rows[this.at].step}.${this.rows[this.at].row}`, false), this.set({ open: `${this.rows[this.at].step}.${this.rows[this.at].row}` });
+      const row = this.rows[this.at];
+      if (this.options.open && row) this.open(`${row.step}.${row.row}`, false);
       return true;
     }
     if (event.key === "Enter" && this.rows[this.at] && !event.target.closest("button, a, summary")) {
@@ -211,10 +300,3 @@ class Samples {
 }
 
 const isText = (name) => ["finish_reason", "worker"].includes(name);
-
-/** A score with a bar for where it lies between the lowest and the highest. */
-function scored(value, limits) {
-  if (value === null) return h("span", { class: "none", title: "not scored" }, "none");
-  const share = limits && limits.max > limits.min ? (value - limits.min) / (limits.max - limits.min) : 0.5;
-  return h("span", { class: "scored" }, h("i", { style: { width: `${Math.round(share * 34)}px` } }), number(value));
-}

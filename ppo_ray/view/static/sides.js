@@ -1,9 +1,14 @@
 // Two steps beside each other, of one run or of two: the same prompts first, each response token by token.
 import { get, writeAddress } from "./api.js";
 import { fill, h, number, runColour, select, show } from "./dom.js";
-import { FIGURES, tokenView } from "./sample.js";
+import { FIGURES, tokenView } from "./tokens.js";
 
-const ORDERS = [["score", "score"], ["kl", "KL"], ["tokens", "length"], ["advantage", "advantage"]];
+const ORDERS = [
+  ["score", "score"],
+  ["kl", "KL"],
+  ["tokens", "length"],
+  ["advantage", "advantage"],
+];
 const MOST = 500;
 const SHOWN = 40;
 
@@ -13,7 +18,11 @@ export async function render(main, runs, options) {
   const read = (text, run, step) => {
     const [index, at, row] = (text ?? "").split(".").map(Number);
     const known = runs.some(([other]) => other === index);
-    return { run: known ? index : run[0], step: Number.isInteger(at) ? at : step, row: Number.isInteger(row) ? row : null };
+    return {
+      run: known ? index : run[0],
+      step: Number.isInteger(at) ? at : step,
+      row: Number.isInteger(row) ? row : null,
+    };
   };
   const view = {
     a: read(options.a, firstRun, ends(firstRun)[0]),
@@ -23,8 +32,16 @@ export async function render(main, runs, options) {
     colour: options.colour in FIGURES ? options.colour : "ratio",
     opened: [],
   };
-  const controls = h("div", { class: "bar" }), body = h("div");
-  const write = () => writeAddress("sides", { a: [view.a.run, view.a.step, ...(view.a.row === null ? [] : [view.a.row])].join("."), b: [view.b.run, view.b.step, ...(view.b.row === null ? [] : [view.b.row])].join("."), sort: view.sort === "score" ? "" : view.sort, order: view.order === "desc" ? "" : view.order, colour: view.colour === "ratio" ? "" : view.colour });
+  const controls = h("div", { class: "bar" }),
+    body = h("div");
+  const write = () =>
+    writeAddress("sides", {
+      a: [view.a.run, view.a.step, ...(view.a.row === null ? [] : [view.a.row])].join("."),
+      b: [view.b.run, view.b.step, ...(view.b.row === null ? [] : [view.b.row])].join("."),
+      sort: view.sort === "score" ? "" : view.sort,
+      order: view.order === "desc" ? "" : view.order,
+      colour: view.colour === "ratio" ? "" : view.colour,
+    });
   const change = (what) => {
     Object.assign(view, what);
     write();
@@ -33,9 +50,37 @@ export async function render(main, runs, options) {
   const pickStep = (side) => {
     const run = runs.find(([index]) => index === view[side].run)[1];
     const steps = run.metrics.step ?? [0];
-    const input = h("input", { type: "number", min: 0, value: view[side].step, "aria-label": `step of side ${side}`, onchange: (event) => change({ [side]: { ...view[side], step: Number(event.target.value), row: null } }) });
-    const slider = h("input", { type: "range", min: steps[0] ?? 0, max: steps.at(-1) ?? 0, value: view[side].step, "aria-hidden": true, tabindex: -1, oninput: (event) => (input.value = event.target.value), onchange: (event) => change({ [side]: { ...view[side], step: Number(event.target.value), row: null } }) });
-    return h("span", { class: "side-pick" }, runs.length > 1 ? select("run", runs.map(([index, item]) => [index, item.name]), view[side].run, (value) => change({ [side]: { ...view[side], run: Number(value), row: null } })) : null, h("label", { class: "field" }, h("span", {}, "step"), input), slider);
+    const input = h("input", {
+      type: "number",
+      min: 0,
+      value: view[side].step,
+      "aria-label": `step of side ${side}`,
+      onchange: (event) => change({ [side]: { ...view[side], step: Number(event.target.value), row: null } }),
+    });
+    const slider = h("input", {
+      type: "range",
+      min: steps[0] ?? 0,
+      max: steps.at(-1) ?? 0,
+      value: view[side].step,
+      "aria-hidden": true,
+      tabindex: -1,
+      oninput: (event) => (input.value = event.target.value),
+      onchange: (event) => change({ [side]: { ...view[side], step: Number(event.target.value), row: null } }),
+    });
+    return h(
+      "span",
+      { class: "side-pick" },
+      runs.length > 1
+        ? select(
+            "run",
+            runs.map(([index, item]) => [index, item.name]),
+            view[side].run,
+            (value) => change({ [side]: { ...view[side], run: Number(value), row: null } }),
+          )
+        : null,
+      h("label", { class: "field" }, h("span", {}, "step"), input),
+      slider,
+    );
   };
 
   async function load() {
@@ -47,13 +92,37 @@ export async function render(main, runs, options) {
       h("span", { class: "versus" }, "beside"),
       pickStep("b"),
       select("by", ORDERS, view.sort, (value) => change({ sort: value })),
-      select("first", [["desc", "highest"], ["asc", "lowest"]], view.order, (value) => change({ order: value })),
-      select("colour by", Object.entries(FIGURES).map(([key, [name]]) => [key, name]), view.colour, (value) => change({ colour: value })),
+      select(
+        "first",
+        [
+          ["desc", "highest"],
+          ["asc", "lowest"],
+        ],
+        view.order,
+        (value) => change({ order: value }),
+      ),
+      select(
+        "colour by",
+        Object.entries(FIGURES).map(([key, [name]]) => [key, name]),
+        view.colour,
+        (value) => change({ colour: value }),
+      ),
     );
     try {
       const [a, b] = await Promise.all(["a", "b"].map((side) => whole(view[side], view)));
       const pairs = pair(a.rows, b.rows, view);
-      fill(body, summary(a, b, pairs), h("div", { class: "pairs" }, pairs.slice(0, SHOWN).map((items) => showPair(items, view))), pairs.length > SHOWN ? h("p", { class: "hint" }, `${pairs.length - SHOWN} pairs more; the table of samples has all.`) : null);
+      fill(
+        body,
+        summary(a, b, pairs),
+        h(
+          "div",
+          { class: "pairs" },
+          pairs.slice(0, SHOWN).map((items) => showPair(items, view)),
+        ),
+        pairs.length > SHOWN
+          ? h("p", { class: "hint" }, `${pairs.length - SHOWN} pairs more; the table of samples has all.`)
+          : null,
+      );
     } catch (error) {
       fill(body, h("p", { class: "error", role: "alert" }, error.message));
     }
@@ -87,7 +156,8 @@ function pair(left, right, view) {
     }
   }
   const [a, b] = [left, right].map((rows) => rows.filter((row) => !used.has(row)));
-  for (let index = 0; index < Math.max(a.length, b.length); index++) pairs.push({ rows: [a[index], b[index]], isSame: false });
+  for (let index = 0; index < Math.max(a.length, b.length); index++)
+    pairs.push({ rows: [a[index], b[index]], isSame: false });
   return pairs;
 }
 
@@ -97,8 +167,35 @@ function summary(a, b, pairs) {
     const known = rows.map((row) => row[name]).filter((value) => value !== null);
     return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
   };
-  const line = (name, title) => h("tr", {}, h("td", {}, title), h("td", { class: "num" }, number(mean(a.rows, name))), h("td", { class: "num" }, number(mean(b.rows, name))));
-  return h("div", { class: "card summary" }, h("table", { class: "plain" }, h("thead", {}, h("tr", {}, h("th", {}, "mean"), h("th", { class: "num" }, "left"), h("th", { class: "num" }, "right"))), h("tbody", {}, line("score", "score"), line("kl", "KL"), line("tokens", "length"))), h("p", { class: "hint" }, same ? `${same} prompts are in both steps and stand first; the others are paired by their rank.` : "No prompt is in both steps: responses are paired by their rank."));
+  const line = (name, title) =>
+    h(
+      "tr",
+      {},
+      h("td", {}, title),
+      h("td", { class: "num" }, number(mean(a.rows, name))),
+      h("td", { class: "num" }, number(mean(b.rows, name))),
+    );
+  return h(
+    "div",
+    { class: "card summary" },
+    h(
+      "table",
+      { class: "plain" },
+      h(
+        "thead",
+        {},
+        h("tr", {}, h("th", {}, "mean"), h("th", { class: "num" }, "left"), h("th", { class: "num" }, "right")),
+      ),
+      h("tbody", {}, line("score", "score"), line("kl", "KL"), line("tokens", "length")),
+    ),
+    h(
+      "p",
+      { class: "hint" },
+      same
+        ? `${same} prompts are in both steps and stand first; the others are paired by their rank.`
+        : "No prompt is in both steps: responses are paired by their rank.",
+    ),
+  );
 }
 
 function showPair({ rows, isSame }, view) {
@@ -107,7 +204,12 @@ function showPair({ rows, isSame }, view) {
     const side = index ? view.b : view.a;
     return row ? makeSide(row, side, view, isSame ? null : prompt(row)) : h("div", { class: "side empty" });
   });
-  return h("article", { class: "pair card" }, isSame && rows[0] ? prompt(rows[0]) : null, h("div", { class: "two" }, cells));
+  return h(
+    "article",
+    { class: "pair card" },
+    isSame && rows[0] ? prompt(rows[0]) : null,
+    h("div", { class: "two" }, cells),
+  );
 }
 
 function makeSide(row, side, view, prompt) {
@@ -124,7 +226,16 @@ function makeSide(row, side, view, prompt) {
   return h(
     "section",
     { class: "side" },
-    h("header", {}, h("span", { class: "dot", style: { background: runColour(side.run) } }), h("b", {}, `step ${row.step}`), h("span", {}, `score ${number(row.score)}`), h("span", {}, `KL ${number(row.kl)}`), h("span", {}, `${row.tokens} tokens`), h("button", { class: "quiet", onclick: open }, "token by token ›")),
+    h(
+      "header",
+      {},
+      h("span", { class: "dot", style: { background: runColour(side.run) } }),
+      h("b", {}, `step ${row.step}`),
+      h("span", {}, `score ${number(row.score)}`),
+      h("span", {}, `KL ${number(row.kl)}`),
+      h("span", {}, `${row.tokens} tokens`),
+      h("button", { class: "quiet", onclick: open }, "token by token ›"),
+    ),
     prompt,
     text,
   );
