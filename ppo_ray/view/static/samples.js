@@ -5,9 +5,7 @@ import { openSample } from "./sample.js";
 
 const PAGE = 50;
 const NAMES = { policy_version: "version", finish_reason: "finish", sample_id: "sample", kl: "KL" };
-const FIRST = ["step", "score"];
 const RANGES = ["step", "score", "kl", "tokens", "policy_version"];
-const SAMPLE = ["open", "colour"];
 
 export async function render(main, runs, options) {
   const run = runs.find(([index]) => index === Number(options.run)) ?? runs[0];
@@ -41,7 +39,7 @@ class Samples {
 
   /** The options that the server is asked with. */
   query() {
-    const asked = Object.entries(this.options).filter(([name]) => !["run", ...SAMPLE].includes(name));
+    const asked = Object.entries(this.options).filter(([name]) => !["run", "open", "colour"].includes(name));
     return { sort: "step", order: this.options.sort ? "" : "desc", ...Object.fromEntries(asked) };
   }
 
@@ -189,7 +187,7 @@ class Samples {
 
   showTable() {
     const parts = Object.keys(this.found.numbers).filter((name) => name.startsWith("parts."));
-    const columns = [...FIRST, ...parts, "kl", "advantage", "tokens", "finish_reason", "worker"];
+    const columns = ["step", "score", ...parts, "kl", "advantage", "tokens", "finish_reason", "worker"];
     const head = (name) => {
       const active = (this.options.sort ?? "step") === name;
       const down = this.query().order === "desc";
