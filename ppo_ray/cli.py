@@ -39,6 +39,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Options that win over the file's, e.g. steps=5 ppo.learning_rate=1e-5."),
 ]
+Host = Annotated[str, typer.Option(help="Address to listen at; any other than loopback is a network's.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="To listen at; 0: a free one.")]
 
 
 def main() -> None:
@@ -136,24 +138,9 @@ def check(
         from ppo_ray.config import load_config
 
         parsed = load_config(config, overrides or [])
-
         from ppo_ray.run.train import check
 
         check(parsed)
-
-
-@app.command()
-def merge(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="E.g. RUN/checkpoints/final, of adapters.")],
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder to be made.")],
-    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Round to bfloat16; else float32.")] = False,
-    base: Annotated[str | None, typer.Option(help="The base, if it is not where the checkpoint says.")] = None,
-) -> None:
-    """Make a whole model of a checkpoint of adapters (LoRA) and their base; it loads without peft."""
-    with _report_errors():
-        from ppo_ray.models.merging import merge_checkpoint
-
-        merge_checkpoint(checkpoint, output, "bfloat16" if bfloat16 else "float32", base)
 
 
 @app.command()
@@ -189,10 +176,8 @@ def plan(
 def serve_reward(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, e.g. configs/imdb.yaml.")],
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; any other than loopback is a network's.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="To listen at; 0: a free one.")] = 8000,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     token_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="A variable with the token that requests must have.")
     ] = None,
@@ -202,11 +187,23 @@ def serve_reward(
         from ppo_ray.config import load_config
 
         parsed = load_config(config, overrides or [])
-
         from ppo_ray.reward.serve import serve
         from ppo_ray.rollout.judge import start_judge
 
         serve(parsed, host, port, token_env, partial(typer.echo, err=True), start_judge)
+
+
+@app.command()
+def view(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, finished or under way.")],
+    host: Host = "127.0.0.1",
+    port: Port = 0,
+) -> None:
+    """Show runs in the browser: curves, every response token by token, distributions, seconds."""
+    with report_errors():
+        from ppo_ray.view.server import serve
+
+        serve(runs, host, port, partial(typer.echo, err=True))
 
 
 @app.command()
@@ -224,18 +221,7 @@ def options(
             typer.echo(reference.to_markdown(), nl=False)
             return
 
-        from rich import box
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
-        for table in [reference.find_table(section)] if section else reference.make_tables():
-            shown = Table("option", "", title=table.meaning, box=box.SIMPLE_HEAD, title_justify="left")
-            shown.columns[0].no_wrap = True
-            for option in table.options:
-                default = f"default {option.default}" if option.default else "required"
-                shown.add_row(option.name, escape(f"{option.meaning}\n{option.values.replace('`', '')}; {default}"))
-            Console().print(shown)
+        reference.print_tables(section)
 
 
 @app.command()

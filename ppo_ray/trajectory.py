@@ -7,6 +7,7 @@ never from token ids, because the pad token may equal the end-of-sequence token.
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,27 @@ def with_learned(table: pa.Table, figures: Mapping[str, Sequence[np.ndarray | No
     for name in table.column_names[len(SCHEMA) :]:
         learned = learned.append_column(name, table.column(name))
     return learned
+
+
+def read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a step's trajectories as a run wrote them.
+
+    Args:
+        path: a file of the run's `trajectories/`.
+        columns: to be read, where they are there; None: all.
+
+    Raises:
+        pa.ArrowInvalid: they are of another version of the schema; the message names both.
+        OSError, pa.ArrowException: the file is not there, torn, or no Parquet file.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        there = file.schema_arrow
+        version = (there.metadata or {}).get(b"ppo_ray.schema", b"none").decode(errors="replace")
+        if version != SCHEMA_VERSION:
+            raise pa.ArrowInvalid(f"{path.name}: schema version {version}; this ppo_ray reads version {SCHEMA_VERSION}")
+        return file.read(columns and [name for name in columns if name in there.names]).combine_chunks()
 
 
 def concat(shards: Sequence[pa.Table]) -> pa.Table:

@@ -177,7 +177,7 @@ def make_undisturbed(
 
     def make(folder: Path) -> None:
         with tiny_command_line(*models, folder) as command_line:
-            result = command_line.train(f"rollout.engine={engine}", f"steps={steps}", *OPTIONS, *options)
+            result = command_line.train(f"rollout.engine={engine}", f"steps={steps}", "report=true", *OPTIONS, *options)
             assert result.returncode == 0, result.stderr
             assert command_line.leftovers() == []
         (folder / "stdout").write_text(result.stdout)
@@ -207,6 +207,7 @@ def tiny_command_line(policy: Path, classifier: Path, prompts: Path, folder: Pat
     """Write a config of tiny models that runs in `folder / "run"`, and give it a Ray folder of its own."""
     options = {
         "steps": 3,
+        "report": False,  # a second per run
         "output_dir": str(folder / "run"),
         "model": {"path": str(policy)},
         "prompts": {"path": str(prompts), "min_chars": 20, "min_tokens": 2, "max_tokens": 8},

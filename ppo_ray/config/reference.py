@@ -92,6 +92,27 @@ def find_table(section: str) -> OptionTable:
     return found[section]
 
 
+def print_tables(section: str | None) -> None:
+    """Print the options of a section, or of all.
+
+    Raises:
+        InputError: there is no such section.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    for table in [find_table(section)] if section else make_tables():
+        shown = Table("option", "", title=table.meaning, box=box.SIMPLE_HEAD, title_justify="left")
+        shown.columns[0].no_wrap = True
+        for option in table.options:
+            default = f"default {option.default}" if option.default else "required"
+            about = f"{option.meaning}\n{option.values.replace('`', '')}; {default}"
+            shown.add_row(option.name, escape(about))
+        Console().print(shown)
+
+
 def to_markdown() -> str:
     """Return docs/options.md."""
     first = "\n".join(f"| {goal} | `{name}` | {how} |" for name, (goal, how) in FIRST.items())

@@ -44,6 +44,9 @@ class Config(Section):
     resume: Literal["never", "auto", "required"] = "never"
     """Whether the run in output_dir goes on from its newest checkpoint: never (a run there is an error), auto (if there
     is one), required (there must be one: `ppo-ray train CONFIG --resume`)."""
+    report: bool = True
+    """Whether the run ends with a report of itself, report.html in output_dir; `ppo-ray report` makes one at any
+    time."""
     model: ModelConfig
     prompts: PromptsConfig
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)

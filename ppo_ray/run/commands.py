@@ -1,4 +1,4 @@
-"""The commands that look into a run's folder: `show` and `track`. Heavy modules are imported when one is called."""
+"""The commands for what a run has left: `show`, `track`, `report`, `merge`. Heavy modules are imported in a command."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -74,3 +74,30 @@ def register(app: typer.Typer, overrides: Any, report_errors: Callable[[], Abstr
 
             if not send_rest(parsed, lambda line: typer.echo(escape_controls(line))):
                 raise typer.Exit(1)
+
+    @app.command()
+    def report(
+        run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or under way.")],
+        output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")] = Path("report.html"),
+    ) -> None:
+        """Write a run's report: one HTML page without network or scripts."""
+        with report_errors():
+            from ppo_ray.run.record import RunRecord
+            from ppo_ray.run.report import write_report
+
+            write_report(RunRecord.read(run), output)
+
+    @app.command()
+    def merge(
+        checkpoint: Annotated[
+            Path, typer.Argument(metavar="CHECKPOINT", help="E.g. RUN/checkpoints/final, of adapters.")
+        ],
+        output: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder to be made.")],
+        bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Round to bfloat16; else float32.")] = False,
+        base: Annotated[str | None, typer.Option(help="The base, if it is not where the checkpoint says.")] = None,
+    ) -> None:
+        """Make a whole model of a checkpoint of adapters (LoRA) and their base; it loads without peft."""
+        with report_errors():
+            from ppo_ray.models.merging import merge_checkpoint
+
+            merge_checkpoint(checkpoint, output, "bfloat16" if bfloat16 else "float32", base)

@@ -73,7 +73,7 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """The report on the run, one page, where one was made."""
+        """All of this as one HTML page, where one was made."""
         return self.path / "report.html"
 
     @property

@@ -31,6 +31,21 @@ def read_steps(folder: Path) -> list[dict[str, float]]:
     return [_figures(record) for _, record in _read_lines(folder / METRICS_FILE) if "event" not in record]
 
 
+def read_log(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    """Read what a folder's log has, whether or not a run is writing it.
+
+    Returns:
+        The metrics of each step, by step, with None for what was not finite; the events in order, each with `event`,
+        `step`, `time`, `message` and `worker` where they are known; and how many whole lines are none of ours.
+    """
+    path = folder / METRICS_FILE
+    lines = list(_read_lines(path))
+    whole = path.read_bytes().count(b"\n") if path.is_file() else 0  # the line at the end may be being written
+    steps = {record["step"]: record for _, record in lines if "event" not in record}
+    events = [record for _, record in lines if "event" in record]
+    return [steps[step] for step in sorted(steps)], events, max(whole - len(lines), 0)
+
+
 class MetricsLog:
     """A log into `metrics.jsonl` and `tensorboard/` of a folder; neither exists before the first step or event.
 

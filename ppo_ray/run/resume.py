@@ -15,6 +15,7 @@ MAY_CHANGE = (
     "steps",
     "output_dir",
     "resume",
+    "report",
     "checkpoint.*",
     "ray.*",
     "tracking.*",

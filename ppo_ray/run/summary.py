@@ -43,6 +43,7 @@ def print_summary(
     outputs = {
         "samples before and after": folder.samples,
         "scores, KL and updates over steps": folder.curves,
+        "report, one page for mail": folder.report,
         "trained policy": folder.final_checkpoint,
         "evaluations": folder.after,
         "metrics": folder.metrics,
@@ -62,6 +63,7 @@ def print_summary(
 
 def _next_commands(folder: RunFolder, config: Config) -> Iterator[str]:
     yield f"ppo-ray evaluate {shlex.quote(_show_path(folder.final_checkpoint))}"
+    yield f"ppo-ray view {shlex.quote(_show_path(folder.path))}"
     yield f"tensorboard --logdir {shlex.quote(_show_path(folder.tensorboard))}"
     if config.ppo.learning_rate_schedule == "constant":  # another ends with the steps that it was planned for
         yield f"ppo-ray train {shlex.quote(_show_path(folder.config))} --resume steps={2 * config.steps}"

@@ -23,6 +23,8 @@ from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.log import read_steps
 from ppo_ray.run.loop import run_overlapped, run_steps
 from ppo_ray.run.progress import format_duration
+from ppo_ray.run.record import RunRecord
+from ppo_ray.run.report import write_report
 from ppo_ray.run.run import Run
 from ppo_ray.run.summary import print_agreements, print_evaluation, print_summary, write_samples
 from ppo_ray.weights.acks import Agreement
@@ -94,6 +96,9 @@ def train(config: Config, console: Console | None = None) -> RunReport:
             title = f"{run.folder.path.name}: {config.model.path}, {len(run.history)} steps, seed {config.seed}"
             target = config.ppo.kl_target if config.ppo.kl_controller == "adaptive" else None
             draw_curves(run.folder.curves, run.history, before, after, title, target)
+        if config.report:  # here, so that trackers get it
+            with say_failure(run, "the report"):
+                write_report(RunRecord.read(run.folder.path), run.folder.report)
     print_summary(console, run.folder, config, run.history, before, after)
     made = config.steps - run.start.state.step
     run.say(f"{made} steps in {format_duration(time.monotonic() - began)}, start and evaluations included")

@@ -58,7 +58,8 @@ REQUIRED = ("text_encoder", "audio_encoder", "decoder")
 """Parts without which some configs cannot be made."""
 DEFAULT = "default"
 """The config's own value."""
-LATENT = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "head_dim": 8, "n_group": 1, "topk_group": 1}
+LATENT = dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "head_dim"), 32)
+LATENT |= {"n_group": 1, "topk_group": 1}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2}
 HYBRID |= {"linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 INDEXED = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 64}
@@ -141,12 +142,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
 }
 """What else some of them need."""
-NO_WINDOWS = {"use_sliding_window": False}
+NO_WINDOWS = {"use_sliding_window": False, "layer_types": ["full_attention"] * 2}
 FOR_VLLM: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid"},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe": {"head_dim": 32},
-    "lfm2": {"conv_dim": 64},
+    "gemma4_text": {"num_experts": DEFAULT},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 64},
+    "lfm2": {"conv_dim": 64, "block_dim": 64},
+    "llama4_text": {"attention_chunk_size": 32},
+    "minimax_m2": {
+        "rotary_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
+    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3"), NO_WINDOWS),
 }
 """What vLLM asks of a config beside what transformers does, or cannot compute."""

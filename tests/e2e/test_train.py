@@ -59,6 +59,8 @@ def test_a_run_leaves_what_it_promises(
     assert AutoTokenizer.from_pretrained(final).eos_token_id == 0
     assert (run / "config.yaml").read_text() == (final / "config.yaml").read_text()
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "policy/approx_kl" in (run / "report.html").read_text()
+    assert f"ppo-ray view {run}" in output
     assert len(re.findall(r"^\|", (run / "samples.md").read_text(), re.M)) >= 4
     assert list((run / "tensorboard").glob("events.*"))
 

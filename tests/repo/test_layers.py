@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = {
     "__main__ cli": "the commands",
-    "jobs": "a run as a job on a Ray cluster: what is sent, and how it is followed",
+    "jobs view": "a run as a job on a Ray cluster: what is sent, and how it is followed; runs in the browser",
     "run trl": "the loop, what stands around it and what it writes; TRL's classes over the same parts",
     "preflight": "what is found wrong before anything starts",
     "learner rollout": "one PPO update; generation",
@@ -38,13 +38,13 @@ HOMES = {
     "torch": "algo/*  models/*  learner/*  rollout/*  reward/classifier.py  reward/batching.py  weights/*  plan/*  "
     "assets/*  trl/*",
     "peft": "models/lora.py  models/adapter_files.py  trl/modeling.py",
-    "matplotlib": "run/curves.py",
+    "matplotlib": "run/curves.py  run/report.py",
     "tensorboard": "run/log.py",
     "datasets": "prompts/sources.py  assets/*",
     "typer": "cli.py  run/commands.py",
     "requests": "jobs/server.py  reward/http.py",
-    "fastapi": "reward/serve.py",
-    "uvicorn": "reward/serve.py",
+    "fastapi": "reward/serve.py  view/server.py",
+    "uvicorn": "reward/serve.py  view/server.py",
     "omegaconf": "config/file.py",
     "wandb": "run/trackers.py  trl/statistics.py",
     "mlflow": "run/trackers.py",

@@ -13,6 +13,7 @@ import pytest
 import ppo_ray
 
 ROOT = Path(__file__).parents[2]
+STATIC = ROOT / "ppo_ray" / "view" / "static"
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,16 @@ def test_it_holds_the_package_its_types_and_the_demos_config_alone(wheel: zipfil
     assert files == modules | {
         "ppo_ray/py.typed",
         *(f"ppo_ray/assets/{name}.yaml" for name in ("imdb", "arithmetic", "assistant", "toy")),
+        "ppo_ray/run/report.html",
+        *(path.relative_to(ROOT).as_posix() for path in STATIC.rglob("*") if path.is_file()),
     }
     assert wheel.read("ppo_ray/assets/imdb.yaml") == (ROOT / "configs" / "imdb.yaml").read_bytes()
+
+
+def test_what_others_wrote_has_its_licence(wheel: zipfile.ZipFile) -> None:
+    files = {name.rpartition("/")[2] for name in wheel.namelist() if "/static/vendor/" in name}
+    assert files == {"uPlot.esm.js", "uPlot.min.css", "uPlot.LICENSE"}
+    assert b"MIT License" in wheel.read("ppo_ray/view/static/vendor/uPlot.LICENSE")
 
 
 def test_it_says_what_it_is(wheel: zipfile.ZipFile) -> None:

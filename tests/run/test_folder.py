@@ -22,6 +22,7 @@ def test_layout(tmp_path):
         "before": "evaluation_before.json",
         "samples": "samples.md",
         "curves": "curves.png",
+        "report": "report.html",
     }
     assert {name: getattr(folder, name).relative_to(folder.path).as_posix() for name in names} == names
     assert folder.trajectory_file(3).relative_to(folder.path).as_posix() == "trajectories/step-00003.parquet"

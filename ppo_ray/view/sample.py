@@ -1,0 +1,239 @@
+"""One trajectory token by token, and the spread of a step's figures."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ppo_ray import trajectory
+from ppo_ray.errors import InputError
+from ppo_ray.trajectory import EXTRAS, LEARNED_FIELDS, LEARNED_SCHEMA, lengths, ragged
+from ppo_ray.view.index import read_messages
+
+FIGURES = ("rollout_logprobs", *LEARNED_FIELDS)
+"""Columns with a figure per token of the response."""
+_TOKENIZER = "tokenizer.json"
+_LARGEST_TOKENIZER = 256 << 20  # bytes
+_LARGEST_INTEGER = 2**53  # that a browser's numbers hold exactly; larger ones, as seeds, become text
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+"""Of a distribution, as a share of what lies below."""
+SPREADS = {
+    "score": ("score",),
+    "kl": ("kl",),
+    "advantages": ("advantages",),
+    "log_ratio": ("old_logprobs", "ref_logprobs"),
+    "rollout_logprobs": ("rollout_logprobs",),
+    "values": ("values",),
+    "returns": ("returns",),
+    "tokens": ("response_ids",),
+}
+"""Figures whose distribution can be asked for, each with the columns that it is made of. `log_ratio` is that of the
+policy before the update to the reference, per token; `tokens` and `score` are per response, all others per token."""
+
+
+class TokenTexts:
+    """The text of each token, by the run's own tokenizer; nothing where there is none on this machine."""
+
+    def __init__(self, run: Path, model: str | None) -> None:
+        """Look for `tokenizer.json`: in the run's checkpoints, in the model's folder, in the hub's cache.
+
+        Args:
+            run: the run's folder.
+            model: `model.path` of the run: a folder, or a name on the hub.
+        """
+        self._found = next((path for path in _find_tokenizers(run, model) if _is_usable(path)), None)
+        self._tokenizer: Any = None
+
+    def decode(self, ids: Sequence[int]) -> list[str] | None:
+        """Return what each token adds to the text; empty for a token that is a part of a character only.
+
+        None: there is no tokenizer.
+        """
+        if self._found is None:
+            return None
+        from tokenizers import Tokenizer
+        from tokenizers.decoders import DecodeStream
+
+        try:
+            self._tokenizer = self._tokenizer or Tokenizer.from_file(str(self._found))
+            stream = DecodeStream(skip_special_tokens=False)
+            return [stream.step(self._tokenizer, token) or "" for token in ids]
+        except Exception:  # the library raises nothing narrower; the ids are shown instead
+            return None
+
+
+def _find_tokenizers(run: Path, model: str | None) -> Iterator[Path]:
+    """Yield where a tokenizer may be, the run's own first."""
+    yield from sorted((run / "checkpoints").glob(f"step-*/{_TOKENIZER}"))
+    if model:
+        yield Path(model) / _TOKENIZER
+        if not Path(model).is_absolute() and model.count("/") <= 1:
+            from huggingface_hub import try_to_load_from_cache
+            from huggingface_hub.errors import HFValidationError
+
+            try:
+                cached = try_to_load_from_cache(model, _TOKENIZER)
+            except HFValidationError:
+                return
+            if isinstance(cached, str):
+                yield Path(cached)
+
+
+def _is_usable(path: Path) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size <= _LARGEST_TOKENIZER
+    except (OSError, ValueError):
+        return False
+
+
+def open_sample(path: Path, row: int, texts: TokenTexts, offset: int, limit: int) -> dict[str, Any]:
+    """Return one trajectory with the figures of some of its tokens.
+
+    Args:
+        path: a step's file.
+        row: of the file.
+        texts: the run's tokens.
+        offset: first token of the response to be returned.
+        limit: number of tokens to be returned.
+
+    Returns:
+        `facts` by column; `prompt`; `response`; `messages`, where the prompt is a conversation; `tokens`: `ids`,
+        `texts` (None without a tokenizer) and `figures`, a list for each of `FIGURES` or None; `num_tokens`.
+
+    Raises:
+        InputError: there is no such row.
+        OSError, pa.ArrowException: the file cannot be read.
+    """
+    table = trajectory.read(path, [*LEARNED_SCHEMA.names, *EXTRAS])
+    if not 0 <= row < table.num_rows:
+        raise InputError(f"{path.name} has no row {row}: it has {table.num_rows}")
+    found = table.slice(row, 1).to_pylist()[0]
+    ids = found.pop("response_ids")
+    shown = slice(offset, offset + limit)
+    figures = {name: found.pop(name, None) for name in FIGURES}
+    found["num_prompt_tokens"] = len(found.pop("prompt_ids"))
+    tokens = {
+        "offset": offset,
+        "ids": ids[shown],
+        "texts": texts.decode(ids[: shown.stop]),
+        "figures": {name: _finite(values[shown]) if values is not None else None for name, values in figures.items()},
+    }
+    if tokens["texts"] is not None:
+        tokens["texts"] = tokens["texts"][shown]
+    return {
+        "prompt": found.pop("prompt"),
+        "response": found.pop("response"),
+        "messages": read_messages(found.pop("messages", None)),
+        "facts": _plain({name: value for name, value in found.items() if value is not None}),
+        "num_tokens": len(ids),
+        "tokens": tokens,
+    }
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """Write figures with seven digits, as float32 has them; None for what is not finite."""
+    return [float(f"{value:.7g}") if value is not None and math.isfinite(value) else None for value in values]
+
+
+def _plain(value: Any) -> Any:
+    """Make JSON of what a column may hold: nested columns stay, what JSON has no form for becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return _finite([value])[0]
+    is_exact = isinstance(value, int) and abs(value) <= _LARGEST_INTEGER
+    return value if value is None or is_exact or isinstance(value, str) else str(value)
+
+
+class Spreads:
+    """The distributions of a run's figures over its steps; each file is read once per figure."""
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self._known: dict[tuple[str, str], tuple[tuple[int, int], list[float] | None]] = {}
+
+    def quantiles(self, path: Path, name: str) -> list[float] | None:
+        """Return the quantiles of a figure in a step, as `QUANTILES` has them; None where there is no value."""
+        stat = path.stat()
+        stamp = stat.st_mtime_ns, stat.st_size
+        known = self._known.get((path.name, name))
+        if known is None or known[0] != stamp:
+            values = read_values(path, name)
+            quantiles = [float(value) for value in np.quantile(values, QUANTILES)] if values.size else None
+            known = self._known[path.name, name] = stamp, quantiles
+        return known[1]
+
+
+def read_values(path: Path, name: str) -> np.ndarray:
+    """Return all finite values of a figure in a step, float64.
+
+    Raises:
+        InputError: no such figure.
+        OSError, pa.ArrowException: the file cannot be read.
+    """
+    if name not in SPREADS:
+        raise InputError(f"{name}: no such figure; there are {', '.join(SPREADS)}")
+    table = trajectory.read(path, SPREADS[name])
+    if set(SPREADS[name]) - set(table.column_names):
+        return np.zeros(0)
+    if name == "score":
+        values = table.column("score").to_numpy()
+    elif name == "tokens":
+        values = np.array([len(ids) for ids in ragged(table, "response_ids")])
+    else:
+        first, *second = (np.concatenate(ragged(table, column) or [np.zeros(0)]) for column in SPREADS[name])
+        if second and len(second[0]) != len(first):
+            raise InputError(f"{path.name}: {' and '.join(SPREADS[name])} do not have the same tokens")
+        values = first - second[0] if second else first
+    values = np.asarray(values, np.float64)
+    return values[np.isfinite(values)]
+
+
+def count_bins(
+    values: np.ndarray, num_bins: int = 40, low: float | None = None, high: float | None = None
+) -> tuple[list[float], list[int]]:
+    """Return the edges and counts of a histogram; the bins at its ends hold what lies further out.
+
+    Args:
+        values: finite.
+        num_bins: of equal width.
+        low: where the first bin begins; None: 0.5 % of the values lie below.
+        high: where the last bin ends; None: 0.5 % of the values lie above.
+    """
+    if not values.size:
+        return [], []
+    least, most = np.quantile(values, [0.005, 0.995])
+    low, high = least if low is None else low, most if high is None else high
+    if not low < high:
+        low, high = low - 0.5, low + 0.5
+    counts, edges = np.histogram(np.clip(values, low, high), num_bins, (low, high))
+    return [float(edge) for edge in edges], counts.tolist()
+
+
+def count_workers(path: Path) -> list[dict[str, Any]]:
+    """Return what each rollout worker sampled in a step, by name: `responses`, `tokens`, `policy_version`, `score`.
+
+    Raises:
+        OSError, pa.ArrowException: the file cannot be read, or is of another version.
+    """
+    table = trajectory.read(path, ["worker", "policy_version", "score", "response_ids"])
+    table = table.append_column("tokens", pa.array(lengths(table, "response_ids"))).drop_columns(["response_ids"])
+    by_worker = table.group_by("worker").aggregate(
+        [("tokens", "count"), ("tokens", "sum"), ("policy_version", "max"), ("score", "mean")]
+    )
+    rows = [
+        {
+            "name": row["worker"],
+            "responses": row["tokens_count"],
+            "tokens": row["tokens_sum"],
+            "policy_version": row["policy_version_max"],
+            "score": row["score_mean"] and _finite([row["score_mean"]])[0],
+        }
+        for row in by_worker.to_pylist()
+    ]
+    return sorted(rows, key=lambda row: row["name"])
