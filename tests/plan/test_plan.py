@@ -190,6 +190,30 @@ def test_an_engine_leaves_room_for_those_that_share_its_gpu(configured: Configur
     assert 0.9 < gpu.needed / gpu.available <= 1
 
 
+def test_an_engine_on_a_part_of_a_gpu_leaves_room_for_the_learner_and_rewards_there(configured: Configured) -> None:
+    options = ("rollout.kv_cache_mib=null", "rollout.gpus=0.5", "rollout.batch_size=1024", "rollout.max_context=null")
+    options += ("rollout.max_response_tokens=20000", "reward.workers=3")
+    cuda = 4000 * MIB
+
+    def plan(*more: str) -> tuple[int, Plan]:
+        found = planned(configured(*options, *more), ClusterShape.uniform(1, 64, 1, 64 * GIB, 12 * GIB))
+        return amounts(found.terms["rollout-0"])["KV cache"], found
+
+    alone, found = plan("rollout.workers=2")  # each engine has its half
+    assert found.fits and alone == pytest.approx(0.46 * 12 * GIB - cuda - 2 * POLICY, abs=2 * MIB)
+    beside, found = plan("learner.gpus=0.25", "reward.gpus=0.125", "reward.workers=2")
+    assert sorted(found.gpus[0].actors) == ["learner-0", "reward-0", "reward-1", "rollout-0"]
+    assert found.fits and beside == alone  # the others need less than the other half
+    beside, found = plan("learner.gpus=0.5", "learner.microbatch_tokens=29000")
+    assert sorted(found.gpus[0].actors) == ["learner-0", "rollout-0"]
+    assert found.fits and 0 < beside < alone
+    colocated = ("ray.placement=colocated", "rollout.gpus=1", "learner.gpus=1", "reward.gpus=1")
+    one, _ = plan(*colocated, "reward.workers=1")
+    three, found = plan(*colocated)
+    holds = sum(term.num_bytes for term in found.terms["reward-0"] if term.device == "gpu")
+    assert found.fits and one - three == pytest.approx(2 * holds, abs=2 * MIB)
+
+
 def test_what_is_too_small_is_told_with_its_options(configured: Configured) -> None:
     config = configured("rollout.gpus=1", "learner.gpus=1", "rollout.kv_cache_mib=8000")
     found = planned(config, ClusterShape.uniform(1, 8, 2, 2 * GIB, 8 * GIB))

@@ -114,7 +114,7 @@ def lend(gpu: LateGPU, patch: pytest.MonkeyPatch) -> bool:
             load_weights=lambda tensors: loaded.update({name: tensor.clone() for name, tensor in tensors})
         ),
     )
-    receive = IPC.__mro__[2].receive_weights  # type: ignore[attr-defined]
+    receive = IPC.__mro__[2].receive_weights
     with gpu:
         stream, rest = gpu.stream("engine"), weights.named()
         manifest = publish(weights)
