@@ -196,7 +196,7 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
     trained = [model for model in (policy, critic) if model]
     roots = sum(model.embeddings for model in trained)
     layer = max((model.parameters - model.embeddings) // model.layers for model in trained)
-    kept = [_kept_term("activations", policy, tokens, size, device, recomputed)]
+    kept = [_activation_term("activations", policy, tokens, size, device, recomputed)]
     kept += [] if recomputed else masks("attention masks", policy.layers)
     gathered = [parameters("gathered: embeddings, a layer", roots + layer, size)] if shared else []
     reduced = [parameters("a layer's gradients that are being reduced", layer, size + EXACT)] if shared else []
@@ -208,7 +208,7 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
     moments = [head, [*backward, *gathered, *reduced]]
     if critic:
         first = [*kept, probabilities(EXACT)]
-        first += [_kept_term("the critic's activations", critic, tokens, size, device, recomputed)]
+        first += [_activation_term("the critic's activations", critic, tokens, size, device, recomputed)]
         first += [] if recomputed else masks("the critic's attention masks", critic.layers)
         first += [_layer_term("a critic's layer's backward pass", critic, tokens, size, device, recomputed)]
         moments += [[*first, *gathered, *reduced]]
@@ -226,7 +226,7 @@ def _row_width(config: Config) -> int:
     return max(_SHORTEST_ROW, config.prompts.max_tokens + config.rollout.max_response_tokens)
 
 
-def _kept_term(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:
+def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:
     """Count what is kept for the backward pass: each layer's input, or 12 hidden and 4 feed-forward widths a layer."""
     width, how = 12 * model.hidden + 4 * model.intermediate, f"(12 x {model.hidden} + 4 x {model.intermediate})"
     if recomputed:
