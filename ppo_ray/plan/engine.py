@@ -19,6 +19,7 @@ from ppo_ray.plan.sizes import ModelSizes
 
 _HOST_KV_MIB = 512
 _GPU_SHARE = 0.92  # of a GPU's memory that may be used: the rest is lost between blocks
+_ROUNDING = 1e-6
 
 
 def rollout_terms(config: Config, sizes: ModelSizes, gpu_memory: int | None = None) -> Iterator[Term]:
@@ -92,14 +93,28 @@ def kv_cache_term(config: Config, sizes: ModelSizes, gpu_memory: int | None) -> 
 
 
 def _room(config: Config, sizes: ModelSizes, gpu_memory: int) -> int:
-    """Return the bytes of a GPU that are left for keys and values when an engine is at work."""
-    apart = config.ray.placement == "apart"
-    others = list(_other_terms(config, sizes))
-    if not apart:  # then the learner rank and the reward worker that share the GPU rest, and keep some of it
-        others += [term for term in learner_terms(config, sizes, 0) if term.when == "always"]
-        others += reward_terms(config, sizes) if config.reward.gpus else ()
-    part = min(config.rollout.gpus, 1.0) if apart else 1.0
-    return int(gpu_memory * part * _GPU_SHARE) - sum(term.num_bytes for term in others if term.device == "gpu")
+    """Return the bytes of a GPU that are left for keys and values when an engine is at work.
+
+    Engines that share a GPU keep to their parts of it. A learner rank and reward workers keep to none: what they hold
+    is taken off the GPU wherever Ray may put them beside an engine, and then the engine has what is left of both.
+    """
+    rollout, learner, reward = config.rollout, config.learner, config.reward
+    apart, usable = config.ray.placement == "apart", int(gpu_memory * _GPU_SHARE)
+    own = sum(term.num_bytes for term in _other_terms(config, sizes) if term.device == "gpu")
+    free, num_learners, num_rewards = 1 - min(rollout.gpus, 1.0), 0, 0
+    if not apart:  # each learner rank has an engine's rank for itself; reward workers are dealt out over all
+        num_rewards = -(-reward.workers // (rollout.workers * rollout.tensor_parallel)) if reward.gpus else 0
+        num_learners = 1
+    elif rollout.gpus < 1:
+        num_learners = int(0 < learner.gpus <= free)
+        free -= num_learners * learner.gpus
+        num_rewards = min(reward.workers, int(free / reward.gpus + _ROUNDING)) if 0 < reward.gpus < 1 else 0
+    # a colocated learner rests meanwhile, and keeps some of it
+    learning = [term for term in learner_terms(config, sizes, 0) if apart or term.when == "always"]
+    others = num_learners * sum(term.num_bytes for term in learning if term.device == "gpu")
+    others += num_rewards * sum(term.num_bytes for term in reward_terms(config, sizes) if term.device == "gpu")
+    part = usable if rollout.gpus >= 1 else int(usable * rollout.gpus)
+    return min(part, usable - others) - own
 
 
 def waiting_problem(config: Config, num_cached: int, kv_cache_mib: int) -> str | None:

@@ -157,7 +157,7 @@ def bucket_term(config: Config, transport: str) -> Term:
 def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
     """Yield models, gradients and optimizer."""
     size, ranks = BYTES[config.model.dtype], config.learner.workers
-    shared = config.learner.sharding == "fsdp2" and ranks > 1
+    shared = _is_shared(config)
     by = ranks if shared else 1
     adapted, trained = config.model.lora is not None, _count_trainable(sizes)
     for what, number, when in STATE:
@@ -171,13 +171,6 @@ def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[
     if reference:
         yield parameter_term("reference", reference.parameters, size, device, ranks=by)
     if shared:
-        models = [model for model in (sizes.policy, reference, sizes.critic) if model]
-        layer = max((model.parameters - model.embeddings) // model.layers for model in models)
-        gathered = sum(model.embeddings for model in models) + 2 * layer
-        yield parameter_term("gathered: embeddings, two layers", gathered, size, device, "at work")
-        roots = sum(model.embeddings for model in (sizes.policy, sizes.critic) if model)
-        reduced = sizes.policy.adapters // sizes.policy.layers if adapted else max(roots, layer)
-        yield parameter_term("gradients that are being reduced", reduced, size + EXACT, device, "at work")
         whole = _actor_critic_parameters(sizes) + (reference.parameters if reference else 0)
         yield parameter_term("whole models, before they are shared", whole, EXACT, "host")
     elif size != EXACT and not adapted:
@@ -185,19 +178,57 @@ def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[
 
 
 def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
-    """Yield what a forward pass keeps for the backward pass."""
+    """Yield what a pass takes beside the state, forwards and backwards, at the moment at which that is most.
+
+    The moments are four: the policy's head in the backward pass, a layer's, a separate critic's (which comes first),
+    and under fsdp2 the reduction of the embeddings' gradients at the end. `tests/plan/test_traced_memory.py` holds
+    them to the learner's own code.
+    """
     tokens = min(config.learner.microbatch_tokens, _batch_tokens(config))
-    size, recomputed = BYTES[config.model.dtype], config.learner.gradient_checkpointing
-    yield _activation_term("activations", sizes.policy, tokens, size, device, recomputed)
-    if sizes.critic:
-        yield _activation_term("the critic's activations", sizes.critic, tokens, size, device, recomputed)
-    if device == "gpu":
-        width, layers = _row_width(config), 1 if recomputed else sizes.policy.layers
+    size, policy, critic = BYTES[config.model.dtype], sizes.policy, sizes.critic
+    recomputed, shared = config.learner.gradient_checkpointing, _is_shared(config)
+    adapted = config.model.lora is not None  # then nothing else in the models has a gradient
+
+    def masks(what: str, layers: int) -> list[Term]:
+        width = _row_width(config)
         how = f"{tokens} tokens x {width} x {layers} layers x {size} bytes"
-        yield Term("attention masks", how, tokens * width * layers * size, device, "at work")
-    each = EXACT + (size if size != EXACT else 0)  # their gradient is rounded into a copy
-    how = f"{tokens} tokens x {sizes.policy.vocabulary} entries x {each} bytes, at most"
-    yield Term("probabilities", how, tokens * sizes.policy.vocabulary * each, device, "at work")
+        return [Term(what, how, tokens * width * layers * size, device, "at work")] if device == "gpu" else []
+
+    def probabilities(each: int) -> Term:
+        how = f"{tokens} tokens x {policy.vocabulary} entries x {each} bytes, at most"
+        return Term("probabilities", how, tokens * policy.vocabulary * each, device, "at work")
+
+    def parameters(what: str, number: int, each: int) -> Term:
+        return parameter_term(what, number, each, device, "at work")
+
+    trained = [model for model in (policy, critic) if model]
+    roots = sum(model.embeddings for model in trained)
+    layer = max((model.parameters - model.embeddings) // model.layers for model in trained)
+    kept = [_activation_term("activations", policy, tokens, size, device, recomputed)]
+    kept += [] if recomputed else masks("attention masks", policy.layers)
+    gathered = [parameters("gathered: embeddings, a layer", roots + layer, size)] if shared else []
+    learned = policy.adapters // policy.layers if adapted else layer
+    reduced = [parameters("a layer's gradients that are being reduced", learned, size + EXACT)] if shared else []
+    rounded = size != EXACT
+    head = [*kept, probabilities(EXACT + size * rounded), *gathered]  # their gradient is rounded into a copy
+    backward = [*kept, _layer_term("a layer's backward pass", policy, tokens, size, device, recomputed)]
+    backward += masks("a layer's attention mask", 1) if recomputed else []
+    if (rounded or shared) and not adapted:
+        backward += [parameters("the embeddings' gradients", policy.embeddings, size)]
+    moments = [head, [*backward, *gathered, *reduced]]
+    if critic:
+        first = [*kept, probabilities(EXACT)]
+        first += [_activation_term("the critic's activations", critic, tokens, size, device, recomputed)]
+        first += [] if recomputed else masks("the critic's attention masks", critic.layers)
+        first += [_layer_term("a critic's layer's backward pass", critic, tokens, size, device, recomputed)]
+        moments += [[*first, *gathered, *reduced]]
+    if shared and not adapted:
+        moments += [[parameters("the embeddings' gradients that are being reduced", roots, size + EXACT)]]
+    yield from max(moments, key=lambda moment: sum(term.num_bytes for term in moment))
+
+
+def _is_shared(config: Config) -> bool:
+    return config.learner.sharding == "fsdp2" and config.learner.workers > 1
 
 
 def _row_width(config: Config) -> int:
@@ -206,12 +237,20 @@ def _row_width(config: Config) -> int:
 
 
 def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:
-    """Count 12 hidden and 4 feed-forward widths per token and layer; recomputed: each layer's input, and one layer."""
-    width, figures = 12 * model.hidden + 4 * model.intermediate, f"12 x {model.hidden} + 4 x {model.intermediate}"
-    each_token, how = model.layers * width, f"{model.layers} layers x ({figures})"
+    """Count what is kept for the backward pass: each layer's input, or 12 hidden and 4 feed-forward widths a layer."""
+    width, how = 12 * model.hidden + 4 * model.intermediate, f"(12 x {model.hidden} + 4 x {model.intermediate})"
     if recomputed:
-        each_token, how = model.layers * model.hidden + width, f"({model.layers} layers x {model.hidden} + {figures})"
-    return Term(what, f"{tokens} tokens x {how} x {size} bytes", tokens * each_token * size, device, "at work")
+        width, how = model.hidden, f"{model.hidden}"
+    num_bytes = tokens * model.layers * width * size
+    return Term(what, f"{tokens} tokens x {model.layers} layers x {how} x {size} bytes", num_bytes, device, "at work")
+
+
+def _layer_term(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:
+    """Count the gradients in a layer's backward pass; recomputed: its activations too."""
+    hidden, intermediate = (14, 6) if recomputed else (5, 2)
+    width = hidden * model.hidden + intermediate * model.intermediate
+    how = f"{tokens} tokens x ({hidden} x {model.hidden} + {intermediate} x {model.intermediate}) x {size} bytes"
+    return Term(what, how, tokens * width * size, device, "at work")
 
 
 def _count_trainable(sizes: ModelSizes) -> int:

@@ -40,17 +40,28 @@ def test_every_config_has_a_machine() -> None:
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(MACHINES)
 
 
-@pytest.mark.parametrize("name", MACHINES)
-def test_a_config_fits_its_machine_and_generation_does_not_wait(name: str, tmp_path: Path) -> None:
+def place_models(name: str, folder: Path, policy: Any = None) -> list[str]:
+    """Write the shapes of a config's models into folders; returns the options that name them.
+
+    Args:
+        name: of the config.
+        folder: where to put them.
+        policy: another shape of the policy; None: its own.
+    """
     config = load_config(CONFIGS / f"{name}.yaml", [])
     overrides = []
     for key, path in (("model.path", config.model.path), ("reward.path", config.reward.path)):
         if path is not None:
-            folder = tmp_path / key
-            folder.mkdir()
-            (folder / "config.json").write_text(json.dumps(SHAPES[path]), encoding="utf-8")
-            overrides.append(f"{key}={folder}")
-    config = load_config(CONFIGS / f"{name}.yaml", overrides)
+            (folder / key).mkdir()
+            shape = policy if policy and key == "model.path" else SHAPES[path]
+            (folder / key / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+            overrides.append(f"{key}={folder / key}")
+    return overrides
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_config_fits_its_machine_and_generation_does_not_wait(name: str, tmp_path: Path) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml", place_models(name, tmp_path))
     plan = make_plan(config, MACHINES[name], ModelSizes.read(config))
     assert plan.shortages == () and plan.warnings == ()
     assert config.ppo.log_ratio_clamp is not None and config.model.dtype == "bfloat16"

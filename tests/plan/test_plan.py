@@ -74,7 +74,7 @@ def test_the_arithmetic_of_a_cpu_run(configured: Configured) -> None:
         "Adam's two moments": 8 * TRAINED,
         "reference": 4 * POLICY,
         "activations": 100 * 2 * (12 * 128 + 4 * 256) * 4,
-        "probabilities": 100 * 512 * 4,
+        "a layer's backward pass": 100 * (5 * 128 + 2 * 256) * 4,  # more than the probabilities, freed by then
         "weights to publish": 4 * POLICY,
     }
     assert amounts(found.terms["rollout-0"]) == {
@@ -101,7 +101,7 @@ def test_on_one_gpu_the_hungriest_of_all_counts_where_they_take_turns(configured
     kept = (12 * TRAINED + 4 * POLICY) + 4 * CLASSIFIER + 24 * 8 * (4 * 32 + 2 * 64) * 4
     cuda = (4000 + 800 + 1000 + 2 * 256) * MIB  # and a bucket of weights, lent and read
     engine = 2 * POLICY + 32 * MIB
-    learning = 4 * TRAINED + 100 * 2 * (12 * 128 + 4 * 256) * 4 + 100 * 512 * 4
+    learning = 4 * TRAINED + 100 * 2 * (12 * 128 + 4 * 256) * 4 + 100 * (5 * 128 + 2 * 256) * 4
     assert learning < engine  # tiny models: the KV cache is the largest thing there is
     assert gpu.needed == kept + cuda + engine
     assert gpu.actors == ("rollout-0", "learner-0", "reward-0")
@@ -135,13 +135,14 @@ def test_ranks_of_a_learner_share_its_state_and_gather_layers(configured: Config
         "gradients": TRAINED,
         "Adam's two moments": 2 * TRAINED,
         "reference": POLICY // 2,
-        "gathered: embeddings, two layers": 2 * (2 * 512 * 128 + 2 * ((2 * LAYER + 128) // 2)),
+        "gathered: embeddings, a layer": 2 * (512 * 128 + (2 * LAYER + 128) // 2),
         "whole models, before they are shared": 4 * (TRAINED + POLICY),
-        "gradients that are being reduced": max(512 * 128, (2 * LAYER + 128) // 2) * (2 + 4),
-        "activations": 100 * (2 * 128 + 12 * 128 + 4 * 256) * 2,
-        "attention masks": 100 * 64 * 2,
+        "the embeddings' gradients": 2 * 512 * 128,
+        "a layer's gradients that are being reduced": (2 * LAYER + 128) // 2 * (2 + 4),
+        "activations": 100 * 2 * 128 * 2,
+        "a layer's backward pass": 100 * (14 * 128 + 6 * 256) * 2,
+        "a layer's attention mask": 100 * 64 * 2,
         "a bucket of weights (nccl)": 256 * MIB,
-        "probabilities": 100 * 512 * (4 + 2),
         "a checkpoint on its way to the disk": 12 * TRAINED,
     }
     assert "weights on their way" not in amounts(found.store_terms)  # they go by NCCL
@@ -212,6 +213,30 @@ def test_an_engine_leaves_room_for_those_that_share_its_gpu(configured: Configur
     (gpu,) = found.gpus
     assert found.fits and gpu.available is not None
     assert 0.9 < gpu.needed / gpu.available <= 1
+
+
+def test_an_engine_on_a_part_of_a_gpu_leaves_room_for_the_learner_and_rewards_there(configured: Configured) -> None:
+    options = ("rollout.kv_cache_mib=null", "rollout.gpus=0.5", "rollout.batch_size=1024", "rollout.max_context=null")
+    options += ("rollout.max_response_tokens=20000", "reward.workers=3")
+    cuda = 4000 * MIB
+
+    def plan(*more: str) -> tuple[int, Plan]:
+        found = planned(configured(*options, *more), ClusterShape.uniform(1, 64, 1, 64 * GIB, 12 * GIB))
+        return amounts(found.terms["rollout-0"])["KV cache"], found
+
+    alone, found = plan("rollout.workers=2")  # each engine has its half
+    assert found.fits and alone == pytest.approx(0.46 * 12 * GIB - cuda - 2 * POLICY, abs=2 * MIB)
+    beside, found = plan("learner.gpus=0.25", "reward.gpus=0.125", "reward.workers=2")
+    assert sorted(found.gpus[0].actors) == ["learner-0", "reward-0", "reward-1", "rollout-0"]
+    assert found.fits and beside == alone  # the others need less than the other half
+    beside, found = plan("learner.gpus=0.5", "learner.microbatch_tokens=29000")
+    assert sorted(found.gpus[0].actors) == ["learner-0", "rollout-0"]
+    assert found.fits and 0 < beside < alone
+    colocated = ("ray.placement=colocated", "rollout.gpus=1", "learner.gpus=1", "reward.gpus=1")
+    one, _ = plan(*colocated, "reward.workers=1")
+    three, found = plan(*colocated)
+    holds = sum(term.num_bytes for term in found.terms["reward-0"] if term.device == "gpu")
+    assert found.fits and one - three == pytest.approx(2 * holds, abs=2 * MIB)
 
 
 def test_what_is_too_small_is_told_with_its_options(configured: Configured) -> None:

@@ -1,0 +1,50 @@
+"""The plan's learner on a GPU, held to the memory that its own code takes; see `tests/traced_memory.py`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppo_ray.config import Config, load_config
+from ppo_ray.plan import ModelSizes
+from ppo_ray.plan.memory import learner_terms
+from tests.plan.test_gpu_configs import CONFIGS, SHAPES, llama, place_models
+from tests.traced_memory import trace_update
+
+NOT_TRACED = ("CUDA", "a bucket of weights (ipc)", "a bucket of weights (nccl)")
+QWEN, LLAMA = "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"
+WIDE = llama(3, 256, 1024, 4, 2, 512)
+"""A model whose layers are at their work when the pass takes most."""
+
+
+def plan_over_trace(config: Config, shape: Any) -> float:
+    """Return the planned memory over the traced one, where prompts are short: then most tokens have probabilities."""
+    planned = [term for term in learner_terms(config, ModelSizes.read(config), 0) if term.device == "gpu"]
+    traced = trace_update(config, {"policy": shape, "critic": shape}, (1, config.rollout.max_response_tokens))
+    return sum(term.num_bytes for term in planned if term.what not in NOT_TRACED) / traced.peak
+
+
+def configured(name: str, tmp_path: Path, shape: Any, *overrides: str) -> Config:
+    return load_config(CONFIGS / f"{name}.yaml", [*place_models(name, tmp_path, shape), *overrides])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("qwen2.5_1.5b_1x", QWEN), ("llama3.1_8b_8x", LLAMA), ("qwen2.5_32b_2x8", "Qwen/Qwen2.5-32B-Instruct")],
+)
+def test_the_plan_of_a_config_is_within_a_tenth_of_its_trace(name: str, path: str, tmp_path: Path) -> None:
+    assert 0.97 < plan_over_trace(configured(name, tmp_path, SHAPES[path]), SHAPES[path]) < 1.1
+
+
+@pytest.mark.parametrize("recomputed", ["true", "false"])
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_the_layers_of_a_pass_are_planned(recomputed: str, critic: str, tmp_path: Path) -> None:
+    options = (
+        f"learner.gradient_checkpointing={recomputed}",
+        f"model.critic={critic}",
+        "rollout.max_response_tokens=64",
+        "prompts.max_tokens=64",
+    )
+    config = configured("qwen2.5_1.5b_1x", tmp_path, WIDE, *options, "learner.microbatch_tokens=2048")
+    assert 0.9 < plan_over_trace(config, WIDE) < 1.1
