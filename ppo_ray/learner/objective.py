@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ppo_ray.algo.kl import kl_estimate
-from ppo_ray.algo.losses import clipped_surrogate, clipped_value_loss
+from ppo_ray.algo.losses import clipped_value_loss
 from ppo_ray.algo.masked import weighted_sum
+from ppo_ray.algo.surrogates import clipped_surrogate
 from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.experience import Experience
 from ppo_ray.learner.reports import MinibatchReport, Outcome
