@@ -14,7 +14,8 @@ from ppo_ray.machine import count_cpus
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
 from ppo_ray.models.support import check_head, find_config_problem, find_positions, max_exact_tokens
 from ppo_ray.models.tokens import EndTokens, read_end_tokens
-from ppo_ray.prompts.stream import PromptBatch, PromptStream
+from ppo_ray.prompts.batch import PromptBatch
+from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.prompts.texts import UsableTexts, read_usable_texts
 from ppo_ray.reward.checks import reward_problems
 
@@ -41,9 +42,14 @@ class Inputs:
 
     def open_prompts(self, config: Config) -> PromptStream:
         """Return the run's prompts, from their beginning."""
-        held_out, vocab_size = config.evaluation.num_prompts, self.vocab_size
         return PromptStream(
-            config.prompts, self.tokenizer, config.seed, held_out, vocab_size=vocab_size, texts=self.texts
+            config.prompts,
+            self.tokenizer,
+            config.seed,
+            config.evaluation.num_prompts,
+            vocab_size=self.vocab_size,
+            texts=self.texts,
+            responses_per_prompt=config.rollout.responses_per_prompt,
         )
 
     def open_sets(self, config: Config) -> dict[str, PromptBatch]:

@@ -60,6 +60,9 @@ class RolloutConfig(Section):
     """Ranks per vLLM worker that share one copy of the policy, all on one node, each on a GPU of its own."""
     batch_size: int = Field(default=128, ge=1)
     """Responses per step, over all workers. TRL: `batch_size`."""
+    responses_per_prompt: int = Field(default=1, ge=1)
+    """Responses to each prompt, a group. It must divide batch_size, which counts responses: a step has batch_size /
+    responses_per_prompt prompts. A group is sampled by one worker, which computes its prompt once."""
     min_response_tokens: int | None = Field(default=None, ge=1)
     """Smallest limit of a response, in tokens, inclusive: each response's limit is drawn from here to
     max_response_tokens. An end of sequence may still come earlier. null: all have the same limit."""
@@ -111,9 +114,14 @@ class RolloutConfig(Section):
         return self.dtype or ("bfloat16" if self.gpus else "float32")
 
     @property
+    def num_prompts(self) -> int:
+        """Prompts per step."""
+        return self.batch_size // self.responses_per_prompt
+
+    @property
     def share(self) -> int:
-        """Largest number of a step's responses that one engine samples."""
-        return -(-self.batch_size // self.workers)
+        """Largest number of a step's responses that one engine samples; groups stay whole."""
+        return -(-self.num_prompts // self.workers) * self.responses_per_prompt
 
     @property
     def num_decoded(self) -> int:

@@ -161,11 +161,18 @@ def _length_contradictions(config: Config) -> Iterator[Contradiction]:
             f"{config.max_context} tokens cannot hold prompts.max_tokens={prompts.max_tokens} "
             f"+ rollout.max_response_tokens={rollout.max_response_tokens} = {longest}",
         )
-    if rollout.workers > rollout.batch_size:
+    if rollout.batch_size % rollout.responses_per_prompt:
+        yield Contradiction(
+            ("rollout.responses_per_prompt", "rollout.batch_size"),
+            f"{rollout.responses_per_prompt} does not divide rollout.batch_size={rollout.batch_size}, which counts "
+            "responses",
+        )
+    elif rollout.workers > rollout.num_prompts:
+        prompts_of = f" / rollout.responses_per_prompt={rollout.responses_per_prompt}"
         yield Contradiction(
             ("rollout.workers", "rollout.batch_size"),
-            f"{rollout.workers} workers, but rollout.batch_size={rollout.batch_size}: some would have nothing to "
-            "generate",
+            f"{rollout.workers} workers, but rollout.batch_size={rollout.batch_size}"
+            f"{prompts_of if rollout.responses_per_prompt > 1 else ''}: some would have nothing to generate",
         )
 
 

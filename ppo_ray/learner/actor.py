@@ -74,7 +74,7 @@ class LearnerWorker(Worker):
             ranks=ranks,
             checkpoint=None if checkpoint is None else Path(checkpoint),
         )
-        self._max_staleness, self._batch_size = config.rollout.max_staleness, config.rollout.batch_size
+        self._max_staleness, self._rollout = config.rollout.max_staleness, config.rollout
         self._held: pa.Table | None = None
         if self._max_staleness and checkpoint is not None:
             from ppo_ray.learner.state import read_ahead
@@ -113,7 +113,7 @@ class LearnerWorker(Worker):
         table, self._held = trajectory.concat(shards) if shards else self._held, None
         assert table is not None
         metrics = check_staleness(table, self._learner.policy_version, self._max_staleness)
-        metrics["prompts/num_skipped"] = float(self._batch_size - table.num_rows)
+        metrics["prompts/num_skipped"] = self._rollout.num_prompts - table.num_rows / self._rollout.responses_per_prompt
         try:
             report = self._learner.update(table, step)
         except NonFiniteError as error:

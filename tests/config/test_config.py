@@ -507,3 +507,18 @@ def test_a_value_that_its_interpolations_make_long_is_refused(tmp_path, monkeypa
     path.write_text("output_dir: " + "${oc.env:LONG_NAME}" * 3)
     with pytest.raises(InputError, match=r"output_dir: 12,057 characters with what it refers to, more than 10,000"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["rollout.batch_size=10", "rollout.responses_per_prompt=4"], "4 does not divide rollout.batch_size=10"),
+        (
+            ["rollout.batch_size=8", "rollout.responses_per_prompt=4", "rollout.workers=3"],
+            "3 workers, but rollout.batch_size=8 / rollout.responses_per_prompt=4",
+        ),
+    ],
+)
+def test_groups_fill_a_batch_and_give_each_worker_one(options, message):
+    (line,) = violations(*REQUIRED, *options)
+    assert message in line
