@@ -87,7 +87,7 @@ class StubLearner(Worker):
     def num_buckets(self) -> int:
         return 1
 
-    def update(self, step: int, path: str, *shards: pa.Table) -> UpdateReport:
+    def update(self, step: int, path: str, *shards: pa.Table, num_refilled: int = 0) -> UpdateReport:
         """Take the shards for learnt if they are this step's batch, whole, in order, scored, of the weights in use."""
         table = trajectory.concat(shards)
         sample_ids = table.column("sample_id").to_numpy()

@@ -82,6 +82,7 @@ def check(config: Config) -> Inputs:
     inputs = Inputs()
     problems = [*_cpu_problems(config), *transport_problems(config), *_policy_problems(config, inputs)]
     problems += [*_end_problems(config, inputs), *_prompt_problems(config, inputs), *_reward_problems(config, inputs)]
+    problems += _loss_problems(config)
     if in_job():
         problems = [*output_problems(config), *problems]
     refuse(problems, "nothing was started")
@@ -226,6 +227,21 @@ def _end_problems(config: Config, inputs: Inputs) -> Iterator[str]:
         inputs.end_tokens = read_end_tokens(config, inputs.tokenizer)
     except InputError as error:
         yield str(error)
+
+
+def _loss_problems(config: Config) -> Iterator[str]:
+    """Yield what keeps a policy loss of the user's own from being called."""
+    if not config.ppo.own_policy_loss:
+        return
+    from ppo_ray.learner.surrogate import OwnLoss  # loads torch
+
+    name = config.ppo.policy_loss
+    try:
+        OwnLoss(name)
+    except InputError as error:
+        yield str(error)
+    except Exception as error:  # whatever the user's own module raises when it is imported
+        yield f"ppo.policy_loss={name}: importing it raised {type(error).__name__}: {error}"
 
 
 def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:

@@ -110,6 +110,25 @@ def validate(table: pa.Table) -> None:
         )
 
 
+def find_flat(table: pa.Table) -> np.ndarray:
+    """Say of each row whether the scores of its group are all equal, so that the group teaches nothing: `[N]` bool.
+
+    Responses without a score do not count. A group without any is not flat, and no row is where there are no groups.
+
+    Args:
+        table: of `SCHEMA`, scored.
+    """
+    if "group_id" not in table.column_names or not table.num_rows:
+        return np.zeros(table.num_rows, bool)
+    scores = table.column("score").to_numpy().astype(np.float32)  # null becomes NaN
+    _, group = np.unique(table.column("group_id").to_numpy(), return_inverse=True)
+    lowest, highest = (np.full(group.max() + 1, end, np.float32) for end in (np.inf, -np.inf))
+    scored = np.isfinite(scores)
+    np.minimum.at(lowest, group[scored], scores[scored])
+    np.maximum.at(highest, group[scored], scores[scored])
+    return (lowest == highest)[group]
+
+
 def lengths(table: pa.Table, column: str) -> np.ndarray:
     """Return how many items each row's list has: `[N]` int64, 0 for a null list."""
     chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in table.column(column).chunks]

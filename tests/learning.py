@@ -51,9 +51,12 @@ def load_learner(
 
 
 def make_table(
-    num_rows: int = 8, scores: list[float | None] | None = None, lengths: list[tuple[int, int]] | None = None
+    num_rows: int = 8,
+    scores: list[float | None] | None = None,
+    lengths: list[tuple[int, int]] | None = None,
+    group_size: int | None = None,
 ) -> pa.Table:
-    """Make trajectories; `lengths` are of prompt and response, drawn if they are not given."""
+    """Make trajectories; `lengths` are of prompt and response, drawn if they are not given; None: no groups."""
     rng = np.random.default_rng(num_rows)
     rows = []
     for index in range(num_rows):
@@ -74,7 +77,10 @@ def make_table(
                 "finish_reason": "length",
             }
         )
-    return trajectory.with_scores(trajectory.from_rows(rows), scores or rng.normal(size=num_rows).tolist())
+    groups = None
+    if group_size:
+        groups = pa.table({"group_id": pa.array([row // group_size for row in range(num_rows)], pa.int64())})
+    return trajectory.with_scores(trajectory.from_rows(rows, groups), scores or rng.normal(size=num_rows).tolist())
 
 
 def weights(learner: PPOLearner) -> dict[str, torch.Tensor]:

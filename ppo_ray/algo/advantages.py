@@ -56,16 +56,6 @@ def group_advantages(returns: torch.Tensor, groups: torch.Tensor, baseline: Base
     return advantages.to(returns.dtype)
 
 
-def find_flat(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Say of each sequence whether all scores of its group are equal; `[B]` bool.
-
-    Args:
-        scores: `[B]` floating point, finite.
-        groups: `[B]` int64, equal for the responses to one prompt.
-    """
-    return _Spread.of(scores, groups).flat
-
-
 def sum_rewards(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sum each response's `[B, R]` rewards to its return, `[B]` float64."""
     check_tokens(mask, rewards=rewards)

@@ -15,7 +15,7 @@ import torch
 
 from ppo_ray.algo.masked import check_tokens, weighted_sum
 
-Aggregation = Literal["token_mean", "sequence_mean", "microbatch_mean"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "microbatch_mean"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,13 @@ def token_weights(num_tokens: Sequence[int], aggregation: Aggregation, num_parts
 
     - token_mean: 1 / N, with N the tokens of the mini-batch. All tokens count alike.
     - sequence_mean: 1 / (B * R_i). All sequences count alike, whatever their length.
+    - sequence_sum: as token_mean; `loss_scale` is what differs.
     - microbatch_mean: 1 / (P * N_p), with N_p the tokens of the sequence's part. All parts count alike, so a token
       counts less among longer neighbours: TRL 0.11's mean of means under gradient accumulation.
 
     Args:
         num_tokens: `[B]`, response tokens of each sequence, at least 1, in the mini-batch's order.
-        aggregation: one of the three.
+        aggregation: one of the four.
         num_parts: P, equal runs of consecutive sequences; only microbatch_mean reads it.
 
     Returns:
@@ -55,14 +56,37 @@ def token_weights(num_tokens: Sequence[int], aggregation: Aggregation, num_parts
     if not 1 <= num_parts <= len(tokens) or (tokens < 1).any():
         raise ValueError(f"{len(tokens)} sequences of {list(num_tokens)} tokens cannot be weighed in {num_parts} parts")
     match aggregation:
-        case "token_mean":
+        case "token_mean" | "sequence_sum":
             return torch.full_like(tokens, 1 / float(tokens.sum()))
         case "sequence_mean":
             return 1 / (len(tokens) * tokens)
         case "microbatch_mean":
             parts = tokens.tensor_split(num_parts)
             return torch.cat([torch.full_like(part, 1 / (num_parts * float(part.sum()))) for part in parts])
-    raise ValueError(f"aggregation={aggregation!r}; it must be token_mean, sequence_mean or microbatch_mean")
+    raise ValueError(
+        f"aggregation={aggregation!r}; it must be token_mean, sequence_mean, sequence_sum or microbatch_mean"
+    )
+
+
+def loss_scale(num_tokens: Sequence[int], aggregation: Aggregation, length: int | None) -> float:
+    """Return the factor of a mini-batch's loss, whose tokens weigh one together: 1, but for sequence_sum N / (B L).
+
+    With it each token weighs 1 / (B L), whatever the length of its response, so long responses are no cheaper to get
+    wrong. Liu et al. 2025 (Dr.GRPO, arXiv 2503.20783), sec. 3.2; L is a constant of the run. Figures stay means.
+
+    Args:
+        num_tokens: `[B]`, response tokens of each sequence of the mini-batch; N in all.
+        aggregation: as in `token_weights`.
+        length: L; only sequence_sum reads it.
+
+    Raises:
+        ValueError: sequence_sum has no length.
+    """
+    if aggregation != "sequence_sum":
+        return 1.0
+    if not length:
+        raise ValueError(f"aggregation=sequence_sum needs a length of at least 1, not {length}")
+    return float(sum(num_tokens)) / (len(num_tokens) * length)
 
 
 def clipped_value_loss(

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from ppo_ray.config.file import Contradiction, Contradictions, load
-from ppo_ray.config.ppo import UpdateConfig
+from ppo_ray.config.ppo import UpdateConfig, algorithm_contradictions
 from ppo_ray.config.prompts import (
     EvaluationConfig,
     PromptsConfig,
@@ -19,7 +19,7 @@ from ppo_ray.config.prompts import (
     prompts_contradictions,
 )
 from ppo_ray.config.reward import RewardConfig, reward_contradictions
-from ppo_ray.config.rollout import RolloutConfig, engine_contradictions
+from ppo_ray.config.rollout import RolloutConfig, engine_contradictions, group_contradictions
 from ppo_ray.config.sections import (
     CheckpointConfig,
     Folder,
@@ -97,8 +97,10 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     yield from prompts_contradictions(config.prompts)
     yield from _length_contradictions(config)
     yield from _update_contradictions(config)
+    yield from algorithm_contradictions(config.ppo, config.rollout, config.model)
     yield from _source_contradictions(config)
     yield from engine_contradictions(config.rollout)
+    yield from group_contradictions(config.rollout)
     yield from _placement_contradictions(config)
     evaluation = config.evaluation
     yield from evaluation_contradictions(evaluation)

@@ -90,13 +90,14 @@ class LearnerWorker(Worker):
         """Keep the next update's scored trajectories as part of the learner's state."""
         self._held = trajectory.concat(shards).combine_chunks()  # as it is read from a checkpoint
 
-    def update(self, step: int, path: str, *shards: pa.Table) -> UpdateReport:
+    def update(self, step: int, path: str, *shards: pa.Table, num_refilled: int = 0) -> UpdateReport:
         """Make one PPO update on all shards together; write the trajectories and what was learned of them to `path`.
 
         Args:
             step: of the run.
             path: a Parquet file.
             shards: of trajectories, scored; none: those that are held.
+            num_refilled: prompts that were taken in the place of flat groups.
 
         Returns:
             The report without trajectories and mini-batches: a few floats.
@@ -113,9 +114,11 @@ class LearnerWorker(Worker):
         table, self._held = trajectory.concat(shards) if shards else self._held, None
         assert table is not None
         metrics = check_staleness(table, self._learner.policy_version, self._max_staleness)
-        metrics["prompts/num_skipped"] = self._rollout.num_prompts - table.num_rows / self._rollout.responses_per_prompt
+        metrics["prompts/num_skipped"] = (
+            self._rollout.num_prompts + num_refilled - table.num_rows / self._rollout.responses_per_prompt
+        )
         try:
-            report = self._learner.update(table, step)
+            report = self._learner.update(table, step, drop_flat=self._rollout.flat_groups != "keep")
         except NonFiniteError as error:
             dump = Path(path).with_name(f"{Path(path).stem}-nonfinite.parquet")
             if self._leads:

@@ -3,8 +3,8 @@
 Dimensions: N trajectories of the table, B of them with a score, R response tokens (the longest of the batch).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -38,6 +38,8 @@ class ResponseBatch:
     """`[B, R]` float32, zero outside the mask."""
     response_mask: torch.Tensor
     """`[B, R]` bool."""
+    groups: np.ndarray
+    """`[B]` int64, equal for the responses to one prompt; all different where the table names no groups."""
 
     @classmethod
     def from_table(cls, table: pa.Table, scored_only: bool = True) -> "ResponseBatch":
@@ -59,6 +61,8 @@ class ResponseBatch:
             [column[row] for row in kept] for column in map(ragged, ("prompt_ids", "response_ids", "rollout_logprobs"))
         )
         lengths = np.array([len(ids) for ids in response_ids], np.int64)
+        has_groups = "group_id" in table.column_names
+        groups = table.column("group_id").to_numpy() if has_groups else np.arange(table.num_rows)
         mask = np.arange(lengths.max(initial=0))[None] < lengths[:, None]
         padded = np.zeros(mask.shape, np.float32)
         padded[mask] = np.concatenate(logprobs) if logprobs else []
@@ -71,6 +75,23 @@ class ResponseBatch:
             ended=torch.from_numpy(ended[kept]),
             rollout_logprobs=torch.from_numpy(padded),
             response_mask=torch.from_numpy(mask),
+            groups=groups[kept],
+        )
+
+    def take(self, rows: np.ndarray) -> "ResponseBatch":
+        """Return some of the sequences; `rows` are their numbers, `[b]` int64."""
+        mask = self.response_mask[rows]
+        columns = slice(int(mask.sum(1).max()) if len(rows) else 0)
+        return replace(
+            self,
+            kept=self.kept[rows],
+            prompt_ids=[self.prompt_ids[row] for row in rows],
+            response_ids=[self.response_ids[row] for row in rows],
+            scores=self.scores[rows],
+            ended=self.ended[rows],
+            rollout_logprobs=self.rollout_logprobs[rows, columns],
+            response_mask=mask[:, columns],
+            groups=self.groups[rows],
         )
 
     @property
@@ -93,10 +114,12 @@ class ResponseBatch:
         """`[B]` int64, prompt and response."""
         return self.num_response_tokens + np.array([len(ids) for ids in self.prompt_ids], np.int64)
 
-    def to_lists(self, values: torch.Tensor) -> list[np.ndarray | None]:
-        """Cut `[B, R]` values to one `[R]` array for each of the table's N rows; None for those left out."""
-        array = values.float().cpu().numpy()
+    def to_lists(self, values: torch.Tensor | None) -> list[np.ndarray | None]:
+        """Cut `[B, R]` values to one `[R]` array for each of the table's N rows; None for others."""
         lists: list[np.ndarray | None] = [None] * self.num_trajectories
+        if values is None:
+            return lists
+        array = values.float().cpu().numpy()
         for index, row in enumerate(self.kept):
             lists[row] = array[index, : len(self.response_ids[index])]
         return lists
@@ -155,9 +178,23 @@ def draw_order(num_sequences: int, seed: int, step: int) -> Order:
     return lambda epoch: np.random.default_rng(derive_seed(seed, "epoch", step, epoch)).permutation(num_sequences)
 
 
-def split_evenly(order: Sequence[int] | np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut an order into contiguous mini-batches of `size`, or a little less so that all are of nearly one size."""
-    return np.array_split(np.asarray(order), -(-len(order) // size))
+def split_groups(order: np.ndarray, groups: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut an order into mini-batches of whole groups: of `size` rows, or fewer so that all have nearly as many groups.
+
+    A group stands where the order has the first of it. Where every row is a group of its own, the order is cut as it
+    is.
+
+    Args:
+        order: `[B]` int64, a permutation of the rows.
+        groups: `[B]` int64, of the rows: those of a group stay together.
+        size: most rows of a mini-batch, if groups are of one size; at least 1.
+    """
+    _, first, place = np.unique(groups[order], return_index=True, return_inverse=True)
+    begins = first[place]  # where in the order each row's group begins
+    stable = np.argsort(begins, kind="stable")
+    starts = np.flatnonzero(np.diff(begins[stable], prepend=-1))
+    parts = np.array_split(starts, min(-(-len(order) // size), len(starts)))
+    return np.split(order[stable], [part[0] for part in parts[1:]])
 
 
 def summarize_table(table: pa.Table, batch: ResponseBatch) -> dict[str, float]:
@@ -182,6 +219,10 @@ def summarize_table(table: pa.Table, batch: ResponseBatch) -> dict[str, float]:
             "score/min": float(scores.min()),
             "score/max": float(scores.max()),
         }
+    if "group_id" in table.column_names:
+        num_groups = len(np.unique(batch.groups))
+        num_flat = len(np.unique(batch.groups[trajectory.find_flat(table)[batch.kept]]))
+        metrics["groups/flat_fraction"] = num_flat / max(num_groups, 1)
     if "parts" in table.column_names:
         for name, part in zip(table.schema.field("parts").type.names, table.column("parts").flatten(), strict=True):
             known = part.drop_null().to_numpy().astype(np.float64)

@@ -118,7 +118,7 @@ class Replicated:
             dtype: bfloat16 computes in that, with float32 master weights; any other keeps the parameters as they are.
         """
         self.ranks, self._policy = ranks, policy
-        heads = set(policy.value_head.parameters())
+        heads = set(policy.value_head.parameters()) if policy.value_head is not None else set()
         rounded = (parameter for parameter in policy.parameters() if parameter not in heads)
         self._masters = MasterWeights(rounded, dtype) if dtype == torch.bfloat16 else MasterWeights()
 
@@ -186,7 +186,8 @@ class FullySharded:
         rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact, cast_forward_inputs=False)
         for layer in chain(decoder_layers(policy), decoder_layers(reference)):
             fully_shard(layer, mesh=mesh, mp_policy=rounded)
-        fully_shard(policy.value_head, mesh=mesh)
+        if policy.value_head is not None:
+            fully_shard(policy.value_head, mesh=mesh)
         for model in (policy, reference):
             fully_shard(model, mesh=mesh, mp_policy=rounded, reshard_after_forward=False)  # `full_kl` needs the heads
         register_fsdp_forward_method(policy, "forward_values")

@@ -104,6 +104,7 @@ def load_models(
     device: torch.device,
     ranks: Ranks,
     checkpoint: Path | None = None,
+    has_values: bool = True,
 ) -> LearnerModels:
     """Load policy, values and reference onto a device; under `fsdp2` this rank's share of them.
 
@@ -115,6 +116,7 @@ def load_models(
         device: where they go. `FullySharded` moves them there layer by layer: the device never holds a full model.
         ranks: the processes that share the update.
         checkpoint: policy and values are loaded from it instead; the reference stays that of `model`.
+        has_values: whether there is a value head or critic.
 
     Raises:
         InputError: a model cannot be loaded, is not supported, or could not be saved.
@@ -123,7 +125,7 @@ def load_models(
     loaded_on = torch.device("cpu") if shared else device
     here = {"path": str(checkpoint), "revision": None, "critic_path": None, "critic_revision": None}
     trained = model.model_copy(update=here) if checkpoint else model
-    policy = load_actor_critic(trained, temperature, value_head_seed, loaded_on)
+    policy = load_actor_critic(trained, temperature, value_head_seed, loaded_on, has_values)
     reference = load_reference(model, temperature, loaded_on)
     tokenizer = load_tokenizer(model.path, model.trust)
     _try_save(policy, tokenizer)
@@ -156,9 +158,9 @@ def _try_save(policy: ActorCritic, tokenizer: Any) -> None:
 
 
 def load_actor_critic(
-    model: ModelConfig, temperature: float, value_head_seed: int, device: torch.device
+    model: ModelConfig, temperature: float, value_head_seed: int, device: torch.device, has_values: bool = True
 ) -> ActorCritic:
-    """Load the policy with its value head or critic; a value head that lies with its decoder is loaded too.
+    """Load the policy with its value head or critic, or without; a value head that lies with its decoder is loaded too.
 
     If the policy computes in bfloat16, its parameters are float32: the masters are made of them.
 
@@ -166,7 +168,9 @@ def load_actor_critic(
         InputError: a model cannot be loaded or is not supported.
     """
     causal_lm = load_causal_lm(model.path, dtype=_master_dtype(model), device=device, trust=model.trust)
-    actor_critic: ActorCritic
+    if not has_values:
+        return ActorCritic(causal_lm, temperature=temperature)
+    actor_critic: CausalLMWithCritic | CausalLMWithValueHead
     if model.critic == "separate":
         trained, (path, trust) = Path(model.path) / CRITIC_FOLDER, model.critic_source
         if model.critic_path is None and trained.is_dir():
@@ -177,6 +181,7 @@ def load_actor_critic(
         path, trust = model.path, model.trust
         actor_critic = CausalLMWithValueHead(causal_lm, temperature=temperature, value_head_seed=value_head_seed)
     if model.value_head_init == "zeros":
+        assert actor_critic.value_head is not None
         for parameter in actor_critic.value_head.parameters():
             torch.nn.init.zeros_(parameter)
     actor_critic.load_value_head(path, **trust.place)

@@ -89,8 +89,7 @@ def node_terms() -> Iterator[Term]:
 
 def disk_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what the run writes to disk: the checkpoints that are kept, and the one that is being written."""
-    values = sizes.critic.parameters if sizes.critic else sizes.policy.hidden + 1
-    trained = sizes.policy.parameters + values
+    trained = _actor_critic_parameters(sizes)
     copies = config.checkpoint.keep_last + 1 + config.checkpoint.keep_best
     size = 3 * EXACT
     how = f"{copies} x {_format_count(trained)} x {size} bytes: weights and Adam's moments, "
@@ -208,6 +207,8 @@ def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device
 
 
 def _actor_critic_parameters(sizes: ModelSizes) -> int:
-    """Return the parameters of the policy and of what estimates its values."""
+    """Return the parameters of the policy and of what estimates its values, if anything does."""
+    if not sizes.has_values:
+        return sizes.policy.parameters
     values = sizes.critic.parameters + sizes.critic.hidden if sizes.critic else sizes.policy.hidden
     return sizes.policy.parameters + values + 1

@@ -86,7 +86,7 @@ class PromptStream:
         """Say how many texts there are, and how many were left out for which reasons."""
         return self._usable.describe()
 
-    def take(self, n: int) -> PromptBatch:
+    def take(self, n: int, may_be_none: bool = False) -> PromptBatch:
         """Return the prompts of the next n responses and move on; the end of an epoch is the beginning of the next one.
 
         Each prompt is there `responses_per_prompt` times in a row. Prompts that cannot be used are left out and
@@ -94,19 +94,20 @@ class PromptStream:
 
         Args:
             n: a multiple of `responses_per_prompt`.
+            may_be_none: whether it is no error if none of the prompts can be used.
 
         Raises:
             InputError: none of the prompts can be used.
         """
-        batch = self.peek(n // self._times)
+        batch = self.peek(n // self._times, may_be_none)
         self.position += n // self._times
         return batch if self._times == 1 else batch.repeat(self._times)
 
-    def peek(self, num_prompts: int) -> PromptBatch:
+    def peek(self, num_prompts: int, may_be_none: bool = False) -> PromptBatch:
         """Return the next prompts, each once, without moving on; see `take`."""
         sample_ids = range(self.position, self.position + num_prompts)
         indices = [self._order.index(sample_id) for sample_id in sample_ids]
-        return self._batch(sample_ids, indices, self._seed, "prompt_length")
+        return self._batch(sample_ids, indices, self._seed, "prompt_length", may_be_none)
 
     def held_out(self) -> PromptBatch:
         """Return the held-out prompts: never seen in training, the same for every seed of a run.
@@ -119,7 +120,9 @@ class PromptStream:
         indices = self._order.held_out.tolist()
         return self._batch(range(-1, -1 - len(indices), -1), indices, HELD_OUT_SEED, "held_out_length")
 
-    def _batch(self, sample_ids: Sequence[int], indices: list[int], seed: int, purpose: str) -> PromptBatch:
+    def _batch(
+        self, sample_ids: Sequence[int], indices: list[int], seed: int, purpose: str, may_be_none: bool = False
+    ) -> PromptBatch:
         """Make the prompts of the texts at `indices`, each under its sample id."""
         if not indices:
             return PromptBatch((), ())
@@ -134,6 +137,8 @@ class PromptStream:
             if prompt and self._knows(prompt):
                 kept.append(place)
                 prompts.append(prompt)
+        if not kept and may_be_none:
+            return PromptBatch((), (), num_skipped=len(texts))
         if not kept:
             raise InputError(self._describe_mismatch(len(texts), texts[0], tokens[0]))
         return PromptBatch(

@@ -141,7 +141,8 @@ class Run:
         metrics, self._evaluated = update.metrics | self._evaluated, {}
         self.history.append(self._log.write(update.step, metrics))
         self._gauges.set(self.history[-1])
-        position = self.state.prompt_position + self.config.rollout.num_prompts  # however many are taken ahead
+        num_taken = self.config.rollout.num_prompts + int(update.metrics.get("groups/num_refilled", 0))
+        position = self.state.prompt_position + num_taken  # however many are taken ahead
         self.state = RunState(update.step + 1, position, self.prompts.fingerprint)
 
     def go_on_from(self, state: RunState) -> None:
