@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ppo_ray import checkpoint
 from ppo_ray.actors.shards import Rounds
+from ppo_ray.actors.watch import DependencyLost
 from ppo_ray.checkpoint import RunState
 from ppo_ray.config import load_config
 from ppo_ray.errors import WorkerLost
@@ -168,3 +169,26 @@ def test_whatever_is_lost_the_policy_learns_the_same(lost: list[bool]) -> None:
         whole, world = World(Path(folder) / "whole"), World(Path(folder) / "lossy", iter(lost))
         states = [train(one).state for one in (whole, world)]
         assert world.learnt == whole.learnt and states[0] == states[1]
+
+
+@dataclass
+class Lossy(Made):
+    """Tables that are lost with their node until they have been made again."""
+
+    remade: int = 0
+
+    def remake(self) -> None:
+        self.remade += 1
+
+
+def test_tables_of_any_round_that_are_lost_before_they_are_read_are_made_again() -> None:
+    rounds = [Lossy([1, 2]), Lossy([3])]
+
+    def consume(tables: list[int]) -> int:
+        if rounds[1].remade < 2:
+            raise DependencyLost("a node is gone", "reward-0")
+        return sum(tables)
+
+    together: Any = rounds
+    assert Rounds(together, {"groups/num_refilled": 1.0}).use(consume) == 6
+    assert [one.remade for one in rounds] == [2, 2]
