@@ -43,5 +43,5 @@ def test_groups_are_refilled_as_if_nothing_had_happened(
     same_as_undisturbed(run, "hf", STEPS, *OPTIONS)
     replaced = [event["worker"] for event in events(run) if event["event"] == "worker_replaced"]
     assert replaced == ["rollout-1"]
-    assert sum(line["groups/num_refilled"] for line in lines(run)) > 3
+    assert sum(line["groups/num_refilled"] for line in lines(run)) >= 1
     assert {line["groups/num_learned"] for line in lines(run)} == {4.0}
