@@ -12,7 +12,7 @@ from ppo_ray import trajectory
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config
 from ppo_ray.learner.reports import UpdateReport
-from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.prompts.batch import PromptBatch
 from ppo_ray.seeding import derive_seed
 from ppo_ray.weights.acks import WeightAck
 from ppo_ray.weights.manifest import TensorEntry, WeightManifest
@@ -87,7 +87,7 @@ class StubLearner(Worker):
     def num_buckets(self) -> int:
         return 1
 
-    def update(self, step: int, path: str, *shards: pa.Table) -> UpdateReport:
+    def update(self, step: int, path: str, *shards: pa.Table, num_refilled: int = 0) -> UpdateReport:
         """Take the shards for learnt if they are this step's batch, whole, in order, scored, of the weights in use."""
         table = trajectory.concat(shards)
         sample_ids = table.column("sample_id").to_numpy()

@@ -43,7 +43,8 @@ _HOMES = {
     "errors": ("InputError", "PPORayError", "WorkerError"),
     "learner.learner": ("PPOLearner",),
     "learner.reports": ("UpdateReport",),
-    "prompts.stream": ("PromptBatch", "PromptStream"),
+    "prompts.batch": ("PromptBatch",),
+    "prompts.stream": ("PromptStream",),
     "reward.classifier": ("Classifier",),
     "reward.function": ("RewardFunction",),
     "rollout.engine": ("Completion", "Engine", "GenerationRequest", "Sampling"),
@@ -59,7 +60,8 @@ if TYPE_CHECKING:
     from ppo_ray.errors import InputError, PPORayError, WorkerError
     from ppo_ray.learner.learner import PPOLearner
     from ppo_ray.learner.reports import UpdateReport
-    from ppo_ray.prompts.stream import PromptBatch, PromptStream
+    from ppo_ray.prompts.batch import PromptBatch
+    from ppo_ray.prompts.stream import PromptStream
     from ppo_ray.reward.classifier import Classifier
     from ppo_ray.reward.function import RewardFunction
     from ppo_ray.rollout.engine import Completion, Engine, GenerationRequest, Sampling

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppo_ray.config import Config, LoraConfig, Trust, in_job, tracking_problems, transport_problems
+from ppo_ray.config import Config, Trust, in_job, tracking_problems, transport_problems
 from ppo_ray.errors import InputError
 from ppo_ray.machine import count_cpus
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
 from ppo_ray.models.support import check_head, find_config_problem, find_positions, max_exact_tokens
 from ppo_ray.models.tokens import EndTokens, read_end_tokens
-from ppo_ray.prompts.stream import PromptBatch, PromptStream
+from ppo_ray.prompts.batch import PromptBatch
+from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.prompts.texts import UsableTexts, count_shared, read_usable_texts
 from ppo_ray.reward.checks import reward_problems
 
@@ -41,9 +42,14 @@ class Inputs:
 
     def open_prompts(self, config: Config) -> PromptStream:
         """Return the run's prompts, from their beginning."""
-        held_out, vocab_size = config.evaluation.num_prompts, self.vocab_size
         return PromptStream(
-            config.prompts, self.tokenizer, config.seed, held_out, vocab_size=vocab_size, texts=self.texts
+            config.prompts,
+            self.tokenizer,
+            config.seed,
+            config.evaluation.num_prompts,
+            vocab_size=self.vocab_size,
+            texts=self.texts,
+            responses_per_prompt=config.rollout.responses_per_prompt,
         )
 
     def open_sets(self, config: Config) -> dict[str, PromptBatch]:
@@ -77,6 +83,7 @@ def check(config: Config) -> Inputs:
     problems = [*_cpu_problems(config), *transport_problems(config), *tracking_problems(config.tracking)]
     problems += _policy_problems(config, inputs)
     problems += [*_end_problems(config, inputs), *_prompt_problems(config, inputs), *_reward_problems(config, inputs)]
+    problems += _loss_problems(config)
     if in_job():
         problems = [*output_problems(config), *problems]
     refuse(problems, "nothing was started")
@@ -199,6 +206,8 @@ def _network_problems(config: Config, key: str, path: str, trust: Trust, model: 
     if config.max_context > limit:
         why = f"beyond {limit} tokens, the {rope} positions of {path} depend on the longest sequence of a batch"
         yield _too_long(config, limit, why)
+    from ppo_ray.models.adapter_files import check_adapters
+
     auto_class = "AutoModel" if is_critic else "AutoModelForCausalLM"
     empty, problem = check_weights(key, auto_class, path, trust)
     if problem:
@@ -208,7 +217,7 @@ def _network_problems(config: Config, key: str, path: str, trust: Trust, model: 
             if not is_critic:
                 check_head(empty)
             if config.model.lora is not None and key != "model.reference_path":
-                _check_adapters(config.model.lora, empty, path, is_critic)
+                check_adapters(empty, config.model.lora, path, is_critic)
         except InputError as error:
             yield f"{key}={path}: {error}"
 
@@ -230,28 +239,6 @@ def _adapter_problems(config: Config) -> Iterator[str]:
         yield f"model.lora.path={config.model.lora.path}: {error}"
 
 
-def _check_adapters(lora: LoraConfig, empty: Any, path: str, is_critic: bool) -> None:
-    """Put adapters into a model on the meta device, which costs no memory.
-
-    Raises:
-        InputError: they fit it not.
-    """
-    from ppo_ray.models.adapter_files import check_tensors, make_adapter_config
-    from ppo_ray.models.lora import add_adapters, find_target_problem
-
-    if problem := find_target_problem(empty, lora):
-        raise InputError(f"model.lora.targets: {problem}")
-    if is_critic and lora.path is not None:  # its adapters there are optional, and checked as they are read
-        return
-    try:
-        adapters = make_adapter_config(lora, path)
-    except InputError:  # is said by itself
-        return
-    add_adapters(empty, adapters, 0)
-    if lora.path is not None:
-        check_tensors(empty, lora.path)
-
-
 def _num_tokens(model: Any) -> int | None:
     return getattr(model.get_text_config(), "vocab_size", None)
 
@@ -264,6 +251,21 @@ def _end_problems(config: Config, inputs: Inputs) -> Iterator[str]:
         inputs.end_tokens = read_end_tokens(config, inputs.tokenizer)
     except InputError as error:
         yield str(error)
+
+
+def _loss_problems(config: Config) -> Iterator[str]:
+    """Yield what keeps a policy loss of the user's own from being called."""
+    if not config.ppo.own_policy_loss:
+        return
+    from ppo_ray.learner.surrogate import OwnLoss  # loads torch
+
+    name = config.ppo.policy_loss
+    try:
+        OwnLoss(name)
+    except InputError as error:
+        yield str(error)
+    except Exception as error:  # whatever the user's own module raises when it is imported
+        yield f"ppo.policy_loss={name}: importing it raised {type(error).__name__}: {error}"
 
 
 def _reward_problems(config: Config, inputs: Inputs) -> Iterator[str]:

@@ -17,7 +17,7 @@ SCHEMA_VERSION = "2"
 
 SCHEMA = pa.schema(
     [
-        pa.field("sample_id", pa.int64(), nullable=False),  # index in the prompt stream
+        pa.field("sample_id", pa.int64(), nullable=False),  # see PromptBatch.sample_ids
         pa.field("step", pa.int64(), nullable=False),
         pa.field("policy_version", pa.int64(), nullable=False),  # of the weights that sampled it
         pa.field("worker", pa.string(), nullable=False),  # who sampled it, e.g. "rollout-0"
@@ -39,8 +39,12 @@ EXTRAS = {
     "messages": "the conversation that the prompt was made of, JSON of a list of messages with role and content; text",
     "row": "the columns of `prompts.keep`, a struct typed as in the data set",
     "parts": "each part's score before its weight, where the reward has several; a struct of float32",
+    "group_id": "index of the prompt in the prompt stream, where each prompt has several responses; int64",
 }
 """Columns that a table may have behind those of `SCHEMA`; all trajectories of a step have the same."""
+
+GROUP_ID = pa.int64()
+"""Type of the column `group_id`."""
 
 LEARNED_FIELDS = ("old_logprobs", "ref_logprobs", "values", "kl", "rewards", "advantages", "returns")
 """What the learner adds: lists of `[R]` float32, null for a trajectory that was left out of the update."""
@@ -83,6 +87,10 @@ def validate(table: pa.Table) -> None:
         or (table.schema.metadata or {}).get(b"ppo_ray.schema") != SCHEMA_VERSION.encode()
     ):
         raise ValueError(f"not a trajectory table of schema version {SCHEMA_VERSION}: {table.schema}")
+    if "group_id" in extras:
+        groups = table.column("group_id")
+        if groups.type != GROUP_ID or groups.null_count:
+            raise ValueError(f"trajectory column 'group_id' is {groups.type} with {groups.null_count} nulls")
     for field in SCHEMA:
         if not field.nullable and table.column(field.name).null_count:
             raise ValueError(
@@ -101,6 +109,25 @@ def validate(table: pa.Table) -> None:
             f"trajectory of sample {sample_ids[row]}: {num_response[row]} response tokens "
             f"but {num_logprobs[row]} log-probabilities"
         )
+
+
+def find_flat(table: pa.Table) -> np.ndarray:
+    """Say of each row whether the scores of its group are all equal, so that the group teaches nothing: `[N]` bool.
+
+    Responses without a score do not count. A group without any is not flat, and no row is where there are no groups.
+
+    Args:
+        table: of `SCHEMA`, scored.
+    """
+    if "group_id" not in table.column_names or not table.num_rows:
+        return np.zeros(table.num_rows, bool)
+    scores = table.column("score").to_numpy().astype(np.float32)  # null becomes NaN
+    _, group = np.unique(table.column("group_id").to_numpy(), return_inverse=True)
+    lowest, highest = (np.full(group.max() + 1, end, np.float32) for end in (np.inf, -np.inf))
+    scored = np.isfinite(scores)
+    np.minimum.at(lowest, group[scored], scores[scored])
+    np.maximum.at(highest, group[scored], scores[scored])
+    return (lowest == highest)[group]
 
 
 def lengths(table: pa.Table, column: str) -> np.ndarray:

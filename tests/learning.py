@@ -51,11 +51,14 @@ def load_learner(
 
 
 def make_table(
-    num_rows: int = 8, scores: list[float | None] | None = None, lengths: list[tuple[int, int]] | None = None
+    num_rows: int = 8,
+    scores: list[float | None] | None = None,
+    lengths: list[tuple[int, int]] | None = None,
+    group_size: int | None = None,
 ) -> pa.Table:
     """Make trajectories; `lengths` are of prompt and response, drawn if they are not given.
 
-    Prompts of more than 20 tokens have the first 20 in common.
+    Prompts of more than 20 tokens have the first 20 in common. `group_size`: None: no groups.
     """
     rng = np.random.default_rng(num_rows)
     rows = []
@@ -80,7 +83,10 @@ def make_table(
                 "finish_reason": "length",
             }
         )
-    return trajectory.with_scores(trajectory.from_rows(rows), scores or rng.normal(size=num_rows).tolist())
+    groups = None
+    if group_size:
+        groups = pa.table({"group_id": pa.array([row // group_size for row in range(num_rows)], pa.int64())})
+    return trajectory.with_scores(trajectory.from_rows(rows, groups), scores or rng.normal(size=num_rows).tolist())
 
 
 def weights(learner: PPOLearner) -> dict[str, torch.Tensor]:

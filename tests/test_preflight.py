@@ -403,6 +403,16 @@ def test_reward_function(configured, tmp_path, monkeypatch):
         assert line.startswith("reward.function=") and function in line
 
 
+def test_policy_loss_of_ones_own(configured, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_preflight_loss.py").write_text("def loss(logprobs, mask): ...\ndef other(scores): ...")
+    (tmp_path / "my_broken_loss.py").write_text("1 / 0")
+    check(configured("ppo.policy_loss=my_preflight_loss:loss"))
+    for function in ("my_preflight_loss:other", "my_preflight_loss:nothing", "my_broken_loss:loss"):
+        (line,) = problems(configured(f"ppo.policy_loss={function}"))
+        assert line.startswith("ppo.policy_loss=") and function in line
+
+
 def test_reward_server(configured, tmp_path, monkeypatch):
     def served(url, *options):
         return configured("reward.path=null", f"reward.url={url}", *options)

@@ -81,3 +81,12 @@ def test_learned_figures_join_the_record() -> None:
     assert learned.schema.equals(trajectory.LEARNED_SCHEMA)
     assert learned.column("advantages").to_pylist() == [[1.0, 2.0, 3.0], None]
     assert pa.types.is_float32(learned.schema.field("values").type.value_type)
+
+
+def test_a_group_has_a_name_in_every_row() -> None:
+    rows = [row(0), row(1)]
+    named = trajectory.from_rows(rows, pa.table({"group_id": pa.array([0, 0], pa.int64())}))
+    assert trajectory.with_scores(named, [1.0, 2.0]).column("group_id").to_pylist() == [0, 0]
+    for wrong in (pa.array([0, None], pa.int64()), pa.array([0, 0], pa.int32())):
+        with pytest.raises(ValueError, match="trajectory column 'group_id' is int"):
+            trajectory.from_rows(rows, pa.table({"group_id": wrong}))

@@ -40,7 +40,7 @@ def portions(config: Config) -> list[Portion]:
             raise InputError(
                 f"step {step}: {batch.num_skipped} texts make no prompts, and TRL takes whole batches only"
             )
-        limits = draw_limits(config.rollout, config.seed, step, batch.sample_ids)
+        limits = draw_limits(config.rollout, config.seed, step, batch.addresses)
         found.append(Portion([list(ids) for ids in batch.prompt_ids], limits))
     return found
 

@@ -1,7 +1,7 @@
 """Tables that workers make one of another, as ordered references; tables lost with a worker are made again."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.watch import DependencyLost, Member
 from ppo_ray.errors import WorkerLost
 
+_ONCE = {"time/publish_s", "time/sync_s"}  # of the weights, which all rounds of a step have
 _MAX_REMADE = 5  # times that tables are made again because they were lost with a node
 
 ShardCall = Callable[[Any, Any], tuple[Any, Any]]
@@ -142,6 +143,34 @@ class Shards:
         for (name, _), value in seconds.items():
             slowest[name] = max(value, slowest.get(name, source_metrics.get(name, 0.0)))
         return slowest
+
+
+class Rounds:
+    """The tables of several `Shards`, made one after the other, as if they were of one."""
+
+    def __init__(self, rounds: Sequence[Shards], metrics: Mapping[str, float]) -> None:
+        """Take the rounds in their order, at least one, and metrics to be returned by `wait` with theirs."""
+        self._rounds, self._metrics = rounds, dict(metrics)
+
+    def wait(self, may_stop: bool = True) -> dict[str, float]:
+        """Wait until all tables are made; the seconds of the rounds add up. Otherwise as `Shards.wait`."""
+        first, *others = (one.wait(may_stop) for one in self._rounds)
+        for metrics in others:
+            first |= {name: first[name] + metrics[name] for name in first.keys() - _ONCE}
+        return first | self._metrics
+
+    def use(self, consume: Callable[[list[Any]], Answer], may_stop: bool = True) -> Answer:
+        """Wait for all tables and pass their references on, in order; otherwise as `Shards.use`."""
+        for attempt in range(_MAX_REMADE + 1):
+            self.wait(may_stop)
+            try:
+                return consume([table for one in self._rounds for table in one.tables])
+            except DependencyLost:
+                if attempt == _MAX_REMADE:
+                    raise
+                for one in self._rounds:
+                    one.remake()
+        raise AssertionError
 
 
 def _has_arrived(ref: Any) -> bool:

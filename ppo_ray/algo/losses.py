@@ -1,4 +1,4 @@
-"""PPO's losses, as weighted sums over tokens.
+"""Losses as weighted sums over tokens: the weights, the value loss, and the correction of another policy's samples.
 
 The weights of a mini-batch are known before its forward pass, are the same for all tokens of a sequence and add up to
 one over all tokens. So a mini-batch may be split into micro-batches, and over ranks, in any way: the losses and
@@ -15,25 +15,7 @@ import torch
 
 from ppo_ray.algo.masked import check_tokens, weighted_sum
 
-Aggregation = Literal["token_mean", "sequence_mean", "microbatch_mean"]
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """Policy loss of a micro-batch, and diagnostics: weighted sums over its tokens. Only `loss` has a gradient."""
-
-    loss: torch.Tensor
-    """The clipped surrogate."""
-    ratio: torch.Tensor
-    """`[B, R]`, not summed: exp(logprob - old_logprob); 1 outside the mask."""
-    clipped: torch.Tensor
-    """Share of tokens that the clipping holds back."""
-    dual_clipped: torch.Tensor
-    """Share of tokens whose loss the dual clip bounds."""
-    approx_kl: torch.Tensor
-    """Sum of (logprob - old_logprob)^2 / 2."""
-    kl: torch.Tensor
-    """Sum of old_logprob - logprob."""
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "microbatch_mean"]
 
 
 @dataclass(frozen=True)
@@ -55,12 +37,13 @@ def token_weights(num_tokens: Sequence[int], aggregation: Aggregation, num_parts
 
     - token_mean: 1 / N, with N the tokens of the mini-batch. All tokens count alike.
     - sequence_mean: 1 / (B * R_i). All sequences count alike, whatever their length.
+    - sequence_sum: as token_mean; `loss_scale` is what differs.
     - microbatch_mean: 1 / (P * N_p), with N_p the tokens of the sequence's part. All parts count alike, so a token
       counts less among longer neighbours: TRL 0.11's mean of means under gradient accumulation.
 
     Args:
         num_tokens: `[B]`, response tokens of each sequence, at least 1, in the mini-batch's order.
-        aggregation: one of the three.
+        aggregation: one of the four.
         num_parts: P, equal runs of consecutive sequences; only microbatch_mean reads it.
 
     Returns:
@@ -73,75 +56,37 @@ def token_weights(num_tokens: Sequence[int], aggregation: Aggregation, num_parts
     if not 1 <= num_parts <= len(tokens) or (tokens < 1).any():
         raise ValueError(f"{len(tokens)} sequences of {list(num_tokens)} tokens cannot be weighed in {num_parts} parts")
     match aggregation:
-        case "token_mean":
+        case "token_mean" | "sequence_sum":
             return torch.full_like(tokens, 1 / float(tokens.sum()))
         case "sequence_mean":
             return 1 / (len(tokens) * tokens)
         case "microbatch_mean":
             parts = tokens.tensor_split(num_parts)
             return torch.cat([torch.full_like(part, 1 / (num_parts * float(part.sum()))) for part in parts])
-    raise ValueError(f"aggregation={aggregation!r}; it must be token_mean, sequence_mean or microbatch_mean")
+    raise ValueError(
+        f"aggregation={aggregation!r}; it must be token_mean, sequence_mean, sequence_sum or microbatch_mean"
+    )
 
 
-def clipped_surrogate(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    weights: torch.Tensor,
-    *,
-    clip_range: float,
-    clip_range_high: float | None = None,
-    dual_clip: float | None = None,
-    log_ratio_clamp: float | None = None,
-    importance: torch.Tensor | None = None,
-) -> PolicyLoss:
-    """Compute PPO's clipped policy loss: sum_it w_i max(-A_it r_it, -A_it clip(r_it, 1 - eps, 1 + eps_high)).
+def loss_scale(num_tokens: Sequence[int], aggregation: Aggregation, length: int | None) -> float:
+    """Return the factor of a mini-batch's loss, whose tokens weigh one together: 1, but for sequence_sum N / (B L).
 
-    r_t = exp(logprob_t - old_logprob_t). Schulman et al. 2017 (arXiv 1707.06347), eq. 7; TRL 0.11's `loss`.
+    With it each token weighs 1 / (B L), whatever the length of its response, so long responses are no cheaper to get
+    wrong. Liu et al. 2025 (Dr.GRPO, arXiv 2503.20783), sec. 3.2; L is a constant of the run. Figures stay means.
 
     Args:
-        logprobs: `[B, R]` floating point, of the current policy, with gradient.
-        old_logprobs: `[B, R]`, before the update.
-        advantages: `[B, R]`.
-        mask: `[B, R]` bool.
-        weights: `[B]`, of each token of a sequence.
-        clip_range: eps.
-        clip_range_high: eps_high; None: eps. A larger one lets unlikely tokens rise (DAPO, arXiv 2503.14476, sec. 3.1).
-        dual_clip: c; where A_t < 0 the loss is at most -c A_t, so that a very large ratio cannot dominate (Ye et
-            al. 2020, arXiv 1912.09729, eq. 5); None: no bound.
-        log_ratio_clamp: holds the log-ratio within plus and minus this, against overflow; beyond it there is no
-            gradient. None: as it is.
-        importance: `[B, R]`, weights of the tokens for the distribution that they were drawn from; None: 1.
+        num_tokens: `[B]`, response tokens of each sequence of the mini-batch; N in all.
+        aggregation: as in `token_weights`.
+        length: L; only sequence_sum reads it.
+
+    Raises:
+        ValueError: sequence_sum has no length.
     """
-    check_tokens(mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    advantages = torch.where(mask, advantages, 0)
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
-    held = log_ratio if log_ratio_clamp is None else log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
-    ratio = held.exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(
-        1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high)
-    )
-    losses = torch.maximum(plain, clipped)
-    bounded = torch.zeros_like(mask)
-    if dual_clip is not None:
-        bound = -dual_clip * advantages
-        bounded = (advantages < 0) & (losses > bound)
-        losses = torch.where(bounded, bound, losses)
-    if importance is not None:
-        check_tokens(mask, importance=importance)
-        losses = losses * torch.where(mask, importance, 0)
-    loss = weighted_sum(losses, mask, weights)
-    with torch.no_grad():
-        return PolicyLoss(
-            loss=loss,
-            ratio=ratio.detach(),
-            clipped=weighted_sum((clipped > plain).to(ratio.dtype), mask, weights),
-            dual_clipped=weighted_sum(bounded.to(ratio.dtype), mask, weights),
-            approx_kl=weighted_sum(0.5 * log_ratio.square(), mask, weights),
-            kl=weighted_sum(-log_ratio, mask, weights),
-        )
+    if aggregation != "sequence_sum":
+        return 1.0
+    if not length:
+        raise ValueError(f"aggregation=sequence_sum needs a length of at least 1, not {length}")
+    return float(sum(num_tokens)) / (len(num_tokens) * length)
 
 
 def clipped_value_loss(

@@ -108,7 +108,7 @@ def gae(
     values: torch.Tensor,
     mask: torch.Tensor,
     gamma: float,
-    gae_lambda: float,
+    gae_lambda: float | torch.Tensor,
     final_advantages: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimate advantages and returns, backwards from the last token of each response.
@@ -122,7 +122,7 @@ def gae(
         values: `[B, R]`, of the prefix before each token.
         mask: `[B, R]` bool; each row begins with its one or more response tokens.
         gamma: discount.
-        gae_lambda: 0 trusts the value head, 1 the sampled rewards.
+        gae_lambda: 0 trusts the value head, 1 the sampled rewards; `[B]` where each response has its own.
         final_advantages: `[B]`, A_{R+1}, of what follows the last token; None: nothing follows, 0.
 
     Returns:
@@ -133,6 +133,10 @@ def gae(
     """
     check_tokens(mask, rewards=rewards, values=values)
     check_prefix(mask)
+    if isinstance(gae_lambda, torch.Tensor):
+        if gae_lambda.shape != mask.shape[:1]:
+            raise ValueError(f"gae_lambda has shape {tuple(gae_lambda.shape)}; it must be [B], ({len(mask)},)")
+        gae_lambda = gae_lambda.to(values.device, values.dtype)
     rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])

@@ -60,6 +60,16 @@ class RolloutConfig(Section):
     """Ranks per vLLM worker that share one copy of the policy, all on one node, each on a GPU of its own."""
     batch_size: int = Field(default=128, ge=1)
     """Responses per step, over all workers. TRL: `batch_size`."""
+    responses_per_prompt: int = Field(default=1, ge=1)
+    """Responses to each prompt, a group. It must divide batch_size, which counts responses: a step has batch_size /
+    responses_per_prompt prompts. A group is sampled by one worker, which computes its prompt once."""
+    flat_groups: Literal["keep", "drop", "refill"] = "keep"
+    """What becomes of a group whose scores are all equal, as the reward gave them. keep: it is learned from, though its
+    advantages may all be 0. drop: it is left out of the update. refill: further prompts are taken in its place (DAPO's
+    dynamic sampling), and it is left out."""
+    max_refills: int = Field(default=10, ge=1)
+    """Largest number of times in a step that flat_groups=refill takes further prompts; then the step learns from the
+    groups that it has."""
     min_response_tokens: int | None = Field(default=None, ge=1)
     """Smallest limit of a response, in tokens, inclusive: each response's limit is drawn from here to
     max_response_tokens. An end of sequence may still come earlier. null: all have the same limit."""
@@ -114,14 +124,35 @@ class RolloutConfig(Section):
         return self.dtype or ("bfloat16" if self.gpus else "float32")
 
     @property
+    def num_prompts(self) -> int:
+        """Prompts per step."""
+        return self.batch_size // self.responses_per_prompt
+
+    @property
     def share(self) -> int:
-        """Largest number of a step's responses that one engine samples."""
-        return -(-self.batch_size // self.workers)
+        """Largest number of a step's responses that one engine samples; groups stay whole."""
+        return -(-self.num_prompts // self.workers) * self.responses_per_prompt
 
     @property
     def num_decoded(self) -> int:
         """Largest number of sequences that a vLLM engine decodes at once."""
         return self.max_num_seqs or min(max(self.share, _FEWEST_SEQS), _MOST_SEQS)
+
+
+def group_contradictions(rollout: RolloutConfig) -> Iterator[Contradiction]:
+    """Yield what does not go with groups whose scores are all equal."""
+    if rollout.flat_groups != "keep" and rollout.responses_per_prompt < 2:
+        yield Contradiction(
+            ("rollout.flat_groups", "rollout.responses_per_prompt"),
+            f"{rollout.flat_groups} would leave out every response: with one to a prompt all scores of a group are "
+            "equal; set rollout.responses_per_prompt to 2 or more, or keep",
+        )
+    if rollout.flat_groups == "refill" and rollout.max_staleness:
+        yield Contradiction(
+            ("rollout.flat_groups", "rollout.max_staleness"),
+            "refill samples until the batch is full, and with rollout.max_staleness=1 the engines are a step ahead: "
+            "set drop, or max_staleness=0",
+        )
 
 
 def engine_contradictions(rollout: RolloutConfig) -> Iterator[Contradiction]:

@@ -11,15 +11,10 @@ import yaml
 from pydantic import Field, model_validator
 
 from ppo_ray.config.file import Contradiction, Contradictions, load
-from ppo_ray.config.ppo import UpdateConfig
-from ppo_ray.config.prompts import (
-    EvaluationConfig,
-    PromptsConfig,
-    evaluation_contradictions,
-    prompts_contradictions,
-)
+from ppo_ray.config.ppo import UpdateConfig, algorithm_contradictions
+from ppo_ray.config.prompts import EvaluationConfig, PromptsConfig, evaluation_contradictions, prompts_contradictions
 from ppo_ray.config.reward import RewardConfig, reward_contradictions
-from ppo_ray.config.rollout import RolloutConfig, engine_contradictions
+from ppo_ray.config.rollout import RolloutConfig, engine_contradictions, group_contradictions
 from ppo_ray.config.sections import (
     CheckpointConfig,
     Folder,
@@ -27,6 +22,7 @@ from ppo_ray.config.sections import (
     ModelConfig,
     RayConfig,
     Section,
+    lora_contradictions,
 )
 from ppo_ray.config.tracking import TrackingConfig, tracking_contradictions
 
@@ -102,8 +98,10 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     yield from prompts_contradictions(config.prompts)
     yield from _length_contradictions(config)
     yield from _update_contradictions(config)
+    yield from algorithm_contradictions(config.ppo, config.rollout, config.model)
     yield from _source_contradictions(config)
     yield from engine_contradictions(config.rollout)
+    yield from group_contradictions(config.rollout)
     yield from _placement_contradictions(config)
     evaluation = config.evaluation
     yield from evaluation_contradictions(evaluation)
@@ -167,11 +165,18 @@ def _length_contradictions(config: Config) -> Iterator[Contradiction]:
             f"{config.max_context} tokens cannot hold prompts.max_tokens={prompts.max_tokens} "
             f"+ rollout.max_response_tokens={rollout.max_response_tokens} = {longest}",
         )
-    if rollout.workers > rollout.batch_size:
+    if rollout.batch_size % rollout.responses_per_prompt:
+        yield Contradiction(
+            ("rollout.responses_per_prompt", "rollout.batch_size"),
+            f"{rollout.responses_per_prompt} does not divide rollout.batch_size={rollout.batch_size}, which counts "
+            "responses",
+        )
+    elif rollout.workers > rollout.num_prompts:
+        prompts_of = f" / rollout.responses_per_prompt={rollout.responses_per_prompt}"
         yield Contradiction(
             ("rollout.workers", "rollout.batch_size"),
-            f"{rollout.workers} workers, but rollout.batch_size={rollout.batch_size}: some would have nothing to "
-            "generate",
+            f"{rollout.workers} workers, but rollout.batch_size={rollout.batch_size}"
+            f"{prompts_of if rollout.responses_per_prompt > 1 else ''}: some would have nothing to generate",
         )
 
 
@@ -231,14 +236,6 @@ def _source_contradictions(config: Config) -> Iterator[Contradiction]:
             ("model.critic_path", "model.critic"),
             "is for model.critic=separate; set that, or leave critic_path out",
         )
-    if (lora := model.lora) is not None and lora.path is not None:
-        given = [name for name in ("rank", "alpha", "targets") if getattr(lora, name) is not None]
-        if given:
-            options = tuple(f"model.lora.{name}" for name in given)
-            yield Contradiction(
-                (*options, "model.lora.path"),
-                "is for new adapters, and those at model.lora.path have their own; leave it out",
-            )
     for key, path, revision in (
         ("model.reference", model.reference_path, model.reference_revision),
         ("model.critic", model.critic_path, model.critic_revision),
@@ -248,6 +245,7 @@ def _source_contradictions(config: Config) -> Iterator[Contradiction]:
             separator = "_" if key.startswith("model") else "."
             option, where = f"{key}{separator}revision", f"{key}{separator}path"
             yield Contradiction((option, where), f"is for {where}; give that too, or leave it out")
+    yield from lora_contradictions(model.lora)
     yield from reward_contradictions(reward)
 
 

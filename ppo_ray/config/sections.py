@@ -1,6 +1,7 @@
 """The sections of a config that have no file of their own: the models, the learner, the machine, checkpoints."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -8,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ppo_ray.assets.cache import ASSETS, asset_path
+from ppo_ray.config.file import Contradiction
 
 
 def _resolve(source: str) -> str:
@@ -141,6 +143,16 @@ class LoraConfig(Section):
         if isinstance(options, dict) and options.get("dropout", True) in (0, None):
             return {name: value for name, value in options.items() if name != "dropout"}
         return options
+
+
+def lora_contradictions(lora: LoraConfig | None) -> Iterator[Contradiction]:
+    """Yield the options of new adapters beside the path of others."""
+    names = ("rank", "alpha", "targets")
+    if lora and lora.path and (given := [f"model.lora.{name}" for name in names if getattr(lora, name) is not None]):
+        yield Contradiction(
+            (*given, "model.lora.path"),
+            "is for new adapters, and those at model.lora.path have their own; leave it out",
+        )
 
 
 class ModelConfig(ModelSource):

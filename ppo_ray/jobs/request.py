@@ -101,6 +101,8 @@ def request_problems(
     for key, source in request.config.reward.sources:
         if source.function is not None:
             yield from _module_problems(f"{key}.function", source.function, request.working_dir, holds)
+    if (ppo := request.config.ppo).own_policy_loss:
+        yield from _module_problems("ppo.policy_loss", ppo.policy_loss, request.working_dir, holds)
 
 
 def _variable_problems(names: tuple[str, ...], environment: Mapping[str, str]) -> Iterator[str]:

@@ -74,7 +74,7 @@ class LearnerWorker(Worker):
             ranks=ranks,
             checkpoint=None if checkpoint is None else Path(checkpoint),
         )
-        self._max_staleness, self._batch_size = config.rollout.max_staleness, config.rollout.batch_size
+        self._max_staleness, self._rollout = config.rollout.max_staleness, config.rollout
         self._sources = config.prompts.kept_sources
         self._held: pa.Table | None = None
         if self._max_staleness and checkpoint is not None:
@@ -91,13 +91,14 @@ class LearnerWorker(Worker):
         """Keep the next update's scored trajectories as part of the learner's state."""
         self._held = trajectory.concat(shards).combine_chunks()  # as it is read from a checkpoint
 
-    def update(self, step: int, path: str, *shards: pa.Table) -> UpdateReport:
+    def update(self, step: int, path: str, *shards: pa.Table, num_refilled: int = 0) -> UpdateReport:
         """Make one PPO update on all shards together; write the trajectories and what was learned of them to `path`.
 
         Args:
             step: of the run.
             path: a Parquet file.
             shards: of trajectories, scored; none: those that are held.
+            num_refilled: prompts that were taken in the place of flat groups.
 
         Returns:
             The report without trajectories and mini-batches: a few floats.
@@ -107,7 +108,7 @@ class LearnerWorker(Worker):
                 a trajectory is staler than it may be.
             PeersLost: another rank is gone.
         """
-        from ppo_ray.learner.batch import check_staleness, summarize_sources
+        from ppo_ray.learner.metrics import check_staleness, summarize_sources
 
         start = time.perf_counter()
         self._settle()
@@ -115,9 +116,11 @@ class LearnerWorker(Worker):
         assert table is not None
         metrics = check_staleness(table, self._learner.policy_version, self._max_staleness)
         metrics |= summarize_sources(table, self._sources)
-        metrics["prompts/num_skipped"] = float(self._batch_size - table.num_rows)
+        metrics["prompts/num_skipped"] = (
+            self._rollout.num_prompts + num_refilled - table.num_rows / self._rollout.responses_per_prompt
+        )
         try:
-            report = self._learner.update(table, step)
+            report = self._learner.update(table, step, drop_flat=self._rollout.flat_groups != "keep")
         except NonFiniteError as error:
             dump = Path(path).with_name(f"{Path(path).stem}-nonfinite.parquet")
             if self._leads:

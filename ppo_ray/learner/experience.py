@@ -4,10 +4,12 @@ Dimensions: B sequences, R response tokens.
 """
 
 from dataclasses import dataclass
+from typing import cast, get_args
 
 import numpy as np
 import torch
 
+from ppo_ray.algo.advantages import Baseline, group_advantages, length_adaptive_lambda, rewards_to_go, sum_rewards
 from ppo_ray.algo.kl import kl_estimate
 from ppo_ray.algo.losses import truncated_importance
 from ppo_ray.algo.masked import masked_mean, masked_sum, masked_var, masked_whiten, whiten_zero
@@ -35,8 +37,8 @@ class ModelOutputs:
     """Log-probabilities by the policy before the update."""
     ref_logprobs: torch.Tensor
     """Log-probabilities by the frozen reference."""
-    values: torch.Tensor
-    """Values of the prefix before each token, before the update."""
+    values: torch.Tensor | None
+    """Values of the prefix before each token, before the update; None: there is no value function."""
     kl: torch.Tensor
     """Estimate of the KL between policy and reference per token, by `ppo.kl_estimator`."""
 
@@ -50,9 +52,9 @@ class Experience(ModelOutputs):
     rewards: torch.Tensor
     """Rewards per token: minus the KL penalty, plus the score on the last token; clipped, not whitened."""
     advantages: torch.Tensor
-    """Advantages by GAE; whitened with `ppo.whiten_advantages`."""
-    returns: torch.Tensor
-    """Advantages before whitening, plus values."""
+    """Advantages by `ppo.advantages`; whitened with `ppo.whiten_advantages`."""
+    returns: torch.Tensor | None
+    """What values learn: advantages before whitening, by `ppo.gae_lambda_value`, plus values; None: as `values`."""
     importance: torch.Tensor | None
     """Truncated importance weight of each token in the policy loss; None: every token has weight 1."""
 
@@ -84,8 +86,11 @@ def run_models(
         keep: whether to return the policy's forward pass too, for a backward pass; there must be only one pass.
     """
     mask = batch.response_mask.to(layout.device)
-    outputs = torch.zeros(4, *mask.shape, dtype=policy.value_head.weight.dtype, device=layout.device)
-    old_logprobs, ref_logprobs, values, kl = outputs
+    head = policy.value_head
+    exact = torch.promote_types(next(policy.causal_lm.parameters()).dtype, torch.float32)
+    dtype = exact if head is None else head.weight.dtype
+    outputs = torch.zeros(4 if ppo.has_values else 3, *mask.shape, dtype=dtype, device=layout.device)
+    old_logprobs, ref_logprobs, kl, *values = outputs
     kept = None
     with torch.no_grad():  # what fsdp2 gathers in inference mode could not be trained on
         for rows in layout.passes(batch, np.arange(batch.num_sequences)):
@@ -97,13 +102,14 @@ def run_models(
             ref_output = reference(rows)
             old_logprobs[index, columns] = output.logprobs
             ref_logprobs[index, columns] = ref_output.logprobs
-            values[index, columns] = output.values
+            if ppo.has_values:
+                values[0][index, columns] = output.values
             if ppo.kl_estimator == "full":
                 kl[index, columns] = unflatten(policy.full_kl(output.states, reference, ref_output.states), rows)
     layout.ranks.sum([outputs])
     if ppo.kl_estimator != "full":
         kl = kl_estimate(old_logprobs, ref_logprobs, mask, ppo.kl_estimator, ppo.kl_clamp)
-    return ModelOutputs(old_logprobs, ref_logprobs, values, kl), kept
+    return ModelOutputs(old_logprobs, ref_logprobs, values[0] if ppo.has_values else None, kl), kept
 
 
 def estimate(
@@ -128,14 +134,11 @@ def estimate(
     if ppo.missing_eos_penalty is not None:
         scores = penalise_missing_eos(scores, batch.ended.to(kl.device), ppo.missing_eos_penalty)
     rewards = token_rewards(kl, scores, mask, kl_coef if ppo.kl_in == "reward" else 0.0, ppo.reward_clip)
-    whitened, beyond = rewards, None
-    if ppo.whiten_rewards != "off":
-        whitened = masked_whiten(rewards, mask, shift_mean=False)
-    if ppo.whiten_rewards == "padded":
-        num_padding = torch.from_numpy(batch.num_tokens.max() - batch.num_tokens).to(kl.device)
-        beyond = padding_advantages(whiten_zero(rewards, mask), num_padding, ppo.gamma, ppo.gae_lambda)
-    advantages, returns = gae(whitened, values, mask, ppo.gamma, ppo.gae_lambda, beyond)
-    if ppo.whiten_advantages:
+    if values is None:
+        advantages, returns = _compare(rewards, batch, ppo), None
+    else:
+        advantages, returns = _estimate_by_values(rewards, values, batch, ppo)
+    if ppo.whiten_advantages and ppo.advantages in ("gae", "reinforce", "reinforce_baseline"):
         advantages = masked_whiten(advantages, mask)
     importance = None
     if ppo.importance_cap is not None:
@@ -154,6 +157,39 @@ def estimate(
     )
 
 
+def _estimate_by_values(
+    rewards: torch.Tensor, values: torch.Tensor, batch: ResponseBatch, ppo: UpdateConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return advantages by generalised advantage estimation, and the returns that values learn."""
+    mask = batch.response_mask.to(rewards.device)
+    whitened, beyond = rewards, None
+    if ppo.whiten_rewards != "off":
+        whitened = masked_whiten(rewards, mask, shift_mean=False)
+    if ppo.whiten_rewards == "padded":
+        num_padding = torch.from_numpy(batch.num_tokens.max() - batch.num_tokens).to(rewards.device)
+        beyond = padding_advantages(whiten_zero(rewards, mask), num_padding, ppo.gamma, ppo.gae_lambda)
+    gae_lambda: float | torch.Tensor = ppo.gae_lambda
+    if ppo.gae_length_alpha is not None:
+        gae_lambda = length_adaptive_lambda(mask.sum(1), ppo.gae_length_alpha)
+    advantages, returns = gae(whitened, values, mask, ppo.gamma, gae_lambda, beyond)
+    if ppo.gae_lambda_value is not None:
+        _, returns = gae(whitened, values, mask, ppo.gamma, ppo.gae_lambda_value)
+    return advantages, returns
+
+
+def _compare(rewards: torch.Tensor, batch: ResponseBatch, ppo: UpdateConfig) -> torch.Tensor:
+    """Return the advantages of an estimator without values."""
+    mask = batch.response_mask.to(rewards.device)
+    if ppo.advantages == "reinforce":
+        return rewards_to_go(rewards, mask, ppo.gamma)
+    groups = torch.from_numpy(batch.groups).to(rewards.device)
+    baseline: Baseline = "dr_grpo"
+    if ppo.advantages in get_args(Baseline):
+        baseline = cast("Baseline", ppo.advantages)
+    advantages = group_advantages(sum_rewards(rewards, mask), groups, baseline)
+    return torch.where(mask, advantages[:, None], 0).to(rewards.dtype)
+
+
 def summarize_experience(
     experience: Experience, batch: ResponseBatch, ppo: UpdateConfig, kl_coef: float
 ) -> dict[str, float]:
@@ -161,25 +197,28 @@ def summarize_experience(
     mask = batch.response_mask.to(experience.kl.device)
     kl_coef = kl_coef if ppo.kl_in == "reward" else 0.0
     log_weights = torch.where(mask, experience.old_logprobs - batch.rollout_logprobs.to(mask.device), 0)
-    returns_var = masked_var(experience.returns, mask)
-    residuals = torch.where(mask, experience.returns - experience.values, 0)
     metrics = {
         "score/used_mean": experience.scores.mean(),
         "score/used_std": experience.scores.std() if batch.num_sequences > 1 else torch.zeros(()),
         "kl/per_sequence": masked_sum(experience.kl, mask) / batch.num_sequences,
         "kl/per_token": masked_mean(experience.kl, mask),
         "reward/kl_penalty_mean": -kl_coef * masked_mean(experience.kl, mask),
-        "value/mean": masked_mean(experience.values, mask),
-        "value/std": masked_var(experience.values, mask).sqrt(),
-        "value/explained_variance_before": 1 - masked_var(residuals, mask) / returns_var.clamp(min=1e-12),
         "advantages/mean": masked_mean(experience.advantages, mask),
         "advantages/std": masked_var(experience.advantages, mask).sqrt(),
-        "returns/mean": masked_mean(experience.returns, mask),
-        "returns/std": returns_var.sqrt(),
         "mismatch/logprob_mean": masked_mean(log_weights.abs(), mask),
         "mismatch/logprob_max": log_weights.abs().max(),
         "mismatch/kl": masked_mean(torch.expm1(log_weights) - log_weights, mask),
     }
+    if experience.values is not None and experience.returns is not None:
+        returns_var = masked_var(experience.returns, mask)
+        residuals = torch.where(mask, experience.returns - experience.values, 0)
+        metrics |= {
+            "value/mean": masked_mean(experience.values, mask),
+            "value/std": masked_var(experience.values, mask).sqrt(),
+            "value/explained_variance_before": 1 - masked_var(residuals, mask) / returns_var.clamp(min=1e-12),
+            "returns/mean": masked_mean(experience.returns, mask),
+            "returns/std": returns_var.sqrt(),
+        }
     if experience.importance is not None and ppo.importance_cap is not None:
         capped = (experience.importance >= ppo.importance_cap).to(log_weights.dtype)
         metrics |= {

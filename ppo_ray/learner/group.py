@@ -17,7 +17,7 @@ import ray
 
 from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.placement import Seats
-from ppo_ray.actors.shards import Shards
+from ppo_ray.actors.shards import Rounds, Shards
 from ppo_ray.actors.watch import DependencyLost, Member
 from ppo_ray.checkpoint import Pending, RunState
 from ppo_ray.config import Config
@@ -93,7 +93,7 @@ class LearnerGroup:
         seconds = time.monotonic() - began
         self._report(Event("worker_replaced", f"{lost.name} was replaced in {seconds:.1f} s: {lost}", lost.name))
 
-    def update(self, scored: Shards, step: int) -> UpdateReport:
+    def update(self, scored: Shards | Rounds, step: int) -> UpdateReport:
         """Make one PPO update on all scored shards; waits for it, and no signal ends the wait.
 
         Returns:
@@ -203,7 +203,8 @@ class LearnerGroup:
     def _update(self, step: int, tables: list[Any], metrics: dict[str, float]) -> UpdateReport:
         assert self._trajectories is not None
         path = str(self._trajectories / f"step-{step:05d}.parquet")
-        calls = {rank.handle.update.remote(step, path, *tables): rank for rank in self._group.members}
+        options = {"num_refilled": int(metrics["groups/num_refilled"])} if "groups/num_refilled" in metrics else {}
+        calls = {rank.handle.update.remote(step, path, *tables, **options): rank for rank in self._group.members}
         reports = self._wait("updating", calls)
         self.last_update = replace(reports[0], metrics=metrics | _slowest([report.metrics for report in reports]))
         return self.last_update

@@ -20,14 +20,15 @@ from ppo_ray.algo.kl import AdaptiveKLController, FixedKLController, KLControlle
 from ppo_ray.algo.rewards import RunningMoments
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
-from ppo_ray.learner.batch import Layout, Order, ResponseBatch, draw_order, split_evenly, summarize_table
-from ppo_ray.learner.experience import Experience, Forward, ModelOutputs, estimate, run_models, summarize_experience
-from ppo_ray.learner.minibatch import MinibatchUpdater
+from ppo_ray.learner.batch import Layout, Order, ResponseBatch, draw_order
+from ppo_ray.learner.experience import Forward, ModelOutputs, estimate, run_models, summarize_experience
+from ppo_ray.learner.metrics import summarize_table
+from ppo_ray.learner.minibatch import MinibatchUpdater, NonFiniteMinibatch
 from ppo_ray.learner.objective import summarize_minibatches
 from ppo_ray.learner.optimizer import gather_optimizer_state, load_optimizer_state, make_adam, set_learning_rates
 from ppo_ray.learner.probe import WeightProbe
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
-from ppo_ray.learner.reports import MinibatchReport, Stopwatch, UpdateReport
+from ppo_ray.learner.reports import Stopwatch, UpdateReport
 from ppo_ray.learner.sharding import Replicated, Sharding, gather_full
 from ppo_ray.learner.state import LearnerSnapshot, LearnerState, load_models
 from ppo_ray.models.actor_critic import ActorCritic
@@ -57,7 +58,7 @@ class PPOLearner:
         """Take models that are loaded, in eval mode, on one device; `load` loads them.
 
         Args:
-            policy: with what estimates its values.
+            policy: with what estimates its values, if `ppo.advantages` has values.
             reference: frozen, of the same vocabulary, at the same temperature.
             ppo: the algorithm.
             microbatch_tokens: prompt and response tokens, padding included, per forward pass.
@@ -68,6 +69,8 @@ class PPOLearner:
         """
         self.policy_version = 0
         """Number of updates that the weights have seen."""
+        if ppo.has_values != (policy.value_head is not None):
+            raise InputError(f"ppo.advantages={ppo.advantages} is for another policy: {type(policy).__name__}")
         self._policy, self._reference, self._ppo = policy, reference, ppo
         self._seed, self._num_steps, self._moments = seed, num_steps, RunningMoments()
         self._sharding = sharding = sharding or Replicated(policy, Ranks())
@@ -97,7 +100,8 @@ class PPOLearner:
         """Load policy, values and reference and make the optimizer.
 
         Args:
-            model: a value head or critic that lies beside the policy is loaded, else it starts from the seed.
+            model: a value head or critic that lies beside the policy is loaded, else it starts from the seed; neither,
+                where `ppo.advantages` has no values.
             ppo: the algorithm.
             learner: its micro-batches, and how the models lie on the ranks.
             temperature: that responses are sampled at.
@@ -113,7 +117,7 @@ class PPOLearner:
         """
         place = torch.device(device) if device is not None else default_device()
         at = (temperature, derive_seed(seed, "value_head"), place, ranks or Ranks())
-        models = load_models(model, learner, *at, checkpoint)
+        models = load_models(model, learner, *at, checkpoint, ppo.has_values)
         loaded = cls(
             models.policy,
             models.reference,
@@ -133,7 +137,9 @@ class PPOLearner:
         """Weight of the KL penalty in the next update."""
         return self.controller.kl_coef
 
-    def update(self, trajectories: pa.Table, step: int, order: Order | None = None) -> UpdateReport:
+    def update(
+        self, trajectories: pa.Table, step: int, order: Order | None = None, *, drop_flat: bool = False
+    ) -> UpdateReport:
         """Make one PPO update on all scored trajectories of a step; returns metrics and the learned columns.
 
         Trajectories without a score are counted and left out. With fewer than two response tokens left nothing is
@@ -143,16 +149,21 @@ class PPOLearner:
             trajectories: of `trajectory.SCHEMA`, with scores; `trajectory.from_rows` makes one.
             step: addresses the order of mini-batches and the learning rate.
             order: of the rows in each epoch; None: drawn from the seed, the step and the epoch.
+            drop_flat: leave out groups whose scores are all equal too; see `trajectory.find_flat`.
 
         Raises:
             ValueError: the table is not what the exchange promises.
             NonFiniteError: a loss or its gradient is not finite; the weights are as before that mini-batch.
             PeersLost: another rank is gone.
         """
-        batch = ResponseBatch.from_table(trajectories)
+        scored = batch = ResponseBatch.from_table(trajectories)
+        if drop_flat:
+            batch = scored.take(np.flatnonzero(~trajectory.find_flat(trajectories)[scored.kept]))
         if self._owns_optimizer:
             set_learning_rates(self._optimizer, ppo=self._ppo, step=step, num_steps=self._num_steps)
-        metrics = summarize_table(trajectories, batch) | {"kl/coef": self.kl_coef}
+        metrics = summarize_table(trajectories, scored) | {"kl/coef": self.kl_coef}
+        if "group_id" in trajectories.column_names:
+            metrics["groups/num_learned"] = float(len(np.unique(batch.groups)))
         metrics["learner/learning_rate"] = self._optimizer.param_groups[0]["lr"]
         with self._mark_unfinished():
             self.policy_version += 1
@@ -163,14 +174,23 @@ class PPOLearner:
             seconds = Stopwatch()
             outputs, forward = self._run_models(batch, step)
             metrics |= seconds.lap("time/old_s")
-            self._moments = self._moments.include(batch.scores)
+            self._moments = self._moments.include(scored.scores)
             experience = estimate(outputs, batch, self._ppo, self.kl_coef, self._moments)
             columns = {name: batch.to_lists(getattr(experience, name)) for name in trajectory.LEARNED_FIELDS}
             learned = trajectory.with_learned(trajectories, columns)
             metrics |= summarize_experience(experience, batch, self._ppo, self.kl_coef)
             metrics |= seconds.lap("time/estimate_s")
-            reports, stopped_early = self._optimize(batch, experience, step, order, learned, forward)
-            metrics |= summarize_minibatches(reports, metrics["returns/std"])
+            draw, values_only = (
+                order or draw_order(batch.num_sequences, self._seed, step),
+                self._trains_values_only(step),
+            )
+            try:
+                reports, stopped_early = self._updater.run_epochs(
+                    batch, experience, draw, self.kl_coef, values_only, forward
+                )
+            except NonFiniteMinibatch as error:
+                raise NonFiniteError(f"learner: at step {step}, {error}", learned.take(error.rows)) from error
+            metrics |= summarize_minibatches(reports, metrics.get("returns/std"))
             if not self._trains_values_only(step):  # else the KL is that of a policy that must not move
                 self.controller = self.controller.adapt(metrics["kl/per_sequence"], batch.num_sequences)
             metrics |= seconds.lap("time/update_s")
@@ -198,8 +218,8 @@ class PPOLearner:
         return num_buckets(map(wire.num_bytes, self._sharding.meta_weights()), wire.bucket_bytes)
 
     def value_head(self) -> dict[str, np.ndarray]:
-        """Copy the value head: `weight` `[1, H]` and `bias` `[1]`; all ranks call it."""
-        state = self._policy.value_head.state_dict()
+        """Copy the value head, if there is one: `weight` `[1, H]` and `bias` `[1]`; all ranks call it."""
+        state = self._policy.value_head.state_dict() if self._policy.value_head is not None else {}
         return {name: gather_full(tensor).cpu().numpy().copy() for name, tensor in state.items()}
 
     def save(self, path: Path) -> None:
@@ -262,35 +282,3 @@ class PPOLearner:
             )
         if weights_checksum(self._sharding.parameters()) != state.weights_checksum:
             raise CheckpointError(f"{checkpoint}: its weights, loaded, are not those that were saved")
-
-    def _optimize(
-        self,
-        batch: ResponseBatch,
-        experience: Experience,
-        step: int,
-        order: Order | None,
-        learned: pa.Table,
-        forward: Forward | None,
-    ) -> tuple[list[MinibatchReport], bool]:
-        """Make all mini-batch updates of all epochs; returns their reports, and whether early stopping ended them."""
-        reports: list[MinibatchReport] = []
-        values_only = self._trains_values_only(step)
-        draw = order or draw_order(batch.num_sequences, self._seed, step)
-        for epoch in range(self._ppo.epochs):
-            for sequences in split_evenly(draw(epoch), self._ppo.minibatch_size or batch.num_sequences):
-                with detect_lost_peers(self._layout.ranks.rank):
-                    report = self._updater.update(batch, experience, sequences, self.kl_coef, values_only, forward)
-                forward = None  # the policy has changed
-                if report.outcome == "nonfinite" and self._ppo.on_nonfinite == "stop":
-                    raise NonFiniteError(
-                        f"learner: at step {step}, epoch {epoch} the loss is {report.metrics['loss/total']}, the norm "
-                        f"of its gradient {report.grad_norm}. Lower ppo.learning_rate={self._ppo.learning_rate}, set "
-                        "ppo.max_grad_norm, look at the scores; or count such mini-batches: ppo.on_nonfinite=skip",
-                        learned.take(batch.kept[sequences]),
-                    )
-                reports.append(report)
-                if report.outcome == "early_stopped":
-                    return reports, True
-            if self._updater.early_stop_after(reports[-1]):
-                return reports, True
-        return reports, False

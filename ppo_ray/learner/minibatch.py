@@ -8,18 +8,29 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ppo_ray.algo.losses import token_weights
+from ppo_ray.algo.losses import loss_scale, token_weights
 from ppo_ray.config import UpdateConfig
-from ppo_ray.learner.batch import Layout, ResponseBatch
+from ppo_ray.learner.batch import Layout, Order, ResponseBatch, split_groups
 from ppo_ray.learner.experience import Experience, Forward
 from ppo_ray.learner.objective import Objective, objective
+from ppo_ray.learner.ranks import detect_lost_peers
 from ppo_ray.learner.reports import MinibatchReport
 from ppo_ray.learner.sharding import Sharding, gather_full
+from ppo_ray.learner.surrogate import make_surrogate
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.response_lm import ResponseOutput
 
 _EARLY_STOPPING_FACTOR = 1.5  # TRL 0.11: "stop early if we exceed this value by over 50%"
+
+
+class NonFiniteMinibatch(Exception):
+    """A mini-batch's loss or gradient is not finite, and such are not skipped."""
+
+    def __init__(self, message: str, rows: np.ndarray) -> None:
+        """Keep which rows of the table made it, `[b]` int64."""
+        super().__init__(message)
+        self.rows = rows
 
 
 class MinibatchUpdater:
@@ -33,9 +44,13 @@ class MinibatchUpdater:
         ppo: UpdateConfig,
         layout: Layout,
     ) -> None:
-        """Train `policy` with `optimizer`, which steps what `sharding.optimized_parameters` returns for it."""
+        """Train `policy` with `optimizer`, which steps what `sharding.optimized_parameters` returns for it.
+
+        Raises:
+            InputError: the policy's loss cannot be imported; see `make_surrogate`.
+        """
         self._policy, self._sharding, self._optimizer = policy, sharding, optimizer
-        self._ppo, self._layout = ppo, layout
+        self._ppo, self._layout, self._surrogate = ppo, layout, make_surrogate(ppo)
 
     def first_pass_is_whole(self, batch: ResponseBatch) -> bool:
         """Say whether the first mini-batch is the whole batch in one pass, which `run_models` has then made.
@@ -44,6 +59,50 @@ class MinibatchUpdater:
         """
         whole_batch = (self._ppo.minibatch_size or batch.num_sequences) >= batch.num_sequences
         return whole_batch and self._ppo.gradient_accumulation == 1 and self._layout.num_passes(batch) == 1
+
+    def run_epochs(
+        self,
+        batch: ResponseBatch,
+        experience: Experience,
+        draw: Order,
+        kl_coef: float,
+        values_only: bool = False,
+        forward: Forward | None = None,
+    ) -> tuple[list[MinibatchReport], bool]:
+        """Make the steps of all epochs; returns their reports, and whether early stopping ended them.
+
+        Args:
+            batch: all trajectories of the step.
+            experience: of the whole batch.
+            draw: the order of each epoch; where responses are compared, groups stay whole in it.
+            kl_coef: as in `update`.
+            values_only: as in `update`.
+            forward: of the first mini-batch, as in `update`.
+
+        Raises:
+            NonFiniteMinibatch: a loss or gradient is not finite; the weights are as before that mini-batch.
+            PeersLost: another rank is gone.
+        """
+        reports: list[MinibatchReport] = []
+        groups = batch.groups if self._ppo.compares_groups else np.arange(batch.num_sequences)
+        for epoch in range(self._ppo.epochs):
+            for sequences in split_groups(draw(epoch), groups, self._ppo.minibatch_size or batch.num_sequences):
+                with detect_lost_peers(self._layout.ranks.rank):
+                    report = self.update(batch, experience, sequences, kl_coef, values_only, forward)
+                forward = None  # the policy has changed
+                if report.outcome == "nonfinite" and self._ppo.on_nonfinite == "stop":
+                    raise NonFiniteMinibatch(
+                        f"epoch {epoch} the loss is {report.metrics['loss/total']}, the norm of its gradient "
+                        f"{report.grad_norm}. Lower ppo.learning_rate={self._ppo.learning_rate}, set "
+                        "ppo.max_grad_norm, look at the scores; or count such mini-batches: ppo.on_nonfinite=skip",
+                        batch.kept[sequences],
+                    )
+                reports.append(report)
+                if report.outcome == "early_stopped":
+                    return reports, True
+            if self._early_stop_after(reports[-1]):
+                return reports, True
+        return reports, False
 
     def update(
         self,
@@ -78,7 +137,7 @@ class MinibatchUpdater:
         self._optimizer.zero_grad()
         return report
 
-    def early_stop_after(self, report: MinibatchReport) -> bool:
+    def _early_stop_after(self, report: MinibatchReport) -> bool:
         """Say whether the update ends after an epoch whose last mini-batch was this one, as in TRL."""
         return self._ppo.early_stopping == "after_epoch" and report.last_part_kl > self._early_stopping_limit
 
@@ -119,20 +178,22 @@ class MinibatchUpdater:
         num_parts = min(ppo.gradient_accumulation, len(sequences))
         weights = torch.zeros(batch.num_sequences, dtype=torch.float64)
         weights[sequences] = token_weights(num_tokens[sequences], ppo.loss_aggregation, num_parts)
+        scale = loss_scale(num_tokens[sequences], ppo.loss_aggregation, ppo.loss_length)
         sums = _Sums(self._layout)
         for part in np.array_split(sequences, num_parts):
             sums.start_part(float(weights[part] @ torch.from_numpy(num_tokens[part]).double()))
             before = self._gradients(values_only) if ppo.ratio_exceeded == "zero_loss" else []
             for rows in [forward.rows] if forward else self._layout.passes(batch, part):
                 index = torch.from_numpy(rows.sequences)
-                row_weights = weights[index].to(rows.response_mask.device, experience.values.dtype)
+                row_weights = weights[index].to(rows.response_mask.device, experience.old_logprobs.dtype)
                 place = index.to(rows.response_mask.device), slice(rows.response_mask.shape[1])
                 if values_only:
                     output = self._forward_values(rows, experience.old_logprobs[place])
                 else:
                     output = forward.output if forward else self._policy(rows)
-                micro = objective(output, experience, place, rows.response_mask, row_weights, ppo, kl_coef)
-                micro.loss.backward()
+                options = (ppo, kl_coef, self._surrogate)
+                micro = objective(output, experience, place, rows.response_mask, row_weights, *options)
+                (micro.loss if scale == 1 else micro.loss * scale).backward()
                 sums.add(micro)
             sums.end_part()
             if ppo.ratio_exceeded == "zero_loss" and sums.part_mean("policy/ratio_mean") > ppo.ratio_threshold:
@@ -194,7 +255,7 @@ class _Sums:
 
     def zero_losses(self) -> None:
         """Multiply the last part's losses by zero."""
-        for name in ("loss/policy", "loss/value", "loss/total"):
+        for name in {"loss/policy", "loss/value", "loss/total"}.intersection(self._names):
             self._parts[-1][self._names.index(name)] *= 0
 
     def report(self) -> MinibatchReport:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from ppo_ray.algo.kl import kl_estimate
-from ppo_ray.algo.losses import clipped_surrogate, clipped_value_loss
+from ppo_ray.algo.losses import ValueLoss, clipped_value_loss
 from ppo_ray.algo.masked import weighted_sum
 from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.experience import Experience
 from ppo_ray.learner.reports import MinibatchReport, Outcome
+from ppo_ray.learner.surrogate import Surrogate
 from ppo_ray.models.response_lm import ResponseOutput
 
 
@@ -23,7 +24,7 @@ class Objective:
     """A micro-batch's share of a mini-batch's loss; all scalars but `ratios`."""
 
     loss: torch.Tensor
-    """With gradient: policy + value_coef * value + kl_coef * kl - entropy_coef * entropy."""
+    """With gradient: policy + value_coef * value + kl_coef * kl - entropy_coef * entropy, without what there is not."""
     metrics: dict[str, torch.Tensor]
     """Scalars, shares of the mini-batch's metrics by their final names; without gradient."""
     ratios: torch.Tensor
@@ -38,6 +39,7 @@ def objective(
     weights: torch.Tensor,
     ppo: UpdateConfig,
     kl_coef: float,
+    surrogate: Surrogate,
 ) -> Objective:
     """Compute the loss of a micro-batch.
 
@@ -49,31 +51,31 @@ def objective(
         weights: `[B]`, of each token of a sequence; see `algo.losses`.
         ppo: the algorithm.
         kl_coef: weight of the KL in the loss.
+        surrogate: the policy's loss.
     """
-    assert output.values is not None
     importance = experience.importance
-    policy = clipped_surrogate(
+    policy = surrogate(
         output.logprobs,
         experience.old_logprobs[place],
         experience.advantages[place],
         mask,
         weights,
-        clip_range=ppo.clip_range,
-        clip_range_high=ppo.clip_range_high,
-        dual_clip=ppo.dual_clip,
-        log_ratio_clamp=ppo.log_ratio_clamp,
         importance=None if importance is None else importance[place],
     )
-    value = clipped_value_loss(
-        output.values,
-        experience.values[place],
-        experience.returns[place],
-        mask,
-        weights,
-        value_clip_range=ppo.value_clip_range,
-    )
+    value: ValueLoss | None = None
+    loss = policy.loss
+    if experience.values is not None and experience.returns is not None:
+        assert output.values is not None
+        value = clipped_value_loss(
+            output.values,
+            experience.values[place],
+            experience.returns[place],
+            mask,
+            weights,
+            value_clip_range=ppo.value_clip_range,
+        )
+        loss = loss + ppo.value_coef * value.loss
     entropy = weighted_sum(output.entropies, mask, weights)
-    loss = policy.loss + ppo.value_coef * value.loss
     kl = torch.zeros_like(loss)
     if ppo.kl_in == "loss":
         if ppo.kl_estimator == "full":
@@ -86,7 +88,6 @@ def objective(
         loss = loss - ppo.entropy_coef * entropy
     metrics = {
         "loss/policy": policy.loss,
-        "loss/value": value.loss,
         "loss/kl": kl,
         "loss/total": loss,
         "policy/approx_kl": policy.approx_kl,
@@ -95,17 +96,27 @@ def objective(
         "policy/dual_clip_fraction": policy.dual_clipped,
         "policy/entropy": entropy,
         "policy/ratio_mean": weighted_sum(policy.ratio, mask, weights),
-        "value/clip_fraction": value.clipped,
-        "value/error": value.error,
-        "value/updated_mean": value.value,
     }
+    if value is not None:
+        metrics |= {
+            "loss/value": value.loss,
+            "value/clip_fraction": value.clipped,
+            "value/error": value.error,
+            "value/updated_mean": value.value,
+        }
+    if ppo.own_policy_loss:  # of which no clipping is known
+        del metrics["policy/clip_fraction"], metrics["policy/dual_clip_fraction"]
     return Objective(loss, {name: metric.detach() for name, metric in metrics.items()}, policy.ratio[mask])
 
 
-def summarize_minibatches(reports: Sequence[MinibatchReport], returns_std: float) -> dict[str, float]:
+def summarize_minibatches(reports: Sequence[MinibatchReport], returns_std: float | None) -> dict[str, float]:
     """Average the metrics of all mini-batches of all epochs, as TRL does, those without an optimizer step included.
 
     A mini-batch that was not finite only counts as such. With none left every mean is NaN.
+
+    Args:
+        reports: of the mini-batches.
+        returns_std: of the returns that values learn; None: there are no values.
     """
     finite = [report for report in reports if report.outcome != "nonfinite"]
     norms = [report.grad_norm for report in finite if report.outcome == "stepped"]
@@ -114,6 +125,8 @@ def summarize_minibatches(reports: Sequence[MinibatchReport], returns_std: float
         return float(sum(report.outcome == outcome for report in reports))
 
     means = {name: _mean([report.metrics[name] for report in finite]) for name in reports[0].metrics}
+    if returns_std is not None:
+        means["value/explained_variance"] = 1 - means["value/error"] / max(returns_std**2, 1e-12)
     return means | {
         "policy/ratio_max": max((report.ratio_max for report in finite), default=float("nan")),
         "policy/ratio_min": min((report.ratio_min for report in finite), default=float("nan")),
@@ -123,7 +136,6 @@ def summarize_minibatches(reports: Sequence[MinibatchReport], returns_std: float
         "policy/optimizer_steps": float(len(norms)),
         "policy/skipped_minibatches": count("ratio_exceeded"),
         "policy/nonfinite_minibatches": count("nonfinite"),
-        "value/explained_variance": 1 - means["value/error"] / max(returns_std**2, 1e-12),
     }
 
 

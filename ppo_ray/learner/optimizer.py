@@ -24,7 +24,7 @@ _FILE = "optimizer.safetensors"
 
 
 def make_adam(policy: ActorCritic, sharding: Sharding, ppo: UpdateConfig) -> torch.optim.Adam:
-    """Make torch's Adam with its defaults and two parameter groups: the policy's and the values'."""
+    """Make torch's Adam with its defaults and two parameter groups: the policy's, and the values' if there are any."""
     groups = [
         {"params": sharding.optimized_parameters(policy.policy_parameters()), "initial_lr": ppo.learning_rate},
         {
@@ -33,7 +33,10 @@ def make_adam(policy: ActorCritic, sharding: Sharding, ppo: UpdateConfig) -> tor
         },
     ]
     return torch.optim.Adam(
-        [group | {"lr": group["initial_lr"]} for group in groups], betas=(0.9, 0.999), eps=1e-8, fused=True
+        [group | {"lr": group["initial_lr"]} for group in groups if group["params"]],
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        fused=True,
     )
 
 

@@ -125,7 +125,7 @@ class Replicated:
             dtype: bfloat16 computes in that, with float32 master weights; any other keeps the parameters as they are.
         """
         self.ranks, self._policy = ranks, policy
-        heads = set(policy.value_head.parameters())
+        heads = set(policy.value_head.parameters()) if policy.value_head is not None else set()
         rounded = (parameter for parameter in policy.parameters() if parameter not in heads)
         self._masters = MasterWeights(rounded, dtype) if dtype == torch.bfloat16 else MasterWeights()
 
@@ -202,7 +202,8 @@ class FullySharded:
         rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact, cast_forward_inputs=False)
         for layer in chain.from_iterable(map(decoder_layers, models)):
             fully_shard(layer, mesh=mesh, mp_policy=rounded)
-        fully_shard(policy.value_head, mesh=mesh)
+        if policy.value_head is not None:
+            fully_shard(policy.value_head, mesh=mesh)
         for model in models:
             fully_shard(model, mesh=mesh, mp_policy=rounded, reshard_after_forward=False)  # `full_kl` needs the heads
         for method in ("forward_values", "forward_reference"):

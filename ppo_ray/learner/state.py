@@ -114,6 +114,7 @@ def load_models(
     device: torch.device,
     ranks: Ranks,
     checkpoint: Path | None = None,
+    has_values: bool = True,
 ) -> LearnerModels:
     """Load policy, values and reference onto a device; under `fsdp2` this rank's share of them.
 
@@ -126,6 +127,7 @@ def load_models(
         ranks: the processes that share the update.
         checkpoint: policy and values are loaded from it instead, or their adapters; the reference, and the base of
             adapters, stay those of `model`.
+        has_values: whether there is a value head or critic.
 
     Raises:
         InputError: a model cannot be loaded, is not supported, or could not be saved.
@@ -136,7 +138,7 @@ def load_models(
     if model.lora is not None:
         here = {"lora": LoraConfig(path=str(checkpoint))}
     trained = model.model_copy(update=here) if checkpoint else model
-    policy = load_actor_critic(trained, temperature, value_head_seed, loaded_on)
+    policy = load_actor_critic(trained, temperature, value_head_seed, loaded_on, has_values)
     own = model.lora is not None and model.reference_path is None
     reference = UnadaptedPolicy(policy) if own else load_reference(model, temperature, loaded_on)
     tokenizer = load_tokenizer(model.path, model.trust)
@@ -171,9 +173,9 @@ def _try_save(policy: ActorCritic, tokenizer: Any) -> None:
 
 
 def load_actor_critic(
-    model: ModelConfig, temperature: float, value_head_seed: int, device: torch.device
+    model: ModelConfig, temperature: float, value_head_seed: int, device: torch.device, has_values: bool = True
 ) -> ActorCritic:
-    """Load the policy with its value head or critic; a value head that lies with its decoder is loaded too.
+    """Load the policy with its value head or critic, or without; a value head that lies with its decoder is loaded too.
 
     If the policy computes in bfloat16, its parameters are float32: the masters are made of them. With adapters these
     are float32, and the frozen weights are of the type that the policy computes in.
@@ -182,8 +184,11 @@ def load_actor_critic(
         InputError: a model cannot be loaded or is not supported.
     """
     causal_lm = load_causal_lm(model.path, dtype=_master_dtype(model), device=device, trust=model.trust)
+    path, trust = model.path, model.trust
     actor_critic: ActorCritic
-    if model.critic == "separate":
+    if not has_values:
+        actor_critic = ActorCritic(causal_lm, temperature=temperature)
+    elif model.critic == "separate":
         trained, (path, trust) = Path(model.path) / CRITIC_FOLDER, model.critic_source
         if model.critic_path is None and trained.is_dir():
             path = str(trained)
@@ -193,12 +198,12 @@ def load_actor_critic(
             critic = load_pretrained(AutoModel, path, dtype=_master_dtype(model), device=device, trust=trust)
         actor_critic = CausalLMWithCritic(causal_lm, critic, temperature=temperature, value_head_seed=value_head_seed)
     else:
-        path, trust = model.path, model.trust
         actor_critic = CausalLMWithValueHead(causal_lm, temperature=temperature, value_head_seed=value_head_seed)
-    if model.value_head_init == "zeros":
-        for parameter in actor_critic.value_head.parameters():
-            torch.nn.init.zeros_(parameter)
-    actor_critic.load_value_head(path, **trust.place)
+    if actor_critic.value_head is not None:
+        if model.value_head_init == "zeros":
+            for parameter in actor_critic.value_head.parameters():
+                torch.nn.init.zeros_(parameter)
+        actor_critic.load_value_head(path, **trust.place)
     if model.lora is not None:
         _adapt(actor_critic, model, model.lora, derive_seed(value_head_seed, "lora"))
     return actor_critic
@@ -236,9 +241,10 @@ def _adapt(actor_critic: ActorCritic, model: ModelConfig, lora: LoraConfig, seed
         actor_critic.add_critic_adapters(own, derive_seed(seed, "critic"))
         if lora.path is not None and (values / CONFIG_FILE).is_file():
             load_adapters(actor_critic.critic, str(values))
-    if lora.path is not None and values.is_dir():
+    head = actor_critic.value_head
+    if head is not None and lora.path is not None and values.is_dir():
         actor_critic.load_value_head(values)
-    heads = set(actor_critic.value_head.parameters())
+    heads = set() if head is None else set(head.parameters())
     for name, parameter in actor_critic.named_parameters():
         if not is_adapter(name) and parameter not in heads:
             cast(parameter, _compute_dtype(model))

@@ -28,15 +28,21 @@ CRITIC_FOLDER = "critic"
 
 
 class ActorCritic(ResponseLM):
-    """A causal LM, the policy, with a linear value head; no dropout in either.
+    """A causal LM, the policy, with a linear value head or without; no dropout in either.
 
-    Subclasses say which hidden states the value head reads. Their `forward` returns values too.
+    Subclasses say which hidden states the value head reads. Their `forward` returns values too. This class itself is a
+    policy that has no values.
     """
 
-    value_head: torch.nn.Linear
-    """From H to 1; float32 or better."""
+    value_head: torch.nn.Linear | None
+    """From H to 1; float32 or better. None: there are no values."""
     adapted = False
     """Whether adapters (LoRA) are trained on frozen weights."""
+
+    def __init__(self, causal_lm: Any, *, temperature: float) -> None:
+        """Wrap a loaded model, as `ResponseLM`, and give it no value head."""
+        super().__init__(causal_lm, temperature=temperature)
+        self.value_head = None
 
     def forward_values(self, rows: PackedRows) -> torch.Tensor:
         """Compute the values `[B, R]` alone, with no gradient for the policy."""
@@ -66,7 +72,7 @@ class ActorCritic(ResponseLM):
 
     def value_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Yield the parameters that estimate values and are no part of the policy."""
-        return self.value_head.parameters()
+        return iter(()) if self.value_head is None else self.value_head.parameters()
 
     def load_value_head(self, path: str | Path, **place: Any) -> None:
         """Load the value head that was saved with its decoder, if there is one.
@@ -79,6 +85,7 @@ class ActorCritic(ResponseLM):
         Raises:
             InputError: what lies there is not a value head of this hidden size, or holds NaN.
         """
+        assert self.value_head is not None
         file = Path(path) / VALUE_HEAD_FILE
         if file.is_file():
             where, tensors = str(file), safetensors.torch.load_file(file)
@@ -113,6 +120,7 @@ class ActorCritic(ResponseLM):
 
     def _apply_value_head(self, states: torch.Tensor, rows: PackedRows) -> torch.Tensor:
         """Compute values `[B, R]` from hidden states `[N, H]`; zero outside the mask."""
+        assert self.value_head is not None
         return unflatten(self.value_head(states.to(self.value_head.weight.dtype))[:, 0], rows)
 
 
@@ -203,7 +211,7 @@ class CausalLMWithCritic(ActorCritic):
     def value_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Yield the parameters of the critic and of its value head."""
         yield from self.critic.parameters()
-        yield from self.value_head.parameters()
+        yield from super().value_parameters()
 
     def save(self, folder: Path, state: State) -> None:
         """Write policy, critic and value head into a checkpoint, from a whole state of this module."""

@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from ppo_ray.config import DEFAULT_RANK, LoraConfig
 from ppo_ray.errors import InputError, first_line
-from ppo_ray.models.lora import ADAPTER, is_adapter
+from ppo_ray.models.lora import ADAPTER, add_adapters, find_target_problem, is_adapter
 from ppo_ray.models.tensors import list_names
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -165,6 +165,31 @@ def check_tensors(model: Any, path: str) -> list[tuple[torch.nn.Parameter, torch
         if not found[name].isfinite().all():
             raise InputError(f"the adapters at {path} hold NaN or infinite weights ({name}); their file is damaged")
     return [(parameter, found[name]) for name, parameter in wanted.items()]
+
+
+def check_adapters(empty: Any, lora: LoraConfig, path: str, is_critic: bool) -> None:
+    """Put adapters into a model on the meta device, which costs no memory.
+
+    Args:
+        empty: the model.
+        lora: the adapters.
+        path: folder or hub name of the model.
+        is_critic: whether it is a separate critic, whose adapters are checked as they are read.
+
+    Raises:
+        InputError: they do not fit it.
+    """
+    if problem := find_target_problem(empty, lora):
+        raise InputError(f"model.lora.targets: {problem}")
+    if is_critic and lora.path is not None:
+        return
+    try:
+        adapters = make_adapter_config(lora, path)
+    except InputError:  # is said by itself
+        return
+    add_adapters(empty, adapters, 0)
+    if lora.path is not None:
+        check_tensors(empty, lora.path)
 
 
 def _file_name(name: str) -> str:

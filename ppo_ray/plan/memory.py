@@ -260,6 +260,8 @@ def _count_trainable(sizes: ModelSizes) -> int:
 
 
 def _actor_critic_parameters(sizes: ModelSizes) -> int:
-    """Return the parameters of the policy and of what estimates its values."""
+    """Return the parameters of the policy and of what estimates its values, if anything does."""
+    if not sizes.has_values:
+        return sizes.policy.parameters
     values = sizes.critic.parameters + sizes.critic.hidden if sizes.critic else sizes.policy.hidden
     return sizes.policy.parameters + values + 1

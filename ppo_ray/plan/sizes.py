@@ -46,6 +46,8 @@ class ModelSizes:
     classifiers: tuple[ModelSize, ...]
     """That score; Python functions are not among them."""
     judges: tuple[ModelSize, ...] = ()
+    has_values: bool = True
+    """Whether the policy has a value head, or the critic that is named."""
 
     @classmethod
     def read(cls, config: Config) -> "ModelSizes":
@@ -74,6 +76,7 @@ class ModelSizes:
                 for key, source in reward.sources
                 if source.judge
             ),
+            has_values=config.ppo.has_values,
         )
 
 

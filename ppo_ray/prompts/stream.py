@@ -9,8 +9,7 @@ import json
 import logging
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import xxhash
 
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import QUOTED, InputError
+from ppo_ray.prompts.batch import PromptBatch
 from ppo_ray.prompts.chat import ChatTemplate, Message, has_template
 from ppo_ray.prompts.order import HELD_OUT_SEED, Order
 from ppo_ray.prompts.texts import CHUNK, UsableTexts, check_count, read_usable_texts
@@ -27,40 +27,6 @@ from ppo_ray.seeding import derive_seed
 _LOG = logging.getLogger(__name__)
 _FINGERPRINTED = 16  # texts whose tokens tell one tokenizer from another
 _FINGERPRINTED_CHARS = 10_000  # of each of these texts
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """Prompts in the order of the stream."""
-
-    sample_ids: tuple[int, ...]
-    """Index in the stream; held-out prompts count down from -1, so that no seed derived from an id is shared."""
-    prompt_ids: tuple[tuple[int, ...], ...]
-    """`[P]` token ids of each prompt, at least one."""
-    max_response_tokens: tuple[int, ...] | None = None
-    """Limit of each response; None: drawn by the rollout worker, as the config says."""
-    temperature: float | None = None
-    """Of sampling; 0 is greedy. None: `rollout.temperature`."""
-    columns: pa.Table | None = None
-    """What goes with each prompt into its trajectory, as `trajectory.EXTRAS` says; None: nothing."""
-    num_skipped: int = 0
-    """Prompts left out because the tokenizer makes no ids of the text, or ids that the model does not know."""
-
-    def split(self, n: int) -> "list[PromptBatch]":
-        """Cut into at most n parts, in order, whose sizes differ by one at most; none is empty."""
-        bounds = [len(self.sample_ids) * part // n for part in range(n + 1)]
-        parts = [slice(start, stop) for start, stop in pairwise(bounds) if stop > start]
-        limits, columns = self.max_response_tokens, self.columns
-        return [
-            PromptBatch(
-                self.sample_ids[part],
-                self.prompt_ids[part],
-                None if limits is None else limits[part],
-                self.temperature,
-                None if columns is None else columns.slice(part.start, part.stop - part.start),
-            )
-            for part in parts
-        ]
 
 
 class PromptStream:
@@ -76,6 +42,7 @@ class PromptStream:
         vocab_size: int | None = None,
         texts: UsableTexts | None = None,
         trains: bool = True,
+        responses_per_prompt: int = 1,
     ) -> None:
         """Read the texts and hold some out.
 
@@ -87,12 +54,14 @@ class PromptStream:
             vocab_size: of the policy: prompts with ids not in [0, vocab_size) are left out; None: not checked.
             texts: what `read_usable_texts` returned for these arguments; None: read them.
             trains: whether prompts will be taken; else all texts may be held out, and there may be fewer.
+            responses_per_prompt: times that `take` returns each prompt.
 
         Raises:
             InputError: no data set, no such column, fewer than `num_held_out + 1` texts left after the filter, no chat
                 template where one is needed, or one that refuses a conversation.
         """
         self._config, self._tokenizer, self._seed, self._vocab_size = config, tokenizer, seed, vocab_size
+        self._times = responses_per_prompt
         usable = texts or read_usable_texts(config, num_held_out)
         self._template = ChatTemplate(config, tokenizer) if has_template(config, usable.are_chats) else None
         self._usable = usable
@@ -117,27 +86,28 @@ class PromptStream:
         """Say how many texts there are, and how many were left out for which reasons."""
         return self._usable.describe()
 
-    def take(self, n: int) -> PromptBatch:
-        """Return the next n prompts and move on; the end of an epoch is the beginning of the next one.
+    def take(self, n: int, may_be_none: bool = False) -> PromptBatch:
+        """Return the prompts of the next n responses and move on; the end of an epoch is the beginning of the next one.
 
-        Prompts that cannot be used are left out and counted; the position moves by n all the same.
+        Each prompt is there `responses_per_prompt` times in a row. Prompts that cannot be used are left out and
+        counted; the position, which counts prompts, moves on by all of them.
+
+        Args:
+            n: a multiple of `responses_per_prompt`.
+            may_be_none: whether it is no error if none of the prompts can be used.
 
         Raises:
-            InputError: none of the n can be used.
+            InputError: none of the prompts can be used.
         """
-        sample_ids = range(self.position, self.position + n)
-        indices = [self._order.index(sample_id) for sample_id in sample_ids]
-        batch = self._batch(sample_ids, indices, self._seed, "prompt_length")
-        self.position += n
-        return batch
+        batch = self.peek(n // self._times, may_be_none)
+        self.position += n // self._times
+        return batch if self._times == 1 else batch.repeat(self._times)
 
-    def peek(self, n: int) -> PromptBatch:
-        """Return the next n prompts without moving on; see `take`."""
-        position = self.position
-        try:
-            return self.take(n)
-        finally:
-            self.position = position
+    def peek(self, num_prompts: int, may_be_none: bool = False) -> PromptBatch:
+        """Return the next prompts, each once, without moving on; see `take`."""
+        sample_ids = range(self.position, self.position + num_prompts)
+        indices = [self._order.index(sample_id) for sample_id in sample_ids]
+        return self._batch(sample_ids, indices, self._seed, "prompt_length", may_be_none)
 
     def held_out(self) -> PromptBatch:
         """Return the held-out prompts: never seen in training, the same for every seed of a run.
@@ -150,7 +120,9 @@ class PromptStream:
         indices = self._order.held_out.tolist()
         return self._batch(range(-1, -1 - len(indices), -1), indices, HELD_OUT_SEED, "held_out_length")
 
-    def _batch(self, sample_ids: Sequence[int], indices: list[int], seed: int, purpose: str) -> PromptBatch:
+    def _batch(
+        self, sample_ids: Sequence[int], indices: list[int], seed: int, purpose: str, may_be_none: bool = False
+    ) -> PromptBatch:
         """Make the prompts of the texts at `indices`, each under its sample id."""
         if not indices:
             return PromptBatch((), ())
@@ -165,6 +137,8 @@ class PromptStream:
             if prompt and self._knows(prompt):
                 kept.append(place)
                 prompts.append(prompt)
+        if not kept and may_be_none:
+            return PromptBatch((), (), num_skipped=len(texts))
         if not kept:
             raise InputError(self._describe_mismatch(len(texts), texts[0], tokens[0]))
         return PromptBatch(

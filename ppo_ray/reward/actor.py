@@ -61,6 +61,11 @@ class RewardWorker(Worker):
         """Return why a text of the last `score` that had any without a score has none; None: every text had one."""
         return self._failure
 
+    def count_flat(self, *tables: pa.Table) -> int:
+        """Return how many groups of scored trajectories have scores that are all equal."""
+        table = trajectory.concat(tables)
+        return len(pc.unique(table.column("group_id").filter(pa.array(trajectory.find_flat(table)))))
+
     def summarize(self, num_rows: int, *tables: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
         """Return the figures of scored trajectories, and prompt, response and score of the first `num_rows` of them.
 

@@ -26,35 +26,36 @@ _RAISED = (Exception, SystemExit, KeyboardInterrupt)
 """What a function may raise; neither sys.exit() nor a stray interrupt in it must end the worker."""
 
 
-def load_function(name: str, key: str = "reward") -> Callable[..., Any]:
+def load_function(name: str, key: str = "reward", option: str = "function") -> Callable[..., Any]:
     """Import a function by name.
 
     Args:
-        name: `package.module:function`; the module must be importable where the reward workers run, or lie in the
-            folder that the run was started in.
+        name: `package.module:function`; the module must be importable where it is called, or lie in the folder that
+            the run was started in.
         key: of its options, e.g. `reward.parts[0]`, for messages.
+        option: that names it there.
 
     Raises:
         InputError: there is no such module or function, it is not callable, or the module is a script that exits.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise InputError(f"{key}.function={name!r}: not of the form package.module:function")
+        raise InputError(f"{key}.{option}={name!r}: not of the form package.module:function")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # the last, so that it hides nothing
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"{key}.function={name!r}: {error}; its folder must be the current one, or on PYTHONPATH"
+            f"{key}.{option}={name!r}: {error}; its folder must be the current one, or on PYTHONPATH"
         ) from error
     except SystemExit as error:
         raise InputError(
-            f"{key}.function={name!r}: importing {module_name} ended in sys.exit({error.code!r}); put what only a "
+            f"{key}.{option}={name!r}: importing {module_name} ended in sys.exit({error.code!r}); put what only a "
             'script should do under `if __name__ == "__main__":`'
         ) from error
     if not callable(function):
-        raise InputError(f"{key}.function={name!r}: is a {type(function).__name__}, not a function")
+        raise InputError(f"{key}.{option}={name!r}: is a {type(function).__name__}, not a function")
     return function
 
 

@@ -70,6 +70,13 @@ class RewardGroup:
             lambda tables: self._group.call_first(doing, lambda handle: handle.summarize.remote(num_rows, *tables))
         )
 
+    def count_flat(self, scored: Shards) -> int:
+        """Wait for all shards, and count the groups whose scores are all equal; see `trajectory.find_flat`."""
+        doing = "counting flat groups"
+        return scored.use(
+            lambda tables: self._group.call_first(doing, lambda handle: handle.count_flat.remote(*tables))
+        )
+
     def explain(self) -> str:
         """Return a worker's own words why a text has no score: of the last one that it could not score."""
         reasons = self._group.call("explaining", lambda handle: handle.explain.remote())

@@ -15,7 +15,7 @@ from ppo_ray import trajectory
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config, RolloutConfig, weight_transport
 from ppo_ray.models.tokens import decode_pair, read_end_tokens
-from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.prompts.batch import PromptBatch
 from ppo_ray.rollout.engine import Engine, GenerationRequest, Receiver, Sampling
 from ppo_ray.seeding import derive_seed
 from ppo_ray.weights.acks import WeightAck
@@ -49,14 +49,16 @@ class RolloutWorker(Worker):
 
     @ray.method(num_returns=2)
     def generate(self, prompts: PromptBatch, step: int, seed: int) -> tuple[pa.Table, dict[str, float]]:
-        """Sample one response per prompt; returns a table of `trajectory.SCHEMA`, without scores, and metrics."""
+        """Sample one response per row; returns a table of `trajectory.SCHEMA`, without scores, and metrics."""
         start = time.perf_counter()
-        limits = prompts.max_response_tokens or draw_limits(self._config.rollout, seed, step, prompts.sample_ids)
+        limits = prompts.max_response_tokens or draw_limits(self._config.rollout, seed, step, prompts.addresses)
         requests = [
             GenerationRequest(
-                tuple(prompt_ids), limit, derive_seed(seed, "sample", step, sample_id), f"sample {sample_id}"
+                tuple(prompt_ids), limit, derive_seed(seed, "sample", step, *address), f"sample {sample_id}"
             )
-            for sample_id, prompt_ids, limit in zip(prompts.sample_ids, prompts.prompt_ids, limits, strict=True)
+            for sample_id, address, prompt_ids, limit in zip(
+                prompts.sample_ids, prompts.addresses, prompts.prompt_ids, limits, strict=True
+            )
         ]
         sampling = self._sampling
         if prompts.temperature is not None:
@@ -122,11 +124,11 @@ class RolloutWorker(Worker):
         return WeightAck(self._name, self._engine.policy_version, manifest.checksum, seconds)
 
 
-def draw_limits(rollout: RolloutConfig, seed: int, step: int, sample_ids: Sequence[int]) -> list[int]:
-    """Draw the limit of each response, tokens, from its address."""
+def draw_limits(rollout: RolloutConfig, seed: int, step: int, addresses: Sequence[tuple[int, ...]]) -> list[int]:
+    """Draw the limit of each response, tokens, from its address; see `PromptBatch.addresses`."""
     longest = rollout.max_response_tokens
     shortest = longest if rollout.min_response_tokens is None else rollout.min_response_tokens
-    draws = [derive_seed(seed, "response_length", step, sample_id) for sample_id in sample_ids]
+    draws = [derive_seed(seed, "response_length", step, *address) for address in addresses]
     return [shortest + draw % (longest - shortest + 1) for draw in draws]
 
 

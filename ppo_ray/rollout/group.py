@@ -11,7 +11,7 @@ from ppo_ray.config import Config
 from ppo_ray.events import Report
 from ppo_ray.plan import ActorSpec, make_request
 from ppo_ray.plan.demand import actor_name, actor_specs
-from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.prompts.batch import PromptBatch
 from ppo_ray.rollout.actor import RolloutWorker
 from ppo_ray.weights.acks import Agreement, PublishedWeights, check_acks, check_agreements
 from ppo_ray.weights.transports import make_transport

@@ -16,7 +16,7 @@ from ppo_ray import atomic
 from ppo_ray.checkpoint import read_record
 from ppo_ray.config import Config, EvaluationConfig
 from ppo_ray.learner.group import LearnerGroup
-from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.prompts.batch import PromptBatch
 from ppo_ray.reward.group import RewardGroup
 from ppo_ray.rollout.group import RolloutGroup
 from ppo_ray.run.actors import Actors

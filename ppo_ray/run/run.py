@@ -20,7 +20,8 @@ from ppo_ray.config import Config
 from ppo_ray.errors import WorkerError
 from ppo_ray.events import Event, say
 from ppo_ray.learner.reports import UpdateReport
-from ppo_ray.prompts.stream import PromptBatch, PromptStream
+from ppo_ray.prompts.batch import PromptBatch
+from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.run.checkpoints import Checkpoints
 from ppo_ray.run.folder import RunFolder, config_text
 from ppo_ray.run.gauges import Gauges
@@ -147,7 +148,8 @@ class Run:
         metrics, self._evaluated = update.metrics | self._evaluated, {}
         self.history.append(self._log.write(update.step, metrics))
         self._gauges.set(self.history[-1])
-        position = self.state.prompt_position + self.config.rollout.batch_size  # however many are taken ahead
+        num_taken = self.config.rollout.num_prompts + int(update.metrics.get("groups/num_refilled", 0))
+        position = self.state.prompt_position + num_taken  # however many are taken ahead
         self.state = RunState(update.step + 1, position, self.prompts.fingerprint)
 
     def go_on_from(self, state: RunState) -> None:
@@ -211,9 +213,10 @@ class Run:
 def describe_run(config: Config, folder: RunFolder) -> Iterator[str]:
     """Yield lines that say what runs: version, steps, seed, folder, model, reward, devices."""
     rollout, ppo = config.rollout, config.ppo
+    each = f", {rollout.responses_per_prompt} to a prompt" if rollout.responses_per_prompt > 1 else " each"
     yield (
-        f"ppo_ray {__version__}: {config.steps} steps of {rollout.batch_size} responses each, seed {config.seed}, into "
-        f"{folder.path}"
+        f"ppo_ray {__version__}: {config.steps} steps of {rollout.batch_size} responses{each}, seed {config.seed}, "
+        f"into {folder.path}"
     )
     yield (
         f"model: {config.model.path} ({config.model.dtype}), learning rate {ppo.learning_rate:g}, {ppo.epochs} epochs "

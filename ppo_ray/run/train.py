@@ -21,7 +21,7 @@ from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation, evaluate_now, score_held_out
 from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.log import read_steps
-from ppo_ray.run.loop import run_overlapped, run_steps
+from ppo_ray.run.loop import run_overlapped, run_steps, run_with_refills
 from ppo_ray.run.progress import format_duration
 from ppo_ray.run.record import RunRecord
 from ppo_ray.run.report import write_report
@@ -75,6 +75,8 @@ def train(config: Config, console: Console | None = None) -> RunReport:
             print_summary(console, run.folder, config, history, *_read_evaluations(run.folder))
             return RunReport(run.folder, history, None, None)
         steps = run_overlapped if config.rollout.max_staleness else run_steps
+        if config.rollout.flat_groups == "refill":
+            steps = run_with_refills
         with (
             ray_session(config.ray),
             launch(config, run.folder.trajectories, run.start.checkpoint, run.say, run.report) as actors,

@@ -22,7 +22,7 @@ from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.models.actor_critic import VALUE_HEAD_FILE, save_value_head
 from ppo_ray.models.saving import save_model
 from ppo_ray.models.tokens import read_end_tokens
-from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.prompts.batch import PromptBatch
 from ppo_ray.rollout.group import RolloutGroup
 from ppo_ray.rollout.support import find_engine_problem
 from ppo_ray.trl.config import PPOConfig

@@ -533,3 +533,59 @@ def test_adapters_are_off_and_on_with_all_defaults() -> None:
     assert load_config(None, given).model.lora is None
     lora = load_config(None, [*given, "model.lora={dropout: off}"]).model.lora
     assert lora is not None and (lora.rank, lora.alpha, lora.targets, lora.path) == (None, None, None, None)
+
+
+GROUPS = ("rollout.responses_per_prompt=4", "rollout.batch_size=16")
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "message"),
+    [
+        (["ppo.advantages=grpo"], "ppo.advantages", "grpo compares the responses to a prompt, and there is one"),
+        ([*GROUPS, "ppo.advantages=rloo", "ppo.minibatch_size=2"], "ppo.minibatch_size", "2 is no multiple of"),
+        ([*GROUPS, "ppo.advantages=dr_grpo", "ppo.gamma=0.9"], "ppo.gamma", "gives all tokens of a response one"),
+        (["ppo.advantages=reinforce", "ppo.value_coef=0.5"], "ppo.value_coef", "0.5 is for a value function, and"),
+        (["ppo.advantages=reinforce", "ppo.gae_lambda=1"], "ppo.gae_lambda", "1.0 is for a value function"),
+        (["ppo.advantages=reinforce", "ppo.whiten_rewards=tokens"], "ppo.whiten_rewards", "is for a value function"),
+        (["ppo.advantages=reinforce", "model.critic=separate"], "model.critic", "separate is for a value function"),
+        (["ppo.gae_length_alpha=0.05", "ppo.whiten_rewards=padded"], "ppo.whiten_rewards", "one lambda for all"),
+        (["ppo.loss_aggregation=sequence_sum"], "ppo.loss_length", "set both or neither; rollout.max_response_tokens"),
+        (["ppo.loss_length=9"], "ppo.loss_length", "no other aggregation does"),
+        (["ppo.policy_loss=gspo", "ppo.importance_cap=2"], "ppo.importance_cap", "its weights are of single tokens"),
+        (["ppo.policy_loss=cispo", "ppo.dual_clip=3"], "ppo.dual_clip", "no effect on ppo.policy_loss=cispo"),
+        (["ppo.policy_loss=my.loss:f", "ppo.clip_range=0.1"], "ppo.clip_range", "it is your own; leave it out"),
+        (["ppo.policy_loss=ppo"], "ppo.policy_loss", "must look like package.module:function"),
+        (["rollout.flat_groups=drop"], "rollout.flat_groups", "with one to a prompt all scores of a group are"),
+        (
+            [*GROUPS, "rollout.flat_groups=refill", "rollout.max_staleness=1", "ppo.importance_cap=2"],
+            "rollout.flat_groups",
+            "the engines are a step ahead",
+        ),
+    ],
+)
+def test_what_does_not_go_with_an_estimator_or_a_loss_is_refused_by_name(options, key, message):
+    (line,) = violations(*REQUIRED, *options)
+    assert line.startswith(key) and message in line
+
+
+@pytest.mark.parametrize("advantages", ["gae", "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_baseline"])
+def test_one_key_changes_the_estimator(advantages, tmp_path):
+    config = load_config(None, [*REQUIRED, *GROUPS, f"ppo.advantages={advantages}"])
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "run.yaml", []) == config  # the defaults of values are written out, and no harm
+    assert config.ppo.has_values == (advantages == "gae")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["rollout.batch_size=10", "rollout.responses_per_prompt=4"], "4 does not divide rollout.batch_size=10"),
+        (
+            ["rollout.batch_size=8", "rollout.responses_per_prompt=4", "rollout.workers=3"],
+            "3 workers, but rollout.batch_size=8 / rollout.responses_per_prompt=4",
+        ),
+    ],
+)
+def test_groups_fill_a_batch_and_give_each_worker_one(options, message):
+    (line,) = violations(*REQUIRED, *options)
+    assert message in line

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from ppo_ray import trajectory
 from ppo_ray.errors import WorkerError
-from ppo_ray.learner.batch import Layout, ResponseBatch, check_staleness, summarize_sources
+from ppo_ray.learner.batch import Layout, ResponseBatch
+from ppo_ray.learner.metrics import check_staleness, summarize_sources
 from ppo_ray.learner.ranks import Ranks
 from tests.learning import make_table
 from tests.test_trajectory import row

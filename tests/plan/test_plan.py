@@ -94,6 +94,15 @@ def test_the_arithmetic_of_a_cpu_run(configured: Configured) -> None:
     assert found.fits
 
 
+def test_without_values_nothing_is_held_for_them(configured: Configured) -> None:
+    groups = ("ppo.advantages=grpo", "rollout.responses_per_prompt=4", "rollout.workers=2")
+    found = planned(configured(*groups), ClusterShape.uniform(1, cpus=2, memory=8 * GIB))
+    learner = amounts(found.terms["learner-0"])
+    assert (learner["float32 weights"], learner["Adam's two moments"]) == (4 * POLICY, 8 * POLICY)
+    assert amounts(found.disk_terms)["checkpoints"] == (2 + 1 + 1) * 12 * POLICY
+    assert configured(*groups, "rollout.batch_size=12").rollout.share == 8  # groups are whole: two and one
+
+
 def test_on_one_gpu_the_hungriest_of_all_counts_where_they_take_turns(configured: Configured) -> None:
     gpus = ("rollout.gpus=1", "learner.gpus=1", "reward.gpus=1", "rollout.dtype=bfloat16")
     shared = planned(configured(*gpus, "ray.placement=colocated"), ClusterShape.uniform(1, 8, 1, 64 * GIB, 8 * GIB))

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ppo_ray.config import PromptsConfig
 from ppo_ray.errors import InputError
-from ppo_ray.prompts.stream import PromptBatch, PromptStream
+from ppo_ray.prompts.batch import PromptBatch
+from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.prompts.texts import LeftOut, read_usable_texts
 
 NUM_TEXTS = 20
@@ -335,3 +336,45 @@ def test_a_text_far_longer_than_any_context_is_cut(kind, tmp_path, tokenizer):
     else:
         path.write_text(json.dumps({"text": long}) if kind == "jsonl" else f"text\n{long}\n")
     assert PromptStream(config(path, max_tokens=8, min_tokens=8), tokenizer, seed=0).take(1).prompt_ids == ((7,) * 8,)
+
+
+def test_a_group_is_its_prompt_several_times_and_the_position_counts_prompts(parquet, tokenizer):
+    options = {"path": parquet, "keep": ("label",)}
+    alone, groups = (PromptStream(config(**options), tokenizer, seed=5, responses_per_prompt=times) for times in (1, 3))
+    wanted, batch = alone.take(4), groups.take(12)
+    assert batch.prompt_ids == tuple(ids for ids in wanted.prompt_ids for _ in range(3))
+    assert batch.sample_ids == tuple(range(12)) and groups.position == 4
+    assert batch.columns.column("group_id").to_pylist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert batch.columns.column("row").to_pylist() == [{"label": 0}] * 12
+    assert batch.addresses == [
+        (0,),
+        (0, 1),
+        (0, 2),
+        (1,),
+        (1, 1),
+        (1, 2),
+        *((n, *m) for n in (2, 3) for m in ((), (1,), (2,))),
+    ]
+    assert groups.take(3).sample_ids == (12, 13, 14) and groups.position == 5
+    assert groups.peek(2).prompt_ids == alone.take(3).prompt_ids[1:]  # each once, whatever the groups
+    assert len(groups.held_out().sample_ids) == 0
+
+
+def test_parts_of_groups_are_groups(parquet, tokenizer):
+    batch = PromptStream(config(parquet), tokenizer, seed=5, responses_per_prompt=3).take(15)
+    parts = batch.split(2)
+    assert [part.columns.column("group_id").to_pylist() for part in parts] == [
+        [0] * 3 + [1] * 3,
+        [2] * 3 + [3] * 3 + [4] * 3,
+    ]
+    assert [address for part in parts for address in part.addresses] == batch.addresses
+    assert len(batch.split(9)) == 5
+
+
+def test_a_prompt_that_cannot_be_used_takes_its_group_with_it(tmp_path, tokenizer):
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"text": ["5 5 5", "x x x", "7 7 7"]}), path)
+    stream = PromptStream(config(path, shuffle=False), tokenizer, seed=0, responses_per_prompt=2)
+    batch = stream.take(6)
+    assert numbers(batch) == [5, 5, 7, 7] and batch.sample_ids == (0, 1, 4, 5)
+    assert (batch.num_skipped, stream.position) == (1, 3)

@@ -33,7 +33,7 @@ CONFIGS = [
     if "output_dir:" in block
 ]
 LOOP = {f"time/{part}_s" for part in ("step", "generate", "score", "learn", "publish", "sync", "wait")}
-LOOP |= {"prompts/num_skipped", "rollout/staleness_mean", "rollout/staleness_max"}
+LOOP |= {"groups/num_refilled", "prompts/num_skipped", "rollout/staleness_mean", "rollout/staleness_max"}
 LOOP |= {
     "eval/score_mean",
     "eval/score_error",
@@ -65,7 +65,7 @@ def test_the_loop_of_the_concepts_is_the_loop_that_runs() -> None:
 
 
 def test_every_metric_is_explained_and_nothing_else(tiny_policy: Path) -> None:
-    found = set(make_learner(tiny_policy, importance_cap=2.0).update(make_table(), 0).metrics)
+    found = set(make_learner(tiny_policy, importance_cap=2.0).update(make_table(group_size=2), 0).metrics)
     explained = first_column(DIAGNOSTICS)
     parts = {f"parts/NAME_{figure}" for figure in ("mean", "std", "unscored")}
     parts |= {"sources/NAME_score_mean", "sources/NAME_unscored"}

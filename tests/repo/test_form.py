@@ -49,7 +49,6 @@ PREDICATES = {"are", "can", "has", "is", "was"}
 SMALL = {
     "ppo_ray.assets.arithmetic": "configs/arithmetic.yaml names its functions",
     "ppo_ray.assets.assistant": "configs/assistant.yaml names its function",
-    "ppo_ray.run.loop": "docs/concepts.md shows the loop, and the file holds nothing else",
 }
 """Modules of fewer than 60 lines that one other module imports, and why they are modules all the same."""
 

@@ -16,7 +16,8 @@ import ray
 from ppo_ray import trajectory
 from ppo_ray.config import load_config
 from ppo_ray.errors import InputError
-from ppo_ray.learner.batch import ResponseBatch, summarize_table
+from ppo_ray.learner.batch import ResponseBatch
+from ppo_ray.learner.metrics import summarize_table
 from ppo_ray.reward.actor import Clock, RewardWorker
 from ppo_ray.reward.group import RewardGroup
 from tests.test_trajectory import row

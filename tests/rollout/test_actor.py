@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from ppo_ray.config import load_config
-from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.prompts.batch import PromptBatch
 from ppo_ray.rollout import actor
 from ppo_ray.rollout.actor import RolloutWorker
 from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling
@@ -85,3 +85,27 @@ def test_a_character_that_is_begun_in_the_prompt_is_the_responses(
     first, second = AutoTokenizer.from_pretrained(tiny_policy)("影")["input_ids"][:2], (5,)
     table, _ = worker.generate(PromptBatch((0, 1), ((36, *first), second)), 0, 0)
     assert table.column("prompt").to_pylist()[0] == "D" and table.column("response").to_pylist()[0] == "\ufffd%"
+
+
+def test_the_members_of_a_group_are_sampled_apart_and_the_first_as_if_alone(
+    tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever samples them, and however many there are."""
+    monkeypatch.setattr(actor, "_start_engine", lambda config: (Recorder(), None))
+    worker = RolloutWorker.__ray_metadata__.modified_class("rollout-0")
+    base = ["output_dir=x", f"model.path={tiny_policy}", "prompts.path=p", "reward.path=r"]
+    worker.setup(load_config(None, [*base, "rollout.min_response_tokens=1"]))
+    alone = PromptBatch((7, 8), ((7, 8), (9,)))
+
+    def sample(prompts: PromptBatch) -> list[tuple[int, int]]:
+        table, _ = worker.generate(prompts, 3, 0)
+        return list(zip(table.column("sample_id").to_pylist(), table.column("seed").to_pylist(), strict=True))
+
+    single, pairs, fours = (sample(batch) for batch in (alone, alone.repeat(2), alone.repeat(4)))
+    assert [seed for _, seed in pairs] == [seed for index, (_, seed) in enumerate(fours) if index % 4 < 2]
+    assert [seed for _, seed in pairs[::2]] == [seed for _, seed in single]
+    assert len({seed for _, seed in fours}) == 8
+    assert [sample_id for sample_id, _ in fours] == [28, 29, 30, 31, 32, 33, 34, 35]
+    assert sample(alone.repeat(4).split(2)[1]) == fours[4:]
+    table, _ = worker.generate(alone.repeat(2), 3, 0)
+    assert table.column("group_id").to_pylist() == [7, 7, 8, 8]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppo_ray.config import EvaluationConfig
-from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.prompts.batch import PromptBatch
 from ppo_ray.run.evaluation import pass_rate, repeat_prompts, standard_error, summarize_evaluation
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ppo_ray.errors import InputError, WorkerError
-from ppo_ray.prompts.stream import PromptBatch
+from ppo_ray.prompts.batch import PromptBatch
 from ppo_ray.rollout.group import RolloutGroup
 from ppo_ray.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from ppo_ray.trl.generation import GenerateCall
