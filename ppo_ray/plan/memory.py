@@ -255,6 +255,8 @@ def _layer_term(what: str, model: ModelSize, tokens: int, size: int, device: Dev
 
 def _count_trainable(sizes: ModelSizes) -> int:
     """Return the parameters that the optimizer steps: all of them, or those of adapters and the value head."""
+    if not sizes.has_values:
+        return sizes.policy.trained
     values = sizes.critic.trained + sizes.critic.hidden if sizes.critic else sizes.policy.hidden
     return sizes.policy.trained + values + 1
 

@@ -68,7 +68,7 @@ PANELS = (
         "Policy",
         "Largest ratio",
         ("policy/ratio_max",),
-        "probability ratios; their extremes over all epochs",
+        "probability ratios of tokens",
         is_log=True,
     ),
     Panel("Policy", "Entropy", ("policy/entropy",), "entropy of the policy's distributions, nats per token"),
@@ -221,7 +221,8 @@ class RunRecord:
 def _defaults() -> Iterator[tuple[str, Any]]:
     """Yield every option that has a default, by its dotted name, as a config file would hold it."""
     for name, option in all_options(Config):
-        if section_of(option) is None and not option.is_required():
+        may_be_null = option.default is None  # as a section may that is off by default
+        if (section_of(option) is None or may_be_null) and not option.is_required():
             default = option.get_default(call_default_factory=True)
             if isinstance(default, Mapping) and default:
                 yield from flatten(default, f"{name}.")

@@ -47,7 +47,7 @@ def test_an_engine_sleeps_when_its_turn_is_over(
     placement: str, calls: list[str], tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Recorder()
-    monkeypatch.setattr(actor, "_start_engine", lambda config: (engine, None))
+    monkeypatch.setattr(actor, "_start_engine", lambda config, path: (engine, None))
     base = ["output_dir=x", f"model.path={tiny_policy}", "prompts.path=p", "reward.path=r"]
     worker = RolloutWorker.__ray_metadata__.modified_class("rollout-0")
     worker.setup(load_config(None, [*base, f"ray.placement={placement}"]))
@@ -67,7 +67,7 @@ def test_an_engine_is_told_all_that_ends_a_response(
     folder = shutil.copytree(tiny_policy, tmp_path / "policy")
     (folder / "generation_config.json").write_text('{"eos_token_id": [9, 5, 600]}')  # of a vocabulary of 512
     engine = Recorder()
-    monkeypatch.setattr(actor, "_start_engine", lambda config: (engine, None))
+    monkeypatch.setattr(actor, "_start_engine", lambda config, path: (engine, None))
     worker = RolloutWorker.__ray_metadata__.modified_class("rollout-0")
     base = ["output_dir=x", f"model.path={folder}", "prompts.path=p", "reward.path=r"]
     worker.setup(load_config(None, [*base, f"rollout.stop_at_eos={stop_at_eos}", "rollout.temperature=0.5"]))
@@ -79,7 +79,7 @@ def test_a_character_that_is_begun_in_the_prompt_is_the_responses(
     tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Recorder()
-    monkeypatch.setattr(actor, "_start_engine", lambda config: (engine, None))
+    monkeypatch.setattr(actor, "_start_engine", lambda config, path: (engine, None))
     worker = RolloutWorker.__ray_metadata__.modified_class("rollout-0")
     worker.setup(load_config(None, ["output_dir=x", f"model.path={tiny_policy}", "prompts.path=p", "reward.path=r"]))
     first, second = AutoTokenizer.from_pretrained(tiny_policy)("影")["input_ids"][:2], (5,)
@@ -91,7 +91,7 @@ def test_the_members_of_a_group_are_sampled_apart_and_the_first_as_if_alone(
     tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever samples them, and however many there are."""
-    monkeypatch.setattr(actor, "_start_engine", lambda config: (Recorder(), None))
+    monkeypatch.setattr(actor, "_start_engine", lambda config, path: (Recorder(), None))
     worker = RolloutWorker.__ray_metadata__.modified_class("rollout-0")
     base = ["output_dir=x", f"model.path={tiny_policy}", "prompts.path=p", "reward.path=r"]
     worker.setup(load_config(None, [*base, "rollout.min_response_tokens=1"]))
