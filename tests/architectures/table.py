@@ -35,8 +35,8 @@ attention windows shorter than the sequences. `python -m tests.architectures.tab
 - **transformers engine** (`rollout.engine=hf`) and **vLLM**: log-probabilities of sampled tokens are the model's own,
   to 1e-4 and 2e-4 nats, before a weight update and after it; `within 0.001 nats` is what a run's self-check takes.
   vLLM was tried on a CPU. What it computes otherwise than the model, or cannot run, is refused in these words before
-  anything starts. Qwen2, Qwen2-MoE and Qwen3 were tried without attention windows, with which vLLM is refused. What was
-  `not tried` is found by the self-check before anything is learnt.
+  anything starts. Qwen2, Qwen2-MoE and Qwen3 were tried without attention windows, with which vLLM is refused, and
+  Llama 4 with chunks of attention as long as the sequences.
 
 The tests try a sample, another each day, and hold it to this page; `make test-architectures` tries all. What a model
 needs of memory is another question: `ppo-ray plan` answers it. Indexed attention (DeepSeek V3.2, GLM DSA) was tried on

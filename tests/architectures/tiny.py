@@ -149,14 +149,7 @@ FOR_VLLM: dict[str, dict[str, Any]] = {
     "glm4_moe": {"head_dim": 32},
     "gemma4_text": {"num_experts": DEFAULT},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
-    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 64},
-    "lfm2": {"conv_dim": 64, "block_dim": 64},
-    "llama4_text": {"attention_chunk_size": 32},
-    "minimax_m2": {
-        "rotary_dim": 16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
-    },
-    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+    "llama4_text": {"attention_chunk_size": 32, "num_experts_per_tok": 1},
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3"), NO_WINDOWS),
 }
 """What vLLM asks of a config beside what transformers does, or cannot compute."""
