@@ -1,5 +1,7 @@
 """The plan's learner on a GPU, held to the memory that its own code takes; see `tests/traced_memory.py`."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,9 @@ def configured(name: str, tmp_path: Path, shape: Any, *overrides: str) -> Config
     [("qwen2.5_1.5b_1x", QWEN), ("llama3.1_8b_8x", LLAMA), ("qwen2.5_32b_2x8", "Qwen/Qwen2.5-32B-Instruct")],
 )
 def test_the_plan_of_a_config_is_within_a_tenth_of_its_trace(name: str, path: str, tmp_path: Path) -> None:
-    assert 0.97 < plan_over_trace(configured(name, tmp_path, SHAPES[path]), SHAPES[path]) < 1.1
+    config = configured(name, tmp_path, SHAPES[path])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:  # vLLM's tests leave ranks in this one
+        assert 0.97 < own.submit(plan_over_trace, config, SHAPES[path]).result(timeout=800) < 1.1
 
 
 @pytest.mark.parametrize("recomputed", ["true", "false"])
