@@ -66,15 +66,13 @@ def clipped_surrogate(
     advantages = torch.where(mask, advantages, 0)
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
     ratio = _hold(log_ratio, log_ratio_clamp).exp()
-    plain = -advantages * ratio
-    clipped = -advantages * _clip(ratio, clip_range, clip_range_high)
-    losses = torch.maximum(plain, clipped)
+    losses, clipped = _clip_losses(advantages, ratio, clip_range, clip_range_high)
     bounded = torch.zeros_like(mask)
     if dual_clip is not None:
         bound = -dual_clip * advantages
         bounded = (advantages < 0) & (losses > bound)
         losses = torch.where(bounded, bound, losses)
-    return _sum_up(losses, log_ratio, ratio, mask, weights, importance, clipped > plain, bounded)
+    return _sum_up(losses, log_ratio, ratio, mask, weights, importance, clipped, bounded)
 
 
 def gspo_surrogate(
@@ -110,9 +108,8 @@ def gspo_surrogate(
     mean = log_ratio.detach().sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     held = torch.where(mask, mean + (log_ratio - log_ratio.detach()), 0)
     ratio = _hold(held, log_ratio_clamp).exp()
-    plain = -advantages * ratio
-    clipped = -advantages * _clip(ratio, clip_range, clip_range_high)
-    return _sum_up(torch.maximum(plain, clipped), log_ratio, ratio, mask, weights, clipped=clipped > plain)
+    losses, clipped = _clip_losses(advantages, ratio, clip_range, clip_range_high)
+    return _sum_up(losses, log_ratio, ratio, mask, weights, clipped=clipped)
 
 
 def cispo_surrogate(
@@ -168,8 +165,14 @@ def _hold(log_ratio: torch.Tensor, limit: float | None) -> torch.Tensor:
     return log_ratio if limit is None else log_ratio.clamp(-limit, limit)
 
 
-def _clip(ratio: torch.Tensor, clip_range: float, clip_range_high: float | None) -> torch.Tensor:
-    return ratio.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
+def _clip_losses(
+    advantages: torch.Tensor, ratio: torch.Tensor, clip_range: float, clip_range_high: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return max(-A r, -A clip(r, 1 - eps, 1 + eps_high)) of each token, and whether the clip holds it back."""
+    plain = -advantages * ratio
+    high = clip_range if clip_range_high is None else clip_range_high
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + high)
+    return torch.maximum(plain, clipped), clipped > plain
 
 
 def _sum_up(
