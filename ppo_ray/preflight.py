@@ -291,8 +291,8 @@ def _prompt_problems(config: Config, inputs: Inputs) -> Iterator[str]:
             inputs.sets[name] = read_usable_texts(config.prompts.of_set(name, source), 0, key=f"evaluation.sets.{name}")
         except InputError as error:
             yield str(error) + asset_hint(source.path)
-            continue
-        if inputs.texts is not None and (shared := count_shared(inputs.sets[name], inputs.texts)):
+    for name, shared in count_shared(inputs.sets, inputs.texts).items() if inputs.texts else ():
+        if shared:
             inputs.notes.append(
                 f"evaluation.sets.{name}: {shared:,} of its {len(inputs.sets[name]):,} texts are among those of "
                 f"{config.prompts.place} too, and the policy may train on them; its figures say less about new texts"

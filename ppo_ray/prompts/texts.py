@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 
 import numpy as np
@@ -166,10 +166,18 @@ def read_usable_texts(config: PromptsConfig, num_held_out: int, *, key: str = "p
     return usable
 
 
-def count_shared(texts: UsableTexts, others: UsableTexts) -> int:
-    """Return how many of the texts are among the others too, whatever their kept columns."""
-    own = {xxhash.xxh3_128_digest(text.encode()) for text in texts}
-    return len(own) - len(own.difference(xxhash.xxh3_128_digest(text.encode()) for text in others))
+def count_shared(sets: Mapping[str, UsableTexts], others: UsableTexts) -> dict[str, int]:
+    """Return how many texts of each set are among the others too, whatever their kept columns; reads these once."""
+    missing = {name: {_digest(text) for text in texts} for name, texts in sets.items()}
+    sizes = {name: len(digests) for name, digests in missing.items()}
+    for digest in map(_digest, others if sets else ()):
+        for digests in missing.values():
+            digests.discard(digest)
+    return {name: size - len(missing[name]) for name, size in sizes.items()}
+
+
+def _digest(text: str) -> bytes:
+    return xxhash.xxh3_128_digest(text.encode())
 
 
 @contextlib.contextmanager
