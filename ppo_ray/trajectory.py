@@ -136,6 +136,17 @@ def lengths(table: pa.Table, column: str) -> np.ndarray:
     return np.concatenate(chunks).astype(np.int64) if chunks else np.zeros(0, np.int64)
 
 
+def sum_lists(table: pa.Table, column: str) -> np.ndarray:
+    """Return the sum of each row's list of numbers: `[N]` float64, NaN for a null or empty list."""
+    sizes = lengths(table, column)
+    sums, filled = np.full(len(sizes), np.nan), np.flatnonzero(sizes)
+    if len(filled):
+        values = np.concatenate([chunk.flatten().to_numpy() for chunk in table.column(column).chunks])
+        starts = np.cumsum(sizes) - sizes
+        sums[filled] = np.add.reduceat(values.astype(np.float64), starts[filled])
+    return sums
+
+
 def ragged(table: pa.Table, column: str) -> list[np.ndarray]:
     """Return each row's list as a read-only numpy view: no copy of what lies in the object store."""
     rows: list[np.ndarray] = []

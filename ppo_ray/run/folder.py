@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,11 @@ class RunFolder:
     def trajectory_file(self, step: int) -> Path:
         """Where a step's trajectories go."""
         return self.trajectories / f"step-{step:05d}.parquet"
+
+    def list_trajectories(self) -> dict[int, Path]:
+        """Return the file of each step that has one, by step, in order; links and folders of such names too."""
+        found = {path: re.fullmatch(r"step-(\d+)\.parquet", path.name) for path in self.trajectories.glob("step-*")}
+        return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
 
     @classmethod
     def create(cls, output_dir: str | Path) -> Self:

@@ -4,7 +4,6 @@ import importlib.resources
 import io
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,8 +108,8 @@ def _pair_held_out(record: RunRecord) -> list[tuple[Mapping[str, Any], Mapping[s
 
 def _pick_samples(record: RunRecord, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Return the best and the worst scored responses of the newest step that can be read, and those with most KL."""
-    files = sorted(record.folder.trajectories.glob("step-*.parquet"), reverse=True)
-    for path in (path for path in files if re.fullmatch(r"step-\d+\.parquet", path.name) and not path.is_symlink()):
+    files = reversed(record.folder.list_trajectories().values())
+    for path in (path for path in files if not path.is_symlink()):
         try:
             rows = trajectory.read(path, ["step", "prompt", "response", "score", "kl"]).to_pylist()
         except Exception as error:  # whatever the file holds; its libraries have no common error

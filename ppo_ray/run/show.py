@@ -52,14 +52,8 @@ class Figure:
 
 def _reduce(table: pa.Table, column: str, mean: bool = False) -> np.ndarray:
     """Return each row's sum (or mean) over its tokens, `[N]` float64; NaN for a null or empty list."""
-    values = table.column(column).combine_chunks()
-    lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    flat = values.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
-    sums = np.bincount(rows, flat, minlength=len(lengths))
-    with np.errstate(invalid="ignore"):
-        sums = sums / lengths if mean else sums
-    return np.where(lengths > 0, sums, np.nan)
+    sums = trajectory.sum_lists(table, column)
+    return sums / np.maximum(trajectory.lengths(table, column), 1) if mean else sums
 
 
 def _count_tokens(table: pa.Table) -> np.ndarray:
@@ -148,14 +142,9 @@ def select(run: Path, selection: Selection, note: Callable[[str], None]) -> list
 
 def _find_files(run: Path, steps: Sequence[int]) -> dict[int, Path]:
     """Return the trajectories of the wanted steps, in order."""
-    found = {
-        int(path.stem.removeprefix("step-")): path
-        for path in sorted(RunFolder(run).trajectories.glob("step-*.parquet"))
-        if path.stem.removeprefix("step-").isdigit()
-    }
-    if not found:
+    ordered = RunFolder(run).list_trajectories()
+    if not ordered:
         raise InputError(f"{run}: holds no trajectories; give the folder of a run, with a step done")
-    ordered = dict(sorted(found.items()))
     if not steps:
         return ordered
     numbers = list(ordered)

@@ -5,7 +5,6 @@ kept, so that 100,000 trajectories take some tens of megabytes. Files that canno
 """
 
 import json
-import re
 import threading
 import time
 from collections.abc import Mapping
@@ -19,9 +18,9 @@ import pyarrow.compute as pc
 
 from ppo_ray import trajectory
 from ppo_ray.errors import InputError, first_line
+from ppo_ray.run.folder import RunFolder
 from ppo_ray.trajectory import lengths
 
-_STEP_FILE = re.compile(r"step-(\d+)\.parquet")
 _PLAIN = ("sample_id", "policy_version", "worker", "finish_reason", "score", "truncated", "prompt", "response")
 _MESSAGES = "messages"
 _SUMS = {"kl": "kl"}
@@ -66,9 +65,9 @@ class Page:
 
 
 class TrajectoryIndex:
-    """An index of one run's `trajectories/`; safe to use from several threads."""
+    """An index of one run's trajectories; safe to use from several threads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: RunFolder) -> None:
         """Index nothing yet; see `refresh`."""
         self._folder = folder
         self._files: dict[int, tuple[tuple[int, int], pa.Table | None]] = {}
@@ -194,12 +193,10 @@ class TrajectoryIndex:
     def _list_files(self) -> dict[int, tuple[Path, tuple[int, int]]]:
         """Return each step's file with what changes when it does; links are left out: they may lead anywhere."""
         found = {}
-        if self._folder.is_dir():
-            for path in self._folder.iterdir():
-                match = _STEP_FILE.fullmatch(path.name)
-                if match and path.is_file() and not path.is_symlink():
-                    stat = path.stat()
-                    found[int(match[1])] = path, (stat.st_mtime_ns, stat.st_size)
+        for step, path in self._folder.list_trajectories().items():
+            if path.is_file() and not path.is_symlink():
+                stat = path.stat()
+                found[step] = path, (stat.st_mtime_ns, stat.st_size)
         return found
 
     def _read(self, path: Path, step: int) -> pa.Table | None:
@@ -243,14 +240,8 @@ def read_messages(text: str | None) -> list[dict[str, str]] | None:
 
 def _total(table: pa.Table, column: str, counts: np.ndarray | None) -> pa.Array:
     """Return each list's sum, or its mean over so many items; null where there is none, or it is not finite."""
-    sums = np.full(table.num_rows, np.nan)
-    if column in table.column_names:
-        sizes = lengths(table, column)
-        values = np.concatenate([chunk.flatten().to_numpy() for chunk in table.column(column).chunks] or [[]])
-        filled = np.flatnonzero(sizes)
-        if filled.size:
-            starts = np.cumsum(sizes) - sizes
-            sums[filled] = np.add.reduceat(values.astype(np.float64), starts[filled])
+    there = column in table.column_names
+    sums = trajectory.sum_lists(table, column) if there else np.full(table.num_rows, np.nan)
     if counts is not None:
         sums /= np.maximum(counts, 1)
     return pa.array(sums, mask=~np.isfinite(sums))

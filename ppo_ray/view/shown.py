@@ -28,7 +28,7 @@ class View:
         self._stamp: Any = None
         self._lock = threading.Lock()
         folder = self._record.folder
-        self.index = TrajectoryIndex(folder.trajectories)
+        self.index = TrajectoryIndex(folder)
         self.spreads = Spreads()
         model = self._record.options.get("model.path")
         self.texts = TokenTexts(folder.path, model if isinstance(model, str) else None)

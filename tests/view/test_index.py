@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ppo_ray.errors import InputError
+from ppo_ray.run.folder import RunFolder
 from ppo_ray.view.index import Query, TrajectoryIndex
 from tests.view.runs import ROWS, make_run, make_step, row_of, write_step
 
@@ -20,7 +21,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(run: Path) -> TrajectoryIndex:
-    index = TrajectoryIndex(run / "trajectories")
+    index = TrajectoryIndex(RunFolder(run))
     assert index.refresh(60)
     return index
 
@@ -142,7 +143,7 @@ def test_steps_that_come_or_go_are_followed(tmp_path: Path) -> None:
 
 
 def test_reading_is_spread_over_calls(run: Path) -> None:
-    index = TrajectoryIndex(run / "trajectories")
+    index = TrajectoryIndex(RunFolder(run))
     assert not index.refresh(0)
     assert index.progress == (1, 3)
     assert not index.refresh(0)
