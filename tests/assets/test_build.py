@@ -4,9 +4,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ppo_ray.assets.build import _BUILDS, build_policy, find_package_file, require_package, save_pretrained
+from ppo_ray.assets.build import (
+    _BUILDS,
+    Advance,
+    build_assets,
+    build_policy,
+    find_package_file,
+    require_package,
+    save_pretrained,
+)
 from ppo_ray.assets.cache import ASSETS, SETS, build_once
 from ppo_ray.errors import AssetError
 
@@ -24,6 +33,23 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_asset_is_built() -> None:
     assert sorted(_BUILDS) == sorted(ASSETS) == sorted({name for names in SETS.values() for name in names})
+
+
+def test_a_log_says_what_is_built_and_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build_slowly(path: Path, advance: Advance) -> None:
+        for _ in range(100):
+            advance(0.01)
+        path.write_text("built")
+
+    monkeypatch.setenv("PPO_RAY_CACHE", str(tmp_path))
+    monkeypatch.setitem(SETS, "toy", ("words",))
+    monkeypatch.setitem(_BUILDS, "words", ("64 short texts", build_slowly))
+    for expected in (["64 short texts", "20%", "40%", "60%", "80%", "100%"], []):  # the second time it is there
+        build_assets("toy", console=Console(width=200))
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.removeprefix("building words: ") for line in lines if "building" in line] == expected
 
 
 def test_a_file_is_found_without_importing_its_package(package: Path) -> None:
