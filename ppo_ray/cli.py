@@ -1,5 +1,6 @@
 """The `ppo-ray` command: arguments are parsed first, heavy modules imported after."""
 
+import gc
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,10 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="To listen at; 0: a fr
 
 def main() -> None:
     """Run the command and exit with its code: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C, or a job's own."""
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # else Python looks through all that was imported for garbage before it ends: a second
 
 
 @app.callback(invoke_without_command=True)

@@ -24,9 +24,9 @@ Call = Callable[[Any], Any]
 class ActorGroup:
     """Actors of one kind: `rollout-0`, `rollout-1`, ...
 
-    The actors are light to construct. `setup` does the heavy work, so that a failure there keeps its own error. Ray
-    never restarts an actor: the group kills what is left of a lost one, starts another under its name, and brings it to
-    the same state.
+    The actors are light to construct; then all import their modules at once. `setup` does the heavy work, so that a
+    failure there keeps its own error. Ray never restarts an actor: the group kills what is left of a lost one, starts
+    another under its name, and brings it to the same state.
     """
 
     def __init__(
@@ -181,6 +181,7 @@ class ActorGroup:
         options = self._spec.options(name) | self._seats.options(name)
         member = Member(name, self._class.options(**options).remote(name))
         member.ask()
+        member.handle.import_ahead.remote(*self._spec.modules)
         return member
 
     def _replace(self, lost: WorkerLost) -> Member:

@@ -144,6 +144,8 @@ def _start_private(config: RayConfig, folder: str) -> None:
     """
     # Ray's default of 15 lets anything else on this machine go before the run's own work.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # No actor of a run could use a process that Ray starts ahead, because each has an environment of its own.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     try:
         with contextlib.chdir(folder):
             ray.init(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import ray
 
+from ppo_ray.imports import import_ahead
 from ppo_ray.plan.demand import FOLDER_VARIABLE
 
 CONTROL = {"control": 1}
@@ -34,6 +35,10 @@ class Worker:
         self._name = name
         with contextlib.suppress(OSError, KeyError):  # on another node there may be no such folder
             os.chdir(os.environ[FOLDER_VARIABLE])
+
+    def import_ahead(self, *modules: str) -> None:
+        """Import what `setup` will need, while other actors do so too."""
+        import_ahead(*modules)
 
     @ray.method(concurrency_group="control")
     def whereabouts(self) -> Whereabouts:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def learner_spec(config: Config) -> ActorSpec:
     """Return the resources of the learner; on a CPU its environment holds `CPU_ALLOCATION`."""
     environment = {} if config.learner.gpus else CPU_ALLOCATION
-    return replace(actor_specs(config)["learner"], environment=environment)
+    return replace(actor_specs(config)["learner"], environment=environment, modules=("ppo_ray.learner.learner",))
 
 
 class LearnerGroup:

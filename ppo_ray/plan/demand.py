@@ -40,6 +40,8 @@ class ActorSpec:
     """Processes of each worker that share its model, each on a GPU of its own (tensor parallelism)."""
     turns: int = PHASES
     """Phases that take turns on the CPUs it uses; fewer where some are at work at the same time."""
+    modules: tuple[str, ...] = ()
+    """Python modules that `setup` will need, which each actor imports as soon as its process is there."""
 
     @property
     def num_cpus(self) -> float:

@@ -20,7 +20,9 @@ from ppo_ray.reward.judge import StartJudge
 
 def reward_spec(config: Config) -> ActorSpec:
     """Return the resources of the reward workers."""
-    return actor_specs(config)["reward"]
+    loads_model = any(source.path for _, source in config.reward.sources)
+    modules = ("ppo_ray.reward.classifier",) if loads_model else ()
+    return replace(actor_specs(config)["reward"], modules=modules)
 
 
 class RewardGroup:

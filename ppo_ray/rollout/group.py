@@ -20,8 +20,8 @@ from ppo_ray.weights.transports import make_transport
 def rollout_spec(config: Config) -> ActorSpec:
     """Return the resources of the rollout workers; vLLM reads its environment when their process imports it."""
     spec = actor_specs(config)["rollout"]
-    if config.rollout.engine != "vllm":
-        return spec
+    if config.rollout.engine == "hf":
+        return replace(spec, modules=("ppo_ray.rollout.hf",))
     from ppo_ray.rollout.vllm import engine_environment
 
     environment = engine_environment(config.rollout.gpus)
@@ -31,7 +31,7 @@ def rollout_spec(config: Config) -> ActorSpec:
         gpus = make_request(config).seat(actor_name("rollout", 0)).gpus
         bundles = ",".join(map(str, range(spec.ranks)))
         environment |= {"VLLM_RAY_BUNDLE_INDICES": bundles, "VLLM_RAY_PER_WORKER_GPUS": f"{gpus:g}"}
-    return replace(spec, environment=environment)
+    return replace(spec, environment=environment, modules=("vllm", "ppo_ray.rollout.vllm"))
 
 
 class Learner(Protocol):

@@ -10,6 +10,7 @@ from rich.text import Text
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
 from ppo_ray.events import say
+from ppo_ray.imports import import_ahead
 from ppo_ray.plan import ClusterShape, ModelSizes, Plan, make_plan
 from ppo_ray.plan.cluster import GIB
 from ppo_ray.plan.demand import KINDS
@@ -138,6 +139,7 @@ def show(config: Config, described: Described, console: Console, verbose: bool =
     Raises:
         InputError: the description is not one, no cluster answers at the address, or a model's config cannot be read.
     """
+    import_ahead("torch", "transformers.models.auto.modeling_auto")
     cluster = _cluster(config, described)
     found = make_plan(config, cluster, ModelSizes.read(config))
     print_plan(console, found, verbose)

@@ -28,7 +28,7 @@ from ppo_ray.run.gauges import Gauges
 from ppo_ray.run.health import find_warnings
 from ppo_ray.run.log import MetricsLog
 from ppo_ray.run.progress import StepProgress
-from ppo_ray.run.resume import Start, find_start, is_finished, open_folder
+from ppo_ray.run.resume import Start, find_start, open_folder
 from ppo_ray.run.tracking import Tracking, track
 
 
@@ -54,8 +54,6 @@ class Run:
         """Where the run began in this process."""
         self.history: list[dict[str, float]] = []
         """Metrics of each step."""
-        self.is_finished = False
-        """Whether all steps were made before this process began."""
         self._evaluated: dict[str, float] = {}
         self._log, self._gauges = log, Gauges(folder.path.name)
         self._tracking = Tracking(config, folder, self.report)
@@ -74,7 +72,7 @@ class Run:
             prompts: of the run; None: check the whole config, and read them as it says.
 
         Raises:
-            InputError: something in the config cannot be used; nothing was started or written.
+            InputError: something in the config cannot be used; nothing was written.
         """
         inputs = preflight.Inputs()
         if prompts is None:
@@ -83,12 +81,10 @@ class Run:
         folder = open_folder(config)
         with folder.lock(), MetricsLog(folder.path) as log, contextlib.ExitStack() as stack:
             run = cls(config, prompts, inputs.open_sets(config), folder, log, console)
-            run.is_finished = is_finished(folder, config)
-            if not run.is_finished:
-                run._begin()
-                for note in filter(None, [inputs.describe_ends(), *inputs.notes]):
-                    run.say(note)
-                run._tracking = stack.enter_context(track(config, folder, run.report))
+            run._begin()
+            for note in filter(None, [inputs.describe_ends(), *inputs.notes]):
+                run.say(note)
+            run._tracking = stack.enter_context(track(config, folder, run.report))
             yield run
 
     @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Whole runs of actors: training, the check of the engines, the evaluation of a checkpoint."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config, load_config, load_evaluation_config
 from ppo_ray.errors import CheckpointError, InputError, Interrupted, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event, say
+from ppo_ray.imports import import_ahead
 from ppo_ray.run.actors import Actors, launch, launch_scorers
 from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation, evaluate_now, score_held_out
@@ -25,6 +27,7 @@ from ppo_ray.run.loop import run_overlapped, run_steps, run_with_refills
 from ppo_ray.run.progress import format_duration
 from ppo_ray.run.record import RunRecord
 from ppo_ray.run.report import write_report
+from ppo_ray.run.resume import is_finished
 from ppo_ray.run.run import Run
 from ppo_ray.run.summary import print_agreements, print_evaluation, print_summary, write_samples
 from ppo_ray.weights.acks import Agreement
@@ -68,19 +71,16 @@ def train(config: Config, console: Console | None = None) -> RunReport:
     """
     console = console or Console()
     began = time.monotonic()
-    with Run.open(config, console) as run:
-        if run.is_finished:
-            run.say(f"the run in {run.folder.path} has made its {config.steps} steps: nothing to do")
-            history = read_steps(run.folder.path)
-            print_summary(console, run.folder, config, history, *_read_evaluations(run.folder))
-            return RunReport(run.folder, history, None, None)
-        steps = run_overlapped if config.rollout.max_staleness else run_steps
-        if config.rollout.flat_groups == "refill":
-            steps = run_with_refills
-        with (
-            ray_session(config.ray),
-            launch(config, run.folder.trajectories, run.start.checkpoint, run.say, run.report) as actors,
-        ):
+    if is_finished(folder := RunFolder(Path(config.output_dir).absolute()), config):
+        say(console, f"the run in {folder.path} has made its {config.steps} steps: nothing to do")
+        history = read_steps(folder.path)
+        print_summary(console, folder, config, history, *_read_evaluations(folder))
+        return RunReport(folder, history, None, None)
+    steps = run_overlapped if config.rollout.max_staleness else run_steps
+    if config.rollout.flat_groups == "refill":
+        steps = run_with_refills
+    with _ray_and_libraries(config), Run.open(config, console) as run:
+        with launch(config, run.folder.trajectories, run.start.checkpoint, run.say, run.report) as actors:
             before = rebuild_on_loss(run, actors, evaluate_before)
             with save_on_exit(run, actors):
                 rebuild_on_loss(run, actors, steps)
@@ -131,14 +131,12 @@ def check(config: Config, console: Console | None = None) -> list[Agreement]:
         WorkerError: an actor failed, or an engine does not compute with what it was sent; names it.
     """
     console = console or Console()
-    prompts = preflight.check(config).open_prompts(config).peek(_CHECK_PROMPTS)
     show = partial(say, console)
-    with (
-        ray_session(config.ray),
-        launch(config, None, None, show, lambda event: show(event.message)) as actors,
-    ):
-        agreements = actors.rollout.check_engines(actors.learner, prompts)
-        print_agreements(console, agreements)
+    with _ray_and_libraries(config):
+        prompts = preflight.check(config).open_prompts(config).peek(_CHECK_PROMPTS)
+        with launch(config, None, None, show, lambda event: show(event.message)) as actors:
+            agreements = actors.rollout.check_engines(actors.learner, prompts)
+            print_agreements(console, agreements)
     return agreements
 
 
@@ -168,15 +166,24 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
         config, dropped = load_evaluation_config(source, overrides)
     for option in dropped:
         say(console, f"not taken from the checkpoint's config: {option}; give it on this command line if you trust it")
-    inputs = preflight.check(config)
-    held_out = {"": inputs.open_prompts(config).held_out(), **inputs.open_sets(config)}
     show = partial(say, console)
-    with ray_session(config.ray), launch_scorers(config, show, lambda event: show(event.message)) as (rollout, reward):
-        evaluation = score_held_out(rollout, reward, held_out, config)
+    with _ray_and_libraries(config):
+        inputs = preflight.check(config)
+        held_out = {"": inputs.open_prompts(config).held_out(), **inputs.open_sets(config)}
+        with launch_scorers(config, show, lambda event: show(event.message)) as (rollout, reward):
+            evaluation = score_held_out(rollout, reward, held_out, config)
     if evaluation is None:
         raise InputError("evaluation.num_prompts=0: nothing is held out to be scored; set it to 1 or more")
     print_evaluation(console, evaluation)
     return evaluation
+
+
+@contextlib.contextmanager
+def _ray_and_libraries(config: Config) -> Iterator[None]:
+    """Connect to Ray, or start one, for the length of a block; meanwhile a thread imports what the checks need."""
+    threading.Thread(target=import_ahead, args=("ppo_ray.models.loading",)).start()
+    with ray_session(config.ray):
+        yield
 
 
 def rebuild_on_loss(run: Run, actors: Actors, work: Callable[[Run, Actors], Result]) -> Result:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -18,7 +19,7 @@ from ppo_ray.events import Event
 from ppo_ray.plan import ActorSpec
 
 pytestmark = pytest.mark.slow
-SPEC = ActorSpec("toy", workers=2, threads=1, gpus=0)
+SPEC = ActorSpec("toy", workers=2, threads=1, gpus=0, modules=("no_such_module", "colorsys"))
 
 
 class OddError(Exception):
@@ -41,6 +42,9 @@ class Toy(Worker):
 
     def threads(self) -> tuple[str, str, int]:
         return os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"], os.nice(0)
+
+    def has_imported(self, module: str) -> bool:
+        return module in sys.modules
 
     def load(self, what: str) -> None:
         self.loaded = what
@@ -117,9 +121,10 @@ def works(group: ActorGroup, seconds: list[float], source: Shards | None = None)
     return Shards(group, "making" if source is None else "mending", calls, 60, source)
 
 
-def test_actors_are_set_up_with_their_threads_at_the_drivers_priority_and_without_gpus(group: ActorGroup) -> None:
+def test_actors_are_set_up_with_modules_and_threads_at_the_drivers_priority_and_without_gpus(group: ActorGroup) -> None:
     assert group.setup() == ["toy-0", "toy-1"]
     assert group.call("asking", lambda toy: toy.threads.remote()) == [("1", "", os.nice(0))] * 2
+    assert group.call("asking", lambda toy: toy.has_imported.remote("colorsys")) == [True, True]
     assert group.call_first("asking", lambda toy: toy.sleep.remote(0)) == "toy-0"
 
 
