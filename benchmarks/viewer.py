@@ -1,6 +1,6 @@
 """Seconds and memory of `ppo-ray view` with 100,000 trajectories of 64 tokens: python -m benchmarks.viewer.
 
-The limits are those of issue 17: the page in 1 s, a filter in 0.3 s, 500 MB. Trajectories are random.
+The limits: the page in 1 s, a filter in 0.3 s, 500 MB. Trajectories are random.
 """
 
 import argparse

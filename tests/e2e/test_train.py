@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.start import PARTS
 from ppo_ray import trajectory
 from tests.command_line import STEPS, CommandLine, Undisturbed
 
@@ -28,6 +29,7 @@ def test_a_run_leaves_what_it_promises(
     assert f"saving the policy after {STEPS[engine]} steps: checkpoints/step-{STEPS[engine]:05d}" in output
     assert f"ppo-ray train {run / 'config.yaml'} --resume steps={2 * STEPS[engine]}" in output
     assert "step 0 checked" in output
+    assert [part for part, pattern in PARTS.items() if not re.search(pattern, output, re.MULTILINE)] == []
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(STEPS[engine]))
