@@ -111,11 +111,12 @@ def gae(
     gae_lambda: float | torch.Tensor,
     final_advantages: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Estimate advantages and returns, backwards from the last token of each response.
+    """Estimate the advantages and returns of the tokens of each response.
 
     With V(s_R) = 0 after the end:
     delta_t = r_t + gamma * V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma * lambda * A_{t+1};  returns_t = A_t + V(s_t).
-    Schulman et al. 2016 (arXiv 1506.02438), eq. 16; TRL 0.11's `compute_advantages`.
+    Schulman et al. 2016 (arXiv 1506.02438), eq. 16; TRL 0.11's `compute_advantages`. The recursion is summed by
+    doubling (Hillis and Steele 1986): log2(R) rounds over whole tensors instead of R over columns.
 
     Args:
         rewards: `[B, R]` floating point.
@@ -133,21 +134,24 @@ def gae(
     """
     check_tokens(mask, rewards=rewards, values=values)
     check_prefix(mask)
+    discount: float | torch.Tensor
     if isinstance(gae_lambda, torch.Tensor):
         if gae_lambda.shape != mask.shape[:1]:
             raise ValueError(f"gae_lambda has shape {tuple(gae_lambda.shape)}; it must be [B], ({len(mask)},)")
-        gae_lambda = gae_lambda.to(values.device, values.dtype)
+        discount = gamma * gae_lambda.to(values.device, values.dtype)[:, None]
+    else:
+        discount = gamma * gae_lambda
+    # beyond a row's end all terms are zero: its sums end with its own last token
     rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
-    advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
-    last = mask.sum(1) - 1
-    for t in reversed(range(values.shape[1])):
-        if final_advantages is not None:
-            next_advantage = torch.where(last == t, final_advantages, next_advantage)
-        # beyond a row's end all terms are zero, so its recursion starts with the bootstrap 0 at its own last token
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantages[:, t] = next_advantage = delta + gamma * gae_lambda * next_advantage
-        next_value = values[:, t]
+    advantages = rewards - values
+    advantages[:, :-1] += gamma * values[:, 1:]
+    if final_advantages is not None:
+        last = mask.sum(1, keepdim=True) - 1
+        advantages.scatter_add_(1, last, (discount * final_advantages[:, None]).to(values.dtype))
+    reach = 1  # tokens whose terms are in each sum; twice as many after each round
+    while reach < values.shape[1]:
+        advantages[:, :-reach] += discount**reach * advantages[:, reach:]
+        reach *= 2
     return advantages, advantages + values
 
 

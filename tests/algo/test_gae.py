@@ -57,6 +57,23 @@ def test_a_row_is_the_same_alone_as_in_a_batch(rows: list[list[tuple[float, floa
             assert found[index, len(row) :].eq(0).all()
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
+def test_sums_by_doubling_are_the_recursion(lengths: list[int], gamma: float, gae_lambda: float, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths))
+    rewards, values = (torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(2))
+    lambdas = torch.linspace(gae_lambda, 1, len(lengths), dtype=torch.float64)
+    final = torch.randn(len(lengths), generator=rng, dtype=torch.float64)
+    mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
+    advantages, _ = gae(rewards, values, mask, gamma, lambdas, final)
+    for row, length in enumerate(lengths):
+        following, next_value = final[row], torch.tensor(0.0)
+        for t in reversed(range(length)):
+            delta = rewards[row, t] + gamma * next_value - values[row, t]
+            following, next_value = delta + gamma * lambdas[row] * following, values[row, t]
+            assert float(advantages[row, t]) == pytest.approx(float(following), rel=1e-12, abs=1e-12)
+
+
 def test_a_hole_in_the_mask_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mask row 1 must be some True, then only False; it is \[1, 0, 1\]"):
         gae(REWARDS, VALUES, torch.tensor([[True, True, True], [True, False, True]]), 1.0, 0.95)
