@@ -46,6 +46,9 @@ CALLED = {
     f"{TRANSFER}.packed_tensor.PackedBufferImporter.close": "self",
     f"{RELOAD}.initialize_layerwise_reload": "model",
     f"{RELOAD}.finalize_layerwise_reload": "",
+    f"{RELOAD}.layerwise.get_layerwise_info": "layer",
+    "vllm.device_allocator.get_mem_allocator_instance": "",
+    "vllm.v1.worker.gpu_worker.Worker.sleep": "level",
     "torch.distributed.fsdp.fully_shard": "module mesh mp_policy reshard_after_forward",
     "torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor": "factor",
     "torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms": "enable",
@@ -76,6 +79,8 @@ FIELDS = {
         "gpu_memory_utilization hf_overrides block_size"
     ),
     "vllm.config.WeightTransferConfig": "backend",
+    "vllm.device_allocator.AllocationData": "handle tag",
+    f"{RELOAD}.types.LayerReloadingInfo": "load_numel load_numel_total kernel_tensors",
     "torch.distributed.fsdp.MixedPrecisionPolicy": "param_dtype reduce_dtype cast_forward_inputs",
 }
 
