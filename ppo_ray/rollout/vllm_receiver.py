@@ -21,7 +21,7 @@ from ppo_ray.config import Transport
 from ppo_ray.errors import WorkerError
 from ppo_ray.models.tensors import list_names
 from ppo_ray.rollout import vllm_loader as vllm_loader  # registers the load formats
-from ppo_ray.rollout.vllm_sleep import find_unsaved, find_unwritten, let_others_grow, weight_spans
+from ppo_ray.rollout.vllm_sleep import find_strays, find_unwritten, let_others_grow, weight_spans
 from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.manifest import TensorEntry, WeightManifest
 from ppo_ray.weights.nccl_sender import view_tensor
@@ -138,7 +138,7 @@ class WorkerExtension:
     def find_lost(self) -> list[str]:
         """Name what a sleep of level 2 would lose and an update as the last one would not bring back."""
         backend = self.weight_transfer_engine
-        return [*backend.unwritten, *find_unsaved(backend.model, weight_spans())]
+        return [*backend.unwritten, *find_strays(backend.model, weight_spans())]
 
     def begin_check(self, manifest: WeightManifest, summed: bool) -> None:
         """Prepare the check of the next update; arguments as in `CheckedModel`."""

@@ -74,7 +74,7 @@ class Sleep:
                 _LOG.warning("a sleeping engine keeps its weights on the host, for level 2 loses %s", list_names(lost))
 
 
-def find_unsaved(model: torch.nn.Module, spans: list[tuple[int, int]]) -> Iterator[str]:
+def find_strays(model: torch.nn.Module, spans: list[tuple[int, int]]) -> Iterator[str]:
     """Yield the shapes of tensors that lie in the memory of weights and are neither parameters nor buffers.
 
     Args:

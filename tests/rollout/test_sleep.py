@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ppo_ray.errors import WorkerLost
-from ppo_ray.rollout.vllm_sleep import Sleep, find_unsaved, find_unwritten, let_others_grow
+from ppo_ray.rollout.vllm_sleep import Sleep, find_strays, find_unwritten, let_others_grow
 
 
 class LLM:
@@ -92,10 +92,10 @@ def test_tensors_among_the_weights_that_vllm_does_not_save_are_found() -> None:
     model, other = Attention(), torch.ones(9)
     lie_among = [model.weight, model.scale, model.slopes]
     spans = [(place, place + 1) for place in (tensor.data_ptr() for tensor in lie_among)]  # type: ignore[union-attr]
-    assert list(find_unsaved(model, spans)) == ["a tensor of shape [7]"]
-    assert list(find_unsaved(model, [])) == []
+    assert list(find_strays(model, spans)) == ["a tensor of shape [7]"]
+    assert list(find_strays(model, [])) == []
     del model.slopes
-    assert list(find_unsaved(model, spans[:2])) == [] and other.numel() == 9
+    assert list(find_strays(model, spans[:2])) == [] and other.numel() == 9
 
 
 def grown(level: int) -> None:
