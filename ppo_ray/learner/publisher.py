@@ -50,7 +50,7 @@ class WeightPublisher:
         self._tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]] = list
         self._rest: Iterator[tuple[str, torch.Tensor]] = iter(())
         self._lent: LentBuffer | None = None
-        self._nccl = NCCLSender() if leads and self._transport == "nccl" else None
+        self._nccl, self._has_joined = NCCLSender(), False
 
     @property
     def wire(self) -> Wire:
@@ -91,7 +91,7 @@ class WeightPublisher:
         Raises:
             WorkerError: as `NCCLSender.join`.
         """
-        assert self._nccl is not None
+        self._has_joined = True
         self._nccl.join(group_id, world_size, self._wire.bucket_bytes)
 
     def send(self, policy_version: int) -> None:
@@ -101,7 +101,7 @@ class WeightPublisher:
             WorkerLost: they are not of that version; names the learner.
         """
         manifest = self._check_version(policy_version)
-        if self._nccl is not None:
+        if self._has_joined:
             self._nccl.send(manifest, self._tensors())
             return
         for _ in self._tensors():
@@ -139,8 +139,7 @@ class WeightPublisher:
 
     def abort(self, group_id: str) -> None:
         """End a meeting or a broadcast that waits in vain, from another thread; the group is unusable afterwards."""
-        if self._nccl is not None:
-            self._nccl.leave(group_id)
+        self._nccl.leave(group_id)
 
     def _check_version(self, policy_version: int) -> WeightManifest:
         version = None if self._learner is None else self._learner.policy_version

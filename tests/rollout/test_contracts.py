@@ -145,6 +145,7 @@ def test_attention_in_float32_is_not_cut_to_tensorfloat(monkeypatch: pytest.Monk
     monkeypatch.setenv("TRITON_F32_DEFAULT", environment["TRITON_F32_DEFAULT"])
     assert triton.knobs.language.fp32_default == "ieee"
     assert "VLLM_BATCH_INVARIANT" not in environment
+    assert environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
     invariant = rollout_spec(load_config(None, [*options, "rollout.gpus=1", "rollout.batch_invariant=true"]))
     assert invariant.environment["VLLM_BATCH_INVARIANT"] == "1"
     on_cpu = rollout_spec(load_config(None, [*options[:-1]])).environment
