@@ -24,7 +24,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu
-from benchmarks.card import find_peak
+from benchmarks.card import find_peak, free_bytes
 from benchmarks.gpu_checks import (
     BFLOAT16,
     Bench,
@@ -59,6 +59,10 @@ def _check_engine(bench: Bench, dtype: str, engine: Engine, path: Path, limit: f
         yield Figure(f"{dtype} engine against learner, {when}, nats", found.metrics["mismatch/logprob_mean"], limit)
         if version == 0:
             engine.load_weights(learner.weights())
+            before = free_bytes(bench.device)
+            engine.sleep(keep_weights=False)
+            yield Figure(f"{dtype} memory that sleep frees, MiB", (free_bytes(bench.device) - before) >> 20)
+            engine.load_weights(learner.weights())  # which it has dropped, if it can
     alone = [engine.generate([request], Sampling())[0] for request in requests[:8]]
     other = sum(one.response_ids != completions[index].response_ids for index, one in enumerate(alone))
     yield Figure(f"{dtype} responses that depend on their batch, of 8", other)
@@ -73,9 +77,10 @@ def check_vllm(bench: Bench) -> Iterator[Figure]:
     os.environ.update(GPU_ENVIRONMENT if bench.on_gpu else CPU_ENVIRONMENT)
     path = bench.write_model("tiny")
     for dtype, limit in (("float32", 1e-3), ("bfloat16", BFLOAT16)):
-        engine = VLLMEngine(str(path), dtype=dtype, max_context=64, kv_cache_mib=64)
+        engine = VLLMEngine(str(path), dtype=dtype, max_context=64, kv_cache_mib=64, may_sleep=True)
         try:
             yield from _check_engine(bench, dtype, engine, path, limit)
+            yield Figure(f"{dtype} engine drops its weights in sleep", str(engine.drops_weights))
         finally:
             engine.close()
 

@@ -264,6 +264,11 @@ class VLLMEngine:
         """Drop the KV cache, and keep the weights in the host's memory or drop them too; see `Engine.sleep`."""
         self._sleep.begin(keep_weights)
 
+    @property
+    def drops_weights(self) -> bool:
+        """Whether a sleep that need not keep weights drops them: after the first sync, where nothing else is lost."""
+        return self._sleep.can_drop
+
     def close(self) -> None:
         """Free the model and its caches."""
         from vllm.distributed import cleanup_dist_env_and_memory

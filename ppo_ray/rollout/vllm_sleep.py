@@ -38,6 +38,11 @@ class Sleep:
         if frees_memory:
             llm.collective_rpc("let_others_grow")
 
+    @property
+    def can_drop(self) -> bool:
+        """Whether level 2 loses nothing that an update does not bring back; not known before the first."""
+        return bool(self._can_drop)
+
     def begin(self, keep_weights: bool) -> None:
         """Give back the memory of weights, keys and values.
 
@@ -45,7 +50,7 @@ class Sleep:
             keep_weights: whether the same weights are needed again; else they are dropped, if they can be.
         """
         if not self._asleep:
-            self._dropped = not keep_weights and bool(self._can_drop)
+            self._dropped = not keep_weights and self.can_drop
             self._llm.sleep(level=2 if self._dropped else 1)
             self._asleep = {"weights", "kv_cache"}
 
