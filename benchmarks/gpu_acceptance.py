@@ -1,16 +1,15 @@
 """Whether everything works on this GPU: `make gpu-check`, about ten minutes on one card.
 
 Each check prints its figures and their limits. A check whose library is not installed is skipped by name. Without a GPU
-the checks run on the CPU with tiny shapes, and those that need a GPU are skipped. The exit code is 1 if a check failed.
-What needs two GPUs (NCCL between learner and engine, fsdp2 and tensor-parallel ranks) is not checked here.
+the checks run on the CPU with tiny shapes, and those that need a GPU are skipped. The last three need two GPUs (learner
+ranks, NCCL between learner and engine, tensor-parallel ranks) and are skipped where there is one. The exit code is 1 if
+a check failed.
 """
 
 import argparse
 import importlib.util
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,13 +19,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import gpu
-from benchmarks.card import find_peak
+from benchmarks.card import find_peak, free_bytes
 from benchmarks.gpu_checks import (
     BFLOAT16,
     Bench,
@@ -39,6 +37,8 @@ from benchmarks.gpu_checks import (
     check_sums,
     check_update,
 )
+from benchmarks.gpu_ranks import check_ranks
+from benchmarks.gpu_runs import check_nccl, check_run, check_tensor_parallel
 from benchmarks.random_batches import make_table, random_requests
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
@@ -46,8 +46,6 @@ from ppo_ray.models.loading import default_device
 from ppo_ray.plan.memory import learner_terms
 from ppo_ray.plan.sizes import ModelSizes
 from ppo_ray.rollout.engine import Engine, Sampling
-
-_RUN_S = 240.0
 
 
 def _check_engine(bench: Bench, dtype: str, engine: Engine, path: Path, limit: float) -> Iterator[Figure]:
@@ -61,6 +59,10 @@ def _check_engine(bench: Bench, dtype: str, engine: Engine, path: Path, limit: f
         yield Figure(f"{dtype} engine against learner, {when}, nats", found.metrics["mismatch/logprob_mean"], limit)
         if version == 0:
             engine.load_weights(learner.weights())
+            before = free_bytes(bench.device)
+            engine.sleep(keep_weights=False)
+            yield Figure(f"{dtype} memory that sleep frees, MiB", (free_bytes(bench.device) - before) >> 20)
+            engine.load_weights(learner.weights())  # which it has dropped, if it can
     alone = [engine.generate([request], Sampling())[0] for request in requests[:8]]
     other = sum(one.response_ids != completions[index].response_ids for index, one in enumerate(alone))
     yield Figure(f"{dtype} responses that depend on their batch, of 8", other)
@@ -75,68 +77,12 @@ def check_vllm(bench: Bench) -> Iterator[Figure]:
     os.environ.update(GPU_ENVIRONMENT if bench.on_gpu else CPU_ENVIRONMENT)
     path = bench.write_model("tiny")
     for dtype, limit in (("float32", 1e-3), ("bfloat16", BFLOAT16)):
-        engine = VLLMEngine(str(path), dtype=dtype, max_context=64, kv_cache_mib=64)
+        engine = VLLMEngine(str(path), dtype=dtype, max_context=64, kv_cache_mib=64, may_sleep=True)
         try:
             yield from _check_engine(bench, dtype, engine, path, limit)
+            yield Figure(f"{dtype} engine drops its weights in sleep", str(engine.drops_weights))
         finally:
             engine.close()
-
-
-def check_run(bench: Bench) -> Iterator[Figure]:
-    """Train a tiny model on one GPU by Ray; kill the engine in it; go on with the run."""
-    missing = [name for name in ("ray", "vllm") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Skipped(f"{' and '.join(missing)} not installed")
-    prompts = bench.folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"text": f"w{index} w{index + 1} w7"}) + "\n" for index in range(400)))
-    gpus, run, file = int(bench.on_gpu), bench.folder / "run", bench.folder / "run.yaml"
-    config = {
-        "output_dir": str(run),
-        "model": {"path": str(bench.write_model("tiny"))},
-        "prompts": {"path": str(prompts), "column": "text", "max_tokens": 8},
-        "rollout": {"gpus": gpus, "batch_size": 16, "max_response_tokens": 16, "kv_cache_mib": 64},
-        "reward": {"function": "benchmarks.random_batches:score_by_length"},
-        "ppo": {"log_ratio_clamp": 20.0},
-        "learner": {"gpus": gpus},
-        "evaluation": {"num_prompts": 8, "num_samples": 2},
-        "ray": {"placement": "colocated" if bench.on_gpu else "apart"},
-    }
-    file.write_text(json.dumps(config), encoding="utf-8")  # which is YAML too
-    command = [sys.executable, "-m", "ppo_ray", "train", str(file)]
-    root = Path(__file__).resolve().parents[1]
-    first = subprocess.Popen(
-        [*command, "steps=6"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    killed = _kill_engine(first, run / "metrics.jsonl")
-    output, _ = first.communicate(timeout=_RUN_S)
-    yield Figure("exit code of a run whose engine is killed", first.returncode, 0)
-    if first.returncode:
-        yield Figure("its last words", output.strip()[-300:])
-    yield Figure("engines killed", killed)
-    again = subprocess.run(
-        [*command, "steps=8", "--resume"], cwd=root, capture_output=True, timeout=_RUN_S, check=False
-    )
-    yield Figure("exit code of the run that goes on", again.returncode, 0)
-    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-    steps = {record["step"] for record in map(json.loads, lines) if "event" not in record}
-    yield Figure("steps missing", 8 - len(steps), 0)
-
-
-def _kill_engine(run: "subprocess.Popen[str]", metrics: Path) -> int:
-    """Kill the engine of a run after its first step; returns how many were found."""
-    deadline = time.monotonic() + _RUN_S
-    while run.poll() is None and time.monotonic() < deadline:
-        if metrics.exists() and metrics.read_text().count("\n"):
-            engines = [
-                process
-                for process in psutil.Process(run.pid).children(recursive=True)
-                if process.is_running() and "RolloutWorker" in " ".join(process.cmdline())
-            ]
-            for process in engines:
-                process.send_signal(signal.SIGKILL)
-            return len(engines)
-        time.sleep(0.05)
-    return 0
 
 
 def check_memory(bench: Bench) -> Iterator[Figure]:
@@ -166,6 +112,9 @@ CHECKS: dict[str, Check] = {
     "vllm": check_vllm,
     "run": check_run,
     "memory": check_memory,
+    "ranks": check_ranks,
+    "nccl": check_nccl,
+    "tensor_parallel": check_tensor_parallel,
 }
 """In the order in which they are made."""
 

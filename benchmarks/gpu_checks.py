@@ -22,9 +22,9 @@ from ppo_ray.models.response_lm import token_logprobs
 from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.nccl_sender import LentBuffer
 
-_FLOAT32 = 1e-4
+FLOAT32 = 1e-4
 BFLOAT16 = 0.02
-"""Largest difference between two ways to one result in bfloat16: nats per token, or of weights."""
+"""Largest differences between two ways to one result, in either dtype: nats per token, or of weights."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,12 @@ class Bench:
         return path
 
 
+def require_two(bench: Bench) -> None:
+    """Skip a check of two GPUs where there is one; a CPU stands for two, as far as the check can run there."""
+    if bench.on_gpu and torch.cuda.device_count() < 2:
+        raise Skipped("it needs two GPUs, and there is one")
+
+
 Check = Callable[[Bench], Iterator[Figure]]
 
 
@@ -91,7 +97,8 @@ def _learn(path: Path, device: str, dtype: str, **learner: Any) -> dict[str, tor
     return {name: tensor.detach().cpu().double() for name, tensor in made.named_weights()}
 
 
-def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference of two sets of weights."""
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
@@ -99,12 +106,12 @@ def check_update(bench: Bench) -> Iterator[Figure]:
     """Compare one update on the GPU with the CPU's, and with itself by other ways to the same result."""
     path, device = bench.write_model("tiny"), bench.device.type
     here = _learn(path, device, "float32")
-    yield Figure("update against the CPU's, weights", _distance(here, _learn(path, "cpu", "float32")), _FLOAT32)
+    yield Figure("update against the CPU's, weights", distance(here, _learn(path, "cpu", "float32")), FLOAT32)
     small = _learn(path, device, "float32", microbatch_tokens=64)
-    yield Figure("update in smaller passes, weights", _distance(here, small), _FLOAT32)
+    yield Figure("update in smaller passes, weights", distance(here, small), FLOAT32)
     checkpointed = _learn(path, device, "float32", gradient_checkpointing=True)
-    yield Figure("update with gradient checkpointing, weights", _distance(here, checkpointed), _FLOAT32)
-    yield Figure("update in bfloat16, weights", _distance(here, _learn(path, device, "bfloat16")), BFLOAT16)
+    yield Figure("update with gradient checkpointing, weights", distance(here, checkpointed), FLOAT32)
+    yield Figure("update in bfloat16, weights", distance(here, _learn(path, device, "bfloat16")), BFLOAT16)
 
 
 def check_logits(bench: Bench) -> Iterator[Figure]:

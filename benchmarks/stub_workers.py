@@ -31,7 +31,9 @@ class StubRollout(Worker):
         return {"time/engine_start_s": 0.0}
 
     @ray.method(num_returns=2)
-    def generate(self, prompts: PromptBatch, step: int, seed: int) -> tuple[pa.Table, dict[str, float]]:
+    def generate(
+        self, prompts: PromptBatch, step: int, seed: int, keep_weights: bool
+    ) -> tuple[pa.Table, dict[str, float]]:
         rows = [
             {
                 "sample_id": sample_id,

@@ -193,9 +193,9 @@ class LearnerWorker(Worker):
         self._publisher.release()
 
     @ray.method(concurrency_group="control")
-    def abort_transfer(self) -> None:
-        """End a broadcast that waits in vain for an engine."""
-        self._publisher.abort()
+    def abort_transfer(self, group_id: str) -> None:
+        """End a meeting or a broadcast of a NCCL group that waits in vain for an engine."""
+        self._publisher.abort(group_id)
 
     def compare(self, *shards: pa.Table) -> list[Agreement]:
         """Compare the engines' log-probabilities of what they generated with the learner's; see `WeightProbe`."""

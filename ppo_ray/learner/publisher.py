@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ppo_ray.learner.learner import PPOLearner
-    from ppo_ray.weights.nccl_sender import LentBuffer, NCCLSender
+    from ppo_ray.weights.nccl_sender import LentBuffer
 
 
 class WeightPublisher:
@@ -33,6 +33,8 @@ class WeightPublisher:
         Raises:
             InputError: the environment sets torch's memory up so that it cannot be lent by CUDA IPC.
         """
+        from ppo_ray.weights.nccl_sender import NCCLSender  # loads torch
+
         self._transport, self._leads = weight_transport(config), leads
         for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
             if self._transport == "ipc" and "expandable_segments:true" in os.environ.get(variable, "").lower():
@@ -48,7 +50,7 @@ class WeightPublisher:
         self._tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]] = list
         self._rest: Iterator[tuple[str, torch.Tensor]] = iter(())
         self._lent: LentBuffer | None = None
-        self._nccl: NCCLSender | None = None
+        self._nccl, self._has_joined = NCCLSender(), False
 
     @property
     def wire(self) -> Wire:
@@ -84,10 +86,12 @@ class WeightPublisher:
         return snapshot.manifest, list(snapshot.buckets), agreed.checksum
 
     def join(self, group_id: str, world_size: int) -> None:
-        """Join a NCCL group with engines."""
-        from ppo_ray.weights.nccl_sender import NCCLSender
+        """Join a NCCL group with engines; the first rank does.
 
-        self._nccl = self._nccl or NCCLSender()
+        Raises:
+            WorkerError: as `NCCLSender.join`.
+        """
+        self._has_joined = True
         self._nccl.join(group_id, world_size, self._wire.bucket_bytes)
 
     def send(self, policy_version: int) -> None:
@@ -97,7 +101,7 @@ class WeightPublisher:
             WorkerLost: they are not of that version; names the learner.
         """
         manifest = self._check_version(policy_version)
-        if self._nccl is not None:
+        if self._has_joined:
             self._nccl.send(manifest, self._tensors())
             return
         for _ in self._tensors():
@@ -133,10 +137,9 @@ class WeightPublisher:
         if torch.cuda.is_available():
             torch.cuda.ipc_collect()
 
-    def abort(self) -> None:
-        """End a broadcast that waits in vain, from another thread; the group is unusable afterwards."""
-        if self._nccl is not None:
-            self._nccl.leave()
+    def abort(self, group_id: str) -> None:
+        """End a meeting or a broadcast that waits in vain, from another thread; the group is unusable afterwards."""
+        self._nccl.leave(group_id)
 
     def _check_version(self, policy_version: int) -> WeightManifest:
         version = None if self._learner is None else self._learner.policy_version

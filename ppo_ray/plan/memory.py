@@ -3,6 +3,7 @@
 `docs/gpus.md` compares them with measurements.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -190,7 +191,7 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
     adapted = config.model.lora is not None  # then nothing else in the models has a gradient
 
     def masks(what: str, layers: int) -> list[Term]:
-        width = _row_width(config)
+        width = widest_row(config, policy.hidden)
         how = f"{tokens} tokens x {width} x {layers} layers x {size} bytes"
         return [Term(what, how, tokens * width * layers * size, device, "at work")] if device == "gpu" else []
 
@@ -231,9 +232,19 @@ def _is_shared(config: Config) -> bool:
     return config.learner.sharding == "fsdp2" and config.learner.workers > 1
 
 
-def _row_width(config: Config) -> int:
-    """Return the tokens of a packed row, at most: one sequence, or several short ones."""
-    return max(_SHORTEST_ROW, config.prompts.max_tokens + config.rollout.max_response_tokens)
+def widest_row(config: Config, hidden: int) -> int:
+    """Return the tokens of a packed row, at most: one sequence, several short ones, or several that begin alike.
+
+    As `models/packing.py` lays them out, where prompts have all in common that they can: rows are filled up to that
+    width, or a quarter more.
+
+    Args:
+        config: of the run.
+        hidden: width of the policy's states, by which it pays to share the beginnings of prompts.
+    """
+    longest = config.prompts.max_tokens + config.rollout.max_response_tokens
+    narrowest = max(_SHORTEST_ROW, longest, math.isqrt(4 * config.prompts.max_tokens * hidden))
+    return max(longest, min(config.learner.microbatch_tokens, narrowest + narrowest // 4))
 
 
 def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:

@@ -48,8 +48,17 @@ class RolloutWorker(Worker):
         return self._waits
 
     @ray.method(num_returns=2)
-    def generate(self, prompts: PromptBatch, step: int, seed: int) -> tuple[pa.Table, dict[str, float]]:
-        """Sample one response per row; returns a table of `trajectory.SCHEMA`, without scores, and metrics."""
+    def generate(
+        self, prompts: PromptBatch, step: int, seed: int, keep_weights: bool = True
+    ) -> tuple[pa.Table, dict[str, float]]:
+        """Sample one response per row; returns a table of `trajectory.SCHEMA`, without scores, and metrics.
+
+        Args:
+            prompts: what is answered.
+            step: of the run.
+            seed: of the run, or of an evaluation.
+            keep_weights: as in `RolloutGroup.generate`.
+        """
         start = time.perf_counter()
         limits = prompts.max_response_tokens or draw_limits(self._config.rollout, seed, step, prompts.addresses)
         requests = [
@@ -64,7 +73,7 @@ class RolloutWorker(Worker):
         if prompts.temperature is not None:
             sampling = replace(sampling, temperature=prompts.temperature)
         completions = self._engine.generate(requests, sampling)
-        self._rest()
+        self._rest(keep_weights)
         rows = []
         for sample_id, request, completion in zip(prompts.sample_ids, requests, completions, strict=True):
             prompt, response = decode_pair(self._tokenizer, request.prompt_ids, completion.response_ids)
@@ -114,10 +123,10 @@ class RolloutWorker(Worker):
         if hasattr(self, "_engine"):
             self._engine.close()
 
-    def _rest(self) -> None:
+    def _rest(self, keep_weights: bool = True) -> None:
         """Leave the GPU to those that share it, until this worker's next turn."""
         if self._config.ray.placement == "colocated":
-            self._engine.sleep()
+            self._engine.sleep(keep_weights)
 
     def _ack(self, manifest: WeightManifest, start: float) -> WeightAck:
         seconds = time.perf_counter() - start

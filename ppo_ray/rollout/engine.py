@@ -77,10 +77,14 @@ class Engine(Protocol):
         """
         ...
 
-    def sleep(self) -> None:
-        """Leave the GPU to others; the next `generate` or `load_weights` wakes the engine, with the weights it had.
+    def sleep(self, keep_weights: bool = True) -> None:
+        """Leave the GPU to others; the next `generate` or `load_weights` wakes the engine.
 
         On a CPU it changes nothing.
+
+        Args:
+            keep_weights: whether the next `generate` is for the same weights. Else an engine may drop them; it is lost
+                if it is asked before others have come.
         """
         ...
 

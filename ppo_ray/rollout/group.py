@@ -67,14 +67,21 @@ class RolloutGroup:
         answers: list[str | None] = self._group.call("telling limits", lambda handle: handle.describe_limits.remote())
         return answers[0]
 
-    def generate(self, prompts: PromptBatch, step: int, seed: int | None = None) -> Shards:
+    def generate(self, prompts: PromptBatch, step: int, seed: int | None = None, keep_weights: bool = False) -> Shards:
         """Deal the prompts out in order, one shard per worker, and begin to sample; returns at once.
 
         The metrics of the shards tell how long the weights that sample them took to arrive.
+
+        Args:
+            prompts: what is answered.
+            step: of the run.
+            seed: that the samples are drawn from; None: the run's.
+            keep_weights: whether the engines are asked again before new weights come. A colocated engine copies them to
+                the host then, else it may drop them. One that is asked all the same is replaced.
         """
         seed = self._config.seed if seed is None else seed
         shards = prompts.split(self._config.rollout.workers)
-        calls = [_generate_call(shard, step, seed) for shard in shards]
+        calls = [_generate_call(shard, step, seed, keep_weights) for shard in shards]
         timeout_s = self._config.ray.call_timeout_s
         return Shards(self._group, "generating", calls, timeout_s, metrics=self._weight_metrics)
 
@@ -110,7 +117,11 @@ class RolloutGroup:
         Raises:
             WorkerError: an engine does not compute with what it was sent; names it.
         """
-        self.load_weights(learner.publish(moved=True))
+        weights = learner.publish(moved=True)
+        self.load_weights(weights)
+        if self._config.ray.placement == "colocated":  # what engines compute after they have dropped weights, too
+            self.generate(prompts, 0).wait()
+            self.load_weights(weights)
         calls = [_generate_call(prompts, 0, self._config.seed)] * self._config.rollout.workers
         timeout_s = self._config.ray.call_timeout_s
         agreements = learner.compare(Shards(self._group, "generating for a check", calls, timeout_s))
@@ -131,5 +142,5 @@ class RolloutGroup:
             check_acks(self._weights, [self._transport.send_to(self._weights, self._group, member)])
 
 
-def _generate_call(shard: PromptBatch, step: int, seed: int) -> ShardCall:
-    return lambda handle, _: handle.generate.remote(shard, step, seed)
+def _generate_call(shard: PromptBatch, step: int, seed: int, keep_weights: bool = False) -> ShardCall:
+    return lambda handle, _: handle.generate.remote(shard, step, seed, keep_weights)

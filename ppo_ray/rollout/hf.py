@@ -105,8 +105,8 @@ class HFEngine:
                     parameters[name].copy_(tensor)
         self.policy_version = snapshot.policy_version
 
-    def sleep(self) -> None:
-        """Move the weights to the host's memory; see `Engine.sleep`."""
+    def sleep(self, keep_weights: bool = True) -> None:
+        """Move the weights to the host's memory, in any case; see `Engine.sleep`."""
         self._model.to("cpu")
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

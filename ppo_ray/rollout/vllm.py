@@ -19,6 +19,7 @@ from ppo_ray.errors import WorkerError, WorkerLost, first_line
 from ppo_ray.plan.demand import CPU_ALLOCATION
 from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling, check_finite, check_requests
 from ppo_ray.rollout.support import ADVICE
+from ppo_ray.rollout.vllm_sleep import Sleep
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.snapshot import WeightSnapshot
 
@@ -100,7 +101,6 @@ class VLLMEngine:
         from ppo_ray.rollout.vllm_receiver import BACKENDS, WorkerExtension
 
         self.policy_version = -1
-        self._asleep: set[str] = set()
         on_gpu = torch.cuda.is_available()
         self._half_loaded = False
         try:
@@ -130,6 +130,7 @@ class VLLMEngine:
             # what vLLM does not have on this machine it may only tell when it is asked
             first = vllm.SamplingParams(max_tokens=1, detokenize=False)
             self._llm.generate([vllm.TokensPrompt(prompt_token_ids=[0])], first, use_tqdm=False)
+            self._sleep = Sleep(self._llm, may_sleep and on_gpu)
         except Exception as error:  # of vLLM's, pydantic's and torch's; their words may be pages
             raise WorkerError(f"vLLM does not start with {path!r}: {_explain(error)}. {ADVICE}") from error
         config = self._llm.llm_engine.model_config.hf_text_config
@@ -145,13 +146,14 @@ class VLLMEngine:
         Raises:
             WorkerError: a request cannot be served, or the model's log-probabilities are not finite; see
                 `check_requests` and `check_finite`.
-            WorkerLost: an update broke off; the weights are of two policies.
+            WorkerLost: an update broke off, so that the weights are of two policies, or they were dropped in `sleep`.
         """
         import vllm
 
         self._check_whole()
+        self._sleep.check_weights()
         check_requests(requests, self._vocab_size, self._max_context)
-        self._wake("weights", "kv_cache")
+        self._sleep.wake("weights", "kv_cache")
         prompts = [vllm.TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
         params = [
             vllm.SamplingParams(
@@ -228,7 +230,7 @@ class VLLMEngine:
             self._finish(manifest)
 
     def _begin(self, manifest: WeightManifest, verified: bool) -> None:
-        self._wake("weights")
+        self._sleep.wake("weights")
         self._llm.collective_rpc("begin_check", args=(manifest, not verified))
         self.policy_version, self._half_loaded = -1, True
         self._llm.start_weight_update()
@@ -236,7 +238,8 @@ class VLLMEngine:
     def _finish(self, manifest: WeightManifest) -> None:
         self._llm.collective_rpc("end_check")
         self._llm.finish_weight_update(weight_version=str(manifest.policy_version))
-        self._wake("kv_cache")  # only now: while weights are loaded some of them are there twice
+        self._sleep.end_update()
+        self._sleep.wake("kv_cache")  # only now: while weights are loaded some of them are there twice
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise WorkerError(
                 "vLLM did not drop its prefix cache after new weights; its answers would mix two policies"
@@ -257,20 +260,14 @@ class VLLMEngine:
         if self._half_loaded:
             raise WorkerLost("its last weight update broke off: its layers are of two policies, and it cannot go back")
 
-    def sleep(self) -> None:
-        """Keep the weights in the host's memory and drop the KV cache; see `Engine.sleep`.
+    def sleep(self, keep_weights: bool = True) -> None:
+        """Drop the KV cache, and keep the weights in the host's memory or drop them too; see `Engine.sleep`."""
+        self._sleep.begin(keep_weights)
 
-        vLLM's level 1: level 2 drops the weights too, but the same weights may be asked again before others come.
-        """
-        if not self._asleep:
-            self._llm.sleep(level=1)
-            self._asleep = {"weights", "kv_cache"}
-
-    def _wake(self, *parts: str) -> None:
-        """Bring back what is asleep of `weights` and `kv_cache`; when both are there, vLLM takes requests again."""
-        if asleep := [part for part in parts if part in self._asleep]:
-            self._llm.wake_up(asleep)
-            self._asleep -= set(asleep)
+    @property
+    def drops_weights(self) -> bool:
+        """Whether a sleep that need not keep weights drops them: after the first sync, where nothing else is lost."""
+        return self._sleep.can_drop
 
     def close(self) -> None:
         """Free the model and its caches."""

@@ -21,6 +21,7 @@ from ppo_ray.config import Transport
 from ppo_ray.errors import WorkerError
 from ppo_ray.models.tensors import list_names
 from ppo_ray.rollout import vllm_loader as vllm_loader  # registers the load formats
+from ppo_ray.rollout.vllm_sleep import find_strays, find_unwritten, let_others_grow, weight_spans
 from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.manifest import TensorEntry, WeightManifest
 from ppo_ray.weights.nccl_sender import view_tensor
@@ -84,6 +85,8 @@ class CheckedBackend:
 
     model: Any
     checked: CheckedModel
+    unwritten: list[str]
+    """Parameters that the last update left as they were."""
 
     def start_weight_update(self) -> None:
         """Let the backend begin, with experts that are not packed: vLLM then packs them as it does at its start."""
@@ -109,6 +112,7 @@ class CheckedBackend:
         Raises:
             WorkerError: a layer is as it was, and has no weights but packed ones.
         """
+        self.unwritten = find_unwritten(self.model)
         super().finish_weight_update()  # type: ignore[misc]
         names = {layer: name for name, layer in self.model.named_modules()}
         same = [layer for layer, packed in self._packed.items() if layer.cpu_linear is packed]
@@ -124,6 +128,17 @@ class WorkerExtension:
     """Mixin of vLLM's worker; vLLM imports this module in the worker's process, which registers the backends."""
 
     weight_transfer_engine: Any
+    sleep_mode_backend: Any
+    sleep: Any
+
+    def let_others_grow(self) -> None:
+        """Let this worker sleep although others on its GPU take memory meanwhile; see `vllm_sleep.let_others_grow`."""
+        self.sleep = let_others_grow(self.sleep, lambda: self.sleep_mode_backend.state())
+
+    def find_lost(self) -> list[str]:
+        """Name what a sleep of level 2 would lose and an update as the last one would not bring back."""
+        backend = self.weight_transfer_engine
+        return [*backend.unwritten, *find_strays(backend.model, weight_spans())]
 
     def begin_check(self, manifest: WeightManifest, summed: bool) -> None:
         """Prepare the check of the next update; arguments as in `CheckedModel`."""

@@ -100,7 +100,8 @@ def score_held_out(
         prefix = _prefix(name)
         num_prompts = options.sets[name].num_prompts if name else options.num_prompts
         asked = repeat_prompts(prompts, num_prompts, options.samples_per_prompt)
-        scored = reward.score(rollout.generate(replace(asked, temperature=options.temperature), 0, EVALUATION_SEED))
+        asked = replace(asked, temperature=options.temperature)
+        scored = reward.score(rollout.generate(asked, 0, EVALUATION_SEED, keep_weights=True))
         table, rows = reward.summarize(scored, min(options.num_samples, len(prompts.sample_ids)))
         figures = dict(summarize_evaluation(table, options, num_prompts, prefix))
         if learner is not None:

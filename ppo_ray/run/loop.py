@@ -64,14 +64,14 @@ def run_with_refills(run: Run, actors: Actors) -> None:
         for step in range(run.state.step, config.steps):
             evaluate_when_due(run, actors)
             batch = prompts.take(config.rollout.batch_size)
-            rounds = [actors.reward.score(actors.rollout.generate(batch, step))]
+            rounds = [actors.reward.score(actors.rollout.generate(batch, step, keep_weights=True))]
             missing, num_refilled = actors.reward.count_flat(rounds[0]), 0
             for _ in range(config.rollout.max_refills if missing else 0):
                 batch = prompts.take(missing * size, may_be_none=True)
                 num_refilled += missing
                 missing = batch.num_skipped
                 if batch.sample_ids:
-                    rounds.append(actors.reward.score(actors.rollout.generate(batch, step)))
+                    rounds.append(actors.reward.score(actors.rollout.generate(batch, step, keep_weights=True)))
                     missing += actors.reward.count_flat(rounds[-1])
                 if not missing:
                     break

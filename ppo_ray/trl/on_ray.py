@@ -115,7 +115,7 @@ class OnRay:
         sample_ids = tuple(range(self._sampled, self._sampled + len(prompts)))
         self._sampled += len(prompts)
         batch = PromptBatch(sample_ids, tuple(tuple(prompt.tolist()) for prompt in prompts), limits)
-        table = self._rollout.generate(batch, self._version).fetch()
+        table = self._rollout.generate(batch, self._version, keep_weights=True).fetch()
         responses = [torch.from_numpy(ids.astype(np.int64)) for ids in trajectory.ragged(table, "response_ids")]
         if call.return_prompt:
             responses = [torch.cat([prompt.cpu(), ids]) for prompt, ids in zip(prompts, responses, strict=True)]

@@ -8,12 +8,15 @@ for it.
 
 import base64
 import contextlib
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
+from ppo_ray.errors import WorkerError
 from ppo_ray.weights.manifest import TensorEntry, WeightManifest
 from ppo_ray.weights.snapshot import NUM_BUFFERS
 
@@ -35,6 +38,8 @@ class NCCLSender:
     def __init__(self) -> None:
         """Start outside any group."""
         self._sender: Any = None
+        self._meeting: Future[Any] = Future()
+        self._abandoned: str | None = None
 
     def join(self, group_id: str, world_size: int, buffer_bytes: int) -> None:
         """Join a group together with the engines; an earlier group is left.
@@ -43,6 +48,9 @@ class NCCLSender:
             group_id: of the new group.
             world_size: ranks of the group: this one and those of the engines.
             buffer_bytes: bytes per broadcast, as the engines are told.
+
+        Raises:
+            WorkerError: `leave` was called before all had come, or before this call.
         """
         from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
@@ -55,9 +63,12 @@ class NCCLSender:
             packed_buffer_size_bytes=buffer_bytes,
             packed_num_buffers=NUM_BUFFERS,
         )
-        device = torch.accelerator.current_device_index()
-        with _keep_stream():
-            sender.model_update_group = uid_init_process_group(base64.b64decode(group_id), 0, world_size, device)
+        given = base64.b64decode(group_id), 0, world_size, torch.accelerator.current_device_index()
+        self._meeting = meeting = Future[Any]()
+        if group_id == self._abandoned:
+            self.leave(group_id)
+        threading.Thread(target=_meet, args=(meeting, lambda: uid_init_process_group(*given)), daemon=True).start()
+        sender.model_update_group = meeting.result()
         self._sender = sender
 
     def send(self, manifest: WeightManifest, tensors: NamedTensors) -> None:
@@ -71,11 +82,35 @@ class NCCLSender:
         with _keep_stream():
             self._sender.send_weights()
 
-    def leave(self) -> None:
-        """Abort the group, from any thread; a broadcast that waits for a lost engine ends."""
+    def leave(self, abandoned: str | None = None) -> None:
+        """Leave the group, from any thread; a meeting or a broadcast that waits for a lost engine ends.
+
+        Args:
+            abandoned: id of a group that is not to be joined from now on.
+        """
+        self._abandoned = abandoned or self._abandoned
+        with contextlib.suppress(InvalidStateError):
+            self._meeting.set_exception(WorkerError("the meeting of the NCCL group was left: not all of it came"))
         sender, self._sender = self._sender, None
         if sender is not None:
             sender.shutdown()
+
+
+def _meet(meeting: Future[Any], join: Callable[[], Any]) -> None:
+    """Join a group in a thread of its own: NCCL waits there without a limit, and nobody can call it back.
+
+    A thread that is left waits on for an engine that is gone; it holds nothing that another meeting needs.
+    """
+    try:
+        group = join()
+    except BaseException as error:  # whatever it is, whoever waits for the meeting raises it
+        with contextlib.suppress(InvalidStateError):
+            meeting.set_exception(error)
+        return
+    try:
+        meeting.set_result(group)
+    except InvalidStateError:
+        group.destroy()  # they came when nobody waited any more
 
 
 class LentBuffer:

@@ -119,6 +119,7 @@ class NCCLTransport:
         self._gpus = config.rollout.tensor_parallel
         self._limit_s, self._ping_s = config.ray.transfer_timeout_s, config.ray.ping_timeout_s
         self._buffer_bytes = config.rollout.weight_bucket_mib << 20
+        self._group_id = ""
         self._connected: list[Member] = []
         self._broken: list[Member] = []
 
@@ -162,24 +163,24 @@ class NCCLTransport:
             return
         self._connected = []
         asked = {learner.handle.join_transfers.remote(None): learner}
-        (group_id,) = engines.gather(asked, "preparing a group for NCCL", self._limit_s)
+        (self._group_id,) = engines.gather(asked, "preparing a group for NCCL", self._limit_s)
         calls, world_size = {}, 1 + len(receivers) * self._gpus
         for index, engine in enumerate(receivers):
-            init = engine_init(group_id, 1 + index * self._gpus, world_size, self._buffer_bytes)
+            init = engine_init(self._group_id, 1 + index * self._gpus, world_size, self._buffer_bytes)
             calls[engine.handle.connect.remote(init)] = engine
-        calls[learner.handle.join_transfers.remote(group_id, world_size)] = learner
+        calls[learner.handle.join_transfers.remote(self._group_id, world_size)] = learner
         engines.gather(calls, "meeting in a group for NCCL", self._limit_s)
         self._connected = wanted
 
     def _free(self, learner: Member, engines: ActorGroup) -> None:
-        """End the learner's part in a broadcast that waits in vain.
+        """End the learner's part in a meeting or a broadcast that waits in vain.
 
         Raises:
             WorkerLost: the learner stays in it: its state is out of reach.
         """
-        doing = "leaving a weight sync by NCCL that broke off"
-        for call in (learner.handle.abort_transfer, learner.handle.release_weights):
-            engines.gather({call.remote(): learner}, doing, self._ping_s, "ray.ping_timeout_s")
+        doing, limit = "leaving a weight sync by NCCL that broke off", (self._ping_s, "ray.ping_timeout_s")
+        engines.gather({learner.handle.abort_transfer.remote(self._group_id): learner}, doing, *limit)
+        engines.gather({learner.handle.release_weights.remote(): learner}, doing, *limit)
 
 
 def engine_init(group_id: str, first_rank: int, world_size: int, buffer_bytes: int) -> dict[str, Any]:

@@ -87,3 +87,9 @@ def test_no_secret_gets_into_a_layer(extra: str) -> None:
     for name, rest in instructions(extra):
         assert name != "ARG"  # build arguments stay in the image's history
         assert not re.search(r"(TOKEN|PASSWORD|SECRET|_KEY)=", rest, re.IGNORECASE)
+
+
+def test_cudas_compiler_is_found_where_there_are_gpus() -> None:
+    """FlashInfer, vLLM's first choice on Blackwell, is left out without it."""
+    set_to = dict(rest.split("=", 1) for name, rest in instructions("gpu") if name == "ENV" and "CUDA" in rest)
+    assert set_to["CUDA_HOME"].endswith("/nvidia/cu13") and set_to["PATH"].startswith("$CUDA_HOME/bin:")

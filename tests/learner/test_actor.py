@@ -55,6 +55,16 @@ def test_what_is_held_is_saved_restored_and_learnt_from(tiny_policy: Path, tmp_p
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
+def test_attention_has_the_same_kernels_whatever_sends_the_weights(
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM, which NCCL alone loads into the learner, turns cuDNN's attention off."""
+    chosen: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
+    started(tiny_policy, tmp_path)
+    assert chosen == [False]
+
+
 def test_what_is_too_stale_is_not_learnt_from(tiny_policy: Path, tmp_path: Path) -> None:
     worker = started(tiny_policy, tmp_path)
     for step in (0, 1):

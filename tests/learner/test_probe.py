@@ -37,6 +37,14 @@ def test_every_tensor_is_moved_and_put_back(tiny_policy: Path) -> None:
         assert relative == pytest.approx(0.1, rel=0.2), name
 
 
+def test_the_move_is_drawn_where_the_policy_is(tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host draws billions of normals in minutes; a device that can draw none shows where it is done."""
+    learner = make_learner(tiny_policy)
+    monkeypatch.setattr(type(learner._policy), "device", torch.device("meta"))
+    with pytest.raises(RuntimeError, match="META device type"), learner.probe().move():
+        raise AssertionError("drawn elsewhere")
+
+
 def test_moved_weights_are_those_that_arrive(tiny_policy: Path) -> None:
     """So that what a wire rounds away is no difference between engine and learner."""
     learner = make_learner(tiny_policy)

@@ -1,10 +1,13 @@
 import pickle
+from pathlib import Path
 
 import pytest
 
 from ppo_ray.config import load_config
 from ppo_ray.errors import InputError, WorkerLost
 from ppo_ray.learner.publisher import WeightPublisher
+from ppo_ray.weights import manifest
+from tests.learning import make_learner
 
 
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
@@ -23,3 +26,19 @@ def test_memory_that_cannot_be_lent_is_refused(monkeypatch: pytest.MonkeyPatch) 
     WeightPublisher(load_config(None, options), leads=True)
     with pytest.raises(InputError, match="PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True.*object_store"):
         WeightPublisher(load_config(None, [*options, "rollout.weight_transport=ipc"]), leads=True)
+
+
+def test_ranks_on_gpus_compare_sums_and_only_the_first_brings_its_weights_to_the_host(
+    tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make_learner(tiny_policy)
+    options = ["output_dir=o", f"model.path={tiny_policy}", "prompts.path=p", "reward.path=r", "learner.workers=2"]
+    options += ["learner.gpus=1", "rollout.weight_transport=object_store"]
+    first, second = (WeightPublisher(load_config(None, options), leads) for leads in (True, False))
+    _, buckets, agreed = first.publish(learner)
+    assert buckets[0] is not None
+    monkeypatch.setattr(manifest, "byte_checksum", lambda tensor: 1 // 0)  # which copies to the host
+    found, others, also_agreed = second.publish(learner)
+    assert (found.method, set(others), also_agreed) == ("sums", {None}, agreed)
+    dict(learner.named_weights())["model.norm.weight"].data[3] += 1
+    assert second.publish(learner)[2] != agreed

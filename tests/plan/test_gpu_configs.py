@@ -62,6 +62,10 @@ def place_models(name: str, folder: Path, policy: Any = None) -> list[str]:
 @pytest.mark.parametrize("name", MACHINES)
 def test_a_config_fits_its_machine_and_generation_does_not_wait(name: str, tmp_path: Path) -> None:
     config = load_config(CONFIGS / f"{name}.yaml", place_models(name, tmp_path))
-    plan = make_plan(config, MACHINES[name], ModelSizes.read(config))
+    sizes = ModelSizes.read(config)
+    plan = make_plan(config, MACHINES[name], sizes)
+    assert config.ray.start_timeout_s >= 300 + 30 * (
+        sizes.policy.parameters // 10**9
+    )  # loading, compiling, capturing graphs
     assert plan.shortages == () and plan.warnings == ()
     assert config.ppo.log_ratio_clamp is not None and config.model.dtype == "bfloat16"

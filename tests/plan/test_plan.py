@@ -1,8 +1,10 @@
 """What a run holds in memory, worked by hand for the tiny models and held against what they really hold."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -10,9 +12,11 @@ from typer.testing import CliRunner, Result
 from ppo_ray.cli import app
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError
+from ppo_ray.learner.batch import Layout, ResponseBatch
+from ppo_ray.learner.ranks import Ranks
 from ppo_ray.plan import ClusterShape, ModelSizes, Plan, make_plan
 from ppo_ray.plan.cluster import GIB
-from ppo_ray.plan.memory import Term
+from ppo_ray.plan.memory import Term, widest_row
 from tests.learning import make_learner, make_table
 
 MIB = 1 << 20
@@ -121,8 +125,24 @@ def test_on_one_gpu_the_hungriest_of_all_counts_where_they_take_turns(configured
     assert apart.gpus[1].needed == engine + (4000 + 256) * MIB
     halves = configured("rollout.gpus=0.5", "learner.gpus=0.5", "rollout.dtype=bfloat16")  # nobody waits for the other
     (gpu,) = planned(halves, ClusterShape.uniform(1, 8, 1, 64 * GIB, 8 * GIB)).gpus
-    masks = 100 * 64 * 2 * 4
+    masks = 100 * 80 * 2 * 4  # rows of 64 tokens, or a quarter more
     assert gpu.needed == engine + learning + masks + 12 * TRAINED + 4 * POLICY + (4000 + 1000) * MIB
+
+
+def test_no_row_is_wider_than_planned_and_some_are_as_wide(configured: Configured) -> None:
+    """Where responses share their prompt, rows are wider than any sequence; packed by the learner's own code."""
+    options = ("prompts.max_tokens=60", "rollout.max_response_tokens=20", "learner.microbatch_tokens=256")
+    planned_width = widest_row(configured(*options), 128)
+    assert planned_width == 175 + 43  # the root of 4 x 60 x 128, and a quarter
+    rng, widest = np.random.default_rng(0), 0
+    layout = Layout(256, 64, torch.device("cpu"), Ranks(), hidden_size=128)
+    for _ in range(150):
+        number, num_prompts = rng.integers((2, 1), (60, 4)).tolist()
+        prompts = [rng.integers(1, 500, rng.integers(16, 61)) for _ in range(num_prompts)]
+        table = make_table(number, lengths=[(1, int(length)) for length in rng.integers(1, 21, number)])
+        batch = replace(ResponseBatch.from_table(table), prompt_ids=[prompts[i % num_prompts] for i in range(number)])
+        widest = max(widest, *(rows.input_ids.shape[1] for rows in layout.passes(batch, np.arange(number))))
+    assert 0.8 * planned_width < widest <= planned_width
 
 
 def test_ranks_of_an_engine_share_its_weights(configured: Configured) -> None:
@@ -150,7 +170,7 @@ def test_ranks_of_a_learner_share_its_state_and_gather_layers(configured: Config
         "a layer's gradients that are being reduced": (2 * LAYER + 128) // 2 * (2 + 4),
         "activations": 100 * 2 * 128 * 2,
         "a layer's backward pass": 100 * (14 * 128 + 6 * 256) * 2,
-        "a layer's attention mask": 100 * 64 * 2,
+        "a layer's attention mask": 100 * 80 * 2,
         "a bucket of weights (nccl)": 256 * MIB,
         "a checkpoint on its way to the disk": 12 * TRAINED,
     }

@@ -32,15 +32,15 @@ class Recorder:
     def load_weights(self, snapshot: WeightSnapshot) -> None:
         self.calls.append("load_weights")
 
-    def sleep(self) -> None:
-        self.calls.append("sleep")
+    def sleep(self, keep_weights: bool = True) -> None:
+        self.calls.append("sleep" if keep_weights else "drop")
 
 
 @pytest.mark.parametrize(
     ("placement", "calls"),
     [
         ("apart", ["generate", "load_weights", "generate"]),
-        ("colocated", ["sleep", "generate", "sleep", "load_weights", "generate", "sleep"]),
+        ("colocated", ["sleep", "generate", "drop", "load_weights", "generate", "sleep"]),
     ],
 )
 def test_an_engine_sleeps_when_its_turn_is_over(
@@ -52,10 +52,10 @@ def test_an_engine_sleeps_when_its_turn_is_over(
     worker = RolloutWorker.__ray_metadata__.modified_class("rollout-0")
     worker.setup(load_config(None, [*base, f"ray.placement={placement}"]))
     prompts = PromptBatch((0, 1), ((7, 8), (9,)))
-    table, _ = worker.generate(prompts, 0, 0)
+    table, _ = worker.generate(prompts, 0, 0, keep_weights=False)
     worker.load_weights(WeightManifest(3, "xxh3", ()), [])
-    worker.generate(prompts, 0, 0)
-    assert table.num_rows == 2
+    worker.generate(prompts, 0, 0, keep_weights=True)
+    assert table.num_rows == 2 and set(table.column("policy_version").to_pylist()) == {3}
     assert engine.calls == calls
 
 

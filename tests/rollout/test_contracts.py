@@ -46,6 +46,9 @@ CALLED = {
     f"{TRANSFER}.packed_tensor.PackedBufferImporter.close": "self",
     f"{RELOAD}.initialize_layerwise_reload": "model",
     f"{RELOAD}.finalize_layerwise_reload": "",
+    f"{RELOAD}.layerwise.get_layerwise_info": "layer",
+    "vllm.device_allocator.get_mem_allocator_instance": "",
+    "vllm.v1.worker.gpu_worker.Worker.sleep": "level",
     "torch.distributed.fsdp.fully_shard": "module mesh mp_policy reshard_after_forward",
     "torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor": "factor",
     "torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms": "enable",
@@ -76,6 +79,8 @@ FIELDS = {
         "gpu_memory_utilization hf_overrides block_size"
     ),
     "vllm.config.WeightTransferConfig": "backend",
+    "vllm.device_allocator.AllocationData": "handle tag",
+    f"{RELOAD}.types.LayerReloadingInfo": "load_numel load_numel_total kernel_tensors",
     "torch.distributed.fsdp.MixedPrecisionPolicy": "param_dtype reduce_dtype cast_forward_inputs",
 }
 
@@ -140,6 +145,7 @@ def test_attention_in_float32_is_not_cut_to_tensorfloat(monkeypatch: pytest.Monk
     monkeypatch.setenv("TRITON_F32_DEFAULT", environment["TRITON_F32_DEFAULT"])
     assert triton.knobs.language.fp32_default == "ieee"
     assert "VLLM_BATCH_INVARIANT" not in environment
+    assert environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
     invariant = rollout_spec(load_config(None, [*options, "rollout.gpus=1", "rollout.batch_invariant=true"]))
     assert invariant.environment["VLLM_BATCH_INVARIANT"] == "1"
     on_cpu = rollout_spec(load_config(None, [*options[:-1]])).environment

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ppo_ray.errors import WorkerError
+from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.rollout.engine import Engine, GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
 from ppo_ray.weights.snapshot import WeightSnapshot, Wire
@@ -159,3 +160,22 @@ def test_sleep_changes_no_answer(engine: Engine, tiny_policy: Path) -> None:
     engine.load_weights(snapshot_of(model, 12))
     engine.sleep()
     assert engine.policy_version == 12
+
+
+@pytest.mark.slow
+def test_an_update_brings_back_every_weight_that_a_sleep_has_dropped(
+    vllm_engine: Any, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's level 2 leaves garbage in the memory of weights; a CPU's stays, so garbage is written there."""
+    vllm_engine.load_weights(snapshot_of(reference(tiny_policy), 20))
+    worker = vllm_engine._llm.llm_engine.model_executor.driver_worker
+    assert worker.weight_transfer_engine.unwritten == []
+    monkeypatch.setattr(vllm_engine._sleep, "_can_drop", True)
+    vllm_engine.sleep(keep_weights=False)
+    for parameter in worker.get_model().parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(WorkerLost, match="dropped its weights"):
+        vllm_engine.generate(REQUESTS, SAMPLED)
+    model = reference(tiny_policy, noise=0.1)
+    vllm_engine.load_weights(snapshot_of(model, 21))
+    assert largest_difference(model, vllm_engine.generate(REQUESTS, SAMPLED)) < 1e-4

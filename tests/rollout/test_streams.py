@@ -75,14 +75,23 @@ def broadcast(gpu: LateGPU, patch: pytest.MonkeyPatch) -> bool:
     """Send weights by NCCL and update them again; says whether the engine has those that were published."""
     import vllm.distributed.weight_transfer.packed_tensor as packed
     from vllm.distributed.weight_transfer import nccl_common
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
     weights, sent, loaded = Weights(), [], {}  # type: ignore[var-annotated]
     patch.setattr(nccl_common, "uid_init_process_group", lambda *_: Group(gpu, 0, sent))
     patch.setattr(packed, "_get_streams", lambda device, count: [gpu.stream() for _ in range(count)])
+    send = NCCLTrainerWeightTransferEngine.send_weights
+
+    def send_elsewhere(engine: Any) -> None:
+        send(engine)
+        torch.cuda.set_stream(gpu.stream())  # as vLLM does where it is used for the first time
+
+    patch.setattr(NCCLTrainerWeightTransferEngine, "send_weights", send_elsewhere)
     sender = nccl_sender.NCCLSender()
     with gpu:
         sender.join("", 2, BUCKET)
         sender.send(publish(weights), weights.named())
+        assert gpu.current is gpu.streams[0]  # the learner's own, whatever vLLM has changed
         weights.update()  # the next step's
         engine = gpu.stream("engine")
         with gpu.on(engine):

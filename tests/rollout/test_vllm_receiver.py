@@ -7,6 +7,7 @@ import contextlib
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.publisher import WeightPublisher
 from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT, VLLMEngine
-from ppo_ray.weights.nccl_sender import new_group_id
+from ppo_ray.weights.nccl_sender import NCCLSender, new_group_id
 from ppo_ray.weights.snapshot import Wire
 from ppo_ray.weights.transports import engine_init
 from tests.learning import make_learner
@@ -29,7 +30,7 @@ from tests.rollout.test_engines import SAMPLED
 pytestmark = pytest.mark.slow
 
 KEPT: list[VLLMEngine] = []
-GROUP_ID = "A" * 171 + "="  # 128 bytes
+GROUP_ID, OTHER_ID = "A" * 171 + "=", "B" * 170 + "A="  # 128 bytes
 
 
 class Group:
@@ -122,7 +123,7 @@ def test_a_broadcast_is_served(engine: VLLMEngine, learner: PPOLearner, tiny_pol
     """One of two engines; the other is a group alone. Small buffers, so that there are some."""
     config = config_of(tiny_policy, "rollout.weight_transport=nccl", f"rollout.wire_dtype={wire}")
     sender = WeightPublisher(config, leads=True)
-    sender.abort()  # nothing to abort yet
+    sender.abort("")  # nothing to abort yet
     for version in (1, 2):
         model = moved(learner, tiny_policy, 0.05 * version)
         learner.policy_version = version
@@ -146,10 +147,50 @@ def test_a_broadcast_is_served(engine: VLLMEngine, learner: PPOLearner, tiny_pol
         if wire == "null":
             assert largest_difference(reference(tiny_policy), completions) > 0.1
     old = Group.met[0]
-    sender.abort()
+    sender.abort(GROUP_ID)
     assert old.aborted
     with pytest.raises(WorkerLost, match="policy version 1 are asked for, but the learner has those of version 2"):
         sender.send(1)
+
+
+def test_a_meeting_that_an_engine_does_not_come_to_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner is free at once, and meets the others anew; whoever comes late finds nobody."""
+    from vllm.distributed.weight_transfer import nccl_common
+
+    came, late = threading.Event(), Group(0, 2)
+
+    def wait(*given: Any) -> Group:
+        assert came.wait(60)
+        return late
+
+    sender, raised = NCCLSender(), []
+    before = sender._meeting
+
+    def join() -> None:
+        try:
+            sender.join(GROUP_ID, 2, 1 << 20)
+        except WorkerError as error:
+            raised.append(str(error))
+
+    monkeypatch.setattr(nccl_common, "uid_init_process_group", wait)
+    thread = threading.Thread(target=join)
+    thread.start()
+    while sender._meeting is before:
+        time.sleep(0.01)
+    sender.leave(GROUP_ID)
+    thread.join(60)
+    join()  # or the driver gave it up before the learner began
+    assert raised == ["the meeting of the NCCL group was left: not all of it came"] * 2
+    monkeypatch.setattr(nccl_common, "uid_init_process_group", lambda uid, rank, size, device: Group(rank, size))
+    sender.join(OTHER_ID, 2, 1 << 20)
+    assert sender._sender.model_update_group is Group.met[0]
+    came.set()
+    while not late.aborted:
+        time.sleep(0.01)
+    assert not Group.met[0].aborted
+    monkeypatch.setattr(nccl_common, "uid_init_process_group", lambda *given: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        sender.join(OTHER_ID, 2, 1 << 20)
 
 
 def test_cuda_ipc(learner: PPOLearner, tiny_policy: Path, no_gpu: pytest.MonkeyPatch) -> None:

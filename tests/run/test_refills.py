@@ -72,7 +72,8 @@ class World:
     seconds: list[float] = field(default_factory=list)
     last_update: UpdateReport | None = None
 
-    def generate(self, prompts: SimpleNamespace, step: int) -> Made:
+    def generate(self, prompts: SimpleNamespace, step: int, keep_weights: bool) -> Made:
+        assert keep_weights  # the same engines may be asked for more
         return Made([prompts.sample_ids])
 
     def score(self, made: Made) -> Made:
