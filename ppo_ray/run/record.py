@@ -16,7 +16,7 @@ from ppo_ray.config.explain import all_options, section_of
 from ppo_ray.config.file import flatten, read_plain
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.run.folder import RunFolder
-from ppo_ray.run.health import HEALTHY, find_outside
+from ppo_ray.run.health import HealthCheck
 from ppo_ray.run.log import read_log
 
 _LARGEST_JSON = 64 << 20  # bytes of an evaluation
@@ -155,10 +155,10 @@ class RunRecord:
         return steps if isinstance(steps, int) else None
 
     @property
-    def value_warmup_steps(self) -> int:
-        """Steps in which the value head alone learns."""
-        steps = self.options.get("ppo.value_warmup_steps")
-        return steps if isinstance(steps, int) else 0
+    def health(self) -> HealthCheck:
+        """The judgement of the run's steps; by the ranges of the default loss where the config cannot be read."""
+        loss, steps = (self.options.get(f"ppo.{name}") for name in ("policy_loss", "value_warmup_steps"))
+        return HealthCheck(loss if isinstance(loss, str) else "clip", steps if isinstance(steps, int) else 0)
 
     def describe(self) -> dict[str, str]:
         """Return what was trained, on what, for what: words by words."""
@@ -193,14 +193,14 @@ class RunRecord:
 
     def find_unhealthy(self) -> list[dict[str, Any]]:
         """Return each figure that left its healthy range: `name`, `range`, `remedy`, `steps` (numbers of the steps)."""
-        found: dict[str, list[int]] = {}
+        health, found = self.health, dict[str, list[int]]()
         for metrics in self.steps:
             known = {name: value for name, value in metrics.items() if value is not None}
-            for name in find_outside(known, self.value_warmup_steps):
+            for name in health.find_outside(known):
                 found.setdefault(name, []).append(metrics["step"])
         return [
-            {"name": name, "range": str(HEALTHY[name]), "remedy": HEALTHY[name].remedy, "steps": found[name]}
-            for name in HEALTHY
+            {"name": name, "range": str(limits), "remedy": limits.remedy, "steps": found[name]}
+            for name, limits in health.ranges.items()
             if name in found
         ]
 

@@ -11,7 +11,6 @@ from typing import Any
 from ppo_ray import __version__, atomic, trajectory
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.events import escape_controls
-from ppo_ray.run.health import HEALTHY
 from ppo_ray.run.progress import format_duration
 from ppo_ray.run.record import PANELS, Panel, RunRecord
 
@@ -172,7 +171,7 @@ def _draw_chart(record: RunRecord, panel: Panel, values: Sequence[float | None])
         if held:
             axes.plot(*zip(*held, strict=True), color=_HELD, lw=0.8, ls=":", marker="D", ms=4)
     low, high = axes.get_ylim()
-    healthy = HEALTHY.get(panel.names[0])
+    healthy = record.health.ranges.get(panel.names[0])
     if healthy is not None:
         axes.axhspan(max(healthy.low, low), min(healthy.high, high), color=_GOOD, alpha=0.1, lw=0)
         axes.set_ylim(low, high)

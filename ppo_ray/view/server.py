@@ -8,7 +8,6 @@ import hmac
 import importlib.resources
 import ipaddress
 import json
-import math
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -20,7 +19,6 @@ import pyarrow as pa
 from ppo_ray import __version__
 from ppo_ray.config import is_loopback
 from ppo_ray.errors import InputError, first_line
-from ppo_ray.run.health import HEALTHY
 from ppo_ray.run.record import PANELS
 from ppo_ray.view.sample import QUANTILES, SPREADS, count_bins, count_workers, open_sample, read_values
 from ppo_ray.view.shown import LONGEST_PAGE, View, read_query
@@ -99,16 +97,7 @@ def make_app(views: Sequence[View], token: str, host: str = "127.0.0.1") -> Fast
     @app.get("/api/runs")
     def runs() -> Response:
         panels = [vars(panel) for panel in PANELS]
-        healthy = {
-            name: {
-                "low": _finite(limits.low),
-                "high": _finite(limits.high),
-                "text": str(limits),
-                "remedy": limits.remedy,
-            }
-            for name, limits in HEALTHY.items()
-        }
-        known = {"version": __version__, "panels": panels, "healthy": healthy, "spreads": list(SPREADS)}
+        known = {"version": __version__, "panels": panels, "spreads": list(SPREADS)}
         return _answer({**known, "runs": [view.summarize() for view in views]})
 
     @app.get("/api/runs/{run}")
@@ -193,10 +182,6 @@ def _answer(content: Mapping[str, Any], code: int = 200) -> Response:
     text = json.dumps(content, allow_nan=False, default=str)
     # unpaired surrogates, which no UTF-8 can have, stay escaped
     return Response(text, code, media_type="application/json")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def serve(paths: Sequence[Path], host: str, port: int, say: Callable[[str], object]) -> None:

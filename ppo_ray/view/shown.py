@@ -1,5 +1,6 @@
 """One run as the page shows it: what its files said last, and what a request asks of them."""
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_ray.errors import InputError
+from ppo_ray.run.health import Range
 from ppo_ray.run.record import RunRecord
 from ppo_ray.view.index import CHOICES, NUMBERS, Query, TrajectoryIndex
 from ppo_ray.view.sample import Spreads, TokenTexts
@@ -68,11 +70,17 @@ class View:
             "batch_size": record.options.get("rollout.batch_size"),
             "events": list(record.events),
             "unhealthy": record.find_unhealthy(),
+            "healthy": {name: _write_range(limits) for name, limits in record.health.ranges.items()},
             "held_out": [{"step": step, **figures} for step, figures in record.find_held_out()],
             "evaluations": {"before": record.before, "after": record.after},
             "changes": [vars(option) for option in record.find_changes()],
             "options": dict(record.options),
         }
+
+
+def _write_range(limits: Range) -> dict[str, Any]:
+    low, high = (limit if math.isfinite(limit) else None for limit in (limits.low, limits.high))
+    return {"low": low, "high": high, "text": str(limits), "remedy": limits.remedy}
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
