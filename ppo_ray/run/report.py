@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_ray import __version__, atomic, trajectory
+from ppo_ray import __version__, atomic
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.events import escape_controls
 from ppo_ray.run.progress import format_duration
@@ -107,12 +107,12 @@ def _pair_held_out(record: RunRecord) -> list[tuple[Mapping[str, Any], Mapping[s
 
 def _pick_samples(record: RunRecord, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Return the best and the worst scored responses of the newest step that can be read, and those with most KL."""
-    files = reversed(record.folder.list_trajectories().values())
-    for path in (path for path in files if not path.is_symlink()):
+    for step in reversed(record.folder.list_steps()):
         try:
-            rows = trajectory.read(path, ["step", "prompt", "response", "score", "kl"]).to_pylist()
+            rows = record.folder.read_step(step, ["step", "prompt", "response", "score", "kl"]).to_pylist()
         except Exception as error:  # whatever the file holds; its libraries have no common error
-            notes.append(f"{path.name} cannot be read and is left out: {first_line(error)}")
+            name = record.folder.trajectory_file(step).name
+            notes.append(f"{name} cannot be read and is left out: {first_line(error)}")
             continue
         for row in rows:
             row["kl"] = math.fsum(row["kl"]) if row.get("kl") else None

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ppo_ray import trajectory
 from ppo_ray.errors import InputError
-from ppo_ray.trajectory import EXTRAS, LEARNED_FIELDS, LEARNED_SCHEMA, lengths, ragged
+from ppo_ray.run.folder import RunFolder
+from ppo_ray.trajectory import LEARNED_FIELDS, lengths, ragged
 from ppo_ray.view.index import read_messages
 
 FIGURES = ("rollout_logprobs", *LEARNED_FIELDS)
@@ -89,12 +89,13 @@ def _is_usable(path: Path) -> bool:
         return False
 
 
-def open_sample(path: Path, row: int, texts: TokenTexts, offset: int, limit: int) -> dict[str, Any]:
+def open_sample(folder: RunFolder, step: int, row: int, texts: TokenTexts, offset: int, limit: int) -> dict[str, Any]:
     """Return one trajectory with the figures of some of its tokens.
 
     Args:
-        path: a step's file.
-        row: of the file.
+        folder: of the run.
+        step: of the trajectory.
+        row: of the step's file.
         texts: the run's tokens.
         offset: first token of the response to be returned.
         limit: number of tokens to be returned.
@@ -107,9 +108,9 @@ def open_sample(path: Path, row: int, texts: TokenTexts, offset: int, limit: int
         InputError: there is no such row.
         OSError, pa.ArrowException: the file cannot be read.
     """
-    table = trajectory.read(path, [*LEARNED_SCHEMA.names, *EXTRAS])
+    table = folder.read_step(step)
     if not 0 <= row < table.num_rows:
-        raise InputError(f"{path.name} has no row {row}: it has {table.num_rows}")
+        raise InputError(f"step {step} has no row {row}: it has {table.num_rows}")
     found = table.slice(row, 1).to_pylist()[0]
     ids = found.pop("response_ids")
     shown = slice(offset, offset + limit)
@@ -153,23 +154,24 @@ def _plain(value: Any) -> Any:
 class Spreads:
     """The distributions of a run's figures over its steps; each file is read once per figure."""
 
-    def __init__(self) -> None:
-        """Know nothing yet."""
-        self._known: dict[tuple[str, str], tuple[tuple[int, int], list[float] | None]] = {}
+    def __init__(self, folder: RunFolder) -> None:
+        """Know nothing yet of the run in a folder."""
+        self._folder = folder
+        self._known: dict[tuple[int, str], tuple[tuple[int, int], list[float] | None]] = {}
 
-    def quantiles(self, path: Path, name: str) -> list[float] | None:
+    def quantiles(self, step: int, name: str) -> list[float] | None:
         """Return the quantiles of a figure in a step, as `QUANTILES` has them; None where there is no value."""
-        stat = path.stat()
+        stat = self._folder.trajectory_file(step).stat()
         stamp = stat.st_mtime_ns, stat.st_size
-        known = self._known.get((path.name, name))
+        known = self._known.get((step, name))
         if known is None or known[0] != stamp:
-            values = read_values(path, name)
+            values = read_values(self._folder, step, name)
             quantiles = [float(value) for value in np.quantile(values, QUANTILES)] if values.size else None
-            known = self._known[path.name, name] = stamp, quantiles
+            known = self._known[step, name] = stamp, quantiles
         return known[1]
 
 
-def read_values(path: Path, name: str) -> np.ndarray:
+def read_values(folder: RunFolder, step: int, name: str) -> np.ndarray:
     """Return all finite values of a figure in a step, float64.
 
     Raises:
@@ -178,9 +180,7 @@ def read_values(path: Path, name: str) -> np.ndarray:
     """
     if name not in SPREADS:
         raise InputError(f"{name}: no such figure; there are {', '.join(SPREADS)}")
-    table = trajectory.read(path, SPREADS[name])
-    if set(SPREADS[name]) - set(table.column_names):
-        return np.zeros(0)
+    table = folder.read_step(step, SPREADS[name])
     if name == "score":
         values = table.column("score").to_numpy()
     elif name == "tokens":
@@ -188,7 +188,7 @@ def read_values(path: Path, name: str) -> np.ndarray:
     else:
         first, *second = (np.concatenate(ragged(table, column) or [np.zeros(0)]) for column in SPREADS[name])
         if second and len(second[0]) != len(first):
-            raise InputError(f"{path.name}: {' and '.join(SPREADS[name])} do not have the same tokens")
+            raise InputError(f"step {step}: {' and '.join(SPREADS[name])} do not have the same tokens")
         values = first - second[0] if second else first
     values = np.asarray(values, np.float64)
     return values[np.isfinite(values)]
@@ -215,13 +215,13 @@ def count_bins(
     return [float(edge) for edge in edges], counts.tolist()
 
 
-def count_workers(path: Path) -> list[dict[str, Any]]:
+def count_workers(folder: RunFolder, step: int) -> list[dict[str, Any]]:
     """Return what each rollout worker sampled in a step, by name: `responses`, `tokens`, `policy_version`, `score`.
 
     Raises:
         OSError, pa.ArrowException: the file cannot be read, or is of another version.
     """
-    table = trajectory.read(path, ["worker", "policy_version", "score", "response_ids"])
+    table = folder.read_step(step, ["worker", "policy_version", "score", "response_ids"])
     table = table.append_column("tokens", pa.array(lengths(table, "response_ids"))).drop_columns(["response_ids"])
     by_worker = table.group_by("worker").aggregate(
         [("tokens", "count"), ("tokens", "sum"), ("policy_version", "max"), ("score", "mean")]

@@ -117,7 +117,7 @@ def make_app(views: Sequence[View], token: str, host: str = "127.0.0.1") -> Fast
     def sample(run: int, step: int, row: int, offset: int = 0, limit: int = 1024) -> Response:
         view = find(run)
         offset, limit = max(offset, 0), min(max(limit, 1), _MOST_TOKENS)
-        opened = open_sample(view.index.find_path(step), row, view.texts, offset, limit)
+        opened = open_sample(view.folder, step, row, view.texts, offset, limit)
         alike = view.index.find_prompt(opened["prompt"], LONGEST_PAGE)
         return _answer({**opened, "alike": alike.rows, "num_alike": alike.num_matches})
 
@@ -125,10 +125,10 @@ def make_app(views: Sequence[View], token: str, host: str = "127.0.0.1") -> Fast
     def spread(run: int, name: str) -> Response:
         if name not in SPREADS:
             raise InputError(f"{name}: no such figure; there are {', '.join(SPREADS)}")
-        index, found, notes = find(run).index, [], []
-        for step in index.list_steps():
+        view, found, notes = find(run), [], []
+        for step in view.folder.list_steps():
             try:
-                values = find(run).spreads.quantiles(index.find_path(step), name)
+                values = view.spreads.quantiles(step, name)
             except (OSError, pa.ArrowException, InputError) as error:
                 notes.append(f"step {step}: {first_line(error)}")
                 continue
@@ -139,14 +139,14 @@ def make_app(views: Sequence[View], token: str, host: str = "127.0.0.1") -> Fast
     def histogram(
         run: int, name: str, step: int, bins: int = 40, low: float | None = None, high: float | None = None
     ) -> Response:
-        values = read_values(find(run).index.find_path(step), name)
+        values = read_values(find(run).folder, step, name)
         edges, counts = count_bins(values, min(max(bins, 2), _MOST_BINS), low, high)
         return _answer({"edges": edges, "counts": counts, "num_values": int(values.size)})
 
     @app.get("/api/runs/{run}/workers/{step}")
     def workers(run: int, step: int) -> Response:
         try:
-            return _answer({"workers": count_workers(find(run).index.find_path(step)), "notes": []})
+            return _answer({"workers": count_workers(find(run).folder, step), "notes": []})
         except (OSError, pa.ArrowException, InputError) as error:
             return _answer({"workers": [], "notes": [first_line(error)]})
 

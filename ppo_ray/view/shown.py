@@ -29,9 +29,9 @@ class View:
         self._record = RunRecord.read(path)
         self._stamp: Any = None
         self._lock = threading.Lock()
-        folder = self._record.folder
+        self.folder = folder = self._record.folder
         self.index = TrajectoryIndex(folder)
-        self.spreads = Spreads()
+        self.spreads = Spreads(folder)
         model = self._record.options.get("model.path")
         self.texts = TokenTexts(folder.path, model if isinstance(model, str) else None)
 

@@ -20,6 +20,7 @@ from ppo_ray.run.follow import Sent, state_file
 from ppo_ray.run.log import MetricsLog, read_steps
 from ppo_ray.run.trackers import read_store
 from ppo_ray.run.tracking import Tracking, track
+from ppo_ray.trajectory import LEARNED_SCHEMA
 
 HOSTILE = "<script>alert(1)</script>\x00\x1b[31m=1+1\u202e" + "a" * 10_000
 Rows = dict[int, dict[str, float]]
@@ -145,7 +146,8 @@ def config(name: str, tmp_path: Path) -> Config:
 def write_samples(path: Path) -> None:
     rows = {"sample_id": [0], "prompt": ["p"], "response": [HOSTILE], "response_ids": [[1]], "score": [0.5]}
     rows |= {"kl": [[0.5]], "advantages": [[1.0]], "finish_reason": ["stop"]}
-    pq.write_table(pa.table(rows), path)
+    schema = pa.schema([LEARNED_SCHEMA.field(name) for name in rows], metadata=LEARNED_SCHEMA.metadata)
+    pq.write_table(pa.table(rows, schema), path)
 
 
 def write_steps(log: MetricsLog, first: int, last: int, factor: float) -> Iterator[None]:

@@ -259,7 +259,8 @@ def test_a_link_leads_nowhere(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 1)
     write_step(run, 5).replace(tmp_path / "secret.parquet")
     (run / "trajectories" / "step-00005.parquet").symlink_to(tmp_path / "secret.parquet")
-    assert open_client(run).get("/api/runs/0/samples/5/0").status_code == 400
+    answer = open_client(run).get("/api/runs/0/samples/5/0")
+    assert answer.status_code == 404 and "leads out of the run's folder" in answer.json()["detail"]
 
 
 def test_the_pages_scripts_are_short_and_never_read_text_as_html() -> None:
