@@ -13,7 +13,7 @@ from ppo_ray.checkpoint import FINAL
 from ppo_ray.config import Config, to_yaml
 from ppo_ray.errors import InputError
 from ppo_ray.machine import max_memory_of_file
-from ppo_ray.run.log import METRICS_FILE, TENSORBOARD_FOLDER, has_steps
+from ppo_ray.run.log import ACTORS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, has_steps
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,6 +35,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.path / METRICS_FILE
+
+    @property
+    def actors(self) -> Path:
+        """What each actor did in each step, one JSON object a step: its machine, seconds, memory."""
+        return self.path / ACTORS_FILE
 
     @property
     def tensorboard(self) -> Path:
@@ -180,6 +185,7 @@ class RunFolder:
         """Remove what a run left that ended before its first step: it may have been another's."""
         self.before.unlink(missing_ok=True)
         self.metrics.unlink(missing_ok=True)
+        self.actors.unlink(missing_ok=True)
         atomic.remove(self.tracking)
 
     def _remnant(self) -> Path | None:

@@ -17,7 +17,7 @@ from ppo_ray.config.file import flatten, read_plain
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.health import HealthCheck
-from ppo_ray.run.log import read_log
+from ppo_ray.run.log import read_actors, read_log
 
 _LARGEST_JSON = 64 << 20  # bytes of an evaluation
 
@@ -36,6 +36,8 @@ class Panel:
     """Whether the scale is logarithmic."""
 
 
+_RESIDENT = "resident memory of the largest process of its kind, GiB"
+_RESERVED = "the most that torch held on its GPUs within the step, GiB"
 PANELS = (
     Panel("Reward", "Score", ("score/mean", "eval/score_mean"), "scores as the reward gave them"),
     Panel("Reward", "Spread of the scores", ("score/std",), "scores as the reward gave them"),
@@ -92,6 +94,12 @@ PANELS = (
     Panel("Time", "Scoring", ("time/score_s",), "generation; scoring; the learner's update"),
     Panel("Time", "Learning", ("time/learn_s",), "generation; scoring; the learner's update"),
     Panel("Time", "Weights to the engines", ("time/sync_s",), "until every engine served them, verified"),
+    Panel("Memory", "Memory of the learner", ("memory/learner_gib",), _RESIDENT),
+    Panel("Memory", "Memory of rollout workers", ("memory/rollout_gib",), _RESIDENT),
+    Panel("Memory", "Memory of reward workers", ("memory/reward_gib",), _RESIDENT),
+    Panel("Memory", "GPU memory of the learner", ("memory/learner_gpu_reserved_gib",), _RESERVED),
+    Panel("Memory", "GPU memory of rollout workers", ("memory/rollout_gpu_reserved_gib",), _RESERVED),
+    Panel("Memory", "GPU memory of reward workers", ("memory/reward_gpu_reserved_gib",), _RESERVED),
 )
 """The charts of a run, in the order in which they are looked at."""
 
@@ -203,6 +211,18 @@ class RunRecord:
             for name, limits in health.ranges.items()
             if name in found
         ]
+
+    def find_actors(self) -> list[dict[str, Any]]:
+        """Return each actor of the newest step that tells them: `name`, `host`, figures, the most memory of the run."""
+        known = read_actors(self.folder.path)
+        most: dict[str, dict[str, float]] = {}
+        for actors in known.values():
+            for name, figures in actors.items():
+                own = most.setdefault(name, {})
+                for key in (key for key in figures if key.startswith("memory/")):
+                    own[key] = max(figures[key], own.get(key, 0.0))
+        newest = known[max(known)] if known else {}
+        return [{"name": name, **newest[name], **most[name]} for name in sorted(newest)]
 
     def find_held_out(self) -> list[tuple[int, Mapping[str, float]]]:
         """Return the figures of every evaluation, `eval/...` by name, with the number of steps done before it."""

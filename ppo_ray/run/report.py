@@ -67,9 +67,19 @@ def make_report(record: RunRecord) -> str:
         held_out=record.find_held_out(),
         pairs=_pair_held_out(record),
         samples=samples,
+        actors=[_describe_actor(actor) for actor in record.find_actors()][:_MOST_ROWS],
         notes=notes,
         duration=format_duration(sum(seconds)) if seconds else None,
     )
+
+
+def _describe_actor(actor: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the table of actors shows of one: seconds of its part, memory in GiB; what it has not is missing."""
+    kind = actor["name"].rpartition("-")[0]
+    part = {"rollout": "generate", "reward": "score", "learner": "learn"}.get(kind, "")
+    columns = {"seconds": f"time/{part}_s", "sync": "time/sync_s", "resident": f"memory/{kind}_peak_gib"}
+    columns |= {"allocated": f"memory/{kind}_gpu_gib", "reserved": f"memory/{kind}_gpu_reserved_gib"}
+    return {"name": actor["name"], "host": actor.get("host"), **{key: actor.get(name) for key, name in columns.items()}}
 
 
 def _show_text(value: object) -> str:

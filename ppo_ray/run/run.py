@@ -147,7 +147,7 @@ class Run:
     def record(self, update: UpdateReport) -> None:
         """Log an update's metrics; from now on its step is one of the run's."""
         metrics, self._evaluated = update.metrics | self._evaluated, {}
-        self.history.append(self._log.write(update.step, metrics))
+        self.history.append(self._log.write(update.step, metrics, update.actors))
         self._gauges.set(self.history[-1])
         num_taken = self.config.rollout.num_prompts + int(update.metrics.get("groups/num_refilled", 0))
         position = self.state.prompt_position + num_taken  # however many are taken ahead

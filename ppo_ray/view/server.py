@@ -145,10 +145,16 @@ def make_app(views: Sequence[View], token: str, host: str = "127.0.0.1") -> Fast
 
     @app.get("/api/runs/{run}/workers/{step}")
     def workers(run: int, step: int) -> Response:
+        view = find(run)
+        actors = [{"name": name, **figures} for name, figures in sorted(view.actors.get(step, {}).items())]
         try:
-            return _answer({"workers": count_workers(find(run).folder, step), "notes": []})
+            return _answer({"workers": count_workers(view.folder, step), "actors": actors, "notes": []})
         except (OSError, pa.ArrowException, InputError) as error:
-            return _answer({"workers": [], "notes": [first_line(error)]})
+            return _answer({"workers": [], "actors": actors, "notes": [first_line(error)]})
+
+    @app.get("/api/runs/{run}/memory")
+    def memory(run: int) -> Response:
+        return _answer(find(run).trace_memory())
 
     return app
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from ppo_ray.errors import InputError
 from ppo_ray.run.health import Range
+from ppo_ray.run.log import read_actors
 from ppo_ray.run.record import RunRecord
 from ppo_ray.view.index import CHOICES, NUMBERS, Query, TrajectoryIndex
 from ppo_ray.view.sample import Spreads, TokenTexts
 
 LONGEST_PAGE = 500
 """Rows that an answer has at most."""
+_MOST_STEPS = 400  # that a curve of an actor has
 
 
 class View:
@@ -33,6 +35,7 @@ class View:
         self.index = TrajectoryIndex(folder)
         self.spreads = Spreads(folder)
         model = self._record.options.get("model.path")
+        self._actors: tuple[Any, dict[int, dict[str, dict[str, Any]]]] = None, {}
         self.texts = TokenTexts(folder.path, model if isinstance(model, str) else None)
 
     @property
@@ -44,6 +47,31 @@ class View:
             if stamp != self._stamp:
                 self._record, self._stamp = RunRecord.read(folder.path), stamp
             return self._record
+
+    @property
+    def actors(self) -> dict[int, dict[str, dict[str, Any]]]:
+        """What each actor did in each step; see `read_actors`."""
+        stamp = _stamp(self.folder.actors)
+        with self._lock:
+            if stamp != self._actors[0]:
+                self._actors = stamp, read_actors(self.folder.path)
+            return self._actors[1]
+
+    def trace_memory(self) -> dict[str, Any]:
+        """Return each actor's memory over the steps, of at most `_MOST_STEPS` of them.
+
+        Returns:
+            `steps`, and `actors`: by name, a list over these steps per metric, None where it is not known.
+        """
+        known = self.actors
+        steps = list(known)[:: math.ceil(len(known) / _MOST_STEPS) or 1]
+        series: dict[str, dict[str, list[float | None]]] = {}
+        for place, step in enumerate(steps):
+            for actor, figures in known[step].items():
+                for name in (name for name in figures if name.startswith("memory/")):
+                    values = series.setdefault(actor, {}).setdefault(name, [None] * len(steps))
+                    values[place] = figures[name]
+        return {"steps": steps, "actors": dict(sorted(series.items()))}
 
     def summarize(self) -> dict[str, Any]:
         """Return what heads the page of a run."""

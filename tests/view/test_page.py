@@ -187,7 +187,13 @@ def test_distributions_and_the_system(shown: Shown) -> None:
     playwright.expect(shown.page.locator(".ridge").first).to_be_visible()
     shown.go("system?step=1")
     expect_texts(shown.page.locator("main"), "generation", "learner: optimizer steps", "rollout-1")
-    playwright.expect(shown.page.locator(".lane")).to_have_count(4)
+    playwright.expect(shown.page.locator(".lane")).to_have_count(
+        8
+    )  # of two runs: two parts, one of them of two workers
+    actors = shown.page.locator(".actors").first
+    expect_texts(actors, "rollout-1", "node-1", "6.50 GiB", "4 GiB", "500 ms")
+    expect_texts(shown.page.locator("main"), "Resident memory, GiB", "GPU memory, reserved, GiB")
+    playwright.expect(shown.page.locator(".chart canvas")).to_have_count(4)
 
 
 def test_light_and_dark(shown: Shown) -> None:

@@ -47,6 +47,7 @@ PATHS = [
     "runs/0/spread/kl",
     "runs/0/spread/kl/0",
     "runs/0/workers/0",
+    "runs/0/memory",
 ]
 
 
@@ -193,6 +194,25 @@ def test_distributions(client: TestClient) -> None:
         ("rollout-0", 4, 16),
         ("rollout-1", 4, 20),
     ]
+
+
+def test_where_actors_ran_and_what_memory_they_took(client: TestClient) -> None:
+    learner, *rollout = ask(client, "runs/0/workers/1")["actors"]
+    assert [(actor["name"], actor["host"]) for actor in rollout] == [("rollout-0", "node-0"), ("rollout-1", "node-1")]
+    assert [actor["time/generate_s"] for actor in rollout] == [1.0, 0.5]
+    assert (learner["name"], "host" in learner, learner["memory/learner_gpu_reserved_gib"]) == ("learner-0", False, 6.5)
+    memory = ask(client, "runs/0/memory")
+    assert memory["steps"] == [0, 1, 2] and list(memory["actors"]) == ["learner-0", "rollout-0", "rollout-1"]
+    assert memory["actors"]["rollout-0"] == {"memory/rollout_gib": [2.0, 3.0, 4.0]}
+    assert ask(client, "runs/0/workers/9")["actors"] == []
+
+
+def test_a_run_that_does_not_tell_of_its_actors(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1)
+    (run / "actors.jsonl").unlink()
+    client = open_client(run)
+    assert ask(client, "runs/0/memory") == {"steps": [], "actors": {}}
+    assert ask(client, "runs/0/workers/0")["actors"] == []
 
 
 def test_a_run_under_way_is_followed(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ function drawCurves(section, runs, view) {
     (name) => !listed.has(name),
   );
   const panels = [
-    ...state.known.panels,
+    ...state.known.panels.filter((panel) => panel.group !== "Memory"), // of each actor, on the page of the system
     ...parts.map((name) => ({
       group: "Reward",
       title: `Part: ${name.slice(6, -5)}`,
