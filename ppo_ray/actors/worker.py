@@ -57,9 +57,11 @@ class Worker:
         that its tensors took, and that it held for them, since the last call: the sum over the GPUs.
         """
         kind = self._name.rpartition("-")[0]
+        resident = psutil.Process().memory_info().rss
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # which the kernel counts a little late
         found = {
-            f"memory/{kind}_gib": psutil.Process().memory_info().rss / _GIB,
-            f"memory/{kind}_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (_GIB >> 10),
+            f"memory/{kind}_gib": resident / _GIB,
+            f"memory/{kind}_peak_gib": max(resident, peak) / _GIB,
         }
         torch = sys.modules.get("torch")  # an actor without it has no GPU's memory
         if torch is not None and torch.cuda.is_initialized():

@@ -189,7 +189,7 @@ class MetricsLog:
         rows = {
             name: {
                 **({"host": report.host} if report.host else {}),
-                **{key: round(value, 4) for key, value in report.metrics.items() if math.isfinite(value)},
+                **{key: float(f"{value:.5g}") for key, value in report.metrics.items() if math.isfinite(value)},
             }
             for name, report in actors.items()
         }

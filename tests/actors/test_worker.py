@@ -24,7 +24,7 @@ def test_resident_memory_is_in_gib_and_falls_again(worker: Worker) -> None:
     after = worker.measure_memory()
     assert during["memory/rollout_gib"] - before["memory/rollout_gib"] == pytest.approx(0.5, abs=0.1)
     assert after["memory/rollout_gib"] < during["memory/rollout_gib"] - 0.4
-    assert after["memory/rollout_peak_gib"] >= during["memory/rollout_gib"] - 0.01
+    assert after["memory/rollout_peak_gib"] >= during["memory/rollout_gib"]
 
 
 def test_memory_of_gpus_is_the_most_since_the_last_call(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

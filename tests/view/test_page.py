@@ -191,7 +191,7 @@ def test_distributions_and_the_system(shown: Shown) -> None:
         8
     )  # of two runs: two parts, one of them of two workers
     actors = shown.page.locator(".actors").first
-    expect_texts(actors, "rollout-1", "node-1", "6.50 GiB", "4 GiB", "500 ms")
+    expect_texts(actors, "rollout-1", "node-1", "6.50 GiB", "4 GiB", "0.5 s")
     expect_texts(shown.page.locator("main"), "Resident memory, GiB", "GPU memory, reserved, GiB")
     playwright.expect(shown.page.locator(".chart canvas")).to_have_count(4)
 
@@ -206,6 +206,16 @@ def test_light_and_dark(shown: Shown) -> None:
     page.reload()
     expect_texts(page.locator(".standing"), "first")
     assert page.evaluate(ground) != before
+
+
+def test_a_browser_under_the_locale_c_is_served_too(shown: Shown) -> None:
+    page = shown.context.new_page()
+    page.add_init_script(
+        "Object.defineProperty(navigator, 'language', { value: 'en-US@posix', configurable: true })"
+    )
+    page.goto(shown.address)
+    expect_texts(page.locator(".standing"), "first")
+    playwright.expect(page.locator(".chart canvas").first).to_be_visible()
 
 
 def test_a_run_under_way_is_followed(browser: Any, tmp_path: Path) -> None:
