@@ -1,7 +1,8 @@
 """One trajectory token by token, and the spread of a step's figures."""
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ppo_ray.view.index import read_messages
 
 FIGURES = ("rollout_logprobs", *LEARNED_FIELDS)
 """Columns with a figure per token of the response."""
-_TOKENIZER = "tokenizer.json"
+_TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _LARGEST_TOKENIZER = 256 << 20  # bytes
 _LARGEST_INTEGER = 2**53  # that a browser's numbers hold exactly; larger ones, as seeds, become text
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -38,14 +39,15 @@ class TokenTexts:
     """The text of each token, by the run's own tokenizer; nothing where there is none on this machine."""
 
     def __init__(self, run: Path, model: str | None) -> None:
-        """Look for `tokenizer.json`: in the run's checkpoints, in the model's folder, in the hub's cache.
+        """Look for a tokenizer's files: in the run's checkpoints, in the model's folder, in the hub's cache.
 
         Args:
             run: the run's folder.
             model: `model.path` of the run: a folder, or a name on the hub.
         """
-        self._found = next((path for path in _find_tokenizers(run, model) if _is_usable(path)), None)
-        self._tokenizer: Any = None
+        found = (_find_files(run, model, name) for name in (_TOKENIZER, _TOKENIZER_CONFIG))
+        self._found = next((path for paths in found for path in paths if _is_usable(path)), None)
+        self._split: Callable[[Sequence[int]], list[str]] | None = None
 
     def decode(self, ids: Sequence[int]) -> list[str] | None:
         """Return what each token adds to the text; empty for a token that is a part of a character only.
@@ -54,28 +56,65 @@ class TokenTexts:
         """
         if self._found is None:
             return None
-        from tokenizers import Tokenizer
-        from tokenizers.decoders import DecodeStream
-
         try:
-            self._tokenizer = self._tokenizer or Tokenizer.from_file(str(self._found))
-            stream = DecodeStream(skip_special_tokens=False)
-            return [stream.step(self._tokenizer, token) or "" for token in ids]
-        except Exception:  # the library raises nothing narrower; the ids are shown instead
+            self._split = self._split or (_load_fast if self._found.name == _TOKENIZER else _load_slow)(self._found)
+            return self._split(ids)
+        except Exception:  # the libraries raise nothing narrower; the ids are shown instead
             return None
 
 
-def _find_tokenizers(run: Path, model: str | None) -> Iterator[Path]:
-    """Yield where a tokenizer may be, the run's own first."""
-    yield from sorted((run / "checkpoints").glob(f"step-*/{_TOKENIZER}"))
+def _load_fast(path: Path) -> Callable[[Sequence[int]], list[str]]:
+    """Return what splits ids into texts by `tokenizer.json`."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import DecodeStream
+
+    tokenizer = Tokenizer.from_file(str(path))
+
+    def split(ids: Sequence[int]) -> list[str]:
+        stream = DecodeStream(skip_special_tokens=False)
+        return [stream.step(tokenizer, token) or "" for token in ids]
+
+    return split
+
+
+def _load_slow(path: Path) -> Callable[[Sequence[int]], list[str]]:
+    """Return what splits ids into texts by a tokenizer of transformers, which has no `tokenizer.json`.
+
+    Raises:
+        ValueError: it needs code of its own, which is not run; without it transformers may make another tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    if "auto_map" in json.loads(path.read_text(encoding="utf-8")):
+        raise ValueError("a tokenizer with code of its own")
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def split(ids: Sequence[int]) -> list[str]:
+        texts, known, shown = [], 0, 0  # tokens before `known` are not looked at again; those before `shown` have texts
+        for end in range(1, len(ids) + 1):
+            before, after = decode(ids[known:shown]), decode(ids[known:end])
+            is_whole = len(after) > len(before) and not after.endswith("\N{REPLACEMENT CHARACTER}")
+            texts.append(after[len(before) :] if is_whole else "")
+            known, shown = (shown, end) if is_whole else (known, shown)
+        return texts
+
+    return split
+
+
+def _find_files(run: Path, model: str | None, name: str) -> Iterator[Path]:
+    """Yield where a tokenizer's file may be, the run's own first."""
+    yield from sorted((run / "checkpoints").glob(f"step-*/{name}"))
     if model:
-        yield Path(model) / _TOKENIZER
+        yield Path(model) / name
         if not Path(model).is_absolute() and model.count("/") <= 1:
             from huggingface_hub import try_to_load_from_cache
             from huggingface_hub.errors import HFValidationError
 
             try:
-                cached = try_to_load_from_cache(model, _TOKENIZER)
+                cached = try_to_load_from_cache(model, name)
             except HFValidationError:
                 return
             if isinstance(cached, str):

@@ -210,9 +210,7 @@ def test_light_and_dark(shown: Shown) -> None:
 
 def test_a_browser_under_the_locale_c_is_served_too(shown: Shown) -> None:
     page = shown.context.new_page()
-    page.add_init_script(
-        "Object.defineProperty(navigator, 'language', { value: 'en-US@posix', configurable: true })"
-    )
+    page.add_init_script("Object.defineProperty(navigator, 'language', { value: 'en-US@posix', configurable: true })")
     page.goto(shown.address)
     expect_texts(page.locator(".standing"), "first")
     playwright.expect(page.locator(".chart canvas").first).to_be_visible()
