@@ -101,6 +101,10 @@ class RunFolder:
         steps = sorted(int(match[1]) for match in found if match)
         return [step for step in steps if self.trajectory_file(step).exists()]  # under another spelling it is none
 
+    def holds(self, path: Path) -> bool:
+        """Say whether a path is within the folder, its links followed: a stranger's folder may link to anywhere."""
+        return path.resolve().is_relative_to(self.path.resolve())
+
     def read_step(self, step: int, columns: Sequence[str] | None = None) -> "pa.Table":
         """Read a step's trajectories; whatever shows them reads them here. See `trajectory.read`.
 
@@ -111,7 +115,7 @@ class RunFolder:
         from ppo_ray import trajectory  # loads pyarrow
 
         path = self.trajectory_file(step)
-        if not path.resolve().is_relative_to(self.path.resolve()):
+        if not self.holds(path):
             raise PermissionError(f"{path.name} is a link that leads out of the run's folder, which is not followed")
         if not path.is_file():  # a pipe would wait for ever
             raise FileNotFoundError(f"{path.name} is no file")

@@ -137,7 +137,7 @@ class RunRecord:
         """Read a run's folder.
 
         Raises:
-            InputError: there is no run in it.
+            InputError: there is no run in it, or a file of it is a link that leads out of it.
         """
         folder = RunFolder(Path(path).absolute())
         if not folder.path.is_dir():
@@ -145,6 +145,9 @@ class RunRecord:
         if not folder.holds_run():
             raise InputError(f"{path}: holds no run (no {folder.config.name}, no {folder.metrics.name})")
         notes: list[str] = []
+        files = (folder.metrics, folder.config, folder.before, folder.after)
+        for file in (file for file in files if not folder.holds(file)):
+            raise InputError(f"{file}: is a link that leads out of the run's folder, which is not followed")
         steps, events, num_foreign = read_log(folder.path)
         if num_foreign:
             notes.append(f"{folder.metrics.name}: {num_foreign} lines cannot be read and are left out")
@@ -214,7 +217,7 @@ class RunRecord:
 
     def find_actors(self) -> list[dict[str, Any]]:
         """Return each actor of the newest step that tells them: `name`, `host`, figures, the most memory of the run."""
-        known = read_actors(self.folder.path)
+        known = read_actors(self.folder.path) if self.folder.holds(self.folder.actors) else {}
         most: dict[str, dict[str, float]] = {}
         for actors in known.values():
             for name, figures in actors.items():

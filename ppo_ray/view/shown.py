@@ -54,7 +54,8 @@ class View:
         stamp = _stamp(self.folder.actors)
         with self._lock:
             if stamp != self._actors[0]:
-                self._actors = stamp, read_actors(self.folder.path)
+                known = read_actors(self.folder.path) if self.folder.holds(self.folder.actors) else {}
+                self._actors = stamp, known
             return self._actors[1]
 
     def trace_memory(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 It needs playwright and a Chromium: `apt-get install chromium`, or PPO_RAY_CHROMIUM=/path/to/chromium.
 """
 
+import json
 import os
 import re
 import shutil
@@ -12,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tests.view.runs import ROWS, append_step, make_run
+from tests.view.runs import ROWS, append_step, make_run, make_step
 
 CHROMIUM = os.environ.get("PPO_RAY_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
@@ -169,6 +172,23 @@ def test_a_sample_is_opened_and_coloured(shown: Shown) -> None:
     playwright.expect(page.locator(".drawer .token")).to_have_count(4)
     page.locator(".drawer .alike").get_by_text("response 0 3").click()
     expect_texts(page.locator(".drawer h2"), "Step 0, response 3")
+
+
+def test_a_conversation_is_shown_as_chat(browser: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1)
+    messages = [{"role": "system", "content": "Be <b>brief</b>."}, {"role": "user", "content": "Why?\nReally."}]
+    column = pa.array([json.dumps(messages)] * ROWS)
+    pq.write_table(make_step(0).append_column("messages", column), run / "trajectories" / "step-00000.parquet")
+    shown = Shown(browser, run)
+    try:
+        shown.go("samples?run=0&open=0.2")
+        expect_texts(shown.page.locator(".drawer"), "Conversation", "response 0 2")
+        expect_texts(shown.page.locator(".drawer .chat"), "system", "Be <b>brief</b>.", "user", "Why?")
+        playwright.expect(shown.page.locator(".drawer .chat > *")).to_have_count(2)
+        assert "Why?" in shown.rows()[2][-2]  # the table has the question
+    finally:
+        shown.close()
+    assert shown.said == []
 
 
 def test_two_steps_are_shown_side_by_side(shown: Shown) -> None:

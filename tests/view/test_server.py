@@ -8,6 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ppo_ray.errors import InputError
+from ppo_ray.run.record import RunRecord
 from ppo_ray.view import server
 from ppo_ray.view.server import HEADERS, is_expected_host, make_app
 from ppo_ray.view.shown import View
@@ -281,6 +282,18 @@ def test_a_link_leads_nowhere(tmp_path: Path) -> None:
     (run / "trajectories" / "step-00005.parquet").symlink_to(tmp_path / "secret.parquet")
     answer = open_client(run).get("/api/runs/0/samples/5/0")
     assert answer.status_code == 404 and "leads out of the run's folder" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "evaluation_before.json", "actors.jsonl"])
+def test_no_file_of_a_run_leads_out_of_it(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run", 1)
+    (run / name).replace(tmp_path / name)
+    (run / name).symlink_to(tmp_path / name)
+    if name == "actors.jsonl":
+        assert ask(open_client(run), "runs/0/memory")["steps"] == [] and RunRecord.read(run).find_actors() == []
+    else:
+        with pytest.raises(InputError, match=f"{name}: is a link that leads out of the run's folder"):
+            View(run)
 
 
 def test_the_pages_scripts_are_short_and_never_read_text_as_html() -> None:
