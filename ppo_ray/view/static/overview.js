@@ -140,13 +140,7 @@ function makeCard(panel, runs, view, jobs) {
       "figcaption",
       { title: sentence },
       h("b", {}, panel.title),
-      outside
-        ? h(
-            "span",
-            { class: "warn", title: words.join("\n") },
-            `${outside} outside`,
-          )
-        : null,
+      outside ? h("span", { class: "warn", title: words.join("\n") }, `${outside} outside`) : null,
       values,
       h("code", {}, panel.names[0]),
     ),

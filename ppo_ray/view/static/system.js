@@ -232,7 +232,9 @@ function showMemory({ steps, actors }, jobs) {
     jobs.push(() => draw(plot, { lines }));
     return h("figure", { class: "chart" }, h("figcaption", {}, h("b", {}, title)), plot);
   };
-  const charts = [chart("Resident memory, GiB", ""), chart("GPU memory, reserved, GiB", "_gpu_reserved")].filter(Boolean);
+  const charts = [chart("Resident memory, GiB", ""), chart("GPU memory, reserved, GiB", "_gpu_reserved")].filter(
+    Boolean,
+  );
   if (!charts.length) return null;
   return h(
     "div",
