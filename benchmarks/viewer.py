@@ -21,7 +21,7 @@ import requests
 
 from ppo_ray import trajectory
 
-STEPS, ROWS, TOKENS = 400, 250, 64
+STEPS, ROWS, TOKENS, ACTORS = 400, 250, 64, 16
 PAGE_S, FILTER_S, MEMORY_MB = 1.0, 0.3, 500
 REPEATS = 5
 WORDS = ("the", "a", "film", "was", "great", "bad", "really", "good", "watch", "it", "of", "plot", "never", "love")
@@ -66,6 +66,15 @@ def make_run(folder: Path) -> None:
     metrics = {f"group/metric_{number}": 1.0 for number in range(60)}
     lines = (json.dumps({"step": step, "score/mean": step / STEPS, **metrics}) for step in range(STEPS))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    memory = {
+        "host": "node",
+        "time/generate_s": 1.0,
+        "memory/rollout_gib": 2.5,
+        "memory/rollout_gpu_reserved_gib": 60.0,
+    }
+    actors = {f"rollout-{number}": memory for number in range(ACTORS)}
+    rows = (json.dumps({"step": step, "actors": actors}) for step in range(STEPS))
+    (folder / "actors.jsonl").write_text("\n".join(rows) + "\n")
 
 
 def measure(folder: Path) -> Iterator[tuple[str, float, float]]:
@@ -105,6 +114,11 @@ def measure(folder: Path) -> Iterator[tuple[str, float, float]]:
                 float(np.median([ask("/api/runs/0/samples", **query)[0] for _ in range(REPEATS)])),
                 FILTER_S,
             )
+        yield (
+            "actors of a step, and the memory of all, s",
+            sum(ask(f"/api/runs/0/{path}")[0] for path in ("workers/7", "memory")),
+            PAGE_S,
+        )
         opened = [ask(f"/api/runs/0/samples/{step}/7")[0] for step in range(REPEATS)]
         yield "one sample, with the same prompt at all steps, s", float(np.median(opened)), PAGE_S
         yield "memory of the server, MB", psutil.Process(server.pid).memory_info().rss / 1e6, MEMORY_MB

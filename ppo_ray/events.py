@@ -1,6 +1,6 @@
-"""Events of a run beside its steps (a worker replaced, a run resumed, a torn checkpoint), and lines for its console."""
+"""What a run tells beside its metrics: events (a worker replaced, a run resumed), actors, lines for its console."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +27,16 @@ class Event:
     """For people: who, what, why, how long it took."""
     worker: str | None = None
     """The worker that it happened to, e.g. `"rollout-1"`."""
+
+
+@dataclass(frozen=True)
+class ActorReport:
+    """What one actor did in a step."""
+
+    host: str | None
+    """Name of the machine that it ran on, as the machine knows itself; None: it has not told yet."""
+    metrics: Mapping[str, float]
+    """Its own seconds (`time/...`) and memory (`memory/...`), by the names of docs/diagnostics.md."""
 
 
 Report = Callable[[Event], None]

@@ -56,6 +56,10 @@ LEARNED_SCHEMA = pa.schema(
 """What a run writes to `trajectories/`."""
 
 
+_ADDED_SINCE = {"1": ("truncated", "kl"), SCHEMA_VERSION: ()}
+"""The versions that can be read, each with the columns that it may lack."""
+
+
 def from_rows(rows: Sequence[Mapping[str, Any]], extras: pa.Table | None = None) -> pa.Table:
     """Build a validated table of `SCHEMA` from one mapping a trajectory; a missing score is null.
 
@@ -231,25 +235,52 @@ def with_learned(table: pa.Table, figures: Mapping[str, Sequence[np.ndarray | No
     return learned
 
 
-def read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a step's trajectories as a run wrote them.
+def read(path: Path, columns: Sequence[str] | None = None, max_bytes: int | None = None) -> pa.Table:
+    """Read a step's trajectories as a run wrote them, this version's or an older one's.
 
     Args:
-        path: a file of the run's `trajectories/`.
-        columns: to be read, where they are there; None: all.
+        path: a file of the run's `trajectories/`; `RunFolder.read_step` reads it by its step.
+        columns: of `LEARNED_SCHEMA` and `EXTRAS`, in the order wanted; None: all.
+        max_bytes: that the whole file may unpack to; None: any number.
+
+    Returns:
+        The columns, those of `EXTRAS` where they are there. What an older version did not have is null.
 
     Raises:
-        pa.ArrowInvalid: they are of another version of the schema; the message names both.
+        pa.ArrowInvalid: they are of an unknown version of the schema, or not what their version promises, or larger.
         OSError, pa.ArrowException: the file is not there, torn, or no Parquet file.
     """
     import pyarrow.parquet as pq
 
+    wanted = [*LEARNED_SCHEMA.names, *EXTRAS] if columns is None else columns
     with pq.ParquetFile(path) as file:
-        there = file.schema_arrow
+        there, groups = file.schema_arrow, file.metadata
         version = (there.metadata or {}).get(b"ppo_ray.schema", b"none").decode(errors="replace")
-        if version != SCHEMA_VERSION:
-            raise pa.ArrowInvalid(f"{path.name}: schema version {version}; this ppo_ray reads version {SCHEMA_VERSION}")
-        return file.read(columns and [name for name in columns if name in there.names]).combine_chunks()
+        added = _ADDED_SINCE.get(version)
+        if added is None:
+            known = " and ".join(_ADDED_SINCE)
+            raise pa.ArrowInvalid(f"{path.name}: schema version {version}; this ppo_ray reads the versions {known}")
+        unpacked = sum(groups.row_group(number).total_byte_size for number in range(groups.num_row_groups))
+        if max_bytes is not None and unpacked > max_bytes:
+            raise pa.ArrowInvalid(f"{path.name}: it unpacks to {unpacked:,} bytes, more than {max_bytes:,}")
+        names = [name for name in wanted if there.get_field_index(name) >= 0]
+        for name in wanted:
+            if (
+                name in names
+                and name in LEARNED_SCHEMA.names
+                and there.field(name).type != LEARNED_SCHEMA.field(name).type
+            ):
+                raise pa.ArrowInvalid(f"{path.name}: column {name} is {there.field(name).type}")
+            if name not in names and name not in added and name not in EXTRAS:
+                raise pa.ArrowInvalid(f"{path.name}: it has no column {name}")
+        table = file.read(names).combine_chunks()
+    for name in names:
+        if name in SCHEMA.names and not SCHEMA.field(name).nullable and table.column(name).null_count:
+            raise pa.ArrowInvalid(f"{path.name}: column {name} has nulls")
+    for name in (name for name in wanted if name not in names and name in added):
+        field = LEARNED_SCHEMA.field(name)
+        table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select([name for name in wanted if name in table.column_names])
 
 
 def concat(shards: Sequence[pa.Table]) -> pa.Table:

@@ -119,9 +119,9 @@ class CommandLine:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """Read the steps of a run's metrics, but for seconds; a line that is being written is left out."""
+    """Read the steps of a run's metrics, but for seconds and memory; a line that is being written is left out."""
     return [
-        {key: value for key, value in record.items() if not key.startswith("time/")}
+        {key: value for key, value in record.items() if not key.startswith(("time/", "memory/"))}
         for record in _records(run)
         if "event" not in record
     ]

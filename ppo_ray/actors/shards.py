@@ -1,6 +1,5 @@
 """Tables that workers make one of another, as ordered references; tables lost with a worker are made again."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,13 +10,14 @@ from ppo_ray import trajectory
 from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.watch import DependencyLost, Member
 from ppo_ray.errors import WorkerLost
+from ppo_ray.events import ActorReport
 
 _ONCE = {"time/publish_s", "time/sync_s"}  # of the weights, which all rounds of a step have
 _MAX_REMADE = 5  # times that tables are made again because they were lost with a node
 
 ShardCall = Callable[[Any, Any], tuple[Any, Any]]
-"""Takes an actor's handle and the source's table (None without a source); returns references to a table and to the
-seconds of the call, metrics that all begin with `time/`."""
+"""Takes an actor's handle and the source's table (None without a source); returns references to a table and to metrics
+of the call: its seconds (`time/...`) and the actor's memory (`memory/...`)."""
 
 Answer = TypeVar("Answer")
 
@@ -36,6 +36,7 @@ class Shards:
         timeout_s: float,
         source: "Shards | None" = None,
         metrics: Mapping[str, float] | None = None,
+        of_workers: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         """Make all calls at once, without waiting.
 
@@ -46,13 +47,15 @@ class Shards:
             timeout_s: longest fetch of the tables.
             source: the tables they work on; None: they need none.
             metrics: known beforehand, to be returned by `wait` with the others.
+            of_workers: metrics of single workers that are known beforehand, by their names, for `actors`.
         """
         self._group, self._doing, self._calls, self._source = group, doing, calls, source
-        self._timeout_s, self._metrics = timeout_s, dict(metrics or {})
+        self._timeout_s, self._metrics, self._of_workers = timeout_s, dict(metrics or {}), of_workers or {}
+        self._reports: dict[str, ActorReport] = {}
         self.tables: list[Any] = [None] * len(calls)
         """References, which the driver never fetches."""
         self._seconds: list[Any] = [None] * len(calls)
-        """References to the seconds of the calls, which arrive with the tables."""
+        """References to the metrics of the calls, which arrive with the tables."""
         self._inputs: list[Any] = [None] * len(calls)
         self._arrived: set[Any] = set()
         """Those of `_seconds` that are known to have arrived."""
@@ -81,6 +84,11 @@ class Shards:
                     raise
                 self._source.remake()
         raise AssertionError
+
+    @property
+    def actors(self) -> dict[str, ActorReport]:
+        """What each worker did for these tables and for the source's, by its name; known after `wait`."""
+        return (self._source.actors if self._source else {}) | self._reports
 
     def remake(self) -> None:
         """Make all tables again from the beginning: some were lost with their node."""
@@ -132,17 +140,24 @@ class Shards:
                         self._submit(index)
 
     def _slowest_worker(self, source_metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return the seconds of the slowest worker, those of the source's workers included."""
-        seconds: dict[tuple[str, str], float] = defaultdict(float)
-        for index, answer in enumerate(ray.get(self._seconds, timeout=self._timeout_s)):
+        """Return the seconds of the slowest worker and the memory of the largest, those of the source included."""
+        members = [self._member(index) for index in range(len(self._seconds))]
+        found: dict[str, dict[str, float]] = {member.name: {} for member in members}
+        for member, answer in zip(members, ray.get(self._seconds, timeout=self._timeout_s), strict=True):
+            own = found[member.name]
             for name, value in answer.items():
-                if not name.startswith("time/"):
-                    raise ValueError(f"{self._member(index).name} reports {name}: only seconds (time/...) are merged")
-                seconds[name, self._member(index).name] += value
-        slowest: dict[str, float] = {}
-        for (name, _), value in seconds.items():
-            slowest[name] = max(value, slowest.get(name, source_metrics.get(name, 0.0)))
-        return slowest
+                if not name.startswith(("time/", "memory/")):
+                    raise ValueError(f"{member.name} reports {name}: only time/... and memory/... are merged")
+                own[name] = max(own.get(name, 0.0), value) if name.startswith("memory/") else own.get(name, 0.0) + value
+        hosts = {member.name: member.host for member in members}
+        self._reports = {
+            name: ActorReport(hosts[name], {**self._of_workers.get(name, {}), **own}) for name, own in found.items()
+        }
+        worst: dict[str, float] = {}
+        for own in found.values():
+            for name, value in own.items():
+                worst[name] = max(value, worst.get(name, source_metrics.get(name, 0.0)))
+        return worst
 
 
 class Rounds:
@@ -156,8 +171,19 @@ class Rounds:
         """Wait until all tables are made; the seconds of the rounds add up. Otherwise as `Shards.wait`."""
         first, *others = (one.wait(may_stop) for one in self._rounds)
         for metrics in others:
-            first |= {name: first[name] + metrics[name] for name in first.keys() - _ONCE}
+            first = _add_rounds(first, metrics)
         return first | self._metrics
+
+    @property
+    def actors(self) -> dict[str, ActorReport]:
+        """What each worker did in all rounds, by its name; known after `wait`."""
+        joined: dict[str, ActorReport] = {}
+        for one in self._rounds:
+            for name, report in one.actors.items():
+                before = joined.get(name)
+                metrics = _add_rounds(before.metrics, report.metrics) if before else report.metrics
+                joined[name] = ActorReport(report.host, metrics)
+        return joined
 
     def use(self, consume: Callable[[list[Any]], Answer], may_stop: bool = True) -> Answer:
         """Wait for all tables and pass their references on, in order; otherwise as `Shards.use`."""
@@ -171,6 +197,17 @@ class Rounds:
                 for one in self._rounds:
                     one.remake()
         raise AssertionError
+
+
+def _add_rounds(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Join the metrics of two rounds: seconds add up, but those of the weights; of memory the most counts."""
+    joined = dict(first)
+    for name, value in second.items():
+        if name.startswith("memory/"):
+            joined[name] = max(value, first.get(name, 0.0))
+        elif name not in _ONCE:
+            joined[name] = value + first.get(name, 0.0)
+    return joined
 
 
 def _has_arrived(ref: Any) -> bool:

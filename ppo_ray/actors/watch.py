@@ -46,6 +46,12 @@ class Member:
         self._listen()
         return str(self._found) if self._found else "not started: Ray has found no room for it yet, or is starting it"
 
+    @property
+    def host(self) -> str | None:
+        """The name of its machine; None: it has not told yet."""
+        self._listen()
+        return self._found.host if self._found else None
+
     def ask(self) -> None:
         """Make a control call, unless one is under way."""
         if self._asked is None:

@@ -2,8 +2,12 @@
 
 import contextlib
 import os
+import resource
+import socket
+import sys
 from dataclasses import dataclass
 
+import psutil
 import ray
 
 from ppo_ray.imports import import_ahead
@@ -11,6 +15,8 @@ from ppo_ray.plan.demand import FOLDER_VARIABLE
 
 CONTROL = {"control": 1}
 """`concurrency_groups` of every actor class: control calls have a thread of their own, beside the one that works."""
+
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class Whereabouts:
     """IP address."""
     log: str
     """File on that node with the actor's output and errors."""
+    host: str | None = None
+    """Name of the machine, as it knows itself."""
 
     def __str__(self) -> str:
         return f"pid {self.pid} on node {self.node}, log {self.log}"
@@ -44,7 +52,30 @@ class Worker:
     def whereabouts(self) -> Whereabouts:
         """Tell where the actor runs; answers as long as its process is alive and not stopped."""
         log = os.readlink("/proc/self/fd/2") if os.path.exists("/proc/self/fd/2") else "stderr"
-        return Whereabouts(os.getpid(), ray.util.get_node_ip_address(), log)
+        return Whereabouts(os.getpid(), ray.util.get_node_ip_address(), log, socket.gethostname())
+
+    def measure_memory(self) -> dict[str, float]:
+        """Return the memory of this process in GiB, by the metrics' names; some tens of microseconds.
+
+        `memory/KIND_gib` is resident now, objects of Ray's store that are mapped included, `memory/KIND_peak_gib` the
+        most that ever was. Where torch uses GPUs, `memory/KIND_gpu_gib` and `memory/KIND_gpu_reserved_gib` are the most
+        that its tensors took, and that it held for them, since the last call: the sum over the GPUs.
+        """
+        kind = self._name.rpartition("-")[0]
+        resident = psutil.Process().memory_info().rss
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # which the kernel counts a little late
+        found = {
+            f"memory/{kind}_gib": resident / _GIB,
+            f"memory/{kind}_peak_gib": max(resident, peak) / _GIB,
+        }
+        torch = sys.modules.get("torch")  # an actor without it has no GPU's memory
+        if torch is not None and torch.cuda.is_initialized():
+            gpus = range(torch.cuda.device_count())
+            found[f"memory/{kind}_gpu_gib"] = sum(map(torch.cuda.max_memory_allocated, gpus)) / _GIB
+            found[f"memory/{kind}_gpu_reserved_gib"] = sum(map(torch.cuda.max_memory_reserved, gpus)) / _GIB
+            for gpu in gpus:
+                torch.cuda.reset_peak_memory_stats(gpu)
+        return found
 
     def close(self) -> None:
         """Free what the actor holds; its group ends the process."""

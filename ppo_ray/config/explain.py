@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -31,6 +31,20 @@ ABBREVIATIONS = {
     "fsdp": "learner.sharding",
 }
 """Short or foreign names of options, each with the option that is meant."""
+FOREIGN_VALUES = {
+    "ppo.policy_loss": {
+        **dict.fromkeys(("ppo", "ppo_clip", "vanilla", "surrogate"), "clip"),
+        **dict.fromkeys(("grpo", "dr_grpo", "rloo", "reinforce"), "clip, with ppo.advantages={value}"),
+    },
+    "ppo.advantages": {
+        **dict.fromkeys(("ppo", "lambda", "vapo"), "gae"),
+        **dict.fromkeys(("reinforce++", "reinforce_plus_plus", "reinforce_pp"), "reinforce"),
+        "reinforce_plus_plus_baseline": "reinforce_baseline",
+        **dict.fromkeys(("drgrpo", "dr.grpo"), "dr_grpo"),
+        **dict.fromkeys(("gspo", "cispo"), "grpo, with ppo.policy_loss={value}"),
+    },
+}
+"""Values that other libraries or papers have for an option, each with what is meant here."""
 _LONGEST_KEY = 100  # characters; a longer one is no misspelt option, and comparing spellings takes time
 
 
@@ -53,7 +67,8 @@ def explain(model: type[BaseModel], detail: ErrorDetails) -> str:
         case "model_type":
             return f"{value} is not a section of options"
         case "literal_error":
-            return f"{value} is not one of {context['expected']}"
+            names = re.findall(r"'([^']*)'", context["expected"])
+            return f"{value} is not one of {context['expected']}" + _suggest_value(detail, names)
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             relation = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
             limit, words = next((context[key], words) for key, words in relation.items() if key in context)
@@ -63,7 +78,14 @@ def explain(model: type[BaseModel], detail: ErrorDetails) -> str:
         case "string_too_short":
             return "must not be empty"
         case "string_pattern_mismatch":
-            return f"{value} must look like package.module:function"
+            pattern = context["pattern"]
+            names = re.findall(r"(?<=[(|])\w+(?=\|)", pattern)
+            if not names:
+                return f"{value} must " + (
+                    "look like package.module:function" if ":" in pattern else f"match {pattern}"
+                )
+            found = f"{value} is not one of {', '.join(names)}, and does not look like package.module:function"
+            return found + _suggest_value(detail, names)
         case "value_error":
             return str(context["error"])
         case _:
@@ -73,6 +95,16 @@ def explain(model: type[BaseModel], detail: ErrorDetails) -> str:
 def _show(value: Any) -> str:
     """Write a value as in YAML, except that text is in quotes."""
     return str(value).lower().replace("none", "null") if value is None or isinstance(value, bool) else repr(value)
+
+
+def _suggest_value(detail: ErrorDetails, names: Sequence[str]) -> str:
+    """Name the value that was most likely meant: by another library's name, or by spelling; else nothing."""
+    value = str(detail["input"]).lower()
+    if len(value) > _LONGEST_KEY:
+        return ""
+    foreign = FOREIGN_VALUES.get(".".join(str(part) for part in detail["loc"]), {})
+    near = [foreign[value].format(value=value)] if value in foreign else difflib.get_close_matches(value, names, n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def explain_unknown(model: type[BaseModel], key: str) -> str:

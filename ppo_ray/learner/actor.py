@@ -128,7 +128,7 @@ class LearnerWorker(Worker):
             raise WorkerError(f"{error} The mini-batch that made it is in {dump}.") from error
         if self._leads:
             write_trajectories(Path(path), report.trajectories)
-        metrics = report.metrics | metrics | {"time/learn_s": time.perf_counter() - start}
+        metrics = report.metrics | metrics | self.measure_memory() | {"time/learn_s": time.perf_counter() - start}
         return replace(report, metrics=metrics, trajectories=None, minibatches=())
 
     def step(self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float) -> UpdateReport:

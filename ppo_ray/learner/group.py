@@ -22,7 +22,7 @@ from ppo_ray.actors.watch import DependencyLost, Member
 from ppo_ray.checkpoint import Pending, RunState
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError, PeersLost, WorkerError, WorkerLost
-from ppo_ray.events import Event, Report
+from ppo_ray.events import ActorReport, Event, Report
 from ppo_ray.learner.actor import LearnerWorker
 from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.plan import ActorSpec
@@ -32,6 +32,8 @@ from ppo_ray.weights.snapshot import WeightSnapshot
 
 if TYPE_CHECKING:
     from ppo_ray.learner.ranks import Rendezvous
+
+_OF_RANKS = ("time/", "memory/")  # how the metrics begin that each rank has its own of
 
 
 def learner_spec(config: Config) -> ActorSpec:
@@ -62,7 +64,7 @@ class LearnerGroup:
         """
         self._config, self._trajectories, self._report = config, trajectories, report
         self._group = ActorGroup(worker, learner_spec(config), config.ray, report, seats)
-        self._held_metrics: dict[str, float] = {}
+        self._held: tuple[dict[str, float], dict[str, ActorReport]] = ({}, {})
         self._num_buckets = 0
         self.last_update: UpdateReport | None = None
         """Of the newest update of these workers; None before the first."""
@@ -74,7 +76,7 @@ class LearnerGroup:
             InputError: a rank's node does not see the run's folder.
             WorkerError: a rank failed to start, or was lost too often in a row.
         """
-        self._held_metrics, self.last_update = {}, None
+        self._held, self.last_update = ({}, {}), None
         while True:
             try:
                 return self._set_up(checkpoint)
@@ -104,7 +106,7 @@ class LearnerGroup:
             WorkerError: as `watch`.
         """
         metrics = scored.wait()  # which a signal may end; from the update on, none does
-        return scored.use(lambda tables: self._update(step, tables, metrics))
+        return scored.use(lambda tables: self._update(step, tables, metrics, scored.actors))
 
     def hold(self, scored: Shards, may_stop: bool = False) -> None:
         """Hand the next update's shards to all ranks, and wait until they hold them.
@@ -129,11 +131,11 @@ class LearnerGroup:
         began = time.monotonic()
         metrics = scored.wait(may_stop)
         scored.use(hand_over, may_stop)
-        self._held_metrics = metrics | {"time/wait_s": time.monotonic() - began}
+        self._held = metrics | {"time/wait_s": time.monotonic() - began}, scored.actors
 
     def update_held(self, step: int) -> UpdateReport:
         """Make one PPO update on the shards that the ranks hold; otherwise as `update`."""
-        return self._update(step, [], self._held_metrics)
+        return self._update(step, [], *self._held)
 
     def step(self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float) -> UpdateReport:
         """Make one PPO update on a table of the caller's; returns the full report. The loop calls `update`."""
@@ -200,13 +202,18 @@ class LearnerGroup:
         """End the workers."""
         self._group.close()
 
-    def _update(self, step: int, tables: list[Any], metrics: dict[str, float]) -> UpdateReport:
+    def _update(
+        self, step: int, tables: list[Any], metrics: dict[str, float], actors: dict[str, ActorReport]
+    ) -> UpdateReport:
         assert self._trajectories is not None
         path = str(self._trajectories / f"step-{step:05d}.parquet")
         options = {"num_refilled": int(metrics["groups/num_refilled"])} if "groups/num_refilled" in metrics else {}
         calls = {rank.handle.update.remote(step, path, *tables, **options): rank for rank in self._group.members}
         reports = self._wait("updating", calls)
-        self.last_update = replace(reports[0], metrics=metrics | _slowest([report.metrics for report in reports]))
+        for rank, report in zip(self._group.members, reports, strict=True):
+            own = {name: value for name, value in report.metrics.items() if name.startswith(_OF_RANKS)}
+            actors = actors | {rank.name: ActorReport(rank.host, own)}
+        self.last_update = replace(reports[0], metrics=metrics | _merge_ranks(reports), actors=actors)
         return self.last_update
 
     def _set_up(self, checkpoint: Path | None) -> list[dict[str, float]]:
@@ -285,9 +292,9 @@ def _find_lost(calls: dict[Any, Member], wait: Callable[[dict[Any, Member]], Non
         raise WorkerLost(str(error), next(iter(calls.values())).name) from error
 
 
-def _slowest(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Return the first rank's metrics, which all ranks share, with the longest of all ranks' seconds."""
+def _merge_ranks(reports: list[UpdateReport]) -> dict[str, float]:
+    """Return the first rank's metrics, which all ranks share, with the most of all ranks' seconds and memory."""
     return {
-        name: max(rank[name] for rank in metrics) if name.startswith("time/") else value
-        for name, value in metrics[0].items()
+        name: max(report.metrics[name] for report in reports) if name.startswith(_OF_RANKS) else value
+        for name, value in reports[0].metrics.items()
     }

@@ -2,11 +2,14 @@
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+
+from ppo_ray.events import ActorReport
 
 Outcome = Literal["stepped", "ratio_exceeded", "early_stopped", "nonfinite"]
 
@@ -42,6 +45,8 @@ class UpdateReport:
     """Table of `trajectory.LEARNED_SCHEMA`, in the order given; None where the caller only wants metrics."""
     minibatches: tuple[MinibatchReport, ...] = ()
     """Every mini-batch in order, those without an optimizer step included."""
+    actors: Mapping[str, ActorReport] = field(default_factory=dict)
+    """What each actor did for this step, by its name; empty where the caller is no driver."""
 
 
 class Stopwatch:

@@ -55,7 +55,7 @@ class RewardWorker(Worker):
                 scored = trajectory.with_parts(table, parts, weights, found.truncated)
         finally:
             seconds = self._clock.end()
-        return scored, {"time/score_s": seconds}
+        return scored, {"time/score_s": seconds, **self.measure_memory()}
 
     def explain(self) -> str | None:
         """Return why a text of the last `score` that had any without a score has none; None: every text had one."""

@@ -92,7 +92,8 @@ class RolloutWorker(Worker):
                     "response": response,
                 }
             )
-        return trajectory.from_rows(rows, prompts.columns), {"time/generate_s": time.perf_counter() - start}
+        table = trajectory.from_rows(rows, prompts.columns)
+        return table, {"time/generate_s": time.perf_counter() - start, **self.measure_memory()}
 
     def load_weights(self, manifest: WeightManifest, buckets: list[Any]) -> WeightAck:
         """Serve the weights in these buckets, references to objects of the store, from now on, and say so."""

@@ -56,6 +56,7 @@ class RolloutGroup:
         self._group.catch_up = self._catch_up
         self._weights: PublishedWeights | None = None
         self._weight_metrics: dict[str, float] = {}
+        self._sync_metrics: dict[str, dict[str, float]] = {}
         self._transport = make_transport(config)
 
     def setup(self) -> list[dict[str, float]]:
@@ -83,7 +84,8 @@ class RolloutGroup:
         shards = prompts.split(self._config.rollout.workers)
         calls = [_generate_call(shard, step, seed, keep_weights) for shard in shards]
         timeout_s = self._config.ray.call_timeout_s
-        return Shards(self._group, "generating", calls, timeout_s, metrics=self._weight_metrics)
+        of_weights, of_workers = self._weight_metrics, self._sync_metrics
+        return Shards(self._group, "generating", calls, timeout_s, metrics=of_weights, of_workers=of_workers)
 
     def load_weights(self, weights: PublishedWeights) -> float:
         """Send weights to every engine and check that each serves them.
@@ -101,6 +103,7 @@ class RolloutGroup:
         acks = self._transport.send(weights, self._group)
         check_acks(weights, acks)
         seconds = max(ack.seconds for ack in acks)
+        self._sync_metrics = {ack.worker: {"time/sync_s": ack.seconds} for ack in acks}
         self._weight_metrics = {"time/publish_s": weights.publish_s, "time/sync_s": seconds}
         return seconds
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ppo_ray import atomic
 from ppo_ray.run.evaluation import Evaluation
-from ppo_ray.run.health import HEALTHY
+from ppo_ray.run.health import HEALTHY, Range
 
 _BATCH, _HELD_OUT, _KL, _MOVE, _CLIP, _GREY = "#2a6f97", "#d1495b", "#3a7d44", "#8e5ea2", "#c77d0a", "#666666"
 _SETS = ("#e09f3e", "#6a4c93", "#1b998b", "#8d5524")  # of evaluation.sets
@@ -26,6 +26,7 @@ def draw_curves(
     after: Evaluation | None,
     title: str = "",
     kl_target: float | None = None,
+    ranges: Mapping[str, Range] = HEALTHY,
 ) -> None:
     """Draw scores, KL and the size of the updates over the steps; held-out figures wherever they were measured.
 
@@ -36,6 +37,7 @@ def draw_curves(
         after: held-out prompts after the last step; None: not evaluated.
         title: of the picture.
         kl_target: KL that the controller aims at, nats per sequence; None: no line.
+        ranges: that are healthy, by the figures' names.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -64,7 +66,7 @@ def draw_curves(
     if kl_target is not None:
         kl_axes.axhline(kl_target, color=_KL, ls="--", lw=1, label="ppo.kl_target")
         kl_axes.legend(frameon=False, fontsize=8)
-    _draw_moves(move_axes, steps, history)
+    _draw_moves(move_axes, steps, history, ranges)
     move_axes.set_xlabel("steps done")
     move_axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     figure.align_ylabels()
@@ -136,14 +138,17 @@ def _mark_held_out(
     axes.legend(frameon=False, loc="best", fontsize=8)
 
 
-def _draw_moves(axes: Any, steps: Sequence[float], history: History) -> None:
+def _draw_moves(axes: Any, steps: Sequence[float], history: History, ranges: Mapping[str, Range]) -> None:
     """Draw how far each update moved the policy, on a logarithmic scale, over the bands that are healthy."""
     axes.set_yscale("log")
     for name, colour in (("policy/approx_kl", _MOVE), ("policy/clip_fraction", _CLIP)):
-        healthy = HEALTHY[name]
+        healthy = ranges.get(name)
         values = [float(metrics.get(name, math.nan)) for metrics in history]
         positive = [value if value > 0 else math.nan for value in values]  # zero has no place on the scale
-        axes.plot(steps, positive, color=colour, marker="o", ms=2.5, lw=1.2, label=f"{name} (healthy {healthy})")
+        label = f"{name} (healthy {healthy})" if healthy else None  # with a loss of one's own there is no such figure
+        axes.plot(steps, positive, color=colour, marker="o", ms=2.5, lw=1.2, label=label)
+        if healthy is None:
+            continue
         if math.isinf(healthy.low):
             axes.axhline(healthy.high, color=colour, ls="--", lw=1)
         else:

@@ -3,16 +3,20 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ppo_ray import __version__, atomic
 from ppo_ray.checkpoint import FINAL
 from ppo_ray.config import Config, to_yaml
 from ppo_ray.errors import InputError
-from ppo_ray.run.log import METRICS_FILE, TENSORBOARD_FOLDER, has_steps
+from ppo_ray.machine import max_memory_of_file
+from ppo_ray.run.log import ACTORS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, has_steps
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.path / METRICS_FILE
+
+    @property
+    def actors(self) -> Path:
+        """What each actor did in each step, one JSON object a step: its machine, seconds, memory."""
+        return self.path / ACTORS_FILE
 
     @property
     def tensorboard(self) -> Path:
@@ -86,10 +95,31 @@ class RunFolder:
         """Where a step's trajectories go."""
         return self.trajectories / f"step-{step:05d}.parquet"
 
-    def list_trajectories(self) -> dict[int, Path]:
-        """Return the file of each step that has one, by step, in order; links and folders of such names too."""
-        found = {path: re.fullmatch(r"step-(\d+)\.parquet", path.name) for path in self.trajectories.glob("step-*")}
-        return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+    def list_steps(self) -> list[int]:
+        """Return the steps that have a file of trajectories, in order, whether or not it can be read."""
+        found = (re.fullmatch(r"step-(\d+)\.parquet", path.name) for path in self.trajectories.glob("step-*"))
+        steps = sorted(int(match[1]) for match in found if match)
+        return [step for step in steps if self.trajectory_file(step).exists()]  # under another spelling it is none
+
+    def holds(self, path: Path) -> bool:
+        """Say whether a path is within the folder, its links followed: a stranger's folder may link to anywhere."""
+        return path.resolve().is_relative_to(self.path.resolve())
+
+    def read_step(self, step: int, columns: Sequence[str] | None = None) -> "pa.Table":
+        """Read a step's trajectories; whatever shows them reads them here. See `trajectory.read`.
+
+        Raises:
+            OSError, pa.ArrowException: there is no such file; it is torn, or another's; or it is a link that leads out
+                of the run's folder, which is not followed; or it unpacks to far more than its size.
+        """
+        from ppo_ray import trajectory  # loads pyarrow
+
+        path = self.trajectory_file(step)
+        if not self.holds(path):
+            raise PermissionError(f"{path.name} is a link that leads out of the run's folder, which is not followed")
+        if not path.is_file():  # a pipe would wait for ever
+            raise FileNotFoundError(f"{path.name} is no file")
+        return trajectory.read(path, columns, max_memory_of_file(path.stat().st_size))
 
     @classmethod
     def create(cls, output_dir: str | Path) -> Self:
@@ -159,6 +189,7 @@ class RunFolder:
         """Remove what a run left that ended before its first step: it may have been another's."""
         self.before.unlink(missing_ok=True)
         self.metrics.unlink(missing_ok=True)
+        self.actors.unlink(missing_ok=True)
         atomic.remove(self.tracking)
 
     def _remnant(self) -> Path | None:

@@ -34,6 +34,11 @@ GAVE_UP = 3
 _POLL_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 _NICENESS = 10
+_SAMPLE_COLUMNS = (
+    *("sample_id", "prompt", "response", "score"),
+    *("response_ids", "kl", "advantages", "finish_reason"),
+)
+"""That a tracker's table of responses is made of."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +181,15 @@ class Follower:
     def _read_samples(self, step: int) -> Samples | None:
         """Return the first responses of a step, where it is one whose responses are sent."""
         number, every = self._options["num_samples"], self._options["samples_every_steps"]
-        path = self._folder.trajectory_file(step)
-        if not number or step % every or not path.is_file():
+        if not number or step % every:
             return None
-        import pyarrow.parquet as pq
+        import pyarrow as pa
 
-        table = pq.read_table(path).slice(0, number)
+        try:
+            table = self._folder.read_step(step, _SAMPLE_COLUMNS).slice(0, number)
+        except (OSError, pa.ArrowException) as error:
+            print(f"step {step} has no table of responses: {first_line(error)}", flush=True)
+            return None
         lists = {name: table.column(name).to_pylist() for name in ("response_ids", "kl", "advantages")}
         rows = []
         for index, row in enumerate(table.select(["sample_id", "prompt", "response", "score"]).to_pylist()):

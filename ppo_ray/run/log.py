@@ -11,10 +11,12 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from ppo_ray import atomic
-from ppo_ray.events import Event
+from ppo_ray.events import ActorReport, Event
 
 METRICS_FILE = "metrics.jsonl"
+ACTORS_FILE = "actors.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+_LONGEST_ACTORS = 64 << 20  # bytes that are read
 
 
 def has_steps(folder: Path) -> bool:
@@ -46,8 +48,34 @@ def read_log(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], 
     return [steps[step] for step in sorted(steps)], events, max(whole - len(lines), 0)
 
 
+def read_actors(folder: Path) -> dict[int, dict[str, dict[str, Any]]]:
+    """Read what each actor did in each step, as far as a folder's log has it, whether or not a run is writing it.
+
+    Returns:
+        By step, in order, and by the actor's name: `host`, where it is known, and figures by the metrics' names. Of a
+        file that is larger than 64 MiB the steps before its last part are left out.
+    """
+    path = folder / ACTORS_FILE
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - _LONGEST_ACTORS, 0))
+        text = file.read(_LONGEST_ACTORS).decode(errors="replace")
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for _, record in _parse_lines(text):
+        if isinstance(actors := record.get("actors"), dict):
+            found[record["step"]] = {
+                name: {key: value for key, value in figures.items() if key == "host" or _is_finite(value)}
+                for name, figures in actors.items()
+                if isinstance(figures, dict) and isinstance(figures.get("host"), str | None)
+            }
+    return dict(sorted(found.items()))
+
+
 class MetricsLog:
     """A log into `metrics.jsonl` and `tensorboard/` of a folder; neither exists before the first step or event.
+
+    What single actors did goes into `actors.jsonl` beside them.
 
     A line is in the file as soon as `write` returns, so that a run can be followed and a killed one can be read. Lines
     of events have the key `event`, lines of steps have not.
@@ -61,12 +89,15 @@ class MetricsLog:
         self._written = time.monotonic()
         self._next_step = 0
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    def write(
+        self, step: int, metrics: Mapping[str, float], actors: Mapping[str, ActorReport] | None = None
+    ) -> dict[str, float]:
         """Log one step.
 
         Args:
             step: counted from 0.
             metrics: values by name, e.g. `score/mean`; one that is not finite is `null` in the JSON.
+            actors: what each actor did, by its name; none: nothing is written of them.
 
         Returns:
             The metrics as they were given, with `step` before them and `time/step_s` behind them: seconds since the
@@ -80,6 +111,8 @@ class MetricsLog:
         metrics = {**{name: float(value) for name, value in metrics.items()}, "time/step_s": now - self._written}
         self._written, self._next_step = now, step + 1
         record = {"step": step, **metrics}
+        if actors:
+            self._write_actors(step, actors)
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         lines.write(json.dumps(finite, allow_nan=False) + "\n")
         lines.flush()
@@ -112,6 +145,10 @@ class MetricsLog:
         """
         self.close()
         path = self._folder / METRICS_FILE
+        actors = self._folder / ACTORS_FILE
+        if actors.is_file():
+            known = _parse_lines(actors.read_text(encoding="utf-8", errors="replace"))
+            atomic.write_text(actors, "".join(line + "\n" for line, record in known if record["step"] < step))
         history: list[dict[str, float]] = []
         kept: list[str] = []
         for line, record in _read_lines(path):
@@ -147,6 +184,18 @@ class MetricsLog:
     ) -> None:
         self.close()
 
+    def _write_actors(self, step: int, actors: Mapping[str, ActorReport]) -> None:
+        """Add a line to `actors.jsonl`; it is there before the step's line of metrics."""
+        rows = {
+            name: {
+                **({"host": report.host} if report.host else {}),
+                **{key: float(f"{value:.5g}") for key, value in report.metrics.items() if math.isfinite(value)},
+            }
+            for name, report in actors.items()
+        }
+        with open(self._folder / ACTORS_FILE, "a", encoding="utf-8", opener=atomic.open_no_link) as lines:
+            lines.write(json.dumps({"step": step, "actors": rows}) + "\n")
+
     def _open(self) -> tuple[TextIO, Any]:
         if self._lines is None:
             # tensorboard's own writer: torch.utils.tensorboard would bring torch into the driver
@@ -161,15 +210,24 @@ class MetricsLog:
 def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each line of a file and what it holds, but for lines that are none of ours or were cut off."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line, record in _parse_lines(text):
+        if "event" in record or all(isinstance(value, int | float | None) for value in record.values()):
+            yield line, record
+
+
+def _parse_lines(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each line that is whole and has a step, and what it holds."""
     for line in text.splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):  # the process was killed while it wrote
             continue
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            continue
-        if "event" in record or all(isinstance(value, int | float | None) for value in record.values()):
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             yield line, record
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _figures(record: Mapping[str, float | None]) -> dict[str, float]:

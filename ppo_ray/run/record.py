@@ -16,8 +16,8 @@ from ppo_ray.config.explain import all_options, section_of
 from ppo_ray.config.file import flatten, read_plain
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.run.folder import RunFolder
-from ppo_ray.run.health import HEALTHY, find_outside
-from ppo_ray.run.log import read_log
+from ppo_ray.run.health import HealthCheck
+from ppo_ray.run.log import read_actors, read_log
 
 _LARGEST_JSON = 64 << 20  # bytes of an evaluation
 
@@ -36,6 +36,8 @@ class Panel:
     """Whether the scale is logarithmic."""
 
 
+_RESIDENT = "resident memory of the largest process of its kind, GiB"
+_RESERVED = "the most that torch held on its GPUs within the step, GiB"
 PANELS = (
     Panel("Reward", "Score", ("score/mean", "eval/score_mean"), "scores as the reward gave them"),
     Panel("Reward", "Spread of the scores", ("score/std",), "scores as the reward gave them"),
@@ -92,6 +94,12 @@ PANELS = (
     Panel("Time", "Scoring", ("time/score_s",), "generation; scoring; the learner's update"),
     Panel("Time", "Learning", ("time/learn_s",), "generation; scoring; the learner's update"),
     Panel("Time", "Weights to the engines", ("time/sync_s",), "until every engine served them, verified"),
+    Panel("Memory", "Memory of the learner", ("memory/learner_gib",), _RESIDENT),
+    Panel("Memory", "Memory of rollout workers", ("memory/rollout_gib",), _RESIDENT),
+    Panel("Memory", "Memory of reward workers", ("memory/reward_gib",), _RESIDENT),
+    Panel("Memory", "GPU memory of the learner", ("memory/learner_gpu_reserved_gib",), _RESERVED),
+    Panel("Memory", "GPU memory of rollout workers", ("memory/rollout_gpu_reserved_gib",), _RESERVED),
+    Panel("Memory", "GPU memory of reward workers", ("memory/reward_gpu_reserved_gib",), _RESERVED),
 )
 """The charts of a run, in the order in which they are looked at."""
 
@@ -129,7 +137,7 @@ class RunRecord:
         """Read a run's folder.
 
         Raises:
-            InputError: there is no run in it.
+            InputError: there is no run in it, or a file of it is a link that leads out of it.
         """
         folder = RunFolder(Path(path).absolute())
         if not folder.path.is_dir():
@@ -137,6 +145,9 @@ class RunRecord:
         if not folder.holds_run():
             raise InputError(f"{path}: holds no run (no {folder.config.name}, no {folder.metrics.name})")
         notes: list[str] = []
+        files = (folder.metrics, folder.config, folder.before, folder.after)
+        for file in (file for file in files if not folder.holds(file)):
+            raise InputError(f"{file}: is a link that leads out of the run's folder, which is not followed")
         steps, events, num_foreign = read_log(folder.path)
         if num_foreign:
             notes.append(f"{folder.metrics.name}: {num_foreign} lines cannot be read and are left out")
@@ -155,10 +166,10 @@ class RunRecord:
         return steps if isinstance(steps, int) else None
 
     @property
-    def value_warmup_steps(self) -> int:
-        """Steps in which the value head alone learns."""
-        steps = self.options.get("ppo.value_warmup_steps")
-        return steps if isinstance(steps, int) else 0
+    def health(self) -> HealthCheck:
+        """The judgement of the run's steps; by the ranges of the default loss where the config cannot be read."""
+        loss, steps = (self.options.get(f"ppo.{name}") for name in ("policy_loss", "value_warmup_steps"))
+        return HealthCheck(loss if isinstance(loss, str) else "clip", steps if isinstance(steps, int) else 0)
 
     def describe(self) -> dict[str, str]:
         """Return what was trained, on what, for what: words by words."""
@@ -193,16 +204,28 @@ class RunRecord:
 
     def find_unhealthy(self) -> list[dict[str, Any]]:
         """Return each figure that left its healthy range: `name`, `range`, `remedy`, `steps` (numbers of the steps)."""
-        found: dict[str, list[int]] = {}
+        health, found = self.health, dict[str, list[int]]()
         for metrics in self.steps:
             known = {name: value for name, value in metrics.items() if value is not None}
-            for name in find_outside(known, self.value_warmup_steps):
+            for name in health.find_outside(known):
                 found.setdefault(name, []).append(metrics["step"])
         return [
-            {"name": name, "range": str(HEALTHY[name]), "remedy": HEALTHY[name].remedy, "steps": found[name]}
-            for name in HEALTHY
+            {"name": name, "range": str(limits), "remedy": limits.remedy, "steps": found[name]}
+            for name, limits in health.ranges.items()
             if name in found
         ]
+
+    def find_actors(self) -> list[dict[str, Any]]:
+        """Return each actor of the newest step that tells them: `name`, `host`, figures, the most memory of the run."""
+        known = read_actors(self.folder.path) if self.folder.holds(self.folder.actors) else {}
+        most: dict[str, dict[str, float]] = {}
+        for actors in known.values():
+            for name, figures in actors.items():
+                own = most.setdefault(name, {})
+                for key in (key for key in figures if key.startswith("memory/")):
+                    own[key] = max(figures[key], own.get(key, 0.0))
+        newest = known[max(known)] if known else {}
+        return [{"name": name, **newest[name], **most[name]} for name in sorted(newest)]
 
     def find_held_out(self) -> list[tuple[int, Mapping[str, float]]]:
         """Return the figures of every evaluation, `eval/...` by name, with the number of steps done before it."""

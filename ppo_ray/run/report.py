@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_ray import __version__, atomic, trajectory
+from ppo_ray import __version__, atomic
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.events import escape_controls
-from ppo_ray.run.health import HEALTHY
 from ppo_ray.run.progress import format_duration
 from ppo_ray.run.record import PANELS, Panel, RunRecord
 
@@ -68,9 +67,19 @@ def make_report(record: RunRecord) -> str:
         held_out=record.find_held_out(),
         pairs=_pair_held_out(record),
         samples=samples,
+        actors=[_describe_actor(actor) for actor in record.find_actors()][:_MOST_ROWS],
         notes=notes,
         duration=format_duration(sum(seconds)) if seconds else None,
     )
+
+
+def _describe_actor(actor: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the table of actors shows of one: seconds of its part, memory in GiB; what it has not is missing."""
+    kind = actor["name"].rpartition("-")[0]
+    part = {"rollout": "generate", "reward": "score", "learner": "learn"}.get(kind, "")
+    columns = {"seconds": f"time/{part}_s", "sync": "time/sync_s", "resident": f"memory/{kind}_peak_gib"}
+    columns |= {"allocated": f"memory/{kind}_gpu_gib", "reserved": f"memory/{kind}_gpu_reserved_gib"}
+    return {"name": actor["name"], "host": actor.get("host"), **{key: actor.get(name) for key, name in columns.items()}}
 
 
 def _show_text(value: object) -> str:
@@ -108,12 +117,12 @@ def _pair_held_out(record: RunRecord) -> list[tuple[Mapping[str, Any], Mapping[s
 
 def _pick_samples(record: RunRecord, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Return the best and the worst scored responses of the newest step that can be read, and those with most KL."""
-    files = reversed(record.folder.list_trajectories().values())
-    for path in (path for path in files if not path.is_symlink()):
+    for step in reversed(record.folder.list_steps()):
         try:
-            rows = trajectory.read(path, ["step", "prompt", "response", "score", "kl"]).to_pylist()
+            rows = record.folder.read_step(step, ["step", "prompt", "response", "score", "kl"]).to_pylist()
         except Exception as error:  # whatever the file holds; its libraries have no common error
-            notes.append(f"{path.name} cannot be read and is left out: {first_line(error)}")
+            name = record.folder.trajectory_file(step).name
+            notes.append(f"{name} cannot be read and is left out: {first_line(error)}")
             continue
         for row in rows:
             row["kl"] = math.fsum(row["kl"]) if row.get("kl") else None
@@ -172,7 +181,7 @@ def _draw_chart(record: RunRecord, panel: Panel, values: Sequence[float | None])
         if held:
             axes.plot(*zip(*held, strict=True), color=_HELD, lw=0.8, ls=":", marker="D", ms=4)
     low, high = axes.get_ylim()
-    healthy = HEALTHY.get(panel.names[0])
+    healthy = record.health.ranges.get(panel.names[0])
     if healthy is not None:
         axes.axhspan(max(healthy.low, low), min(healthy.high, high), color=_GOOD, alpha=0.1, lw=0)
         axes.set_ylim(low, high)

@@ -25,7 +25,7 @@ from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.run.checkpoints import Checkpoints
 from ppo_ray.run.folder import RunFolder, config_text
 from ppo_ray.run.gauges import Gauges
-from ppo_ray.run.health import find_warnings
+from ppo_ray.run.health import HealthCheck
 from ppo_ray.run.log import MetricsLog
 from ppo_ray.run.progress import StepProgress
 from ppo_ray.run.resume import Start, find_start, open_folder
@@ -56,6 +56,7 @@ class Run:
         """Metrics of each step."""
         self._evaluated: dict[str, float] = {}
         self._log, self._gauges = log, Gauges(folder.path.name)
+        self._health = HealthCheck(config.ppo.policy_loss, config.ppo.value_warmup_steps)
         self._tracking = Tracking(config, folder, self.report)
         self._progress: StepProgress  # set by `under_way`, as the next two
         self._save: BeginSave
@@ -116,7 +117,7 @@ class Run:
         self.record(update)
         self._progress.update(step, self.history[-1])
         self._tracking.check()
-        for warning in find_warnings(self.history, self.config.ppo.value_warmup_steps):
+        for warning in self._health.find_warnings(self.history):
             self.say(warning)
         if step == 0 and not update.metrics["learner/skipped_update"]:
             self._say_sanity()
@@ -142,7 +143,7 @@ class Run:
     def record(self, update: UpdateReport) -> None:
         """Log an update's metrics; from now on its step is one of the run's."""
         metrics, self._evaluated = update.metrics | self._evaluated, {}
-        self.history.append(self._log.write(update.step, metrics))
+        self.history.append(self._log.write(update.step, metrics, update.actors))
         self._gauges.set(self.history[-1])
         num_taken = self.config.rollout.num_prompts + int(update.metrics.get("groups/num_refilled", 0))
         position = self.state.prompt_position + num_taken  # however many are taken ahead

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -98,6 +97,8 @@ class Selection:
 
 Row = dict[str, Any]
 """A response: `_COLUMNS`, and last its figure under the figure's name."""
+Place = tuple[float, int, int]
+"""A response's figure, step, and row of the step's file."""
 
 
 def select(run: Path, selection: Selection, note: Callable[[str], None]) -> list[Row]:
@@ -113,69 +114,66 @@ def select(run: Path, selection: Selection, note: Callable[[str], None]) -> list
     Raises:
         InputError: there is no run, no such step, or no response has the figure.
     """
-    files = _find_files(run, selection.steps)
+    folder = RunFolder(run)
+    steps = _find_steps(folder, selection.steps)
     figure = FIGURES.get(selection.by) or _make_part(selection.by)
-    found: list[tuple[float, int, int, Path]] = []  # figure, step, row, file
-    for step, path in files.items():
+    found: list[Place] = []
+    for step in steps:
         try:
-            found += [(value, step, row, path) for row, value in _measure(path, figure, selection.contains)]
+            found += [(value, step, row) for row, value in _measure(folder, step, figure, selection.contains)]
         except (OSError, pa.ArrowException, ValueError) as error:
-            note(f"{path.name} is left out: {first_line(error)}")
+            note(f"{folder.trajectory_file(step).name} is left out: {first_line(error)}")
         except KeyError as error:
-            note(f"{path.name} is left out: it has no {error.args[0]}")
+            note(f"{folder.trajectory_file(step).name} is left out: it has no {error.args[0]}")
     if (selection.worst or selection.best) and not (known := [item for item in found if not math.isnan(item[0])]):
         raise InputError(
             f"{run}: none of {len(found)} responses has the figure {selection.by}; there are {', '.join(FIGURES)} and "
             "the names of the reward's parts"
         )
     if not selection.worst and not selection.best:
-        return _read_rows(found, selection.by)
+        return _read_rows(folder, found, selection.by, note)
     rows: list[Row] = []
     for number, sign in ((selection.worst, 1), (selection.best, -1)):
         if number:
             sign = -sign if figure.worst_is_highest else sign
-            ordered = ((sign * value, step, row, path) for value, step, row, path in known)
-            chosen = [(sign * value, step, row, path) for value, step, row, path in heapq.nsmallest(number, ordered)]
-            rows += _read_rows(chosen, selection.by)
+            ordered = ((sign * value, step, row) for value, step, row in known)
+            chosen = [(sign * value, step, row) for value, step, row in heapq.nsmallest(number, ordered)]
+            rows += _read_rows(folder, chosen, selection.by, note)
     return rows
 
 
-def _find_files(run: Path, steps: Sequence[int]) -> dict[int, Path]:
-    """Return the trajectories of the wanted steps, in order."""
-    ordered = RunFolder(run).list_trajectories()
-    if not ordered:
-        raise InputError(f"{run}: holds no trajectories; give the folder of a run, with a step done")
+def _find_steps(folder: RunFolder, steps: Sequence[int]) -> list[int]:
+    """Return the wanted steps of those that have trajectories, in order."""
+    there = folder.list_steps()
+    if not there:
+        raise InputError(f"{folder.path}: holds no trajectories; give the folder of a run, with a step done")
     if not steps:
-        return ordered
-    numbers = list(ordered)
+        return there
     wanted = []
     for step in steps:
-        number = step if step >= 0 else numbers[step] if -step <= len(numbers) else None
-        if number not in ordered:
-            raise InputError(f"--step {step}: the run has the steps {numbers[0]} to {numbers[-1]}")
+        number = step if step >= 0 else there[step] if -step <= len(there) else None
+        if number not in there:
+            raise InputError(f"--step {step}: the run has the steps {there[0]} to {there[-1]}")
         wanted.append(number)
-    return {number: ordered[number] for number in sorted(set(wanted))}
+    return sorted(set(wanted))
 
 
 def _make_part(name: str) -> Figure:
     """Return the figure of a part of the reward."""
 
     def read(table: pa.Table) -> np.ndarray:
-        parts = table.column("parts").combine_chunks()
-        if parts.type.get_field_index(name) < 0:
+        if "parts" not in table.column_names or table.column("parts").type.get_field_index(name) < 0:
             raise KeyError(f"part {name} of the reward")
+        parts = table.column("parts").combine_chunks()
         return parts.field(name).to_numpy(zero_copy_only=False).astype(np.float64)
 
-    return Figure(read, ("parts",))
+    return Figure(read, ("parts", "score"))
 
 
-def _measure(path: Path, figure: Figure, contains: str | None) -> Iterator[tuple[int, float]]:
-    """Yield the row and the figure of each response of a file that has the text."""
+def _measure(folder: RunFolder, step: int, figure: Figure, contains: str | None) -> Iterator[tuple[int, float]]:
+    """Yield the row and the figure of each response of a step that has the text."""
     texts = ["prompt", "response"] if contains is not None else []
-    with pq.ParquetFile(path) as file:
-        if missing := [name for name in figure.columns if name not in file.schema_arrow.names]:
-            raise KeyError(f"column {missing[0]}")
-        table = file.read([*figure.columns, *texts])
+    table = folder.read_step(step, [*figure.columns, *texts])
     values = figure.compute(table)
     rows = np.arange(len(values))
     if contains is not None:
@@ -184,20 +182,22 @@ def _measure(path: Path, figure: Figure, contains: str | None) -> Iterator[tuple
     yield from zip(rows.tolist(), values[rows].tolist(), strict=True)
 
 
-def _read_rows(chosen: Sequence[tuple[float, int, int, Path]], by: str) -> list[Row]:
+def _read_rows(folder: RunFolder, chosen: Sequence[Place], by: str, note: Callable[[str], None]) -> list[Row]:
     """Read the texts of chosen responses, each file once, and return them in the order given."""
-    places: dict[Path, list[int]] = {}
-    for _, _, row, path in chosen:
-        places.setdefault(path, []).append(row)
-    read: dict[tuple[Path, int], Row] = {}
-    for path, numbers in places.items():
-        with pq.ParquetFile(path) as file:
-            columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
-            lines = file.read(columns).take(numbers).to_pylist()
-        read |= {(path, row): line for row, line in zip(numbers, lines, strict=True)}
+    places: dict[int, list[int]] = {}
+    for _, step, row in chosen:
+        places.setdefault(step, []).append(row)
+    read: dict[tuple[int, int], Row] = {}
+    for step, numbers in places.items():
+        try:
+            lines = folder.read_step(step, _COLUMNS).take(numbers).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            note(f"{folder.trajectory_file(step).name} is left out: {first_line(error)}")
+            continue
+        read |= {(step, row): line for row, line in zip(numbers, lines, strict=True)}
     rows = []
-    for value, _, row, path in chosen:
-        line = {name: cell for name, cell in read[path, row].items() if name != by}
+    for value, step, row in (place for place in chosen if place[1:] in read):
+        line = {name: cell for name, cell in read[step, row].items() if name != by}
         rows.append(line | {by: None if math.isnan(value) else value})
     return rows
 

@@ -16,7 +16,7 @@ from ppo_ray.config import Config
 from ppo_ray.events import say
 from ppo_ray.run.evaluation import Evaluation
 from ppo_ray.run.folder import RunFolder
-from ppo_ray.run.health import describe_health
+from ppo_ray.run.health import HealthCheck
 from ppo_ray.run.progress import PARTS, STEP_SECONDS, format_score
 from ppo_ray.weights.acks import Agreement
 
@@ -38,7 +38,8 @@ def print_summary(
     _print_samples(console, before, after)
     _print_change(console, history, before, after)
     if history:
-        say(console, f"{describe_health(history, config.ppo.value_warmup_steps)} (docs/diagnostics.md)")
+        health = HealthCheck(config.ppo.policy_loss, config.ppo.value_warmup_steps)
+        say(console, f"{health.describe(history)} (docs/diagnostics.md)")
     _print_seconds(console, history)
     outputs = {
         "samples before and after": folder.samples,

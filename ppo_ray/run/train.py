@@ -22,6 +22,7 @@ from ppo_ray.run.actors import Actors, launch, launch_scorers
 from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation, evaluate_now, score_held_out
 from ppo_ray.run.folder import RunFolder
+from ppo_ray.run.health import healthy_ranges
 from ppo_ray.run.log import read_steps
 from ppo_ray.run.loop import run_overlapped, run_steps, run_with_refills
 from ppo_ray.run.progress import format_duration
@@ -97,7 +98,8 @@ def train(config: Config, console: Console | None = None) -> RunReport:
         with say_failure(run, "the picture of the curves"):
             title = f"{run.folder.path.name}: {config.model.path}, {len(run.history)} steps, seed {config.seed}"
             target = config.ppo.kl_target if config.ppo.kl_controller == "adaptive" else None
-            draw_curves(run.folder.curves, run.history, before, after, title, target)
+            ranges = healthy_ranges(config.ppo.policy_loss)
+            draw_curves(run.folder.curves, run.history, before, after, title, target, ranges)
         if config.report:  # here, so that trackers get it
             with say_failure(run, "the report"):
                 write_report(RunRecord.read(run.folder.path), run.folder.report)

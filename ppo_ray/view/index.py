@@ -4,12 +4,12 @@ Each step's Parquet file is read once, when it is new or has changed. Of its lis
 kept, so that 100,000 trajectories take some tens of megabytes. Files that cannot be read are left out and named.
 """
 
+import contextlib
 import json
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,9 @@ CHOICES = ("finish_reason", "worker")
 """Columns that can be limited to one of their values."""
 TEXTS = ("response", "prompt")
 """Columns that can be searched."""
+
+Stamp = tuple[int, int]
+"""When a file was written, and its size: what changes when the file does."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class TrajectoryIndex:
     def __init__(self, folder: RunFolder) -> None:
         """Index nothing yet; see `refresh`."""
         self._folder = folder
-        self._files: dict[int, tuple[tuple[int, int], pa.Table | None]] = {}
+        self._files: dict[int, tuple[Stamp, pa.Table | None]] = {}
         self._lock = threading.Lock()
         self._table: pa.Table | None = None
         self._described: tuple[pa.Table, dict[str, Any]] | None = None
@@ -87,11 +90,10 @@ class TrajectoryIndex:
             gone = [step for step in self._files if step not in found]
             for step in gone:
                 del self._files[step]
-            stale = [step for step, (_, stamp) in found.items() if self._files.get(step, (None,))[0] != stamp]
+            stale = [step for step, stamp in found.items() if self._files.get(step, (None,))[0] != stamp]
             done = 0
             for step in sorted(stale):
-                path, stamp = found[step]
-                self._files[step] = stamp, self._read(path, step)
+                self._files[step] = found[step], self._read(step)
                 done += 1
                 if time.monotonic() > deadline:
                     break
@@ -112,21 +114,6 @@ class TrajectoryIndex:
                 tables = [table for _, (_, table) in sorted(self._files.items()) if table is not None]
                 self._table = pa.concat_tables(tables, promote_options="default") if tables else _EMPTY
             return self._table
-
-    def list_steps(self) -> list[int]:
-        """Return the steps that have a file, in order."""
-        return sorted(self._list_files())
-
-    def find_path(self, step: int) -> Path:
-        """Return the file of a step.
-
-        Raises:
-            InputError: there is none.
-        """
-        found = self._list_files().get(step)
-        if found is None:
-            raise InputError(f"step {step} has no trajectories in this run")
-        return found[0]
 
     def search(self, query: Query) -> Page:
         """Return the rows that a query asks for, with the beginning of their texts.
@@ -190,21 +177,22 @@ class TrajectoryIndex:
             chosen &= pc.fill_null(mask, False).to_numpy(zero_copy_only=False)
         return pa.array(np.flatnonzero(chosen))
 
-    def _list_files(self) -> dict[int, tuple[Path, tuple[int, int]]]:
-        """Return each step's file with what changes when it does; links are left out: they may lead anywhere."""
+    def _list_files(self) -> dict[int, Stamp]:
+        """Return of each step that has a file what changes when the file does."""
         found = {}
-        for step, path in self._folder.list_trajectories().items():
-            if path.is_file() and not path.is_symlink():
-                stat = path.stat()
-                found[step] = path, (stat.st_mtime_ns, stat.st_size)
+        for step in self._folder.list_steps():
+            with contextlib.suppress(OSError):  # it has just gone
+                stat = self._folder.trajectory_file(step).stat()
+                found[step] = stat.st_mtime_ns, stat.st_size
         return found
 
-    def _read(self, path: Path, step: int) -> pa.Table | None:
-        self.skipped.pop(path.name, None)
+    def _read(self, step: int) -> pa.Table | None:
+        name = self._folder.trajectory_file(step).name
+        self.skipped.pop(name, None)
         try:
-            return summarize(trajectory.read(path, _COLUMNS), step)
-        except (OSError, pa.ArrowException, InputError, ValueError, KeyError, TypeError) as error:
-            self.skipped[path.name] = first_line(error)
+            return summarize(self._folder.read_step(step, _COLUMNS), step)
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+            self.skipped[name] = first_line(error)
             return None
 
 

@@ -1,21 +1,22 @@
 """One trajectory token by token, and the spread of a step's figures."""
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ppo_ray import trajectory
 from ppo_ray.errors import InputError
-from ppo_ray.trajectory import EXTRAS, LEARNED_FIELDS, LEARNED_SCHEMA, lengths, ragged
+from ppo_ray.run.folder import RunFolder
+from ppo_ray.trajectory import LEARNED_FIELDS, lengths, ragged
 from ppo_ray.view.index import read_messages
 
 FIGURES = ("rollout_logprobs", *LEARNED_FIELDS)
 """Columns with a figure per token of the response."""
-_TOKENIZER = "tokenizer.json"
+_TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _LARGEST_TOKENIZER = 256 << 20  # bytes
 _LARGEST_INTEGER = 2**53  # that a browser's numbers hold exactly; larger ones, as seeds, become text
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -38,14 +39,15 @@ class TokenTexts:
     """The text of each token, by the run's own tokenizer; nothing where there is none on this machine."""
 
     def __init__(self, run: Path, model: str | None) -> None:
-        """Look for `tokenizer.json`: in the run's checkpoints, in the model's folder, in the hub's cache.
+        """Look for a tokenizer's files: in the run's checkpoints, in the model's folder, in the hub's cache.
 
         Args:
             run: the run's folder.
             model: `model.path` of the run: a folder, or a name on the hub.
         """
-        self._found = next((path for path in _find_tokenizers(run, model) if _is_usable(path)), None)
-        self._tokenizer: Any = None
+        found = (_find_files(run, model, name) for name in (_TOKENIZER, _TOKENIZER_CONFIG))
+        self._found = next((path for paths in found for path in paths if _is_usable(path)), None)
+        self._split: Callable[[Sequence[int]], list[str]] | None = None
 
     def decode(self, ids: Sequence[int]) -> list[str] | None:
         """Return what each token adds to the text; empty for a token that is a part of a character only.
@@ -54,28 +56,65 @@ class TokenTexts:
         """
         if self._found is None:
             return None
-        from tokenizers import Tokenizer
-        from tokenizers.decoders import DecodeStream
-
         try:
-            self._tokenizer = self._tokenizer or Tokenizer.from_file(str(self._found))
-            stream = DecodeStream(skip_special_tokens=False)
-            return [stream.step(self._tokenizer, token) or "" for token in ids]
-        except Exception:  # the library raises nothing narrower; the ids are shown instead
+            self._split = self._split or (_load_fast if self._found.name == _TOKENIZER else _load_slow)(self._found)
+            return self._split(ids)
+        except Exception:  # the libraries raise nothing narrower; the ids are shown instead
             return None
 
 
-def _find_tokenizers(run: Path, model: str | None) -> Iterator[Path]:
-    """Yield where a tokenizer may be, the run's own first."""
-    yield from sorted((run / "checkpoints").glob(f"step-*/{_TOKENIZER}"))
+def _load_fast(path: Path) -> Callable[[Sequence[int]], list[str]]:
+    """Return what splits ids into texts by `tokenizer.json`."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import DecodeStream
+
+    tokenizer = Tokenizer.from_file(str(path))
+
+    def split(ids: Sequence[int]) -> list[str]:
+        stream = DecodeStream(skip_special_tokens=False)
+        return [stream.step(tokenizer, token) or "" for token in ids]
+
+    return split
+
+
+def _load_slow(path: Path) -> Callable[[Sequence[int]], list[str]]:
+    """Return what splits ids into texts by a tokenizer of transformers, which has no `tokenizer.json`.
+
+    Raises:
+        ValueError: it needs code of its own, which is not run; without it transformers may make another tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    if "auto_map" in json.loads(path.read_text(encoding="utf-8")):
+        raise ValueError("a tokenizer with code of its own")
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def split(ids: Sequence[int]) -> list[str]:
+        texts, known, shown = [], 0, 0  # tokens before `known` are not looked at again; those before `shown` have texts
+        for end in range(1, len(ids) + 1):
+            before, after = decode(ids[known:shown]), decode(ids[known:end])
+            is_whole = len(after) > len(before) and not after.endswith("\N{REPLACEMENT CHARACTER}")
+            texts.append(after[len(before) :] if is_whole else "")
+            known, shown = (shown, end) if is_whole else (known, shown)
+        return texts
+
+    return split
+
+
+def _find_files(run: Path, model: str | None, name: str) -> Iterator[Path]:
+    """Yield where a tokenizer's file may be, the run's own first."""
+    yield from sorted((run / "checkpoints").glob(f"step-*/{name}"))
     if model:
-        yield Path(model) / _TOKENIZER
+        yield Path(model) / name
         if not Path(model).is_absolute() and model.count("/") <= 1:
             from huggingface_hub import try_to_load_from_cache
             from huggingface_hub.errors import HFValidationError
 
             try:
-                cached = try_to_load_from_cache(model, _TOKENIZER)
+                cached = try_to_load_from_cache(model, name)
             except HFValidationError:
                 return
             if isinstance(cached, str):
@@ -89,12 +128,13 @@ def _is_usable(path: Path) -> bool:
         return False
 
 
-def open_sample(path: Path, row: int, texts: TokenTexts, offset: int, limit: int) -> dict[str, Any]:
+def open_sample(folder: RunFolder, step: int, row: int, texts: TokenTexts, offset: int, limit: int) -> dict[str, Any]:
     """Return one trajectory with the figures of some of its tokens.
 
     Args:
-        path: a step's file.
-        row: of the file.
+        folder: of the run.
+        step: of the trajectory.
+        row: of the step's file.
         texts: the run's tokens.
         offset: first token of the response to be returned.
         limit: number of tokens to be returned.
@@ -107,9 +147,9 @@ def open_sample(path: Path, row: int, texts: TokenTexts, offset: int, limit: int
         InputError: there is no such row.
         OSError, pa.ArrowException: the file cannot be read.
     """
-    table = trajectory.read(path, [*LEARNED_SCHEMA.names, *EXTRAS])
+    table = folder.read_step(step)
     if not 0 <= row < table.num_rows:
-        raise InputError(f"{path.name} has no row {row}: it has {table.num_rows}")
+        raise InputError(f"step {step} has no row {row}: it has {table.num_rows}")
     found = table.slice(row, 1).to_pylist()[0]
     ids = found.pop("response_ids")
     shown = slice(offset, offset + limit)
@@ -153,23 +193,24 @@ def _plain(value: Any) -> Any:
 class Spreads:
     """The distributions of a run's figures over its steps; each file is read once per figure."""
 
-    def __init__(self) -> None:
-        """Know nothing yet."""
-        self._known: dict[tuple[str, str], tuple[tuple[int, int], list[float] | None]] = {}
+    def __init__(self, folder: RunFolder) -> None:
+        """Know nothing yet of the run in a folder."""
+        self._folder = folder
+        self._known: dict[tuple[int, str], tuple[tuple[int, int], list[float] | None]] = {}
 
-    def quantiles(self, path: Path, name: str) -> list[float] | None:
+    def quantiles(self, step: int, name: str) -> list[float] | None:
         """Return the quantiles of a figure in a step, as `QUANTILES` has them; None where there is no value."""
-        stat = path.stat()
+        stat = self._folder.trajectory_file(step).stat()
         stamp = stat.st_mtime_ns, stat.st_size
-        known = self._known.get((path.name, name))
+        known = self._known.get((step, name))
         if known is None or known[0] != stamp:
-            values = read_values(path, name)
+            values = read_values(self._folder, step, name)
             quantiles = [float(value) for value in np.quantile(values, QUANTILES)] if values.size else None
-            known = self._known[path.name, name] = stamp, quantiles
+            known = self._known[step, name] = stamp, quantiles
         return known[1]
 
 
-def read_values(path: Path, name: str) -> np.ndarray:
+def read_values(folder: RunFolder, step: int, name: str) -> np.ndarray:
     """Return all finite values of a figure in a step, float64.
 
     Raises:
@@ -178,9 +219,7 @@ def read_values(path: Path, name: str) -> np.ndarray:
     """
     if name not in SPREADS:
         raise InputError(f"{name}: no such figure; there are {', '.join(SPREADS)}")
-    table = trajectory.read(path, SPREADS[name])
-    if set(SPREADS[name]) - set(table.column_names):
-        return np.zeros(0)
+    table = folder.read_step(step, SPREADS[name])
     if name == "score":
         values = table.column("score").to_numpy()
     elif name == "tokens":
@@ -188,7 +227,7 @@ def read_values(path: Path, name: str) -> np.ndarray:
     else:
         first, *second = (np.concatenate(ragged(table, column) or [np.zeros(0)]) for column in SPREADS[name])
         if second and len(second[0]) != len(first):
-            raise InputError(f"{path.name}: {' and '.join(SPREADS[name])} do not have the same tokens")
+            raise InputError(f"step {step}: {' and '.join(SPREADS[name])} do not have the same tokens")
         values = first - second[0] if second else first
     values = np.asarray(values, np.float64)
     return values[np.isfinite(values)]
@@ -215,13 +254,13 @@ def count_bins(
     return [float(edge) for edge in edges], counts.tolist()
 
 
-def count_workers(path: Path) -> list[dict[str, Any]]:
+def count_workers(folder: RunFolder, step: int) -> list[dict[str, Any]]:
     """Return what each rollout worker sampled in a step, by name: `responses`, `tokens`, `policy_version`, `score`.
 
     Raises:
         OSError, pa.ArrowException: the file cannot be read, or is of another version.
     """
-    table = trajectory.read(path, ["worker", "policy_version", "score", "response_ids"])
+    table = folder.read_step(step, ["worker", "policy_version", "score", "response_ids"])
     table = table.append_column("tokens", pa.array(lengths(table, "response_ids"))).drop_columns(["response_ids"])
     by_worker = table.group_by("worker").aggregate(
         [("tokens", "count"), ("tokens", "sum"), ("policy_version", "max"), ("score", "mean")]

@@ -8,7 +8,6 @@ import hmac
 import importlib.resources
 import ipaddress
 import json
-import math
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -20,7 +19,6 @@ import pyarrow as pa
 from ppo_ray import __version__
 from ppo_ray.config import is_loopback
 from ppo_ray.errors import InputError, first_line
-from ppo_ray.run.health import HEALTHY
 from ppo_ray.run.record import PANELS
 from ppo_ray.view.sample import QUANTILES, SPREADS, count_bins, count_workers, open_sample, read_values
 from ppo_ray.view.shown import LONGEST_PAGE, View, read_query
@@ -99,16 +97,7 @@ def make_app(views: Sequence[View], token: str, host: str = "127.0.0.1") -> Fast
     @app.get("/api/runs")
     def runs() -> Response:
         panels = [vars(panel) for panel in PANELS]
-        healthy = {
-            name: {
-                "low": _finite(limits.low),
-                "high": _finite(limits.high),
-                "text": str(limits),
-                "remedy": limits.remedy,
-            }
-            for name, limits in HEALTHY.items()
-        }
-        known = {"version": __version__, "panels": panels, "healthy": healthy, "spreads": list(SPREADS)}
+        known = {"version": __version__, "panels": panels, "spreads": list(SPREADS)}
         return _answer({**known, "runs": [view.summarize() for view in views]})
 
     @app.get("/api/runs/{run}")
@@ -128,7 +117,7 @@ def make_app(views: Sequence[View], token: str, host: str = "127.0.0.1") -> Fast
     def sample(run: int, step: int, row: int, offset: int = 0, limit: int = 1024) -> Response:
         view = find(run)
         offset, limit = max(offset, 0), min(max(limit, 1), _MOST_TOKENS)
-        opened = open_sample(view.index.find_path(step), row, view.texts, offset, limit)
+        opened = open_sample(view.folder, step, row, view.texts, offset, limit)
         alike = view.index.find_prompt(opened["prompt"], LONGEST_PAGE)
         return _answer({**opened, "alike": alike.rows, "num_alike": alike.num_matches})
 
@@ -136,10 +125,10 @@ def make_app(views: Sequence[View], token: str, host: str = "127.0.0.1") -> Fast
     def spread(run: int, name: str) -> Response:
         if name not in SPREADS:
             raise InputError(f"{name}: no such figure; there are {', '.join(SPREADS)}")
-        index, found, notes = find(run).index, [], []
-        for step in index.list_steps():
+        view, found, notes = find(run), [], []
+        for step in view.folder.list_steps():
             try:
-                values = find(run).spreads.quantiles(index.find_path(step), name)
+                values = view.spreads.quantiles(step, name)
             except (OSError, pa.ArrowException, InputError) as error:
                 notes.append(f"step {step}: {first_line(error)}")
                 continue
@@ -150,16 +139,22 @@ def make_app(views: Sequence[View], token: str, host: str = "127.0.0.1") -> Fast
     def histogram(
         run: int, name: str, step: int, bins: int = 40, low: float | None = None, high: float | None = None
     ) -> Response:
-        values = read_values(find(run).index.find_path(step), name)
+        values = read_values(find(run).folder, step, name)
         edges, counts = count_bins(values, min(max(bins, 2), _MOST_BINS), low, high)
         return _answer({"edges": edges, "counts": counts, "num_values": int(values.size)})
 
     @app.get("/api/runs/{run}/workers/{step}")
     def workers(run: int, step: int) -> Response:
+        view = find(run)
+        actors = [{"name": name, **figures} for name, figures in sorted(view.actors.get(step, {}).items())]
         try:
-            return _answer({"workers": count_workers(find(run).index.find_path(step)), "notes": []})
+            return _answer({"workers": count_workers(view.folder, step), "actors": actors, "notes": []})
         except (OSError, pa.ArrowException, InputError) as error:
-            return _answer({"workers": [], "notes": [first_line(error)]})
+            return _answer({"workers": [], "actors": actors, "notes": [first_line(error)]})
+
+    @app.get("/api/runs/{run}/memory")
+    def memory(run: int) -> Response:
+        return _answer(find(run).trace_memory())
 
     return app
 
@@ -193,10 +188,6 @@ def _answer(content: Mapping[str, Any], code: int = 200) -> Response:
     text = json.dumps(content, allow_nan=False, default=str)
     # unpaired surrogates, which no UTF-8 can have, stay escaped
     return Response(text, code, media_type="application/json")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def serve(paths: Sequence[Path], host: str, port: int, say: Callable[[str], object]) -> None:

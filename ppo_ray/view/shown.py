@@ -1,5 +1,6 @@
 """One run as the page shows it: what its files said last, and what a request asks of them."""
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -7,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ppo_ray.errors import InputError
+from ppo_ray.run.health import Range
+from ppo_ray.run.log import read_actors
 from ppo_ray.run.record import RunRecord
 from ppo_ray.view.index import CHOICES, NUMBERS, Query, TrajectoryIndex
 from ppo_ray.view.sample import Spreads, TokenTexts
 
 LONGEST_PAGE = 500
 """Rows that an answer has at most."""
+_MOST_STEPS = 400  # that a curve of an actor has
 
 
 class View:
@@ -27,10 +31,11 @@ class View:
         self._record = RunRecord.read(path)
         self._stamp: Any = None
         self._lock = threading.Lock()
-        folder = self._record.folder
+        self.folder = folder = self._record.folder
         self.index = TrajectoryIndex(folder)
-        self.spreads = Spreads()
+        self.spreads = Spreads(folder)
         model = self._record.options.get("model.path")
+        self._actors: tuple[Any, dict[int, dict[str, dict[str, Any]]]] = None, {}
         self.texts = TokenTexts(folder.path, model if isinstance(model, str) else None)
 
     @property
@@ -42,6 +47,32 @@ class View:
             if stamp != self._stamp:
                 self._record, self._stamp = RunRecord.read(folder.path), stamp
             return self._record
+
+    @property
+    def actors(self) -> dict[int, dict[str, dict[str, Any]]]:
+        """What each actor did in each step; see `read_actors`."""
+        stamp = _stamp(self.folder.actors)
+        with self._lock:
+            if stamp != self._actors[0]:
+                known = read_actors(self.folder.path) if self.folder.holds(self.folder.actors) else {}
+                self._actors = stamp, known
+            return self._actors[1]
+
+    def trace_memory(self) -> dict[str, Any]:
+        """Return each actor's memory over the steps, of at most `_MOST_STEPS` of them.
+
+        Returns:
+            `steps`, and `actors`: by name, a list over these steps per metric, None where it is not known.
+        """
+        known = self.actors
+        steps = list(known)[:: math.ceil(len(known) / _MOST_STEPS) or 1]
+        series: dict[str, dict[str, list[float | None]]] = {}
+        for place, step in enumerate(steps):
+            for actor, figures in known[step].items():
+                for name in (name for name in figures if name.startswith("memory/")):
+                    values = series.setdefault(actor, {}).setdefault(name, [None] * len(steps))
+                    values[place] = figures[name]
+        return {"steps": steps, "actors": dict(sorted(series.items()))}
 
     def summarize(self) -> dict[str, Any]:
         """Return what heads the page of a run."""
@@ -68,11 +99,17 @@ class View:
             "batch_size": record.options.get("rollout.batch_size"),
             "events": list(record.events),
             "unhealthy": record.find_unhealthy(),
+            "healthy": {name: _write_range(limits) for name, limits in record.health.ranges.items()},
             "held_out": [{"step": step, **figures} for step, figures in record.find_held_out()],
             "evaluations": {"before": record.before, "after": record.after},
             "changes": [vars(option) for option in record.find_changes()],
             "options": dict(record.options),
         }
+
+
+def _write_range(limits: Range) -> dict[str, Any]:
+    low, high = (limit if math.isfinite(limit) else None for limit in (limits.low, limits.high))
+    return {"low": low, "high": high, "text": str(limits), "remedy": limits.remedy}
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -254,6 +255,9 @@ def test_shards_chain_and_the_slowest_workers_seconds_count(group: ActorGroup) -
     assert ray.get(second.tables, timeout=60) == ["a00", "a11", "a00"]
     assert first.wait() == {"time/work_s": 5.0}  # toy-0 made the first and the third
     assert second.wait() == {"time/work_s": 5.0}
+    own = {name: report.metrics for name, report in first.actors.items()}
+    assert own == {"toy-0": {"time/work_s": 5.0}, "toy-1": {"time/work_s": 2.0}}
+    assert {report.host for report in first.actors.values()} == {socket.gethostname()}
 
 
 def test_the_worker_that_failed_is_blamed_and_not_the_one_behind_it(group: ActorGroup) -> None:

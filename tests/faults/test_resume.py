@@ -1,13 +1,16 @@
 """A run that is ended at any moment goes on as if nothing had been."""
 
+import importlib.util
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
+from ppo_ray.run.log import read_steps
 from tests.command_line import OPTIONS, STEPS, CommandLine, events, lines, orphaned_shared_memory, wait_for_steps
 from tests.faults.conftest import Dice, Same
+from tests.run.stores import READERS, tracker_options
 
 pytestmark = pytest.mark.slow
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
@@ -17,9 +20,21 @@ CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
 def test_ended_and_resumed_again_and_again(
     ppo_ray: CommandLine, tmp_path: Path, same_as_undisturbed: Same, dice: Dice
 ) -> None:
-    """Also Ctrl-C in a terminal, which all processes of its group get: driver, Ray's own and actors."""
+    """Also Ctrl-C in a terminal, which all processes of its group get: driver, Ray's own and actors.
+
+    Trackers follow it, as far as they are installed: their stores hold each step once, as it is in the log.
+    """
     run, orphans = tmp_path / "run", orphaned_shared_memory()
-    command = ("train", str(ppo_ray.config), "rollout.engine=hf", f"steps={STEPS['hf']}", *OPTIONS)
+    trackers = [name for name in READERS if importlib.util.find_spec(name)]
+    ppo_ray.environment["TRACKIO_DIR"] = str(tmp_path / "trackio")
+    tracking = [
+        f"tracking.trackers=[{','.join(trackers)}]",
+        "tracking.project=films",
+        "tracking.only_checkpointed=true",
+    ]
+    tracking += [f"tracking.options={{{', '.join(tracker_options(name, tmp_path) for name in trackers)}}}"]
+    tracking += ["tracking.close_timeout_s=120"]
+    command = ("train", str(ppo_ray.config), "rollout.engine=hf", f"steps={STEPS['hf']}", *OPTIONS, *tracking)
     process = ppo_ray.start(*command)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         wait_for_steps(process, run, len(lines(run)) + 2)  # of its own: a run that only starts has no handlers yet
@@ -31,7 +46,7 @@ def test_ended_and_resumed_again_and_again(
             errors = ppo_ray.end(process, number)
         assert process.returncode == CODES[number], errors
         assert "Traceback" not in errors
-        assert ppo_ray.wait_until_gone() == []
+        assert ppo_ray.wait_until_gone(90) == []  # trackers send what is left
         assert ppo_ray.open_to_others() == []
         assert orphaned_shared_memory() <= orphans
         if number != signal.SIGKILL:
@@ -39,7 +54,7 @@ def test_ended_and_resumed_again_and_again(
             assert (run / "checkpoints" / "latest").readlink().name == f"step-{interrupted['step']:05d}"
             process = ppo_ray.start(*command, "--resume")
 
-    newest = max((run / "checkpoints").glob("step-*"))
+    *_, older, newest = sorted((run / "checkpoints").glob("step-*"))
     torn = newest / "learner" / "optimizer.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
     last = ppo_ray.run(*command, "resume=auto")
@@ -49,8 +64,32 @@ def test_ended_and_resumed_again_and_again(
     same_as_undisturbed(run, "hf")
     assert [event["event"] for event in events(run)].count("resumed") == 3
     assert ppo_ray.leftovers() == []
+    made_again = range(int(older.name[5:]), int(newest.name[5:]))  # a checkpoint held them, so that they were sent
+    for name in trackers:
+        check_store(name, run, tmp_path, made_again)
 
     done = ppo_ray.run(*command, "--resume")
     assert (done.returncode, done.stderr) == (0, "")
     assert "nothing to do" in done.stdout
     same_as_undisturbed(run, "hf")
+
+
+def check_store(name: str, run: Path, home: Path, made_again: range) -> None:
+    """Check that a tracker holds every step once, with the values of the log.
+
+    Args:
+        name: of the tracker.
+        run: its folder.
+        home: folder of the stores outside it.
+        made_again: steps that were sent, and made again after that: their seconds and memory are the first ones.
+    """
+    rows, config = READERS[name](run, home, (run / "tracking" / "run_id").read_text().strip())
+    logged = {int(row.pop("step")): row for row in read_steps(run)}
+    assert sorted(rows) == sorted(logged) == list(range(STEPS["hf"])) and "learning_rate" in config
+
+    def values(step: int, row: dict[str, float]) -> dict[str, float]:
+        left_out = ("samples", *(("time/", "memory/") if step in made_again else ()))
+        return {key: value for key, value in row.items() if value == value and not key.startswith(left_out)}
+
+    for step, row in logged.items():
+        assert values(step, rows[step]) == values(step, row), f"{name}, step {step}"

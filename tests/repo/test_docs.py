@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ppo_ray.config import Config, load_config
-from ppo_ray.run.health import HEALTHY
+from ppo_ray.run.health import HEALTHY, healthy_ranges
 from ppo_ray.run.loop import run_steps
 from ppo_ray.trl import PPOConfig
 from tests.learning import make_learner, make_table
@@ -41,6 +41,11 @@ LOOP |= {
     "eval/tokens_mean",
     "eval/eos_rate",
     "eval/kl_per_sequence",
+}
+LOOP |= {
+    f"memory/{kind}_{figure}gib"
+    for kind in ("rollout", "reward", "learner")
+    for figure in ("", "peak_", "gpu_", "gpu_reserved_")
 }
 """What actors and the log add to a learner's metrics; tests/e2e reads them."""
 
@@ -78,6 +83,9 @@ def test_healthy_ranges_are_those_that_the_run_warns_of() -> None:
     healthy = {name: row[2] for row in cells if len(row) > 3 for name in re.findall(r"`([^`]+)`", row[0])}
     for name, limits in HEALTHY.items():
         assert str(limits) in healthy[name], name
+    for name, limits in healthy_ranges("gspo").items():
+        of_its_own = limits != HEALTHY[name]
+        assert str(limits) in healthy[name].partition("ith gspo")[2 if of_its_own else 0], name
 
 
 def test_every_option_of_trls_update_has_a_row() -> None:

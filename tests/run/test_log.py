@@ -4,8 +4,8 @@ import math
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ppo_ray.events import Event
-from ppo_ray.run.log import MetricsLog, read_steps
+from ppo_ray.events import ActorReport, Event
+from ppo_ray.run.log import MetricsLog, read_actors, read_steps
 
 
 @pytest.fixture(autouse=True)
@@ -112,3 +112,32 @@ def test_steps_are_read_without_a_change_to_the_files(tmp_path):
     assert read_steps(tmp_path) == written
     assert [(row["step"], row["a"]) for row in written] == [(0, 0.0), (1, 0.5)]
     assert path.read_bytes() == before
+
+
+def test_what_actors_did_is_beside_the_metrics_and_goes_back_with_them(tmp_path):
+    def report(step):
+        return {"rollout-0": ActorReport("node-7", {"time/generate_s": 0.25, "memory/rollout_gib": 1.0 + step / 3})}
+
+    with MetricsLog(tmp_path) as log:
+        for step in range(3):
+            log.write(step, {"a": 1.0}, report(step))
+        log.write(3, {"a": 1.0})
+    assert list(read_actors(tmp_path)) == [0, 1, 2]
+    assert read_actors(tmp_path)[1] == {
+        "rollout-0": {"host": "node-7", "time/generate_s": 0.25, "memory/rollout_gib": 1.3333}
+    }
+    with (tmp_path / "actors.jsonl").open("a") as lines:
+        lines.write('nonsense\n{"step": 8, "actors": [1]}\n{"step": 9, "act')
+    assert list(read_actors(tmp_path)) == [0, 1, 2]
+    with MetricsLog(tmp_path) as log:
+        log.resume(2)
+        log.write(2, {"a": 1.0}, {"learner-0": ActorReport(None, {"memory/learner_gib": float("nan")})})
+    assert list(read_actors(tmp_path)) == [0, 1, 2] and read_actors(tmp_path)[2] == {"learner-0": {}}
+    assert len((tmp_path / "actors.jsonl").read_text().splitlines()) == 3
+
+
+def test_hostile_lines_of_actors_are_left_out(tmp_path):
+    odd = {"a": {"host": 3}, "b": [1], "c": {"host": "<b>", "x": "text", "y": True, "z": 1e999, "memory/c_gib": 2}}
+    (tmp_path / "actors.jsonl").write_text(json.dumps({"step": 0, "actors": odd}) + "\n")
+    assert read_actors(tmp_path) == {0: {"c": {"host": "<b>", "memory/c_gib": 2}}}
+    assert read_actors(tmp_path / "none") == {}

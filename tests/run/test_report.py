@@ -55,6 +55,8 @@ def test_it_says_what_was_trained_and_what_went_wrong(run: Path) -> None:
     assert "policy/clip_fraction left its healthy range (at most 0.3) in 1 of 4 steps, last at step 0" in text
     assert "lower ppo.learning_rate or ppo.epochs" in text
     assert "worker replaced rollout-0 was lost" in text
+    assert "learner-0 – 2 – 5 – 7.5" in text and "rollout-1 node-1 0.5 – – – –" in text
+    assert "memory/rollout_gib" not in text  # the log of this run has no such figure
     assert "steps 5 100" in text  # an option, its value, its default
     assert "response 3 6" in text and "The best scored, step 3" in text  # the best of the newest step
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,102 +18,38 @@ from ppo_ray.events import Event
 from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.follow import Sent, state_file
 from ppo_ray.run.log import MetricsLog, read_steps
-from ppo_ray.run.trackers import read_store
 from ppo_ray.run.tracking import Tracking, track
+from ppo_ray.trajectory import LEARNED_SCHEMA
+from tests.run.stores import READERS, tracker_options
 
 HOSTILE = "<script>alert(1)</script>\x00\x1b[31m=1+1\u202e" + "a" * 10_000
-Rows = dict[int, dict[str, float]]
 
 
-def read_wandb(folder: Path, run_id: str) -> tuple[Rows, str]:
-    from wandb.proto import wandb_internal_pb2
+def check_samples(name: str, folder: Path) -> None:
+    """Check that the table of responses and the report are in a tracker's store."""
+    stores = folder / "run" / "tracking" / name
+    if name == "wandb":
+        tables = list(stores.glob("wandb/offline-run-*/files/media/table/*.json"))  # the killed one's lies there too
+        assert {json.loads(table.read_text())["data"][0][3] for table in tables} == {HOSTILE}
+        assert len(list(stores.glob("wandb/offline-run-*/files/report.html"))) == 1
+    elif name == "mlflow":
+        from mlflow.tracking import MlflowClient
 
-    rows: Rows = {}
-    config = ""
-    for path in sorted(folder.glob("run/tracking/wandb/wandb/offline-run-*/*.wandb")):
-        assert path.name == f"run-{run_id}.wandb"
-        for data in read_store(path):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            kind = record.WhichOneof("record_type")
-            if kind == "history":
-                items = {
-                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
-                }
-                step = items.pop("_step")
-                assert step not in rows, "a step was sent twice"
-                rows[step] = {name: value for name, value in items.items() if name[0] != "_"}
-            elif kind == "run":
-                config = str(record.run.config)
-    tables = list(folder.glob("run/tracking/wandb/wandb/offline-run-*/files/media/table/*.json"))
-    assert {json.loads(table.read_text())["data"][0][3] for table in tables} == {
-        HOSTILE
-    }  # the killed one's lies there too
-    assert len(list(folder.glob("run/tracking/wandb/wandb/offline-run-*/files/report.html"))) == 1
-    return rows, config
-
-
-def read_mlflow(folder: Path, run_id: str) -> tuple[Rows, str]:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
-    place = client.get_experiment_by_name("films").experiment_id
-    (run,) = client.search_runs([place])
-    assert (run.info.run_name, run.info.status, run.data.tags["ppo_ray_run"]) == ("run", "FINISHED", run_id)
-    rows: Rows = {}
-    for name in run.data.metrics:
-        for item in client.get_metric_history(run.info.run_id, name):
-            row = rows.setdefault(item.step, {})
-            assert name not in row, "a figure was sent twice"
-            row[name] = item.value
-    names = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert names == {"config.yaml", "report.html", "samples"}
-    table = Path(client.download_artifacts(run.info.run_id, "samples/step-00000.json"))
-    assert json.loads(table.read_text())["data"][0][3] == HOSTILE
-    assert run.data.params["ppo.learning_rate"] == "1.41e-05"
-    return {
-        step: {name.replace("pass_4", "pass@4"): value for name, value in row.items()} for step, row in rows.items()
-    }, str(run.data.params)
-
-
-def read_trackio(folder: Path, run_id: str) -> tuple[Rows, str]:
-    (path,) = (folder / "trackio").glob("films*.db")
-    with sqlite3.connect(path) as store:
-        found = store.execute("select run_name, step, metrics from metrics").fetchall()
-        ((config,),) = store.execute("select config from configs").fetchall()
-    assert {name for name, _, _ in found} == {f"run-{run_id[:6]}"}
-    rows = {step: json.loads(metrics) for _, step, metrics in found}
-    assert len(rows) == len(found), "a step was sent twice"
-    assert HOSTILE[:25] in json.dumps(rows[0].pop("samples"))
-    return rows, str(config)
-
-
-def read_swanlab(folder: Path, run_id: str) -> tuple[Rows, str]:
-    from swanlab.proto.swanlab.record.v1 import record_pb2
-
-    rows: Rows = {}
-    paths = sorted(folder.glob("run/tracking/swanlab/run-*/*.swanlab"))
-    assert {path.name for path in paths} == {f"run-{run_id}.swanlab"}
-    for path in paths:
-        for data in read_store(path):
-            record = record_pb2.Record()
-            record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "scalar":
-                row = rows.setdefault(record.scalar.step, {})
-                assert record.scalar.key not in row, "a figure was sent twice"
-                row[record.scalar.key] = record.scalar.value.number
-    texts = [path.read_text() for path in folder.glob("run/tracking/swanlab/run-*/media/text/*.txt")]
-    assert texts and all(HOSTILE in text for text in texts)
-    assert list(folder.glob("run/tracking/swanlab/run-*/files/report.html"))
-    return rows, "".join(path.read_text() for path in folder.glob("run/tracking/swanlab/run-*/files/config.yaml"))
-
-
-READERS: dict[str, Callable[[Path, str], tuple[Rows, str]]] = {
-    "wandb": read_wandb,
-    "mlflow": read_mlflow,
-    "trackio": read_trackio,
-    "swanlab": read_swanlab,
-}
+        client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+        (run,) = client.search_runs([client.get_experiment_by_name("films").experiment_id])
+        names = {item.path for item in client.list_artifacts(run.info.run_id)}
+        assert names == {"config.yaml", "report.html", "samples"}
+        table = Path(client.download_artifacts(run.info.run_id, "samples/step-00000.json"))
+        assert json.loads(table.read_text())["data"][0][3] == HOSTILE
+        assert run.data.params["ppo.learning_rate"] == "1.41e-05"
+    elif name == "trackio":
+        with sqlite3.connect(next((folder / "trackio").glob("films*.db"))) as store:
+            ((first,),) = store.execute("select metrics from metrics where step = 0").fetchall()
+        assert HOSTILE[:25] in json.dumps(json.loads(first)["samples"])
+    else:
+        texts = [path.read_text() for path in stores.glob("run-*/media/text/*.txt")]
+        assert texts and all(HOSTILE in text for text in texts)
+        assert list(stores.glob("run-*/files/report.html"))
 
 
 @pytest.fixture(params=READERS)
@@ -129,13 +65,15 @@ def name(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def config(name: str, tmp_path: Path) -> Config:
-    options = {"wandb": "{mode: offline}", "mlflow": f"{{tracking_uri: 'sqlite:///{tmp_path}/mlflow.db'}}"}
-    options |= {"trackio": "{}", "swanlab": "{mode: offline}"}
     return load_config(
         None,
         [
             *("model.path=m", "prompts.path=p", "reward.path=r", f"output_dir={tmp_path / 'run'}"),
-            *(f"tracking.trackers=[{name}]", f"tracking.options={{{name}: {options[name]}}}", "tracking.project=films"),
+            *(
+                f"tracking.trackers=[{name}]",
+                f"tracking.options={{{tracker_options(name, tmp_path)}}}",
+                "tracking.project=films",
+            ),
             *("tracking.only_checkpointed=true", "tracking.num_samples=1", "tracking.samples_every_steps=4"),
             "tracking.close_timeout_s=120",
         ],
@@ -145,7 +83,8 @@ def config(name: str, tmp_path: Path) -> Config:
 def write_samples(path: Path) -> None:
     rows = {"sample_id": [0], "prompt": ["p"], "response": [HOSTILE], "response_ids": [[1]], "score": [0.5]}
     rows |= {"kl": [[0.5]], "advantages": [[1.0]], "finish_reason": ["stop"]}
-    pq.write_table(pa.table(rows), path)
+    schema = pa.schema([LEARNED_SCHEMA.field(name) for name in rows], metadata=LEARNED_SCHEMA.metadata)
+    pq.write_table(pa.table(rows, schema), path)
 
 
 def write_steps(log: MetricsLog, first: int, last: int, factor: float) -> Iterator[None]:
@@ -178,7 +117,9 @@ def test_a_store_holds_the_log_after_a_kill_and_a_resume(name: str, config: Conf
         list(write_steps(log, 3, 6, 2.0))
     output = state_file(folder, name).with_suffix(".log").read_text()
     assert [event.message for event in events] == [], output
-    rows, sent_config = READERS[name](tmp_path, (folder.tracking / "run_id").read_text().strip())
+    run_id = (folder.tracking / "run_id").read_text().strip()
+    check_samples(name, tmp_path)
+    rows, sent_config = READERS[name](folder.path, tmp_path, run_id)
     logged = {int(row.pop("step")): row for row in read_steps(folder.path)}
     rows = {step: {key: row[key] for key in row if not key.startswith("samples")} for step, row in rows.items()}
     assert rows == {step: {key: row[key] for key in row if row[key] == row[key]} for step, row in logged.items()}

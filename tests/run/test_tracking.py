@@ -21,6 +21,7 @@ from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.follow import Sent, StepReader, state_file
 from ppo_ray.run.log import MetricsLog, read_steps
 from ppo_ray.run.tracking import Tracking, send_rest, track
+from ppo_ray.trajectory import LEARNED_SCHEMA
 
 MODULE = '''
 import json, os, pathlib, time
@@ -138,7 +139,8 @@ def test_a_tracker_gets_what_is_in_the_log(make_config, events):
         "advantages": [[1.0, 2.0], None, [0.0]],
         "finish_reason": ["stop", "length", "stop"],
     }
-    pq.write_table(pa.table(rows), folder.trajectory_file(0))
+    schema = pa.schema([LEARNED_SCHEMA.field(name) for name in rows], metadata=LEARNED_SCHEMA.metadata)
+    pq.write_table(pa.table(rows, schema), folder.trajectory_file(0))
     with MetricsLog(folder.path) as log, track(config, folder, events.append):
         for step in range(4):
             log.write(step, {"score/mean": step / 4, "odd": float("nan") if step else 1.0})
@@ -175,6 +177,15 @@ def test_what_raises_hangs_or_dies_costs_the_run_nothing(make_config, events):
             log.write(step, {"score/mean": 0.5})
             tracking.check()
         assert (folder.tracking / "run_id").is_file()  # all steps are made: whoever is late was not waited for
+
+        def is_known() -> bool:
+            """Say whether each fault has shown, however slow the machine is."""
+            tracking.check()
+            _, _, dying, *_ = tracking._processes
+            noted = (Sent.read(state_file(folder, f"own_trackers:{name}")).problem for name in ("Raising", "Refusing"))
+            return all(noted) and dying.restarts == 3 and dying.exit_code() is not None
+
+        wait_until(is_known, 300)
     told = {event.worker.partition(":")[2]: event.message for event in events if "ppo-ray track" in event.message}
     assert told.keys() == {"Raising", "Hanging", "Dying", "Refusing"}
     assert "ValueError: no\x1b[31m room for step 2; it lacks 3 of the run's steps" in told["Raising"]

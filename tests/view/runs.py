@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from ppo_ray import trajectory
 from ppo_ray.config import load_config
-from ppo_ray.events import Event
+from ppo_ray.events import ActorReport, Event
 from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.log import MetricsLog
 
@@ -25,7 +25,7 @@ def make_run(path: Path, num_steps: int = 3, responses: Mapping[int, Sequence[st
     folder.write_config(load_config(None, overrides))
     with MetricsLog(path) as log:
         for step in range(num_steps):
-            log.write(step, measure(step))
+            log.write(step, measure(step), report_actors(step))
             write_step(path, step, (responses or {}).get(step))
             if step == 1:
                 log.event(Event("worker_replaced", "rollout-0 was lost", "rollout-0"))
@@ -54,11 +54,23 @@ def measure(step: int) -> dict[str, float]:
     }
 
 
+def report_actors(step: int) -> dict[str, ActorReport]:
+    """Return what each actor did in a step: two rollout workers, of which the first grows, and a learner on a GPU."""
+    rollout = {
+        f"rollout-{index}": ActorReport(
+            f"node-{index}", {"time/generate_s": 1.0 - 0.5 * index, "memory/rollout_gib": 2.0 + step * (1 - index)}
+        )
+        for index in range(2)
+    }
+    memory = {"memory/learner_gib": 4.0, "memory/learner_peak_gib": 5.0, "memory/learner_gpu_reserved_gib": 7.5 - step}
+    return rollout | {"learner-0": ActorReport(None, {"time/learn_s": 2.0, **memory})}
+
+
 def append_step(path: Path, step: int) -> None:
     """Make one step more, as a run under way does."""
     write_step(path, step)
     with MetricsLog(path) as log:
-        log.write(step, measure(step))
+        log.write(step, measure(step), report_actors(step))
 
 
 def write_step(path: Path, step: int, responses: Sequence[str] | None = None) -> Path:

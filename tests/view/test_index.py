@@ -113,8 +113,8 @@ def test_what_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
     folder = run / "trajectories"
     whole = (folder / "step-00001.parquet").read_bytes()
     (folder / "step-00001.parquet").write_bytes(whole[: len(whole) // 2])
-    old = make_step(3).replace_schema_metadata({"ppo_ray.schema": "1"})
-    pq.write_table(old, folder / "step-00003.parquet")
+    newer = make_step(3).replace_schema_metadata({"ppo_ray.schema": "9"})
+    pq.write_table(newer, folder / "step-00003.parquet")
     pq.write_table(pa.table({"a": [1]}), folder / "step-00004.parquet")
     (folder / "step-00005.parquet").write_bytes(b"")
     (folder / ".step-00006.parquet.abc.partial").write_bytes(whole)
@@ -122,8 +122,8 @@ def test_what_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
     write_step(run, 8).replace(tmp_path / "outside.parquet")
     index = read(run)
     assert {row["step"] for row in index.search(Query(limit=100)).rows} == {0, 2}
-    assert set(index.skipped) == {f"step-0000{step}.parquet" for step in (1, 3, 4, 5)}
-    assert re.search("version 1;.* version 2", index.skipped["step-00003.parquet"])
+    assert set(index.skipped) == {f"step-0000{step}.parquet" for step in (1, 3, 4, 5, 7)}
+    assert re.search("version 9;.* versions 1 and 2", index.skipped["step-00003.parquet"])
     # a file that was half-written when it was read first
     (folder / "step-00001.parquet").write_bytes(whole)
     assert index.refresh(60)

@@ -3,6 +3,7 @@
 It needs playwright and a Chromium: `apt-get install chromium`, or PPO_RAY_CHROMIUM=/path/to/chromium.
 """
 
+import json
 import os
 import re
 import shutil
@@ -12,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tests.view.runs import ROWS, append_step, make_run
+from tests.view.runs import ROWS, append_step, make_run, make_step
 
 CHROMIUM = os.environ.get("PPO_RAY_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
@@ -38,6 +41,7 @@ WAIT_MS = 30_000
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    playwright.expect.set_options(timeout=WAIT_MS)  # of a busy machine
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -171,6 +175,23 @@ def test_a_sample_is_opened_and_coloured(shown: Shown) -> None:
     expect_texts(page.locator(".drawer h2"), "Step 0, response 3")
 
 
+def test_a_conversation_is_shown_as_chat(browser: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1)
+    messages = [{"role": "system", "content": "Be <b>brief</b>."}, {"role": "user", "content": "Why?\nReally."}]
+    column = pa.array([json.dumps(messages)] * ROWS)
+    pq.write_table(make_step(0).append_column("messages", column), run / "trajectories" / "step-00000.parquet")
+    shown = Shown(browser, run)
+    try:
+        shown.go("samples?run=0&open=0.2")
+        expect_texts(shown.page.locator(".drawer"), "Conversation", "response 0 2")
+        expect_texts(shown.page.locator(".drawer .chat"), "system", "Be <b>brief</b>.", "user", "Why?")
+        playwright.expect(shown.page.locator(".drawer .chat > *")).to_have_count(2)
+        assert "Why?" in shown.rows()[2][-2]  # the table has the question
+    finally:
+        shown.close()
+    assert shown.said == []
+
+
 def test_two_steps_are_shown_side_by_side(shown: Shown) -> None:
     shown.go("sides?a=0.0&b=0.2")
     pairs = shown.page.locator(".pair")
@@ -187,7 +208,13 @@ def test_distributions_and_the_system(shown: Shown) -> None:
     playwright.expect(shown.page.locator(".ridge").first).to_be_visible()
     shown.go("system?step=1")
     expect_texts(shown.page.locator("main"), "generation", "learner: optimizer steps", "rollout-1")
-    playwright.expect(shown.page.locator(".lane")).to_have_count(4)
+    playwright.expect(shown.page.locator(".lane")).to_have_count(
+        8
+    )  # of two runs: two parts, one of them of two workers
+    actors = shown.page.locator(".actors").first
+    expect_texts(actors, "rollout-1", "node-1", "6.50 GiB", "4 GiB", "0.5 s")
+    expect_texts(shown.page.locator("main"), "Resident memory, GiB", "GPU memory, reserved, GiB")
+    playwright.expect(shown.page.locator(".chart canvas")).to_have_count(4)
 
 
 def test_light_and_dark(shown: Shown) -> None:
@@ -200,6 +227,14 @@ def test_light_and_dark(shown: Shown) -> None:
     page.reload()
     expect_texts(page.locator(".standing"), "first")
     assert page.evaluate(ground) != before
+
+
+def test_a_browser_under_the_locale_c_is_served_too(shown: Shown) -> None:
+    page = shown.context.new_page()
+    page.add_init_script("Object.defineProperty(navigator, 'language', { value: 'en-US@posix', configurable: true })")
+    page.goto(shown.address)
+    expect_texts(page.locator(".standing"), "first")
+    playwright.expect(page.locator(".chart canvas").first).to_be_visible()
 
 
 def test_a_run_under_way_is_followed(browser: Any, tmp_path: Path) -> None:

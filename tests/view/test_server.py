@@ -8,6 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ppo_ray.errors import InputError
+from ppo_ray.run.record import RunRecord
 from ppo_ray.view import server
 from ppo_ray.view.server import HEADERS, is_expected_host, make_app
 from ppo_ray.view.shown import View
@@ -47,6 +48,7 @@ PATHS = [
     "runs/0/spread/kl",
     "runs/0/spread/kl/0",
     "runs/0/workers/0",
+    "runs/0/memory",
 ]
 
 
@@ -195,6 +197,25 @@ def test_distributions(client: TestClient) -> None:
     ]
 
 
+def test_where_actors_ran_and_what_memory_they_took(client: TestClient) -> None:
+    learner, *rollout = ask(client, "runs/0/workers/1")["actors"]
+    assert [(actor["name"], actor["host"]) for actor in rollout] == [("rollout-0", "node-0"), ("rollout-1", "node-1")]
+    assert [actor["time/generate_s"] for actor in rollout] == [1.0, 0.5]
+    assert (learner["name"], "host" in learner, learner["memory/learner_gpu_reserved_gib"]) == ("learner-0", False, 6.5)
+    memory = ask(client, "runs/0/memory")
+    assert memory["steps"] == [0, 1, 2] and list(memory["actors"]) == ["learner-0", "rollout-0", "rollout-1"]
+    assert memory["actors"]["rollout-0"] == {"memory/rollout_gib": [2.0, 3.0, 4.0]}
+    assert ask(client, "runs/0/workers/9")["actors"] == []
+
+
+def test_a_run_that_does_not_tell_of_its_actors(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 1)
+    (run / "actors.jsonl").unlink()
+    client = open_client(run)
+    assert ask(client, "runs/0/memory") == {"steps": [], "actors": {}}
+    assert ask(client, "runs/0/workers/0")["actors"] == []
+
+
 def test_a_run_under_way_is_followed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 2)
     client = open_client(run)
@@ -259,7 +280,20 @@ def test_a_link_leads_nowhere(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 1)
     write_step(run, 5).replace(tmp_path / "secret.parquet")
     (run / "trajectories" / "step-00005.parquet").symlink_to(tmp_path / "secret.parquet")
-    assert open_client(run).get("/api/runs/0/samples/5/0").status_code == 400
+    answer = open_client(run).get("/api/runs/0/samples/5/0")
+    assert answer.status_code == 404 and "leads out of the run's folder" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "evaluation_before.json", "actors.jsonl"])
+def test_no_file_of_a_run_leads_out_of_it(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run", 1)
+    (run / name).replace(tmp_path / name)
+    (run / name).symlink_to(tmp_path / name)
+    if name == "actors.jsonl":
+        assert ask(open_client(run), "runs/0/memory")["steps"] == [] and RunRecord.read(run).find_actors() == []
+    else:
+        with pytest.raises(InputError, match=f"{name}: is a link that leads out of the run's folder"):
+            View(run)
 
 
 def test_the_pages_scripts_are_short_and_never_read_text_as_html() -> None:

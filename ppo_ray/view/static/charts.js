@@ -1,6 +1,6 @@
 // Charts by uPlot: one or more runs over the steps, with healthy ranges and events.
+import { colour, number, runColour } from "./dom.js"; // before uPlot, which asks for the language at once
 import uPlot from "./uPlot.esm.js";
-import { colour, number, runColour } from "./dom.js";
 
 const HEIGHT = 168;
 

@@ -1,5 +1,12 @@
 // Elements made of text: nothing here, or anywhere on this page, reads text as HTML.
 
+// uPlot writes numbers in the browser's language; under the locale C a browser has one that JavaScript refuses.
+try {
+  new Intl.NumberFormat(navigator.language);
+} catch {
+  Object.defineProperty(navigator, "language", { value: "en-US" });
+}
+
 /** Make an element. Attributes: `class`, `style` (an object), `on...` (listeners), all others by their names. */
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);

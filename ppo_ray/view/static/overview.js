@@ -76,7 +76,7 @@ function drawCurves(section, runs, view) {
     (name) => !listed.has(name),
   );
   const panels = [
-    ...state.known.panels,
+    ...state.known.panels.filter((panel) => panel.group !== "Memory"), // of each actor, on the page of the system
     ...parts.map((name) => ({
       group: "Reward",
       title: `Part: ${name.slice(6, -5)}`,
@@ -104,11 +104,13 @@ function drawCurves(section, runs, view) {
 function makeCard(panel, runs, view, jobs) {
   const lines = runLines(runs, panel.names, view.kind, view.width);
   if (!lines.some((line) => line.y.some((value) => value !== null && value !== undefined))) return null;
-  const range = state.known.healthy[panel.names[0]] ?? null;
-  const outside = runs.reduce(
-    (sum, [, run]) => sum + (run.unhealthy.find((item) => item.name === panel.names[0])?.steps.length ?? 0),
-    0,
+  const ranges = runs.map(([, run]) => run.healthy[panel.names[0]] ?? null);
+  const range = ranges.every((item) => item?.text === ranges[0]?.text) ? ranges[0] : null; // the losses' may differ
+  const left = runs.flatMap(([, run]) =>
+    run.unhealthy.filter((item) => item.name === panel.names[0]).map((item) => ({ ...item, run: run.name })),
   );
+  const outside = left.reduce((sum, item) => sum + item.steps.length, 0);
+  const words = left.map((item) => `${item.run}: outside ${item.range} in ${item.steps.length} steps: ${item.remedy}`);
   const values = h("span", { class: "values" });
   const plot = h("div", { class: "plot" });
   const events = runs.flatMap(([, run]) => placeEvents(run, view.kind));
@@ -138,13 +140,7 @@ function makeCard(panel, runs, view, jobs) {
       "figcaption",
       { title: sentence },
       h("b", {}, panel.title),
-      outside
-        ? h(
-            "span",
-            { class: "warn", title: `outside ${range.text} in ${outside} steps: ${range.remedy}` },
-            `${outside} outside`,
-          )
-        : null,
+      outside ? h("span", { class: "warn", title: words.join("\n") }, `${outside} outside`) : null,
       values,
       h("code", {}, panel.names[0]),
     ),

@@ -1,6 +1,7 @@
 // The system: what a step's seconds were spent on, and what each rollout worker did.
 import { get, readAddress, writeAddress } from "./api.js";
-import { duration, fill, h, number, runColour } from "./dom.js";
+import { draw } from "./charts.js";
+import { colour, duration, fill, h, number, runColour, RUN_COLOURS, show } from "./dom.js";
 
 /** A step's parts in the order in which they follow one another, and the parts that they hold themselves. */
 const PARTS = [
@@ -16,7 +17,8 @@ const PARTS = [
 export async function render(main, runs, options) {
   const steps = runs[0][1].metrics.step ?? [];
   const view = { step: options.step === undefined ? (steps.at(-1) ?? 0) : Number(options.step) };
-  const draw = async () => {
+  let charts = [];
+  const drawAll = async () => {
     const bar = h(
       "div",
       { class: "bar" },
@@ -40,34 +42,43 @@ export async function render(main, runs, options) {
         onchange: (event) => change(Number(event.target.value)),
       }),
     );
-    const cards = await Promise.all(runs.map(([index, run]) => showRun(index, run, view.step)));
+    const jobs = [];
+    const cards = await Promise.all(runs.map(([index, run]) => showRun(index, run, view.step, jobs)));
+    charts.forEach((chart) => chart.close());
     fill(main, bar, cards);
+    charts = jobs.map((job) => job());
   };
   const change = (step) => {
     view.step = step;
     writeAddress("system", { ...readAddress().options, step });
-    draw();
+    drawAll();
   };
-  await draw();
-  return { update: (now) => ((runs = now), draw()) };
+  await drawAll();
+  return { update: (now) => ((runs = now), drawAll()), close: () => charts.forEach((chart) => chart.close()) };
 }
 
-async function showRun(index, run, step) {
+async function showRun(index, run, step, jobs) {
   const at = run.metrics.step?.indexOf(step) ?? -1;
   const title = h("h2", {}, h("span", { class: "dot", style: { background: runColour(index) } }), run.name);
   if (at < 0) return h("section", {}, title, h("p", { class: "hint" }, `This run has no step ${step}.`));
+  const [{ workers, actors, notes }, memory] = await Promise.all([
+    get(`runs/${index}/workers/${step}`),
+    get(`runs/${index}/memory`),
+  ]);
   return h(
     "section",
     {},
     title,
-    h("div", { class: "card" }, h("h3", {}, `Step ${step}`), timeline(run, at)),
+    h("div", { class: "card" }, h("h3", {}, `Step ${step}`), timeline(run, at, actors)),
     h("div", { class: "card" }, h("h3", {}, "Every step"), history(run)),
-    await showWorkers(index, run, step),
+    showActors(actors),
+    showMemory(memory, jobs),
+    showWorkers(workers, notes),
   );
 }
 
 /** A bar per part. Parts overlap where generation goes on beside learning, so a bar begins where the one before ends. */
-function timeline(run, at) {
+function timeline(run, at, actors) {
   const value = (name) => run.metrics[name]?.[at] ?? null;
   const whole = value("time/step_s");
   const parts = PARTS.map(([name, title, kind]) => ({ name, title, kind, seconds: value(name) })).filter(
@@ -77,22 +88,29 @@ function timeline(run, at) {
   const isOverlapped = (value("rollout/staleness_max") ?? 0) > 0 || value("time/wait_s") !== null;
   const length = Math.max(whole ?? 0, sum) || 1;
   let begin = 0;
-  const rows = parts.map((part) => {
-    const row = h(
+  const lane = (name, kind, seconds, isOfActor) =>
+    h(
       "div",
-      { class: "lane" },
-      h("span", { class: "lane-name" }, part.title, h("code", {}, part.name)),
+      { class: `lane${isOfActor ? " of-actor" : ""}` },
+      h("span", { class: "lane-name" }, name),
       h(
         "span",
         { class: "track" },
         h("i", {
-          class: `span ${part.kind}`,
-          style: { left: `${(100 * begin) / length}%`, width: `max(${(100 * part.seconds) / length}%, 2px)` },
+          class: `span ${kind}`,
+          style: { left: `${(100 * begin) / length}%`, width: `max(${(100 * seconds) / length}%, 2px)` },
         }),
       ),
-      h("span", { class: "num" }, duration(part.seconds)),
-      h("span", { class: "num share" }, whole ? `${Math.round((100 * part.seconds) / whole)} %` : ""),
+      h("span", { class: "num" }, duration(seconds)),
+      h("span", { class: "num share" }, whole && !isOfActor ? `${Math.round((100 * seconds) / whole)} %` : ""),
     );
+  const rows = parts.map((part) => {
+    // a part that several actors have: a lane of each below it
+    const shared = actors.filter((actor) => actor[part.name] !== undefined);
+    const row = [
+      lane([part.title, h("code", {}, part.name)], part.kind, part.seconds, false),
+      shared.length > 1 ? shared.map((actor) => lane(actor.name, part.kind, actor[part.name], true)) : null,
+    ];
     begin += part.seconds;
     return row;
   });
@@ -151,14 +169,110 @@ function history(run) {
   ];
 }
 
-async function showWorkers(index, run, step) {
-  const { workers, notes } = await get(`runs/${index}/workers/${step}`);
+const SECONDS = [
+  ["weights", "time/sync_s"],
+  ["generation", "time/generate_s"],
+  ["scoring", "time/score_s"],
+  ["learning", "time/learn_s"],
+];
+const MEMORY = [
+  ["resident", ""],
+  ["most ever", "_peak"],
+  ["GPU, allocated", "_gpu"],
+  ["GPU, reserved", "_gpu_reserved"],
+];
+const memoryOf = (name, place) => `memory/${name.replace(/-\d+$/, "")}${place}_gib`;
+
+/** Where each actor ran, its own seconds, and its memory. */
+function showActors(actors) {
+  if (!actors.length)
+    return h(
+      "div",
+      { class: "card" },
+      h("h3", {}, "Actors"),
+      h("p", { class: "hint" }, "This run's folder does not tell where its actors ran and what memory they took."),
+    );
+  const used = MEMORY.filter(([, place]) => actors.some((actor) => actor[memoryOf(actor.name, place)] !== undefined));
+  const cell = (text) => h("td", { class: "num" }, text);
+  const rows = actors.map((actor) =>
+    h(
+      "tr",
+      {},
+      h("td", {}, show(actor.name)),
+      h("td", {}, show(actor.host ?? "–")),
+      SECONDS.map(([, name]) => cell(actor[name] === undefined ? "" : duration(actor[name]))),
+      used.map(([, place]) => cell(gib(actor[memoryOf(actor.name, place)]))),
+    ),
+  );
+  const heads = ["actor", "machine", ...SECONDS.map(([name]) => name), ...used.map(([name]) => name)];
+  return h(
+    "div",
+    { class: "card actors" },
+    h("h3", {}, "Actors"),
+    h("div", { class: "scroll" }, table(heads, rows, 2)),
+    h(
+      "p",
+      { class: "hint" },
+      "Resident memory counts what is mapped of Ray's object store. GPU memory is the most within the step, of torch.",
+    ),
+  );
+}
+
+const gib = (value) => (value === undefined ? "" : `${number(value)} GiB`);
+
+/** Each actor's memory over the steps. */
+function showMemory({ steps, actors }, jobs) {
+  const names = Object.keys(actors);
+  const stroke = (name) => colour(RUN_COLOURS[names.indexOf(name) % RUN_COLOURS.length]);
+  const chart = (title, place) => {
+    const of = names.filter((name) => memoryOf(name, place) in actors[name]);
+    if (!of.length) return null;
+    const plot = h("div", { class: "plot" });
+    const lines = of.map((name) => ({ x: steps, y: actors[name][memoryOf(name, place)], stroke: stroke(name) }));
+    jobs.push(() => draw(plot, { lines }));
+    return h("figure", { class: "chart" }, h("figcaption", {}, h("b", {}, title)), plot);
+  };
+  const charts = [chart("Resident memory, GiB", ""), chart("GPU memory, reserved, GiB", "_gpu_reserved")].filter(
+    Boolean,
+  );
+  if (!charts.length) return null;
+  return h(
+    "div",
+    { class: "card" },
+    h("h3", {}, "Memory"),
+    h("div", { class: "grid" }, charts),
+    h(
+      "p",
+      { class: "legend" },
+      names.map((name) => [h("span", { class: "dot", style: { background: stroke(name) } }), show(name)]),
+    ),
+  );
+}
+
+function table(heads, rows, texts) {
+  return h(
+    "table",
+    { class: "plain" },
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        heads.map((head, place) => h("th", { class: place >= texts ? "num" : null }, head)),
+      ),
+    ),
+    h("tbody", {}, rows),
+  );
+}
+
+function showWorkers(workers, notes) {
   const batch = workers.reduce((sum, worker) => sum + worker.tokens, 0) || 1;
   const rows = workers.map((worker) =>
     h(
       "tr",
       {},
-      h("td", {}, worker.name),
+      h("td", {}, show(worker.name)),
       h("td", { class: "num" }, worker.responses),
       h("td", { class: "num" }, worker.tokens.toLocaleString("en")),
       h("td", { class: "num" }, `${Math.round((100 * worker.tokens) / batch)} %`),
@@ -172,19 +286,6 @@ async function showWorkers(index, run, step) {
     { class: "card" },
     h("h3", {}, "Rollout workers"),
     notes.map((note) => h("p", { class: "note" }, note)),
-    h(
-      "table",
-      { class: "plain" },
-      h(
-        "thead",
-        {},
-        h(
-          "tr",
-          {},
-          heads.map((head, place) => h("th", { class: place ? "num" : null }, head)),
-        ),
-      ),
-      h("tbody", {}, rows),
-    ),
+    table(heads, rows, 1),
   );
 }
