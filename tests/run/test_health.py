@@ -50,11 +50,15 @@ def test_the_ranges_are_those_of_the_loss(loss: str, outside: list[str]) -> None
 
 
 @pytest.mark.parametrize("change", [{"policy/optimizer_steps": 1.0}, {"step": 1.0}])
-def test_a_policy_that_was_not_seen_to_move_is_not_judged(change: dict[str, float]) -> None:
+def test_the_policys_move_is_not_judged_where_it_does_not_move(change: dict[str, float]) -> None:
     check = HealthCheck(value_warmup_steps=2)
-    still = {"step": 3} | WELL | {"policy/approx_kl": 0.0}
-    assert check.find_outside(still) == ["policy/approx_kl"]
-    assert check.find_outside(still | change) == []
+    far = {"step": 3} | WELL | {"policy/approx_kl": 0.3}
+    assert check.find_outside(far) == ["policy/approx_kl"]
+    assert check.find_outside(far | change) == []
+
+
+def test_a_policy_with_nothing_left_to_learn_is_healthy() -> None:
+    assert HealthCheck().find_outside({"step": 3} | WELL | {"policy/approx_kl": 0.0}) == []
 
 
 def test_the_mismatch_of_older_weights_is_not_judged() -> None:
@@ -73,6 +77,6 @@ def test_a_warning_comes_when_a_figure_leaves_its_range_and_not_at_every_step() 
 
 def test_the_whole_run_is_summed_up() -> None:
     assert HealthCheck().describe(make_history(0.01, 0.01)) == "2 of 2 steps within all healthy ranges"
-    summary = HealthCheck(value_warmup_steps=1).describe(make_history(0.0, 0.9, 0.01, 0.8))
+    summary = HealthCheck(value_warmup_steps=1).describe(make_history(0.7, 0.9, 0.01, 0.8))
     limits = HEALTHY["policy/approx_kl"]
     assert summary == f"2 of 4 steps within all healthy ranges; policy/approx_kl outside its range ({limits}) in 2"
