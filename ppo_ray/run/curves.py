@@ -139,7 +139,7 @@ def _mark_held_out(
 
 
 def _draw_moves(axes: Any, steps: Sequence[float], history: History, ranges: Mapping[str, Range]) -> None:
-    """Draw how far each update moved the policy, on a logarithmic scale, over the bands that are healthy."""
+    """Draw how far each update moved the policy, on a logarithmic scale, below the limits that are healthy."""
     axes.set_yscale("log")
     for name, colour in (("policy/approx_kl", _MOVE), ("policy/clip_fraction", _CLIP)):
         healthy = ranges.get(name)
@@ -147,12 +147,8 @@ def _draw_moves(axes: Any, steps: Sequence[float], history: History, ranges: Map
         positive = [value if value > 0 else math.nan for value in values]  # zero has no place on the scale
         label = f"{name} (healthy {healthy})" if healthy else None  # with a loss of one's own there is no such figure
         axes.plot(steps, positive, color=colour, marker="o", ms=2.5, lw=1.2, label=label)
-        if healthy is None:
-            continue
-        if math.isinf(healthy.low):
+        if healthy is not None:
             axes.axhline(healthy.high, color=colour, ls="--", lw=1)
-        else:
-            axes.axhspan(healthy.low, healthy.high, color=colour, alpha=0.12, lw=0)
     axes.set_ylim(3e-4, 2)
     axes.set_ylabel("move per update")
     axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
