@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ppo_ray.run.log import read_steps
+from ppo_ray.run.log import read_actors, read_steps
 from tests.command_line import OPTIONS, STEPS, CommandLine, events, lines, orphaned_shared_memory, wait_for_steps
 from tests.faults.conftest import Dice, Same
 from tests.run.stores import READERS, tracker_options
@@ -67,6 +67,12 @@ def test_ended_and_resumed_again_and_again(
     made_again = range(int(older.name[5:]), int(newest.name[5:]))  # a checkpoint held them, so that they were sent
     for name in trackers:
         check_store(name, run, tmp_path, made_again)
+    told = read_actors(run)
+    assert list(told) == list(range(STEPS["hf"]))  # those of the steps that were made again are there once
+    for actors in told.values():
+        assert {"rollout-0", "rollout-1", "reward-0", "learner-0"} <= actors.keys()
+        for name, figures in actors.items():
+            assert figures["host"] and figures[f"memory/{name.rpartition('-')[0]}_gib"] > 0.05
 
     done = ppo_ray.run(*command, "--resume")
     assert (done.returncode, done.stderr) == (0, "")
