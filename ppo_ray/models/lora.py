@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ppo_ray.config import LoraConfig
 from ppo_ray.errors import InputError, first_line
-from ppo_ray.models.tensors import list_names
+from ppo_ray.models.tensors import A_NAME, B_NAME, list_names
 
 ADAPTER = "default"
 """peft's name of a model's only adapters."""
@@ -137,6 +137,30 @@ def merge_weights(model: torch.nn.Module, gather: Gather = torch.Tensor.detach) 
             weight = merge(weight, gather(a), gather(b), scale, bool(getattr(layer, "fan_in_fan_out", False)))
         yield name, weight
         del weight  # before the next is made
+
+
+def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return A and B of each linear map with adapters, by the names that they travel by.
+
+    A name is the map's, with `.lora_A.weight` or `.lora_B.weight` behind it.
+    """
+    found = {}
+    for name, layer in adapter_layers(model).items():
+        found[f"{name}{A_NAME}"], found[f"{name}{B_NAME}"], _ = matrices(layer)
+    return found
+
+
+def scale_adapters(model: torch.nn.Module, gather: Gather = torch.Tensor.detach) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield A and scale x B of each linear map with adapters, one at a time: what an engine adds to its frozen weights.
+
+    Args:
+        model: with adapters.
+        gather: makes a parameter whole; all ranks call it together.
+    """
+    for name, layer in adapter_layers(model).items():
+        a, b, scale = matrices(layer)
+        yield f"{name}{A_NAME}", gather(a)
+        yield f"{name}{B_NAME}", gather(b) * scale
 
 
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, transposed: bool) -> torch.Tensor:
