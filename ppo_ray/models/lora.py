@@ -22,8 +22,13 @@ from ppo_ray.models.tensors import A_NAME, B_NAME, list_names
 
 ADAPTER = "default"
 """peft's name of a model's only adapters."""
+_LINEAR = (torch.nn.Linear, Conv1D)
 Gather = Callable[[torch.Tensor], torch.Tensor]
 """Returns a full tensor without gradient."""
+
+
+_BYPASSED = ("deepseek_v4", "jamba", "llama4", "llama4_text", "phimoe", "zamba", "zamba2")
+"""Kinds of models that use a linear map's weight without the map, or take more from it than a product."""
 
 
 def find_target_problem(model: Any, lora: LoraConfig) -> str | None:
@@ -33,8 +38,10 @@ def find_target_problem(model: Any, lora: LoraConfig) -> str | None:
         model: of transformers, on any device, the meta device too.
         lora: the options.
     """
+    if (kind := model.config.model_type) in _BYPASSED:
+        return f"models of the kind {kind} use linear maps in a way that leaves out adapters; train all weights"
     modules = dict(model.named_modules())
-    linear = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear | Conv1D)}
+    linear = {name: module for name, module in modules.items() if isinstance(module, _LINEAR)}
     embeddings = {id(model.get_input_embeddings()): "input", id(model.get_output_embeddings()): "output"}
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -71,9 +78,10 @@ def add_adapters(model: Any, config: peft.LoraConfig, seed: int) -> None:
         seed: of the first weights of A.
 
     Raises:
-        InputError: peft cannot adapt this model.
+        InputError: peft cannot adapt this model, or would adapt more of it than linear maps.
     """
     model.requires_grad_(False)
+    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, _LINEAR)}
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft sets fan_in_fan_out for GPT-2's maps, and says so
@@ -82,6 +90,14 @@ def add_adapters(model: Any, config: peft.LoraConfig, seed: int) -> None:
     except Exception as error:  # peft's own are ValueError, NotImplementedError and others
         name = model.config.name_or_path or type(model).__name__
         raise InputError(f"peft cannot adapt the model {name!r}: {first_line(error)}") from error
+    layers = adapter_layers(model)
+    if others := [name for name, layer in layers.items() if not isinstance(layer.get_base_layer(), _LINEAR)]:
+        # peft takes gate_proj, up_proj, down_proj for those of the experts, which transformers 5 has in one tensor
+        near = sorted(end for end in ends if not any(name.endswith(f".{end}") for name in others))
+        raise InputError(
+            f"peft would put adapters into {list_names(others)}, which are no linear maps, but experts or what chooses "
+            f"them. Name model.lora.targets, without the names that experts have; there are {', '.join(near)}"
+        )
     own = model.peft_config[ADAPTER]
     if not isinstance(own.target_modules, str):
         own.target_modules = sorted(own.target_modules)  # a set has another order in each process

@@ -10,7 +10,7 @@ from ppo_ray.config import DEFAULT_RANK, Config, LoraConfig, RolloutConfig, Trus
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM 0.32 can make room for; adapters of another rank take the room of the next."""
 _MERGED = "rollout.adapter_sync=merged sends whole weights, the adapters merged into them"
-_SERVED = ("llama",)
+ADAPTABLE = ("llama",)
 """Kinds of models of which vLLM 0.32 was seen to compute adapters as the model itself does; see docs/models.md."""
 
 
@@ -21,7 +21,7 @@ def sends_adapters(config: Config) -> bool:
         return lora is not None and rollout.adapter_sync == "adapter"
     if rollout.engine != "vllm" or not rollout.gpus or rollout.engine_dtype == "float32":
         return False
-    return _kind(config.model.path, config.model.trust) in _SERVED
+    return _kind(config.model.path, config.model.trust) in ADAPTABLE
 
 
 @cache
@@ -42,8 +42,8 @@ def find_adapter_problem(rollout: RolloutConfig, lora: LoraConfig | None, model:
     """
     if lora is None or rollout.adapter_sync != "adapter" or rollout.engine != "vllm":
         return None
-    if model.model_type not in _SERVED:
-        served = ", ".join(_SERVED)
+    if model.model_type not in ADAPTABLE:
+        served = ", ".join(ADAPTABLE)
         return f"vLLM 0.32 was not seen to serve adapters of the kind {model.model_type} (but {served}). {_MERGED}"
     if not round_rank(rank := _read_rank(lora)):
         return f"vLLM serves adapters up to rank {ENGINE_RANKS[-1]}, and these have rank {rank}. {_MERGED}"

@@ -75,7 +75,7 @@ def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
 def store_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what lies in the object store of a node with a learner or a rollout worker."""
     if weight_transport(config) == "object_store":
-        number, size = _count_sent(config, sizes)
+        number, size = _count_traffic(config, sizes)
         how = f"2 x {_format_count(number)} x {size} bytes: the engines' and the next"
         yield Term("weights on their way", how, 2 * number * size, "host")
     tokens = _batch_tokens(config)
@@ -106,7 +106,7 @@ def _format_count(number: int) -> str:
     return str(number)
 
 
-def _count_sent(config: Config, sizes: ModelSizes) -> tuple[int, int]:
+def _count_traffic(config: Config, sizes: ModelSizes) -> tuple[int, int]:
     """Return the number of parameters that are sent to the engines, and the bytes of each on its way."""
     if sends_adapters(config):
         return sizes.policy.adapters, BYTES[config.rollout.wire_dtype or "float32"]
@@ -146,7 +146,7 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
     if transport != "object_store" and (rank == 0 or transport == "ipc"):
         yield bucket_term(config, transport)
     if rank == 0 and transport == "object_store":
-        yield parameter_term("weights to publish", *_count_sent(config, sizes), "host")
+        yield parameter_term("weights to publish", *_count_traffic(config, sizes), "host")
     if rank == 0 and device == "gpu":
         yield parameter_term("a checkpoint on its way to the disk", _count_trainable(sizes), 3 * EXACT, "host")
 

@@ -19,7 +19,15 @@ from ppo_ray.learner.sharding import Replicated
 from ppo_ray.models.actor_critic import CausalLMWithValueHead
 from ppo_ray.models.adapter_files import make_adapter_config, read_adapter_shapes
 from ppo_ray.models.loading import load_causal_lm
-from ppo_ray.models.lora import adapter_layers, add_adapters, matrices, scale_adapters
+from ppo_ray.models.lora import (
+    adapter_layers,
+    add_adapters,
+    find_target_problem,
+    matrices,
+    merge_in_place,
+    merge_weights,
+    scale_adapters,
+)
 from ppo_ray.models.packing import make_microbatches, pack
 from ppo_ray.models.support import find_config_problem
 from ppo_ray.preflight import Inputs, _policy_problems
@@ -191,6 +199,36 @@ def judge_vllm(folder: Path) -> str:
 
     options = {"max_context": 64, "max_num_seqs": 8, "kv_cache_mib": 32}
     return judge_engine(folder, lambda path: VLLMEngine(path, **options), 10 * TOLERANCE)
+
+
+@torch.no_grad()
+def merge_adapters(name: str) -> float | str:
+    """Put adapters into all linear maps of a tiny model, and merge them.
+
+    Returns:
+        The largest difference of logits between the model with its adapters and the merged one; or why it gets none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make_model(AutoModelForCausalLM, tiny_config(name), embedding_size=0.2).eval()
+        lora, ids = LoraConfig(rank=4), torch.from_numpy(draw_tokens(20)[0])[None]
+        if problem := find_target_problem(model, lora):
+            return problem
+        before, names = model(input_ids=ids, use_cache=False).logits, [name for name, _ in model.named_parameters()]
+        try:
+            add_adapters(model, make_adapter_config(lora, "base"), 0)
+        except InputError as error:
+            return str(error)
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before), "new adapters change something"
+        for layer in adapter_layers(model).values():
+            matrices(layer)[1].normal_(std=0.1, generator=torch.Generator().manual_seed(5))
+        adapted = model(input_ids=ids, use_cache=False).logits
+        assert (adapted - before).abs().max() > 0.01, "the adapters do not matter"
+        merged = {name: tensor.clone() for name, tensor in merge_weights(model)}
+        merge_in_place(model)
+        assert list(merged) == names
+        assert all(torch.equal(tensor, merged[name]) for name, tensor in model.named_parameters())
+        return float((model(input_ids=ids, use_cache=False).logits - adapted).abs().max())
 
 
 def judge_adapters(folder: Path) -> str:

@@ -15,7 +15,7 @@ from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import InputError, WorkerError
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.merging import merge_checkpoint
-from ppo_ray.rollout.engine import GenerationRequest, Sampling
+from ppo_ray.rollout.engine import Engine, GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
 from ppo_ray.weights.acks import check_agreements
 from ppo_ray.weights.manifest import num_buckets
@@ -110,7 +110,7 @@ def test_the_weights_that_travel_are_the_bases_by_name_and_number(tiny_policy: P
     assert adapted.num_buckets(wire) == num_buckets(sizes, wire.bucket_bytes) > 1
 
 
-def generate(engine: HFEngine) -> pa.Table:
+def generate(engine: Engine) -> pa.Table:
     """Let an engine sample for a few prompts; returns its trajectories."""
     requests = [GenerationRequest((3 + row, 40, 7), 8, row) for row in range(6)]
     rows = make_table(6).to_pylist()

@@ -15,7 +15,10 @@ from ppo_ray.models.adapter_files import make_adapter_config, read_adapter_shape
 from ppo_ray.models.lora import adapter_layers, add_adapters, matrices, scale_adapters
 from ppo_ray.rollout.engine import Engine, Sampling
 from ppo_ray.rollout.hf import HFEngine
+from ppo_ray.weights.acks import check_agreements
 from ppo_ray.weights.snapshot import WeightSnapshot, Wire
+from tests.learner.test_lora import generate
+from tests.learner.test_lora import load as load_learner
 from tests.rollout.comparison import REQUESTS, largest_difference, reference
 
 LORA = LoraConfig(rank=5, alpha=7)
@@ -32,12 +35,21 @@ def engine(request: pytest.FixtureRequest, tiny_policy: Path) -> Iterator[Engine
 
 
 @pytest.fixture(scope="module")
-def adapted_vllm(tiny_policy: Path, vllm_engine: Engine) -> Iterator[Engine]:
-    """Return an engine beside the one of whole weights, which has set the environment; it lives as long as that."""
+def adapted_vllm(tiny_policy: Path, vllm_engine: Engine) -> Any:
+    """Return an engine beside the one of whole weights, which has set the environment."""
+    return start_vllm(tiny_policy, LORA)
+
+
+KEPT: list[Engine] = []
+
+
+def start_vllm(folder: Path, lora: LoraConfig) -> Any:
+    """Start an engine that lives as long as the process: its end would take from the others what all share."""
     from ppo_ray.rollout.vllm import VLLMEngine
 
-    shapes = read_adapter_shapes(ModelConfig(path=str(tiny_policy), lora=LORA))
-    yield VLLMEngine(str(tiny_policy), max_context=128, max_num_seqs=32, kv_cache_mib=32, adapters=shapes)
+    shapes = read_adapter_shapes(ModelConfig(path=str(folder), lora=lora))
+    KEPT.append(VLLMEngine(str(folder), max_context=128, max_num_seqs=32, kv_cache_mib=32, adapters=shapes))
+    return KEPT[-1]
 
 
 def adapted(folder: Path, seed: int, lora: LoraConfig = LORA) -> Any:
@@ -100,16 +112,38 @@ def test_damaged_adapters_and_those_of_another_model_are_refused(engine: Engine,
 
 
 @pytest.mark.slow
+def test_an_engine_on_vllm_that_ignores_its_adapters_is_refused(
+    adapted_vllm: Engine, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `rollout.self_check` and `ppo-ray check` do; see `tests/learner/test_lora.py` for the other engine."""
+    from ppo_ray.rollout.vllm_adapters import AdapterModel
+
+    learner = load_learner(tiny_policy, lora=LORA)
+    probe = learner.probe()
+    with probe.move():
+        adapted_vllm.load_weights(WeightSnapshot.take(learner.named_adapters(), 20))
+    check_agreements(probe.compare(generate(adapted_vllm)), "float32")
+    serve = AdapterModel.serve
+
+    def serve_nothing(self: AdapterModel) -> None:
+        self._held = {name: torch.zeros_like(tensor) for name, tensor in self._held.items()}
+        serve(self)
+
+    monkeypatch.setattr(AdapterModel, "serve", serve_nothing)
+    with probe.move():
+        adapted_vllm.load_weights(WeightSnapshot.take(learner.named_adapters(), 21))
+    with pytest.raises(WorkerError, match="it still computes with those before"):
+        check_agreements(probe.compare(generate(adapted_vllm)), "float32")
+
+
+@pytest.mark.slow
 def test_a_part_of_the_maps(tiny_policy: Path, vllm_engine: Engine) -> None:
     """vLLM packs q, k and v into one map, and gate and up: of some of these only one has adapters."""
-    from ppo_ray.rollout.vllm import VLLMEngine
-
     lora = LoraConfig(rank=8, targets=["q_proj", "down_proj", "layers.1.mlp.up_proj"])
-    shapes = read_adapter_shapes(ModelConfig(path=str(tiny_policy), lora=lora))
-    assert len(shapes) == 2 * (2 + 2 + 1)
-    engine = VLLMEngine(str(tiny_policy), max_context=128, max_num_seqs=32, kv_cache_mib=32, adapters=shapes)
-    model = adapted(tiny_policy, 1, lora)
-    engine.load_weights(WeightSnapshot.take(scale_adapters(model), 1))
+    engine, model = start_vllm(tiny_policy, lora), adapted(tiny_policy, 1, lora)
+    snapshot = WeightSnapshot.take(scale_adapters(model), 1)
+    assert len(snapshot.manifest.entries) == 2 * (2 + 2 + 1)
+    engine.load_weights(snapshot)
     assert largest_difference(model, engine.generate(REQUESTS, SAMPLED)) < 1e-4
     engine._llm.collective_rpc("remove_lora", args=(1,))
     with pytest.raises(Exception, match="in memory"):  # never the frozen model without a word
