@@ -10,7 +10,10 @@ from ppo_ray.config import DEFAULT_RANK, Config, LoraConfig, RolloutConfig, Trus
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM 0.32 can make room for; adapters of another rank take the room of the next."""
 _MERGED = "rollout.adapter_sync=merged sends whole weights, the adapters merged into them"
-ADAPTABLE = ("llama",)
+ADAPTABLE = (
+    *("gemma", "glm", "gpt_neox", "granite", "llama", "mistral", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2"),
+    *("qwen3", "smollm3", "starcoder2"),
+)
 """Kinds of models of which vLLM 0.32 was seen to compute adapters as the model itself does; see docs/models.md."""
 
 
