@@ -14,7 +14,7 @@ ADAPTABLE = (
     *("gemma", "glm", "gpt_neox", "granite", "llama", "mistral", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2"),
     *("qwen3", "smollm3", "starcoder2"),
 )
-"""Kinds of models of which vLLM 0.32 was seen to compute adapters as the model itself does; see docs/models.md."""
+"""Kinds of models of which vLLM 0.32 was seen to compute adapters as the model itself does; see docs/lora.md."""
 
 
 def sends_adapters(config: Config) -> bool:
