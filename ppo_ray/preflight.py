@@ -165,7 +165,7 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
             yield f"model.path={config.model.path}: its config has no vocab_size; give a language model"
         else:
             yield from _network_problems(config, "model.path", config.model.path, config.model.trust, model)
-            if problem := find_engine_problem(config.rollout, model):
+            if problem := find_engine_problem(config.rollout, model, config.model.lora):
                 yield f"model.path={config.model.path}: {problem}"
         positions = find_positions(model)
         if positions and config.max_context > positions:

@@ -26,8 +26,11 @@ OPTIONS = (
 )
 """Of undisturbed runs, and of those that are compared with them."""
 
-STEPS = {"hf": 30, "vllm": 12}
-"""Steps of these runs, for each engine: one run serves all tests that compare with it."""
+ADAPTED = ("model.lora.rank=8", "rollout.adapter_sync=adapter", "ppo.learning_rate=0.01", "ppo.warmup_steps=0")
+"""Of runs that train adapters, and send engines nothing else."""
+
+STEPS = {"hf": 30, "adapted": 14, "vllm": 12}
+"""Steps of these runs, for each engine, and of those with adapters: one run serves all tests that compare with it."""
 
 Undisturbed = Callable[..., Path]
 

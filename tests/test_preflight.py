@@ -35,6 +35,7 @@ from ppo_ray.config import LoraConfig, load_config
 from ppo_ray.errors import InputError
 from ppo_ray.models.adapter_files import make_adapter_config, save_adapters
 from ppo_ray.models.lora import add_adapters
+from ppo_ray.plan.adapters import find_adapter_problem
 from ppo_ray.preflight import check, cpu_demand
 from ppo_ray.rollout.support import find_engine_problem
 
@@ -46,6 +47,7 @@ SIZES = {
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
 }
+GIVEN = ("output_dir=x", "model.path=m", "prompts.path=p", "reward.path=r")
 BART = {"vocab_size": 8, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 1}
 
 
@@ -126,10 +128,27 @@ def test_adapters_that_do_not_fit(configured, home, tmp_path):
     save_model(llama(hidden_size=64), tmp_path / "wider" / "policy")
     lines = problems(configured(f"model.lora.path={tmp_path / 'adapters'}", f"model.path={tmp_path}/wider/policy"))
     assert any("are of another base" in line for line in lines)
+    alone = ("rollout.adapter_sync=adapter", "rollout.engine=vllm")
+    check(configured("model.lora.rank=4", *alone))
+    file, text = tmp_path / "adapters" / "adapter_config.json", (tmp_path / "adapters/adapter_config.json").read_text()
+    file.write_text(text.replace('"r": 2', '"r": 513'))
+    lines = problems(configured(f"model.lora.path={tmp_path / 'adapters'}", *alone))
+    assert any("vLLM serves adapters up to rank 512, and these have rank 513. rollout.adapter_sync" in x for x in lines)
+    file.write_text(text)
     text = (tmp_path / "adapters" / "adapter_config.json").read_text().replace(str(home / "policy"), "hub/policy")
     (tmp_path / "adapters" / "adapter_config.json").write_text(text)
     lines = problems(configured(f"model.lora.path={tmp_path / 'adapters'}", f"model.path={tmp_path}/wider/policy"))
     assert any("do not fit the model, they are of another base" in line for line in lines)
+
+
+def test_adapters_that_vllm_was_not_seen_to_serve():
+    config, model = load_config(None, [*GIVEN, "model.lora.rank=4", "rollout.adapter_sync=adapter"]), MambaConfig()
+    problem = find_adapter_problem(config.rollout, config.model.lora, model)
+    assert "vLLM 0.32 was not seen to serve adapters of the kind mamba" in problem
+    assert "rollout.adapter_sync=merged" in problem
+    auto = config.rollout.model_copy(update={"adapter_sync": "auto"})
+    assert find_adapter_problem(auto, config.model.lora, model) is None
+    assert find_adapter_problem(config.rollout.model_copy(update={"engine": "hf"}), config.model.lora, model) is None
 
 
 def test_what_is_read_is_what_the_run_works_with(configured):

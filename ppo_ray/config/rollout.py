@@ -113,7 +113,9 @@ class RolloutConfig(Section):
     """Largest piece that weights travel in, MiB; a tensor that is larger has one of its own."""
     adapter_sync: Literal["auto", "merged", "adapter"] = "auto"
     """What engines get of a policy with adapters (model.lora). merged: whole weights, the adapters merged into them,
-    with which engines generate at full speed. adapter: the adapters alone; not offered yet. auto: merged."""
+    with which engines generate at full speed. adapter: the adapters alone, which engines add to the weights of
+    model.path; vLLM is many times slower with them on a CPU. auto: adapter where vLLM has GPUs and serves adapters of
+    this kind of model, else merged. See docs/lora.md."""
     self_check: bool = True
     """Check before the first step that new weights change what each engine computes as they change the learner; it
     costs two weight syncs."""
@@ -163,10 +165,11 @@ def engine_contradictions(rollout: RolloutConfig) -> Iterator[Contradiction]:
             f"{rollout.temperature:g} is below {MIN_VLLM_TEMPERATURE}, the lowest at which rollout.engine=vllm samples "
             f"(it would take {MIN_VLLM_TEMPERATURE} instead); set {MIN_VLLM_TEMPERATURE} or more, or rollout.engine=hf",
         )
-    if rollout.adapter_sync == "adapter":
+    if rollout.adapter_sync == "adapter" and rollout.engine == "vllm" and rollout.gpus and rollout.dtype == "float32":
         yield Contradiction(
-            ("rollout.adapter_sync",),
-            "adapter is not offered yet: engines get whole weights, the adapters merged into them; set auto or merged",
+            ("rollout.adapter_sync", "rollout.dtype"),
+            "adapter: on a GPU vLLM's kernels for adapters take bfloat16 alone; set rollout.adapter_sync=merged, or "
+            "leave rollout.dtype out",
         )
     if rollout.batch_invariant and not (rollout.engine == "vllm" and rollout.gpus):
         yield Contradiction(

@@ -145,8 +145,13 @@ class LoraConfig(Section):
         return options
 
 
-def lora_contradictions(lora: LoraConfig | None) -> Iterator[Contradiction]:
-    """Yield the options of new adapters beside the path of others."""
+def lora_contradictions(lora: LoraConfig | None, adapter_sync: str) -> Iterator[Contradiction]:
+    """Yield the options of new adapters beside the path of others, and a sync of adapters without any."""
+    if lora is None and adapter_sync == "adapter":
+        yield Contradiction(
+            ("rollout.adapter_sync", "model.lora"),
+            "adapter sends adapters alone, and without model.lora there are none; set model.lora, or auto",
+        )
     names = ("rank", "alpha", "targets")
     if lora and lora.path and (given := [f"model.lora.{name}" for name in names if getattr(lora, name) is not None]):
         yield Contradiction(

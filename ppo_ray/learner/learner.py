@@ -209,13 +209,23 @@ class PPOLearner:
         """
         yield from self._sharding.weights()
 
+    def named_adapters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the policy's full adapters alone, B scaled, one at a time; as `named_weights`."""
+        from ppo_ray.models.lora import scale_adapters
+
+        yield from scale_adapters(self._policy.causal_lm, gather_full)
+
     def weights(self, wire: Wire | None = None, buffers: Buffers | None = None) -> WeightSnapshot:
         """Copy the policy's weights to the host; arguments as in `WeightSnapshot.take`. All ranks call it."""
         return WeightSnapshot.take(self.named_weights(), self.policy_version, wire, buffers)
 
-    def num_buckets(self, wire: Wire) -> int:
-        """Return the number of buckets that `weights` makes, without making one."""
-        return num_buckets(map(wire.num_bytes, self._sharding.meta_weights()), wire.bucket_bytes)
+    def num_buckets(self, wire: Wire, adapters_alone: bool = False) -> int:
+        """Return the number of buckets that `weights`, or the adapters alone, take, without making one."""
+        if not adapters_alone:
+            return num_buckets(map(wire.num_bytes, self._sharding.meta_weights()), wire.bucket_bytes)
+        from ppo_ray.models.lora import adapter_parameters
+
+        return num_buckets(map(wire.num_bytes, adapter_parameters(self._policy.causal_lm).values()), wire.bucket_bytes)
 
     def value_head(self) -> dict[str, np.ndarray]:
         """Copy the value head, if there is one: `weight` `[1, H]` and `bias` `[1]`; all ranks call it."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from ppo_ray.config import Config, weight_transport
 from ppo_ray.errors import InputError, WorkerLost
+from ppo_ray.plan.adapters import sends_adapters
 from ppo_ray.plan.demand import actor_name
 from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.manifest import WeightManifest
@@ -36,6 +37,7 @@ class WeightPublisher:
         from ppo_ray.weights.nccl_sender import NCCLSender  # loads torch
 
         self._transport, self._leads = weight_transport(config), leads
+        self._adapters_alone = sends_adapters(config)
         for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
             if self._transport == "ipc" and "expandable_segments:true" in os.environ.get(variable, "").lower():
                 raise InputError(
@@ -59,10 +61,10 @@ class WeightPublisher:
 
     def num_buckets(self, learner: "PPOLearner") -> int:
         """Return the number of buckets that `publish` makes."""
-        return learner.num_buckets(self._wire) if self._transport == "object_store" else 0
+        return learner.num_buckets(self._wire, self._adapters_alone) if self._transport == "object_store" else 0
 
     def publish(self, learner: "PPOLearner") -> tuple[WeightManifest, list[np.ndarray | None], str]:
-        """Make the learner's weights ready to be sent.
+        """Make the learner's weights, or its adapters alone, ready to be sent.
 
         Args:
             learner: whose weights. Where they stay on the GPU, they must not change until they are sent.
@@ -72,7 +74,8 @@ class WeightPublisher:
             buckets. Each bucket is None on ranks that do not lead. The list is empty where the weights stay on the GPU.
         """
         version, size = learner.policy_version, self._wire.bucket_bytes
-        self._tensors = lambda: self._wire.round(learner.named_weights())
+        named = learner.named_adapters if self._adapters_alone else learner.named_weights
+        self._tensors = lambda: self._wire.round(named())
         if self._transport != "object_store":
             self._learner, self._manifest = learner, WeightManifest.of(self._tensors(), version, "sums", size)
             return self._manifest, [], self._manifest.checksum

@@ -9,11 +9,12 @@ import peft
 import safetensors
 import safetensors.torch
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
-from ppo_ray.config import DEFAULT_RANK, LoraConfig
+from ppo_ray.config import DEFAULT_RANK, LoraConfig, ModelConfig
 from ppo_ray.errors import InputError, first_line
-from ppo_ray.models.lora import ADAPTER, add_adapters, find_target_problem, is_adapter
+from ppo_ray.models.lora import ADAPTER, adapter_parameters, add_adapters, find_target_problem, is_adapter
 from ppo_ray.models.tensors import list_names
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -165,6 +166,21 @@ def check_tensors(model: Any, path: str) -> list[tuple[torch.nn.Parameter, torch
         if not found[name].isfinite().all():
             raise InputError(f"the adapters at {path} hold NaN or infinite weights ({name}); their file is damaged")
     return [(parameter, found[name]) for name, parameter in wanted.items()]
+
+
+def read_adapter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a policy's adapters, by the names that they travel by; no weights are read.
+
+    Raises:
+        InputError: they do not fit the model; as `make_adapter_config` and `add_adapters`.
+    """
+    assert model.lora is not None
+    code = model.trust.remote_code
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=code, **model.trust.place)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=code)
+    add_adapters(empty, make_adapter_config(model.lora, model.path), 0)
+    return {name: tuple(tensor.shape) for name, tensor in adapter_parameters(empty).items()}
 
 
 def check_adapters(empty: Any, lora: LoraConfig, path: str, is_critic: bool) -> None:

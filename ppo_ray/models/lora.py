@@ -18,12 +18,17 @@ from transformers.pytorch_utils import Conv1D
 
 from ppo_ray.config import LoraConfig
 from ppo_ray.errors import InputError, first_line
-from ppo_ray.models.tensors import list_names
+from ppo_ray.models.tensors import A_NAME, B_NAME, list_names
 
 ADAPTER = "default"
 """peft's name of a model's only adapters."""
+_LINEAR = (torch.nn.Linear, Conv1D)
 Gather = Callable[[torch.Tensor], torch.Tensor]
 """Returns a full tensor without gradient."""
+
+
+_BYPASSED = ("deepseek_v4", "jamba", "llama4", "llama4_text", "phimoe", "zamba", "zamba2")
+"""Kinds of models that use a linear map's weight without the map, or take more from it than a product."""
 
 
 def find_target_problem(model: Any, lora: LoraConfig) -> str | None:
@@ -33,8 +38,10 @@ def find_target_problem(model: Any, lora: LoraConfig) -> str | None:
         model: of transformers, on any device, the meta device too.
         lora: the options.
     """
+    if (kind := model.config.model_type) in _BYPASSED:
+        return f"models of the kind {kind} use linear maps in a way that leaves out adapters; train all weights"
     modules = dict(model.named_modules())
-    linear = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear | Conv1D)}
+    linear = {name: module for name, module in modules.items() if isinstance(module, _LINEAR)}
     embeddings = {id(model.get_input_embeddings()): "input", id(model.get_output_embeddings()): "output"}
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -71,9 +78,10 @@ def add_adapters(model: Any, config: peft.LoraConfig, seed: int) -> None:
         seed: of the first weights of A.
 
     Raises:
-        InputError: peft cannot adapt this model.
+        InputError: peft cannot adapt this model, or would adapt more of it than linear maps.
     """
     model.requires_grad_(False)
+    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, _LINEAR)}
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft sets fan_in_fan_out for GPT-2's maps, and says so
@@ -82,6 +90,14 @@ def add_adapters(model: Any, config: peft.LoraConfig, seed: int) -> None:
     except Exception as error:  # peft's own are ValueError, NotImplementedError and others
         name = model.config.name_or_path or type(model).__name__
         raise InputError(f"peft cannot adapt the model {name!r}: {first_line(error)}") from error
+    layers = adapter_layers(model)
+    if others := [name for name, layer in layers.items() if not isinstance(layer.get_base_layer(), _LINEAR)]:
+        # peft takes gate_proj, up_proj, down_proj for those of the experts, which transformers 5 has in one tensor
+        near = sorted(end for end in ends if not any(name.endswith(f".{end}") for name in others))
+        raise InputError(
+            f"peft would put adapters into {list_names(others)}, which are no linear maps, but experts or what chooses "
+            f"them. Name model.lora.targets, without the names that experts have; there are {', '.join(near)}"
+        )
     own = model.peft_config[ADAPTER]
     if not isinstance(own.target_modules, str):
         own.target_modules = sorted(own.target_modules)  # a set has another order in each process
@@ -137,6 +153,30 @@ def merge_weights(model: torch.nn.Module, gather: Gather = torch.Tensor.detach) 
             weight = merge(weight, gather(a), gather(b), scale, bool(getattr(layer, "fan_in_fan_out", False)))
         yield name, weight
         del weight  # before the next is made
+
+
+def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return A and B of each linear map with adapters, by the names that they travel by.
+
+    A name is the map's, with `.lora_A.weight` or `.lora_B.weight` behind it.
+    """
+    found = {}
+    for name, layer in adapter_layers(model).items():
+        found[f"{name}{A_NAME}"], found[f"{name}{B_NAME}"], _ = matrices(layer)
+    return found
+
+
+def scale_adapters(model: torch.nn.Module, gather: Gather = torch.Tensor.detach) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield A and scale x B of each linear map with adapters, one at a time: what an engine adds to its frozen weights.
+
+    Args:
+        model: with adapters.
+        gather: makes a parameter whole; all ranks call it together.
+    """
+    for name, layer in adapter_layers(model).items():
+        a, b, scale = matrices(layer)
+        yield f"{name}{A_NAME}", gather(a)
+        yield f"{name}{B_NAME}", gather(b) * scale
 
 
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, transposed: bool) -> torch.Tensor:

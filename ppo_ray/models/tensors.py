@@ -12,6 +12,8 @@ import safetensors
 import torch
 from transformers.utils import cached_file
 
+A_NAME, B_NAME = ".lora_A.weight", ".lora_B.weight"
+"""Ends of the names of adapters (LoRA) that travel alone; before them stands the name of their linear map."""
 VALUE_HEAD = "v_head."
 """Prefix of the names of a value head's tensors that lie among a model's own, as TRL's and `ppo_ray.trl`'s do."""
 _HEADS = "v_head value_head v_proj_head score classifier classification_head regression_head reward_head lm_head"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from ppo_ray.config import Config, weight_transport
+from ppo_ray.plan.adapters import sends_adapters
 from ppo_ray.plan.memory import (
     BYTES,
     MIB,
@@ -60,9 +61,13 @@ def _other_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
         yield Term("weights of the sleeping engine", how, weights.num_bytes * 3 // 2, "host")
     if (transport := weight_transport(config)) != "object_store":
         yield bucket_term(config, transport)
+    alone = sends_adapters(config)
+    if alone:
+        yield parameter_term("adapters, and those that replace them", 2 * policy.adapters, size, device)
     if rollout.engine == "vllm" and device == "host":
         yield parameter_term("packed copy of the head", policy.vocabulary * policy.hidden, size, "host")
-        yield parameter_term("weights that are being replaced", policy.parameters, size, "host")
+        if not alone:
+            yield parameter_term("weights that are being replaced", policy.parameters, size, "host")
         yield parameter_term("their file, mapped", policy.parameters, size, "host")
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from ppo_ray.config import Config
 from ppo_ray.config.transport import weight_transport
+from ppo_ray.plan.adapters import sends_adapters
 from ppo_ray.plan.sizes import ModelSize, ModelSizes
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -75,9 +76,9 @@ def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
 def store_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what lies in the object store of a node with a learner or a rollout worker."""
     if weight_transport(config) == "object_store":
-        size = _wire_bytes(config)
-        how = f"2 x {_format_count(sizes.policy.parameters)} x {size} bytes: the engines' and the next"
-        yield Term("weights on their way", how, 2 * sizes.policy.parameters * size, "host")
+        number, size = _count_traffic(config, sizes)
+        how = f"2 x {_format_count(number)} x {size} bytes: the engines' and the next"
+        yield Term("weights on their way", how, 2 * number * size, "host")
     tokens = _batch_tokens(config)
     how = f"{tokens} tokens x 32 bytes, before and after they are scored"
     yield Term("trajectories of a step", how, 2 * tokens * 32, "host")
@@ -106,9 +107,11 @@ def _format_count(number: int) -> str:
     return str(number)
 
 
-def _wire_bytes(config: Config) -> int:
-    """Return the bytes of a parameter on its way to the engines."""
-    return BYTES[config.rollout.wire_dtype or config.model.dtype]
+def _count_traffic(config: Config, sizes: ModelSizes) -> tuple[int, int]:
+    """Return the number of parameters that are sent to the engines, and the bytes of each on its way."""
+    if sends_adapters(config):
+        return sizes.policy.adapters, BYTES[config.rollout.wire_dtype or "float32"]
+    return sizes.policy.parameters, BYTES[config.rollout.wire_dtype or config.model.dtype]
 
 
 def _batch_tokens(config: Config) -> int:
@@ -144,7 +147,7 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
     if transport != "object_store" and (rank == 0 or transport == "ipc"):
         yield bucket_term(config, transport)
     if rank == 0 and transport == "object_store":
-        yield parameter_term("weights to publish", sizes.policy.parameters, _wire_bytes(config), "host")
+        yield parameter_term("weights to publish", *_count_traffic(config, sizes), "host")
     if rank == 0 and device == "gpu":
         yield parameter_term("a checkpoint on its way to the disk", _count_trainable(sizes), 3 * EXACT, "host")
 

@@ -15,6 +15,7 @@ from ppo_ray import trajectory
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config, RolloutConfig, weight_transport
 from ppo_ray.models.tokens import decode_pair, read_end_tokens
+from ppo_ray.plan.adapters import sends_adapters
 from ppo_ray.prompts.batch import PromptBatch
 from ppo_ray.rollout.engine import Engine, GenerationRequest, Receiver, Sampling
 from ppo_ray.seeding import derive_seed
@@ -144,8 +145,8 @@ def draw_limits(rollout: RolloutConfig, seed: int, step: int, addresses: Sequenc
 
 @contextlib.contextmanager
 def _whole_model(config: Config) -> Iterator[str]:
-    """Yield the folder or hub name of the policy as it begins; adapters are merged into a folder for the start."""
-    if config.model.lora is None or config.model.lora.path is None:
+    """Yield the folder or hub name of what an engine begins with: adapters are merged, unless they will be sent."""
+    if config.model.lora is None or config.model.lora.path is None or sends_adapters(config):
         yield config.model.path
         return
     from ppo_ray.models.merging import merge_model  # loads torch
@@ -159,12 +160,15 @@ def _start_engine(config: Config, path: str) -> tuple[Engine, str | None]:
     """Start the engine that `rollout.engine` names; also returns what `RolloutWorker.describe_limits` does."""
     rollout, trust = config.rollout, config.model.trust
     trust = trust if path == config.model.path else replace(trust, revision=None)
+    lora = config.model.lora if sends_adapters(config) else None
     if rollout.engine == "hf":
         from ppo_ray.rollout.hf import HFEngine
 
-        return HFEngine(path, dtype=rollout.engine_dtype, max_context=config.max_context, trust=trust), None
+        size = config.max_context
+        return HFEngine(path, dtype=rollout.engine_dtype, max_context=size, trust=trust, lora=lora), None
     import torch
 
+    from ppo_ray.models.adapter_files import read_adapter_shapes
     from ppo_ray.plan import ModelSizes
     from ppo_ray.plan.engine import kv_cache_term, waiting_problem
     from ppo_ray.rollout.vllm import VLLMEngine
@@ -183,5 +187,6 @@ def _start_engine(config: Config, path: str) -> tuple[Engine, str | None]:
         may_sleep=config.ray.placement == "colocated",
         trust=trust,
         transport=weight_transport(config),
+        adapters=None if lora is None else read_adapter_shapes(config.model),
     )
     return engine, waiting_problem(config, engine.num_cached, kv_cache_mib)

@@ -130,7 +130,7 @@ class RolloutGroup:
         agreements = learner.compare(Shards(self._group, "generating for a check", calls, timeout_s))
         model, rollout = self._config.model, self._config.rollout
         dtypes = [model.dtype, rollout.engine_dtype]
-        if model.lora is not None:  # merged weights are rounded on their way, which adapters alone are not
+        if model.lora is not None:  # what is sent is rounded on its way, which the learner's own are not
             dtypes.append(rollout.wire_dtype or model.dtype)
         check_agreements(agreements, "bfloat16" if "bfloat16" in dtypes else "float32")
         return agreements

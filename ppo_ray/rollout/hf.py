@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ppo_ray.config import NO_TRUST, Trust
+from ppo_ray.config import NO_TRUST, LoraConfig, Trust
 from ppo_ray.errors import WorkerError
-from ppo_ray.models.loading import load_causal_lm
+from ppo_ray.models.loading import cast, load_causal_lm
 from ppo_ray.rollout.engine import Completion, FinishReason, GenerationRequest, Sampling, check_finite, check_requests
 from ppo_ray.weights.snapshot import WeightSnapshot
 
@@ -27,7 +27,15 @@ class HFEngine:
     Models that cannot be computed so, such as Mamba's kin, sample one sequence after the other, without a cache.
     """
 
-    def __init__(self, path: str, *, dtype: str = "float32", max_context: int = 512, trust: Trust = NO_TRUST) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        dtype: str = "float32",
+        max_context: int = 512,
+        trust: Trust = NO_TRUST,
+        lora: LoraConfig | None = None,
+    ) -> None:
         """Load the model on the GPU if there is one.
 
         Args:
@@ -35,13 +43,17 @@ class HFEngine:
             dtype: torch's name of what the model computes in, e.g. `"float32"` or `"bfloat16"`.
             max_context: prompt and response tokens of one sequence at most.
             trust: which revision, and what its files may do.
+            lora: adapters that it is sent instead of weights; until then it computes without any. None: whole weights.
 
         Raises:
-            InputError: the model cannot be loaded.
+            InputError: the model cannot be loaded, or cannot have these adapters.
         """
         self.policy_version = -1
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_causal_lm(path, dtype=dtype, device=self._device, trust=trust)
+        self._parameters = dict(self._model.named_parameters())
+        if lora is not None:
+            self._parameters = self._add_adapters(path, lora)
         self._max_context = max_context
         self._batches = self._can_batch()
         if not self._batches:
@@ -91,8 +103,8 @@ class HFEngine:
         return [Completion(tuple(responses[row]), tuple(logprobs[row]), reasons[row]) for row in group]
 
     def load_weights(self, snapshot: WeightSnapshot) -> None:
-        """Copy the snapshot into the model; see `Engine.load_weights`."""
-        parameters = dict(self._model.named_parameters())
+        """Copy the snapshot into the model, or into its adapters; see `Engine.load_weights`."""
+        parameters = self._parameters
         names = {entry.name for entry in snapshot.manifest.entries}
         if parameters.keys() != names:
             differing = sorted(parameters.keys() ^ names)
@@ -105,6 +117,22 @@ class HFEngine:
                     parameters[name].copy_(tensor)
         self.policy_version = snapshot.policy_version
 
+    def _add_adapters(self, path: str, lora: LoraConfig) -> dict[str, torch.nn.Parameter]:
+        """Put adapters into the model that change nothing, as the learner's; returns them by the names they travel by.
+
+        They are float32, and their scale, which arrives in B, is 1.
+        """
+        from ppo_ray.models.adapter_files import make_adapter_config
+        from ppo_ray.models.lora import ADAPTER, adapter_layers, adapter_parameters, add_adapters
+
+        add_adapters(self._model, make_adapter_config(lora, path), 0)
+        for layer in adapter_layers(self._model).values():
+            layer.scaling[ADAPTER] = 1.0
+        parameters = adapter_parameters(self._model)
+        for parameter in parameters.values():
+            cast(parameter, torch.float32)
+        return parameters
+
     def sleep(self, keep_weights: bool = True) -> None:
         """Move the weights to the host's memory, in any case; see `Engine.sleep`."""
         self._model.to("cpu")
@@ -113,7 +141,7 @@ class HFEngine:
 
     def close(self) -> None:
         """Free the model."""
-        del self._model
+        del self._model, self._parameters
 
     @torch.inference_mode()
     def _can_batch(self) -> bool:

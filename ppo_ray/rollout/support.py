@@ -2,15 +2,18 @@
 
 import importlib.util
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ppo_ray.config import RolloutConfig
+from ppo_ray.config import LoraConfig, RolloutConfig
+from ppo_ray.plan.adapters import find_adapter_problem
 
 ADVICE = "rollout.engine=hf samples with transformers, slower, from any model the learner takes"
 """Ends what is said of a model that vLLM does not serve."""
+_LONGEST = 300  # characters of a reason
 _UNSERVED = {
     "vLLM 0.32 cannot run models of the kind {kind}": (
         *("aria_text", "axk1", "bamba", "blt", "codegen", "cohere_compass_text", "dbrx", "deepseek_v4", "diffllama"),
@@ -52,12 +55,13 @@ _NO_WINDOWS = ("qwen2", "qwen2_moe", "qwen3")
 """Kinds whose attention windows vLLM leaves out, or refuses only as it starts."""
 
 
-def find_engine_problem(rollout: RolloutConfig, model: Any) -> str | None:
+def find_engine_problem(rollout: RolloutConfig, model: Any, lora: LoraConfig | None = None) -> str | None:
     """Say why engines on vLLM cannot sample from a model with ever new weights, or None; vLLM itself is not imported.
 
     Args:
         rollout: of the run; other engines have no problem, and what vLLM lacks on a CPU alone is none on GPUs.
         model: its config, of transformers.
+        lora: its adapters.
     """
     text = model.get_text_config()
     if rollout.engine != "vllm":
@@ -65,6 +69,8 @@ def find_engine_problem(rollout: RolloutConfig, model: Any) -> str | None:
     for reason, kinds in (_UNSERVED if rollout.gpus else _UNSERVED | _UNSERVED_ON_CPU).items():
         if kind := next((kind for kind in (model.model_type, text.model_type) if kind in kinds), None):
             return f"{reason.format(kind=kind)}. {ADVICE}"
+    if problem := find_adapter_problem(rollout, lora, model):
+        return problem
     for needed in _NEEDS.get(text.model_type, ()):
         if getattr(text, needed, None) in (None, ""):
             return f"vLLM needs {needed} in the config.json of the kind {text.model_type}. {ADVICE}"
@@ -82,6 +88,14 @@ def find_engine_problem(rollout: RolloutConfig, model: Any) -> str | None:
             f"its attention heads have {lacking[0]} units, and vLLM has no attention for that size on a CPU. {ADVICE}"
         )
     return None
+
+
+def explain_start(error: Exception) -> str:
+    """Give the reason why vLLM does not start in a few words: pydantic wraps them, and lists may follow."""
+    words = " ".join(str(error).split())
+    wrapped = re.search(r"Value error, (.*?)(?: \[type=|$)", words)
+    words = (wrapped.group(1) if wrapped else words).partition(". ")[0][:_LONGEST].rstrip(".")
+    return words if isinstance(error, OSError | RuntimeError | ValueError) else f"{type(error).__name__} {words}"
 
 
 def _head_size(layer: Any) -> int | None:

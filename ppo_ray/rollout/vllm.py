@@ -8,8 +8,7 @@ runtime environment, and the engine sets what is still missing.
 import contextlib
 import gc
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from ppo_ray.config import NO_TRUST, Transport, Trust
 from ppo_ray.errors import WorkerError, WorkerLost, first_line
 from ppo_ray.plan.demand import CPU_ALLOCATION
 from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling, check_finite, check_requests
-from ppo_ray.rollout.support import ADVICE
+from ppo_ray.rollout.support import ADVICE, explain_start
 from ppo_ray.rollout.vllm_sleep import Sleep
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.snapshot import WeightSnapshot
@@ -56,8 +55,6 @@ _BLOCK_SIZE = 32  # tokens per KV-cache block; the CPU default of 128 wastes mos
 # between the two.
 _ON_GPU = {"gpu_memory_utilization": 0.01, "hf_overrides": {"head_dtype": "float32"}}
 
-_LONGEST = 300  # characters of a reason
-
 
 class VLLMEngine:
     """An `Engine` over `vllm.LLM`."""
@@ -75,6 +72,7 @@ class VLLMEngine:
         may_sleep: bool = False,
         trust: Trust = NO_TRUST,
         transport: Transport = "object_store",
+        adapters: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         """Load the model.
 
@@ -89,6 +87,8 @@ class VLLMEngine:
             may_sleep: whether `sleep` will be called, for which a GPU's memory is set up in another way.
             trust: which revision, and what its files may do: remote code, pickled weights.
             transport: the transport of its weights: `load_weights` takes buckets, `receive_weights` the others.
+            adapters: shapes of the adapters that it is sent instead of weights (`read_adapter_shapes`); until then it
+                computes without any. None: whole weights.
 
         Raises:
             ImportError: vLLM is not installed.
@@ -98,9 +98,11 @@ class VLLMEngine:
             os.environ.setdefault(name, value)
         import vllm
 
+        from ppo_ray.rollout.vllm_adapters import REQUEST, engine_options
         from ppo_ray.rollout.vllm_receiver import BACKENDS, WorkerExtension
 
         self.policy_version = -1
+        self._adapters = None if adapters is None else REQUEST
         on_gpu = torch.cuda.is_available()
         self._half_loaded = False
         try:
@@ -126,13 +128,16 @@ class VLLMEngine:
                 # log-probabilities of the distribution that was sampled from: after the temperature
                 logprobs_mode="processed_logprobs",
                 **(_ON_GPU if on_gpu else {"block_size": _BLOCK_SIZE}),
+                **({} if adapters is None else engine_options(adapters)),
             )
+            if adapters is not None:
+                self._llm.collective_rpc("expect_adapters", args=(adapters,))
             # what vLLM does not have on this machine it may only tell when it is asked
             first = vllm.SamplingParams(max_tokens=1, detokenize=False)
             self._llm.generate([vllm.TokensPrompt(prompt_token_ids=[0])], first, use_tqdm=False)
             self._sleep = Sleep(self._llm, may_sleep and on_gpu)
         except Exception as error:  # of vLLM's, pydantic's and torch's; their words may be pages
-            raise WorkerError(f"vLLM does not start with {path!r}: {_explain(error)}. {ADVICE}") from error
+            raise WorkerError(f"vLLM does not start with {path!r}: {explain_start(error)}. {ADVICE}") from error
         config = self._llm.llm_engine.model_config.hf_text_config
         self._max_context = max_context
         self._vocab_size = int(config.vocab_size)
@@ -169,7 +174,8 @@ class VLLMEngine:
         ]
         with self._detect_lost_ranks():
             self._llm.reset_prefix_cache()  # what was asked before must not change the last bits of what is asked now
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            adapters = self._adapters if self.policy_version >= 0 else None
+            outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
         completions = [_completion(output.outputs[0]) for output in outputs]
         for index, (request, completion) in enumerate(zip(requests, completions, strict=True)):
             check_finite(request, index, completion.logprobs)
@@ -238,6 +244,7 @@ class VLLMEngine:
     def _finish(self, manifest: WeightManifest) -> None:
         self._llm.collective_rpc("end_check")
         self._llm.finish_weight_update(weight_version=str(manifest.policy_version))
+        self._llm.collective_rpc("serve_adapters")
         self._sleep.end_update()
         self._sleep.wake("kv_cache")  # only now: while weights are loaded some of them are there twice
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
@@ -262,7 +269,7 @@ class VLLMEngine:
 
     def sleep(self, keep_weights: bool = True) -> None:
         """Drop the KV cache, and keep the weights in the host's memory or drop them too; see `Engine.sleep`."""
-        self._sleep.begin(keep_weights)
+        self._sleep.begin(keep_weights or self._adapters is not None)  # no whole weights would come
 
     @property
     def drops_weights(self) -> bool:
@@ -281,14 +288,6 @@ class VLLMEngine:
 def engine_environment(gpus: float) -> dict[str, str]:
     """Return the environment of an engine that has `gpus`; 0: it computes on the CPU."""
     return ENVIRONMENT | (GPU_ENVIRONMENT if gpus else CPU_ENVIRONMENT)
-
-
-def _explain(error: Exception) -> str:
-    """Give the reason why vLLM does not start in a few words: pydantic wraps them, and lists may follow."""
-    words = " ".join(str(error).split())
-    wrapped = re.search(r"Value error, (.*?)(?: \[type=|$)", words)
-    words = (wrapped.group(1) if wrapped else words).partition(". ")[0][:_LONGEST].rstrip(".")
-    return words if isinstance(error, OSError | RuntimeError | ValueError) else f"{type(error).__name__} {words}"
 
 
 def _completion(output: Any) -> Completion:

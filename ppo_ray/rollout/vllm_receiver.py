@@ -21,6 +21,7 @@ from ppo_ray.config import Transport
 from ppo_ray.errors import WorkerError
 from ppo_ray.models.tensors import list_names
 from ppo_ray.rollout import vllm_loader as vllm_loader  # registers the load formats
+from ppo_ray.rollout.vllm_adapters import AdapterModel, Shapes
 from ppo_ray.rollout.vllm_sleep import find_strays, find_unwritten, let_others_grow, weight_spans
 from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.manifest import TensorEntry, WeightManifest
@@ -36,7 +37,7 @@ class CheckedModel:
         """Wrap a model.
 
         Args:
-            model: vLLM's, loaded by `PolicyLoader`.
+            model: vLLM's, loaded by `PolicyLoader`; or an `AdapterModel`.
             manifest: of the tensors that are sent.
             summed: whether to make checksums: of tensors that nobody has verified yet.
 
@@ -129,7 +130,9 @@ class WorkerExtension:
 
     weight_transfer_engine: Any
     sleep_mode_backend: Any
+    model_runner: Any
     sleep: Any
+    adapters: AdapterModel | None = None
 
     def let_others_grow(self) -> None:
         """Let this worker sleep although others on its GPU take memory meanwhile; see `vllm_sleep.let_others_grow`."""
@@ -140,14 +143,25 @@ class WorkerExtension:
         backend = self.weight_transfer_engine
         return [*backend.unwritten, *find_strays(backend.model, weight_spans())]
 
+    def expect_adapters(self, shapes: Shapes) -> None:
+        """Take adapters of these shapes instead of weights from now on; raises as `AdapterModel`."""
+        self.adapters = AdapterModel(self.model_runner, shapes)
+
     def begin_check(self, manifest: WeightManifest, summed: bool) -> None:
         """Prepare the check of the next update; arguments as in `CheckedModel`."""
         backend = self.weight_transfer_engine
+        if self.adapters is not None:
+            backend.set_weight_update_target(self.adapters, backend.model_config)
         backend.checked = CheckedModel(backend.model, manifest, summed)
 
     def end_check(self) -> None:
         """Compare the loaded tensors with those that were sent; see `CheckedModel.check`."""
         self.weight_transfer_engine.checked.check()
+
+    def serve_adapters(self) -> None:
+        """Compute with the adapters that arrived; the end of an update of weights has taken out those before."""
+        if self.adapters is not None:
+            self.adapters.serve()
 
 
 @dataclass

@@ -168,6 +168,8 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
         config, dropped = load_evaluation_config(source, overrides)
     for option in dropped:
         say(console, f"not taken from the checkpoint's config: {option}; give it on this command line if you trust it")
+    merged = config.rollout.model_copy(update={"adapter_sync": "merged"})  # no learner sends any
+    config = config.model_copy(update={"rollout": merged})
     show = partial(say, console)
     with _ray_and_libraries(config):
         inputs = preflight.check(config)

@@ -24,7 +24,8 @@ class TensorEntry:
     """The entry of one tensor."""
 
     name: str
-    """The parameter's name in the Hugging Face causal LM; a tied head is listed once, as the embedding."""
+    """The parameter's name in the Hugging Face causal LM; a tied head is listed once, as the embedding. Adapters that
+    travel alone have the name of their linear map, with `.lora_A.weight` or `.lora_B.weight` behind it."""
     dtype: str
     """torch's name, e.g. `"float32"`."""
     shape: tuple[int, ...]

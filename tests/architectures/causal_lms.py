@@ -12,12 +12,22 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from ppo_ray.config import load_config
+from ppo_ray.config import LoraConfig, ModelConfig, load_config
 from ppo_ray.errors import InputError
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import Replicated
 from ppo_ray.models.actor_critic import CausalLMWithValueHead
+from ppo_ray.models.adapter_files import make_adapter_config, read_adapter_shapes
 from ppo_ray.models.loading import load_causal_lm
+from ppo_ray.models.lora import (
+    adapter_layers,
+    add_adapters,
+    find_target_problem,
+    matrices,
+    merge_in_place,
+    merge_weights,
+    scale_adapters,
+)
 from ppo_ray.models.packing import make_microbatches, pack
 from ppo_ray.models.support import find_config_problem
 from ppo_ray.preflight import Inputs, _policy_problems
@@ -134,9 +144,14 @@ def judge_learner(folder: Path) -> str:
 
 
 @torch.no_grad()
-def judge_engine(folder: Path, start: Callable[[str], Engine], tolerance: float) -> str:
-    """Compare an engine's log-probabilities with the model's own, with the folder's weights and with new ones."""
+def judge_engine(folder: Path, start: Callable[[str], Engine], tolerance: float, lora: LoraConfig | None = None) -> str:
+    """Compare an engine's log-probabilities with the model's own, with the folder's weights and with new ones.
+
+    With `lora` these are the folder's, and adapters of which the engine is sent nothing else.
+    """
     policy = CausalLMWithValueHead(load_causal_lm(str(folder)), temperature=TEMPERATURE)
+    if lora is not None:
+        add_adapters(policy.causal_lm, make_adapter_config(lora, str(folder)), 0)
 
     def find_difference() -> float:
         worst = 0.0
@@ -154,10 +169,16 @@ def judge_engine(folder: Path, start: Callable[[str], Engine], tolerance: float)
         if not before <= CLOSE:
             return f"wrong: off by {before:.1e} nats"
         draw = torch.Generator().manual_seed(5)
-        for parameter in policy.causal_lm.parameters():
-            parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=draw))
+        if lora is None:
+            for parameter in policy.causal_lm.parameters():
+                parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=draw))
+            sent = Replicated(policy, Ranks()).weights()
+        else:
+            for layer in adapter_layers(policy.causal_lm).values():
+                matrices(layer)[1].normal_(std=0.1, generator=draw)
+            sent = scale_adapters(policy.causal_lm)
         assert find_difference() > 5 * CLOSE, "the weights do not matter"
-        engine.load_weights(WeightSnapshot.take(Replicated(policy, Ranks()).weights(), 1))
+        engine.load_weights(WeightSnapshot.take(sent, 1))
         after = find_difference()
         if not after <= CLOSE:
             return f"wrong: off by {after:.1e} nats after a weight update"
@@ -180,7 +201,47 @@ def judge_vllm(folder: Path) -> str:
     return judge_engine(folder, lambda path: VLLMEngine(path, **options), 10 * TOLERANCE)
 
 
-JUDGES = {"learner": judge_learner, "transformers engine": judge_hf, "vLLM": judge_vllm}
+@torch.no_grad()
+def merge_adapters(name: str) -> float | str:
+    """Put adapters into all linear maps of a tiny model, and merge them.
+
+    Returns:
+        The largest difference of logits between the model with its adapters and the merged one; or why it gets none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make_model(AutoModelForCausalLM, tiny_config(name), embedding_size=0.2).eval()
+        lora, ids = LoraConfig(rank=4), torch.from_numpy(draw_tokens(20)[0])[None]
+        if problem := find_target_problem(model, lora):
+            return problem
+        before, names = model(input_ids=ids, use_cache=False).logits, [name for name, _ in model.named_parameters()]
+        try:
+            add_adapters(model, make_adapter_config(lora, "base"), 0)
+        except InputError as error:
+            return str(error)
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before), "new adapters change something"
+        for layer in adapter_layers(model).values():
+            matrices(layer)[1].normal_(std=0.1, generator=torch.Generator().manual_seed(5))
+        adapted = model(input_ids=ids, use_cache=False).logits
+        assert (adapted - before).abs().max() > 0.01, "the adapters do not matter"
+        merged = {name: tensor.clone() for name, tensor in merge_weights(model)}
+        merge_in_place(model)
+        assert list(merged) == names
+        assert all(torch.equal(tensor, merged[name]) for name, tensor in model.named_parameters())
+        return float((model(input_ids=ids, use_cache=False).logits - adapted).abs().max())
+
+
+def judge_adapters(folder: Path) -> str:
+    """Judge vLLM with adapters of all linear maps, sent alone, in this process."""
+    from ppo_ray.rollout.vllm import VLLMEngine
+
+    lora = LoraConfig(rank=4)
+    shapes = read_adapter_shapes(ModelConfig(path=str(folder), lora=lora))
+    options = {"max_context": 64, "max_num_seqs": 8, "kv_cache_mib": 32, "adapters": shapes}
+    return judge_engine(folder, lambda path: VLLMEngine(path, **options), 10 * TOLERANCE, lora)
+
+
+JUDGES = {"learner": judge_learner, "transformers engine": judge_hf, "vLLM": judge_vllm, "adapters": judge_adapters}
 """The columns of the table."""
 
 
@@ -195,7 +256,7 @@ def judge(name: str, folder: Path, columns: Sequence[str]) -> dict[str, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = tiny_config(name)
-        if list(columns) == ["vLLM"]:
+        if columns[0] in ("vLLM", "adapters"):
             others = FOR_VLLM.get(name, {})
             config = tiny_config(name, **others)
             for key in others.keys() - set(dir(config)):

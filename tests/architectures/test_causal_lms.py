@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ppo_ray.plan.adapters import ADAPTABLE
 from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT
-from tests.architectures.causal_lms import judge
+from tests.architectures.causal_lms import judge, merge_adapters
 from tests.architectures.table import ARCHITECTURES, COLUMNS, NOT_TRIED, read_table
 from tests.architectures.tiny import chosen
 
@@ -22,6 +23,22 @@ def test_an_architecture_is_as_the_table_says(name: str, tmp_path: Path) -> None
     for column, verdict in judge(name, tmp_path, COLUMNS[:2]).items():
         wanted = TABLE[name][column]
         assert verdict == wanted, column
+
+
+@pytest.mark.parametrize("name", chosen([name for name in ARCHITECTURES if TABLE[name]["learner"] == "exact"]))
+def test_adapters_merge_to_what_they_compute_or_are_refused(name: str) -> None:
+    found = merge_adapters(name)
+    if isinstance(found, str):
+        assert found.startswith(("models of the kind", "peft cannot adapt", "peft would put adapters into")), found
+    else:
+        assert found < 1e-3, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", chosen([name for name in SERVED if name in ADAPTABLE], size=1))
+def test_vllm_serves_adapters_alone(name: str, tmp_path: Path) -> None:
+    os.environ.update(ENVIRONMENT | CPU_ENVIRONMENT)  # read when vllm is imported
+    assert judge(name, tmp_path, ["adapters"]) == {"adapters": "exact"}
 
 
 @pytest.mark.slow

@@ -520,7 +520,7 @@ def test_a_value_that_its_interpolations_make_long_is_refused(tmp_path, monkeypa
         ("model.lora={dropout: 0.1}", "model.lora.dropout: not offered: PPO compares two passes"),
         ("model.lora.rnk=8", "model.lora.rnk: unknown option; did you mean model.lora.rank?"),
         ("model.lora={path: x, alpha: 3}", "model.lora.alpha: is for new adapters"),
-        ("rollout.adapter_sync=adapter", "rollout.adapter_sync: adapter is not offered yet"),
+        ("rollout.adapter_sync=adapter", "rollout.adapter_sync: adapter sends adapters alone, and without model.lora"),
     ],
 )
 def test_adapters_that_cannot_be(override: str, line: str) -> None:

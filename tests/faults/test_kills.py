@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import OPTIONS, STEPS, CommandLine, events, lines, orphaned_shared_memory, wait_for_steps
+from tests.command_line import (
+    ADAPTED,
+    OPTIONS,
+    STEPS,
+    CommandLine,
+    events,
+    lines,
+    orphaned_shared_memory,
+    wait_for_steps,
+)
 from tests.faults.conftest import Dice, Same
 
 pytestmark = pytest.mark.slow
@@ -63,4 +72,27 @@ def test_a_vllm_engine_and_its_driver(
     same_as_undisturbed(run, "vllm")
     replaced = {event["worker"] for event in events(run) if event["event"] == "worker_replaced"}
     assert replaced == {engine}, again.stdout
+    assert ppo_ray.leftovers() == []
+
+
+@pytest.mark.timeout(900)
+def test_a_run_that_trains_adapters(ppo_ray: CommandLine, tmp_path: Path, same_as_undisturbed: Same) -> None:
+    """One of each kind, then the driver. An engine's successor has the frozen weights, and is sent the adapters."""
+    run, steps = tmp_path / "run", STEPS["adapted"]
+    options = ("rollout.engine=hf", f"steps={steps}", *OPTIONS, *ADAPTED)
+    process = ppo_ray.start("train", str(ppo_ray.config), *options)
+    for kind in KINDS:
+        wait_for_steps(process, run, len(lines(run)) + 1)
+        ppo_ray.wait_for_workers(kind)[0][1].send_signal(signal.SIGKILL)
+    wait_for_steps(process, run, len(lines(run)) + 2)
+    ppo_ray.end(process, signal.SIGKILL)
+    assert ppo_ray.wait_until_gone() == []
+    assert 5 <= len(lines(run)) < steps
+
+    again = ppo_ray.train(*options, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "going on after" in again.stdout
+    same_as_undisturbed(run, "hf", steps, *ADAPTED)
+    replaced = {event["worker"].split("-")[0] for event in events(run) if event["event"] == "worker_replaced"}
+    assert replaced == set(KINDS), again.stdout
     assert ppo_ray.leftovers() == []

@@ -15,7 +15,7 @@ from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import InputError, WorkerError
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.merging import merge_checkpoint
-from ppo_ray.rollout.engine import GenerationRequest, Sampling
+from ppo_ray.rollout.engine import Engine, GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
 from ppo_ray.weights.acks import check_agreements
 from ppo_ray.weights.manifest import num_buckets
@@ -110,7 +110,7 @@ def test_the_weights_that_travel_are_the_bases_by_name_and_number(tiny_policy: P
     assert adapted.num_buckets(wire) == num_buckets(sizes, wire.bucket_bytes) > 1
 
 
-def generate(engine: HFEngine) -> pa.Table:
+def generate(engine: Engine) -> pa.Table:
     """Let an engine sample for a few prompts; returns its trajectories."""
     requests = [GenerationRequest((3 + row, 40, 7), 8, row) for row in range(6)]
     rows = make_table(6).to_pylist()
@@ -119,21 +119,46 @@ def generate(engine: HFEngine) -> pa.Table:
     return trajectory.with_scores(trajectory.from_rows(rows), [0.0] * 6)
 
 
-def test_an_engine_that_ignores_its_adapters_is_refused(tiny_policy: Path) -> None:
-    learner, engine = load(tiny_policy), HFEngine(str(tiny_policy))
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_engine_that_ignores_its_adapters_is_refused(tiny_policy: Path, alone: bool) -> None:
+    learner = load(tiny_policy)
     probe = learner.probe()
     before = weights(learner)
+
+    def start() -> HFEngine:
+        return HFEngine(str(tiny_policy), lora=LoraConfig(rank=4) if alone else None)
+
+    def take() -> WeightSnapshot:
+        named = learner.named_adapters() if alone else learner.named_weights()
+        return WeightSnapshot.take(named, learner.policy_version)
+
+    engine = start()
     with probe.move():
-        engine.load_weights(learner.weights())
+        engine.load_weights(take())
     found = probe.compare(generate(engine))
     check_agreements(found, "float32")
     assert found[0].to_moved < 1e-4 and found[0].to_own > 0.05
     assert largest_difference(before, weights(learner)) == 0
 
-    ignoring = HFEngine(str(tiny_policy))
-    with probe.move():
-        sent = learner.weights().manifest
-    named = dict(learner._reference.named_weights())
-    ignoring.load_weights(WeightSnapshot.take(named.items(), sent.policy_version))
+    ignoring, unadapted = start(), dict(learner._reference.named_weights())
+    if alone:
+        unadapted = {name: torch.zeros_like(tensor) for name, tensor in learner.named_adapters()}
+    ignoring.load_weights(WeightSnapshot.take(unadapted.items(), learner.policy_version))
     with pytest.raises(WorkerError, match="it still computes with those before"):
         check_agreements(probe.compare(generate(ignoring)), "float32")
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_adapters_that_travel_alone_are_the_policys(tiny_policy: Path, critic: str) -> None:
+    """B with its scale, in float32, and nothing of the values."""
+    learner = load(tiny_policy, critic=critic, lora=LoraConfig(rank=4, alpha=12), dtype="bfloat16")
+    learner.update(make_table(8), 0)
+    found, kept = dict(learner.named_adapters()), dict(learner._policy.named_parameters())
+    assert len(found) == 2 * 7 * 2 and {tensor.dtype for tensor in found.values()} == {torch.float32}
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        a, b = (kept[f"causal_lm.{name}.lora_{part}.default.weight"] for part in "AB")
+        assert b.abs().max() > 0
+        assert torch.equal(found[f"{name}.lora_A.weight"], a) and torch.equal(found[f"{name}.lora_B.weight"], 3 * b)
+    wire = Wire(None, 1 << 12)
+    sizes = (tensor.numel() * 4 for tensor in found.values())
+    assert learner.num_buckets(wire, adapters_alone=True) == num_buckets(sizes, wire.bucket_bytes) > 1

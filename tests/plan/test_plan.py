@@ -15,6 +15,7 @@ from ppo_ray.errors import InputError
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.plan import ClusterShape, ModelSizes, Plan, make_plan
+from ppo_ray.plan.adapters import sends_adapters
 from ppo_ray.plan.cluster import GIB
 from ppo_ray.plan.memory import Term, widest_row
 from tests.learning import make_learner, make_table
@@ -194,6 +195,12 @@ def test_adapters_are_what_is_stepped_and_saved_and_the_base_is_there_once(confi
     assert terms["frozen base"] == 2 * POLICY
     assert terms["weights to publish"] == 2 * POLICY
     assert amounts(found.disk_terms)["checkpoints"] == 4 * 12 * stepped
+    alone = planned(configured("model.lora.rank=4", "rollout.adapter_sync=adapter", "model.dtype=bfloat16"), cluster)
+    assert amounts(alone.terms["learner-0"])["weights to publish"] == 4 * ADAPTERS
+    assert amounts(alone.store_terms)["weights on their way"] == 2 * 4 * ADAPTERS
+    engine = amounts(alone.terms["rollout-0"])
+    assert engine["adapters, and those that replace them"] == 2 * 4 * ADAPTERS
+    assert "weights that are being replaced" not in engine
     separate = ("model.lora.rank=4", "model.critic=separate")
     both = amounts(planned(configured(*separate), cluster).terms["learner-0"])
     assert both["gradients"] == 4 * (2 * ADAPTERS + 129) and "the critic's frozen base" not in both
@@ -203,6 +210,21 @@ def test_adapters_are_what_is_stepped_and_saved_and_the_base_is_there_once(confi
         planned(configured("model.lora={rank: 2, targets: [q_proj, down_proj]}"), cluster).terms["learner-0"]
     )
     assert some["gradients"] == 4 * (2 * 2 * (128 + 128 + 256 + 128) + 129)
+
+
+def test_what_engines_are_sent_of_adapters(configured: Configured) -> None:
+    lora, gpus = "model.lora.rank=4", ("rollout.gpus=1", "learner.gpus=1")
+    for options, alone in (
+        ((), False),
+        ((lora,), False),
+        ((lora, "rollout.adapter_sync=adapter"), True),
+        ((lora, "rollout.engine=hf", "rollout.adapter_sync=adapter"), True),
+        ((lora, *gpus), True),
+        ((lora, *gpus, "rollout.adapter_sync=merged"), False),
+        ((lora, *gpus, "rollout.engine=hf"), False),
+        ((lora, *gpus, "rollout.dtype=float32"), False),
+    ):
+        assert sends_adapters(configured(*options)) is alone, options
 
 
 SEQUENCE = 8 + 16 + 16  # tokens of prompt and response, and a block that is filled in part

@@ -6,13 +6,14 @@ import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from ppo_ray.config import load_config
 from ppo_ray.errors import WorkerLost
+from ppo_ray.plan.adapters import ENGINE_RANKS, round_rank
 from ppo_ray.rollout.group import rollout_spec
 from ppo_ray.rollout.vllm import VLLMEngine
 
@@ -25,7 +26,7 @@ RELOAD = "vllm.model_executor.model_loader.reload"
 CALLED = {
     # what is called by name, with the names of the arguments that are given
     "vllm.LLM": "model tokenizer_mode skip_tokenizer_init trust_remote_code tensor_parallel_size dtype revision seed",
-    "vllm.LLM.generate": "prompts sampling_params use_tqdm",
+    "vllm.LLM.generate": "prompts sampling_params use_tqdm lora_request",
     "vllm.LLM.sleep": "level",
     "vllm.LLM.wake_up": "tags",
     "vllm.LLM.collective_rpc": "method args",
@@ -44,6 +45,13 @@ CALLED = {
     f"{TRANSFER}.base.WeightTransferEngine.receive_weights": "update_info",
     f"{TRANSFER}.packed_tensor.PackedBufferImporter.rebuild": "list_args",
     f"{TRANSFER}.packed_tensor.PackedBufferImporter.close": "self",
+    f"{TRANSFER}.base.WeightTransferEngine.set_weight_update_target": "model model_config",
+    "vllm.lora.lora_model.LoRAModel.from_lora_tensors": (
+        "lora_model_id tensors peft_helper device weights_mapper skip_prefixes"
+    ),
+    "vllm.lora.model_manager.LRUCacheLoRAModelManager.add_adapter": "lora",
+    "vllm.lora.model_manager.LRUCacheLoRAModelManager.activate_adapter": "lora_id",
+    "vllm.lora.model_manager.LRUCacheLoRAModelManager.remove_adapter": "adapter_id",
     f"{RELOAD}.initialize_layerwise_reload": "model",
     f"{RELOAD}.finalize_layerwise_reload": "",
     f"{RELOAD}.layerwise.get_layerwise_info": "layer",
@@ -76,8 +84,10 @@ FIELDS = {
         "model dtype seed max_model_len max_num_seqs kv_cache_memory_bytes enforce_eager enable_sleep_mode "
         "tensor_parallel_size distributed_executor_backend skip_tokenizer_init trust_remote_code revision "
         "code_revision load_format disable_log_stats weight_transfer_config worker_extension_cls logprobs_mode "
-        "gpu_memory_utilization hf_overrides block_size"
+        "gpu_memory_utilization hf_overrides block_size enable_lora max_loras max_cpu_loras max_lora_rank "
+        "lora_target_modules"
     ),
+    "vllm.lora.peft_helper.PEFTHelper": "r lora_alpha target_modules",
     "vllm.config.WeightTransferConfig": "backend",
     "vllm.device_allocator.AllocationData": "handle tag",
     f"{RELOAD}.types.LayerReloadingInfo": "load_numel load_numel_total kernel_tensors",
@@ -122,6 +132,24 @@ def test_products_of_16_bit_tensors_can_be_written_in_float32_on_a_gpu() -> None
         "aten::mm.dtype_out(Tensor self, Tensor mat2, ScalarType out_dtype, *, Tensor(a!) out) -> Tensor(a!)"
     )
     assert torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm", "CPU")
+
+
+def test_vllms_room_for_adapters() -> None:
+    """Ranks that it has room for, and where its manager keeps what it computes with."""
+    from vllm.config.lora import MaxLoRARanks
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    assert get_args(MaxLoRARanks) == ENGINE_RANKS
+    assert [round_rank(rank) for rank in (1, 2, 16, 17, 257, 512, 513)] == [1, 8, 16, 32, 320, 512, 0]
+    assert "self.lora_manager = " in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
+    assert "self._adapter_manager = " in inspect.getsource(WorkerLoRAManager.create_lora_manager)
+    source = inspect.getsource(LoRAModelManager)
+    assert "self.modules: dict[str, BaseLayerWithLoRA]" in source and "self.packed_modules: dict[str, list" in source
+    # the end of an update takes all adapters out, so those that arrived are set after it
+    assert "self.model_runner.reset_lora_state()" in inspect.getsource(Worker.finish_weight_update)
 
 
 def test_an_engine_on_a_gpu_computes_its_logits_in_float32() -> None:

@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from ppo_ray.config import Config, load_config
+from ppo_ray.config import Config, Transport, load_config
 from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.publisher import WeightPublisher
+from ppo_ray.models.adapter_files import read_adapter_shapes
 from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT, VLLMEngine
 from ppo_ray.weights.nccl_sender import NCCLSender, new_group_id
 from ppo_ray.weights.snapshot import Wire
 from ppo_ray.weights.transports import engine_init
+from tests.learner.test_lora import load as load_adapted
 from tests.learning import make_learner
 from tests.rollout.comparison import REQUESTS, largest_difference, reference
 from tests.rollout.test_engines import SAMPLED
@@ -76,9 +78,10 @@ def no_gpu() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-def start_engine(folder: Path, transport: str) -> VLLMEngine:
+def start_engine(folder: Path, transport: Transport, **options: Any) -> VLLMEngine:
     """Start an engine that lives as long as the process: its end would take from the others what all share."""
-    KEPT.append(VLLMEngine(str(folder), max_context=128, max_num_seqs=32, kv_cache_mib=32, transport=transport))
+    sizes = {"max_context": 128, "max_num_seqs": 32, "kv_cache_mib": 32}
+    KEPT.append(VLLMEngine(str(folder), **sizes, transport=transport, **options))
     return KEPT[-1]
 
 
@@ -191,6 +194,34 @@ def test_a_meeting_that_an_engine_does_not_come_to_is_left(monkeypatch: pytest.M
     monkeypatch.setattr(nccl_common, "uid_init_process_group", lambda *given: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         sender.join(OTHER_ID, 2, 1 << 20)
+
+
+def test_a_broadcast_of_adapters_alone(tiny_policy: Path) -> None:
+    """Buffers are so small that each is filled again and again: what arrives in one must not be kept there."""
+    lora = ("model.lora.rank=4", "rollout.adapter_sync=adapter")
+    config = config_of(tiny_policy, "rollout.weight_transport=nccl", *lora)
+    engine = start_engine(tiny_policy, "nccl", adapters=read_adapter_shapes(config.model))
+    learner, sender = load_adapted(tiny_policy), WeightPublisher(config, leads=True)
+    sender._wire = Wire(None, 20_000)
+    Group.met.clear()
+    sender.join(GROUP_ID, 2)
+    engine.connect(engine_init(GROUP_ID, 1, 2, 20_000))
+    for version in (1, 2):
+        with torch.no_grad():
+            for name, parameter in learner._policy.causal_lm.named_parameters():
+                if ".lora_" in name:
+                    parameter.normal_(std=0.2)
+        learner.policy_version = version
+        manifest, _, _ = sender.publish(learner)
+        assert len(manifest.entries) == 2 * 7 * 2
+        thread = threading.Thread(target=sender.send, args=(version,))
+        thread.start()
+        engine.receive_weights(manifest)
+        thread.join()
+        assert engine.policy_version == version
+        completions = engine.generate(REQUESTS, SAMPLED)
+        assert largest_difference(learner._policy.causal_lm, completions) < 1e-4
+        assert largest_difference(reference(tiny_policy), completions) > 0.5
 
 
 def test_cuda_ipc(learner: PPOLearner, tiny_policy: Path, no_gpu: pytest.MonkeyPatch) -> None:
