@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from ppo_ray.checkpoint import AHEAD, RunState
-from ppo_ray.config import load_config
+from ppo_ray.config import Config, load_config
 from ppo_ray.errors import CheckpointError, WorkerError, WorkerLost
 from ppo_ray.learner.actor import LearnerWorker
+from ppo_ray.rollout.actor import RolloutWorker
+from ppo_ray.weights.acks import check_agreements
 from ppo_ray.weights.manifest import WeightManifest
+from ppo_ray.weights.snapshot import WeightSnapshot
+from tests.learner.test_lora import generate
 from tests.learning import make_table
 
 
@@ -19,11 +23,15 @@ def threads_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # an actor has its process for itself
 
 
-def started(policy: Path, folder: Path, checkpoint: Path | None = None, *more: str):
+def configured(policy: Path, folder: Path, *more: str) -> Config:
     options = [f"output_dir={folder}", f"model.path={policy}", "prompts.path=p", "reward.path=r"]
     options += ["rollout.batch_size=10", "rollout.max_staleness=1", "ppo.importance_cap=2", "learner.threads=1", *more]
+    return load_config(None, options)
+
+
+def started(policy: Path, folder: Path, checkpoint: Path | None = None, *more: str):
     worker = LearnerWorker.__ray_metadata__.modified_class("learner-0")
-    worker.setup(load_config(None, options), checkpoint and str(checkpoint))
+    worker.setup(configured(policy, folder, *more), checkpoint and str(checkpoint))
     return worker
 
 
@@ -108,3 +116,23 @@ def test_weights_from_before_an_update_are_gone_with_it(tiny_policy: Path, tmp_p
         worker.send_weights(0)
     worker.publish()
     worker.send_weights(1)
+
+
+def test_adapters_alone_go_from_a_learner_to_an_engine(tiny_policy: Path, tmp_path: Path) -> None:
+    """Both actors as plain objects; first with new adapters, then with those of a checkpoint, on the frozen weights."""
+    options = ("model.lora.rank=4", "rollout.adapter_sync=adapter", "rollout.engine=hf", "prompts.max_tokens=8")
+    worker = started(tiny_policy, tmp_path, None, *options)
+    worker.hold(*shards(0, 0))
+    worker.update(0, str(tmp_path / "step-0.parquet"))
+    worker.hold(*shards(1, 0))
+    worker.save(str(tmp_path / "c"), RunState(1), "")
+    for lora in (options[0], f"model.lora.path={tmp_path / 'c'}"):
+        worker = started(tiny_policy, tmp_path, None, lora, *options[1:])
+        rollout = RolloutWorker.__ray_metadata__.modified_class("rollout-0")
+        rollout.setup(configured(tiny_policy, tmp_path, lora, *options[1:]))
+        ack, manifest, *buckets = worker.publish(moved=True)
+        assert len(manifest.entries) == 2 * 7 * 2 and len(buckets) == worker.num_buckets() == 1
+        rollout._engine.load_weights(WeightSnapshot(manifest, buckets))
+        found = worker.compare(generate(rollout._engine))
+        check_agreements(found, "float32")
+        assert ack.checksum == manifest.checksum
