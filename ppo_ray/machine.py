@@ -1,10 +1,13 @@
-"""CPUs and memory that this process may use, and memory that a packed file may take.
+"""CPUs and memory that this process may use, memory that a packed file may take, and imports that take seconds.
 
 CPUs and memory are those of its container or its job, not those of the machine under it.
 """
 
+import contextlib
+import gc
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import psutil
@@ -30,6 +33,22 @@ def count_cpus() -> int:
 def measure_memory() -> int:
     """Return how many bytes of memory this process and those beside it may hold, by the smallest limit."""
     return min([psutil.virtual_memory().total, *_memory_limits()])
+
+
+def import_ahead(*modules: str) -> None:
+    """Import modules that will be needed; who needs one that cannot be imported gets the error then.
+
+    No garbage is collected meanwhile, and what was imported is never looked through for any: imports make none, and
+    looking for it takes a fifth of their time.
+    """
+    gc.disable()
+    try:
+        for name in modules:
+            with contextlib.suppress(Exception):
+                import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _cpu_quotas() -> Iterator[float]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import psutil
 import ray
 
-from ppo_ray.imports import import_ahead
+from ppo_ray.machine import import_ahead
 from ppo_ray.plan.demand import FOLDER_VARIABLE
 
 CONTROL = {"control": 1}

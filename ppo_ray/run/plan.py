@@ -10,7 +10,7 @@ from rich.text import Text
 from ppo_ray.config import Config
 from ppo_ray.errors import InputError
 from ppo_ray.events import say
-from ppo_ray.imports import import_ahead
+from ppo_ray.machine import import_ahead
 from ppo_ray.plan import ClusterShape, ModelSizes, Plan, make_plan
 from ppo_ray.plan.cluster import GIB
 from ppo_ray.plan.demand import KINDS

@@ -17,7 +17,7 @@ from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config, load_config, load_evaluation_config
 from ppo_ray.errors import CheckpointError, InputError, Interrupted, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event, say
-from ppo_ray.imports import import_ahead
+from ppo_ray.machine import import_ahead
 from ppo_ray.run.actors import Actors, launch, launch_scorers
 from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation, evaluate_now, score_held_out

@@ -18,6 +18,7 @@ class Engines(RolloutGroup):
 
     def __init__(self, *options: str) -> None:
         self._config, self._group = load_config(None, [*REQUIRED, *options]), SimpleNamespace(members=[])
+        self._weight_metrics, self._sync_metrics = {}, {}
 
     def load_weights(self, weights: Any) -> float:
         assert weights == "moved"
