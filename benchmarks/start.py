@@ -28,7 +28,7 @@ COMMANDS = {
     "plan": ("plan", str(CONFIG)),
 }
 PARTS = {
-    "inputs checked, Ray there": r"^a response ends with",
+    "inputs checked": r"^a response ends with",
     "engines ready": r"x rollout \(.* ready",
     "learner ready": r"^learner ready",
     "first step": r"^step 0 ",

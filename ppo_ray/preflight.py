@@ -10,7 +10,7 @@ from typing import Any
 
 from ppo_ray.config import Config, Trust, in_job, tracking_problems, transport_problems
 from ppo_ray.errors import InputError
-from ppo_ray.machine import count_cpus
+from ppo_ray.machine import count_cpus, import_ahead
 from ppo_ray.models.folder import asset_hint, read_config, read_tokenizer
 from ppo_ray.models.support import check_head, find_config_problem, find_positions, max_exact_tokens
 from ppo_ray.models.tokens import EndTokens, read_end_tokens
@@ -79,6 +79,7 @@ def check(config: Config) -> Inputs:
     Raises:
         InputError: a line for everything that cannot be used.
     """
+    import_ahead("ppo_ray.models.loading")
     inputs = Inputs()
     problems = [*_cpu_problems(config), *transport_problems(config), *tracking_problems(config.tracking)]
     problems += _policy_problems(config, inputs)

@@ -73,7 +73,7 @@ class Run:
             prompts: of the run; None: check the whole config, and read them as it says.
 
         Raises:
-            InputError: something in the config cannot be used; nothing was written.
+            InputError: something in the config cannot be used; nothing was started or written.
         """
         inputs = preflight.Inputs()
         if prompts is None:

@@ -1,7 +1,6 @@
 """Whole runs of actors: training, the check of the engines, the evaluation of a checkpoint."""
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config, load_config, load_evaluation_config
 from ppo_ray.errors import CheckpointError, InputError, Interrupted, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event, say
-from ppo_ray.machine import import_ahead
 from ppo_ray.run.actors import Actors, launch, launch_scorers
 from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation, evaluate_now, score_held_out
@@ -80,8 +78,11 @@ def train(config: Config, console: Console | None = None) -> RunReport:
     steps = run_overlapped if config.rollout.max_staleness else run_steps
     if config.rollout.flat_groups == "refill":
         steps = run_with_refills
-    with _ray_and_libraries(config), Run.open(config, console) as run:
-        with launch(config, run.folder.trajectories, run.start.checkpoint, run.say, run.report) as actors:
+    with Run.open(config, console) as run:
+        with (
+            ray_session(config.ray),
+            launch(config, run.folder.trajectories, run.start.checkpoint, run.say, run.report) as actors,
+        ):
             before = rebuild_on_loss(run, actors, evaluate_before)
             with save_on_exit(run, actors):
                 rebuild_on_loss(run, actors, steps)
@@ -133,12 +134,14 @@ def check(config: Config, console: Console | None = None) -> list[Agreement]:
         WorkerError: an actor failed, or an engine does not compute with what it was sent; names it.
     """
     console = console or Console()
+    prompts = preflight.check(config).open_prompts(config).peek(_CHECK_PROMPTS)
     show = partial(say, console)
-    with _ray_and_libraries(config):
-        prompts = preflight.check(config).open_prompts(config).peek(_CHECK_PROMPTS)
-        with launch(config, None, None, show, lambda event: show(event.message)) as actors:
-            agreements = actors.rollout.check_engines(actors.learner, prompts)
-            print_agreements(console, agreements)
+    with (
+        ray_session(config.ray),
+        launch(config, None, None, show, lambda event: show(event.message)) as actors,
+    ):
+        agreements = actors.rollout.check_engines(actors.learner, prompts)
+        print_agreements(console, agreements)
     return agreements
 
 
@@ -170,24 +173,15 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
         say(console, f"not taken from the checkpoint's config: {option}; give it on this command line if you trust it")
     merged = config.rollout.model_copy(update={"adapter_sync": "merged"})  # no learner sends any
     config = config.model_copy(update={"rollout": merged})
+    inputs = preflight.check(config)
+    held_out = {"": inputs.open_prompts(config).held_out(), **inputs.open_sets(config)}
     show = partial(say, console)
-    with _ray_and_libraries(config):
-        inputs = preflight.check(config)
-        held_out = {"": inputs.open_prompts(config).held_out(), **inputs.open_sets(config)}
-        with launch_scorers(config, show, lambda event: show(event.message)) as (rollout, reward):
-            evaluation = score_held_out(rollout, reward, held_out, config)
+    with ray_session(config.ray), launch_scorers(config, show, lambda event: show(event.message)) as (rollout, reward):
+        evaluation = score_held_out(rollout, reward, held_out, config)
     if evaluation is None:
         raise InputError("evaluation.num_prompts=0: nothing is held out to be scored; set it to 1 or more")
     print_evaluation(console, evaluation)
     return evaluation
-
-
-@contextlib.contextmanager
-def _ray_and_libraries(config: Config) -> Iterator[None]:
-    """Connect to Ray, or start one, for the length of a block; meanwhile a thread imports what the checks need."""
-    threading.Thread(target=import_ahead, args=("ppo_ray.models.loading",)).start()
-    with ray_session(config.ray):
-        yield
 
 
 def rebuild_on_loss(run: Run, actors: Actors, work: Callable[[Run, Actors], Result]) -> Result:

@@ -60,7 +60,7 @@ def test_the_quick_start(folder: Path) -> None:
     files = [
         name for line in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(.+?)`", line)
     ]
-    assert len(files) == 11 and all((toy / name).exists() for name in files)
+    assert len(files) == 12 and all((toy / name).exists() for name in files)
     assert len(run(DIAGNOSTICS, "import pandas", folder).splitlines()) == 6  # five rows below their names
 
     printed = run(QUICKSTART, "ppo-ray demo --task toy steps=40", folder)  # and evaluates, and plans
