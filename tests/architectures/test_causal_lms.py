@@ -3,7 +3,10 @@
 `docs/models.md` lists the verdicts, and these tests hold it to them.
 """
 
+import multiprocessing
 import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,18 +37,27 @@ def test_adapters_merge_to_what_they_compute_or_are_refused(name: str) -> None:
         assert found < 1e-3, name
 
 
+@pytest.fixture(scope="module")
+def process() -> Iterator[Executor]:
+    """Start a process for vLLM: beside an engine of another test that lives yet, it cannot start for any model."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**ENVIRONMENT, **CPU_ENVIRONMENT}.items():  # read when vllm is imported
+                patch.setenv(name, value)
+            executor.submit(os.getpid).result(timeout=120)  # by now it has been started, and has its environment
+        yield executor
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", chosen([name for name in SERVED if name in ADAPTABLE], size=1))
-def test_vllm_serves_adapters_alone(name: str, tmp_path: Path) -> None:
-    os.environ.update(ENVIRONMENT | CPU_ENVIRONMENT)  # read when vllm is imported
-    assert judge(name, tmp_path, ["adapters"]) == {"adapters": "exact"}
+def test_vllm_serves_adapters_alone(name: str, tmp_path: Path, process: Executor) -> None:
+    assert process.submit(judge, name, tmp_path, ["adapters"]).result(timeout=300) == {"adapters": "exact"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", chosen(SERVED, size=2))
-def test_vllm_serves_an_architecture_as_the_table_says(name: str, tmp_path: Path) -> None:
-    os.environ.update(ENVIRONMENT | CPU_ENVIRONMENT)  # read when vllm is imported
-    assert judge(name, tmp_path, ["vLLM"]) == {"vLLM": "exact"}
+def test_vllm_serves_an_architecture_as_the_table_says(name: str, tmp_path: Path, process: Executor) -> None:
+    assert process.submit(judge, name, tmp_path, ["vLLM"]).result(timeout=300) == {"vLLM": "exact"}
 
 
 def test_the_table_lists_the_architectures_of_the_installed_transformers() -> None:
