@@ -1,5 +1,6 @@
 """CPUs and memory of containers: control groups of both versions, as Docker, Kubernetes and Slurm make them."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -78,3 +79,21 @@ def test_a_process_bound_to_one_cpu_counts_one() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
     code += "from ppo_ray.machine import count_cpus; print(count_cpus())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_imports_leave_the_collection_of_garbage_as_it_was(collects: bool, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "imported_ahead.py").write_text("import gc\ncollects = gc.isenabled()")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "imported_ahead", raising=False)
+    before = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        machine.import_ahead("no_such_module", "imported_ahead")
+        assert sys.modules["imported_ahead"].collects is False
+        assert gc.isenabled() == collects
+        frozen = gc.get_freeze_count()
+        machine.import_ahead("imported_ahead")  # it is there: what the program made meanwhile is not frozen too
+        assert gc.get_freeze_count() == frozen
+    finally:
+        (gc.enable if before else gc.disable)()

@@ -144,11 +144,10 @@ class Shards:
         members = [self._member(index) for index in range(len(self._seconds))]
         found: dict[str, dict[str, float]] = {member.name: {} for member in members}
         for member, answer in zip(members, ray.get(self._seconds, timeout=self._timeout_s), strict=True):
-            own = found[member.name]
-            for name, value in answer.items():
+            for name in answer:
                 if not name.startswith(("time/", "memory/")):
                     raise ValueError(f"{member.name} reports {name}: only time/... and memory/... are merged")
-                own[name] = max(own.get(name, 0.0), value) if name.startswith("memory/") else own.get(name, 0.0) + value
+            found[member.name] = _add_up(found[member.name], answer)
         hosts = {member.name: member.host for member in members}
         self._reports = {
             name: ActorReport(hosts[name], {**self._of_workers.get(name, {}), **own}) for name, own in found.items()
@@ -171,7 +170,7 @@ class Rounds:
         """Wait until all tables are made; the seconds of the rounds add up. Otherwise as `Shards.wait`."""
         first, *others = (one.wait(may_stop) for one in self._rounds)
         for metrics in others:
-            first = _add_rounds(first, metrics)
+            first = _add_up(first, metrics)
         return first | self._metrics
 
     @property
@@ -181,7 +180,7 @@ class Rounds:
         for one in self._rounds:
             for name, report in one.actors.items():
                 before = joined.get(name)
-                metrics = _add_rounds(before.metrics, report.metrics) if before else report.metrics
+                metrics = _add_up(before.metrics, report.metrics) if before else report.metrics
                 joined[name] = ActorReport(report.host, metrics)
         return joined
 
@@ -199,8 +198,8 @@ class Rounds:
         raise AssertionError
 
 
-def _add_rounds(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """Join the metrics of two rounds: seconds add up, but those of the weights; of memory the most counts."""
+def _add_up(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Join metrics of work done in turn: seconds add up, but those of the weights; of memory the most counts."""
     joined = dict(first)
     for name, value in second.items():
         if name.startswith("memory/"):

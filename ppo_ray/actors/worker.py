@@ -11,12 +11,11 @@ import psutil
 import ray
 
 from ppo_ray.machine import import_ahead
+from ppo_ray.plan.cluster import GIB
 from ppo_ray.plan.demand import FOLDER_VARIABLE
 
 CONTROL = {"control": 1}
 """`concurrency_groups` of every actor class: control calls have a thread of their own, beside the one that works."""
-
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,14 @@ class Worker:
         resident = psutil.Process().memory_info().rss
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # which the kernel counts a little late
         found = {
-            f"memory/{kind}_gib": resident / _GIB,
-            f"memory/{kind}_peak_gib": max(resident, peak) / _GIB,
+            f"memory/{kind}_gib": resident / GIB,
+            f"memory/{kind}_peak_gib": max(resident, peak) / GIB,
         }
         torch = sys.modules.get("torch")  # an actor without it has no GPU's memory
         if torch is not None and torch.cuda.is_initialized():
             gpus = range(torch.cuda.device_count())
-            found[f"memory/{kind}_gpu_gib"] = sum(map(torch.cuda.max_memory_allocated, gpus)) / _GIB
-            found[f"memory/{kind}_gpu_reserved_gib"] = sum(map(torch.cuda.max_memory_reserved, gpus)) / _GIB
+            found[f"memory/{kind}_gpu_gib"] = sum(map(torch.cuda.max_memory_allocated, gpus)) / GIB
+            found[f"memory/{kind}_gpu_reserved_gib"] = sum(map(torch.cuda.max_memory_reserved, gpus)) / GIB
             for gpu in gpus:
                 torch.cuda.reset_peak_memory_stats(gpu)
         return found
