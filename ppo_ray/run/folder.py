@@ -38,7 +38,7 @@ class RunFolder:
 
     @property
     def actors(self) -> Path:
-        """What each actor did in each step, one JSON object a step: its machine, seconds, memory."""
+        """What each actor did in each step, one JSON object per step: its machine, seconds, memory."""
         return self.path / ACTORS_FILE
 
     @property
