@@ -18,6 +18,8 @@ from ppo_ray.plan import ClusterShape, ModelSizes, Plan, make_plan
 from ppo_ray.plan.adapters import sends_adapters
 from ppo_ray.plan.cluster import GIB
 from ppo_ray.plan.memory import Term, widest_row
+from ppo_ray.run.folder import RunFolder
+from ppo_ray.run.run import describe_run
 from tests.learning import make_learner, make_table
 
 MIB = 1 << 20
@@ -361,3 +363,16 @@ def test_the_command_takes_this_machine_or_a_whole_description(configured: Confi
     assert (result.exit_code, "--cpus is missing" in result.stderr) == (2, True)
     result = shown(configured(), tmp_path, "--address", "auto", "--nodes", "2")
     assert (result.exit_code, "leave out --nodes" in result.stderr) == (2, True)
+
+
+def test_bfloat16_on_a_processor_without_it_is_warned_of(
+    configured: Configured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("model.dtype=bfloat16", "rollout.dtype=bfloat16")
+    monkeypatch.setattr("ppo_ray.plan.plan.multiplies_bfloat16", lambda: False)
+    cluster = ClusterShape.uniform(1, 64, 2, 64 * GIB, 80 * GIB)
+    assert [warning.partition(",")[0] for warning in planned(configured(*asked), cluster).warnings] == list(asked)
+    assert planned(configured(*asked, "learner.gpus=1", "rollout.gpus=1"), cluster).warnings == ()
+    assert any("model.dtype" in line for line in describe_run(configured(*asked), RunFolder(Path("run"))))
+    monkeypatch.setattr("ppo_ray.plan.plan.multiplies_bfloat16", lambda: True)
+    assert planned(configured(*asked), cluster).warnings == ()
