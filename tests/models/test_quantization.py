@@ -64,8 +64,8 @@ def make_map(weight: torch.Tensor, kind: Any, bias: torch.Tensor | None = None) 
     return found
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 200), st.integers(0, 2**31), st.sampled_from([1e-3, 0.02, 3.0]))
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 100), st.integers(0, 2**31), st.sampled_from([1e-3, 0.02, 3.0]))
 def test_codes_stand_for_the_nearest_weights_that_they_can(rows: int, columns: int, seed: int, size: float) -> None:
     weight = size * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     eight = make_map(weight, "int8").weight
@@ -185,12 +185,10 @@ def test_what_is_kept_is_small_and_all_of_it_is_in_the_checksum(kind: Any, tiny_
     bits = 8 * sum(tensor.numel() * tensor.element_size() for _, tensor in codes) / weights
     assert bits == pytest.approx(4.127 if kind == "nf4" else 8 + 32 / 150, rel=0.02)
     function = {name: tensor.clone() for name, tensor in base_weights(model)}
-    with torch.no_grad():
-        for name, tensor in list(codes):
-            tensor.view(torch.uint8).flatten()[0] ^= 1
-            changed = {one for one, now in base_weights(model) if not torch.equal(now, function[one])}
-            assert changed == {name}
-            tensor.view(torch.uint8).flatten()[0] ^= 1
+    for name, tensor in codes:
+        tensor.add_(1)
+        assert {one for one, now in base_weights(model) if not torch.equal(now, function[one])} == {name}
+        tensor.copy_(function[name])
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:
