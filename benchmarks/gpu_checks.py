@@ -20,7 +20,7 @@ from benchmarks.random_models import write_model
 from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, Quantization, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.loading import load_causal_lm
-from ppo_ray.models.quantization import QuantizedMap, kept_tensors
+from ppo_ray.models.quantization import QuantizedMap, named_tensors
 from ppo_ray.models.response_lm import token_logprobs
 from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.nccl_sender import LentBuffer
@@ -126,7 +126,7 @@ def check_codes(bench: Bench) -> Iterator[Figure]:
     path, device = bench.write_model("tiny"), bench.device.type
     for kind in get_args(Quantization):
         here, there = (load_causal_lm(str(path), device=place, quantization=kind) for place in (device, "cpu"))
-        kept = zip(kept_tensors(here), kept_tensors(there), strict=True)
+        kept = zip(named_tensors(here), named_tensors(there), strict=True)
         differing = [int((one.cpu() != other).sum()) for (name, one), (_, other) in kept if name.endswith(".codes")]
         yield Figure(f"{kind} codes that are not the CPU's", sum(differing), 10)  # of weights midway between two
         states = torch.randn(64, here.config.hidden_size, device=device)

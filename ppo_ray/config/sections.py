@@ -234,9 +234,11 @@ def lora_contradictions(model: ModelConfig, learner: LearnerConfig, adapter_sync
     why = {
         "model.lora": lora is None and "codes cannot be trained, adapters beside them can: set model.lora",
         "learner.gpus": not learner.gpus and "quantised weights are for GPUs, and learner.gpus=0 has none; set 1",
-        "learner.sharding": shares and "fsdp2 shares no codes among ranks; set ddp, with which each rank has them all",
+        "learner.sharding": shares
+        and "fsdp2 shares no codes among ranks; set learner.sharding=ddp: each rank has them all",
         "rollout.adapter_sync": adapter_sync == "adapter"
-        and "engines would add the adapters to weights that are not quantised, another policy; set merged, or auto",
+        and "engines would add the adapters to weights that are not quantised, another policy; set "
+        "rollout.adapter_sync=merged, or auto",
     }
     for key, reason in why.items() if model.quantization else ():
         if reason:

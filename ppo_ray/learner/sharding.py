@@ -19,7 +19,7 @@ from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.models.actor_critic import ActorCritic, State
 from ppo_ray.models.decoder import decoder_layers
 from ppo_ray.models.loading import cast
-from ppo_ray.models.quantization import kept_tensors
+from ppo_ray.models.quantization import named_tensors
 from ppo_ray.models.response_lm import ResponseLM
 
 
@@ -156,7 +156,7 @@ class Replicated:
 
     def parameters(self) -> NamedTensors:
         """Yield the model's own parameters, and the codes of quantised weights."""
-        return kept_tensors(self._policy.causal_lm)
+        return named_tensors(self._policy.causal_lm)
 
     def meta_weights(self) -> Iterator[torch.Tensor]:
         """Yield each of `weights` on the meta device."""

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ppo_ray.config import LoraConfig
 from ppo_ray.errors import InputError, first_line
-from ppo_ray.models.quantization import QuantizedMap, kept_tensors
+from ppo_ray.models.quantization import QuantizedMap, named_tensors
 from ppo_ray.models.tensors import A_NAME, B_NAME, list_names
 
 ADAPTER = "default"
@@ -136,7 +136,7 @@ def base_weights(model: torch.nn.Module, gather: Gather = torch.Tensor.detach) -
 
     Of a quantised linear map they are codes and scales.
     """
-    for name, tensor in kept_tensors(model):
+    for name, tensor in named_tensors(model):
         if not is_adapter(name):
             yield name.replace(".base_layer.", "."), gather(tensor)
 

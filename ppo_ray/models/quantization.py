@@ -173,7 +173,7 @@ def set_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
             module.dtype = dtype
 
 
-def kept_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors that a model's function is made of: its parameters, and codes and scales where it has them."""
     yield from model.named_parameters()
     for name, module in model.named_modules():

@@ -537,7 +537,11 @@ def test_codes_need_adapters_and_a_gpu_and_engines_that_are_sent_whole_weights()
     for options, key, words in (
         ([*given, "learner.gpus=1"], "model.lora", "codes cannot be trained"),
         ([*given, "model.lora={}"], "learner.gpus", "quantised weights are for GPUs"),
-        ([*works, "rollout.adapter_sync=adapter"], "rollout.adapter_sync", "another policy; set merged, or auto"),
+        (
+            [*works, "rollout.adapter_sync=adapter"],
+            "rollout.adapter_sync",
+            "another policy; set rollout.adapter_sync=merged",
+        ),
         ([*works, "learner.sharding=fsdp2", "learner.workers=2"], "learner.sharding", "shares no codes among ranks"),
     ):
         with pytest.raises(InputError) as refusal:

@@ -19,8 +19,8 @@ from ppo_ray.models.loading import load_causal_lm
 from ppo_ray.models.lora import adapter_layers, add_adapters, base_weights, matrices, merge_weights, without_adapters
 from ppo_ray.models.quantization import (
     QuantizedMap,
-    kept_tensors,
     linear_maps,
+    named_tensors,
     quantize,
     set_dtype,
     unquantize,
@@ -181,7 +181,7 @@ def test_what_is_kept_is_small_and_all_of_it_is_in_the_checksum(kind: Any, tiny_
     model = load_causal_lm(str(tiny_policy), quantization=kind)
     plain = load_causal_lm(str(tiny_policy))
     weights = sum(module.weight.numel() for module in linear_maps(plain).values())
-    codes = dict(kept_tensors(model)).items() - dict(model.named_parameters()).items()
+    codes = dict(named_tensors(model)).items() - dict(model.named_parameters()).items()
     bits = 8 * sum(tensor.numel() * tensor.element_size() for _, tensor in codes) / weights
     assert bits == pytest.approx(4.127 if kind == "nf4" else 8 + 32 / 150, rel=0.02)
     function = {name: tensor.clone() for name, tensor in base_weights(model)}
