@@ -28,7 +28,7 @@ from transformers import (
 
 from ppo_ray.config import ModelConfig, Trust
 from ppo_ray.errors import InputError
-from ppo_ray.learner.state import load_actor_critic, load_reference
+from ppo_ray.learner.loading import load_actor_critic, load_reference
 from ppo_ray.models import loading
 from ppo_ray.models.loading import check_gpu, check_weights, load_causal_lm, load_pretrained, load_tokenizer
 from ppo_ray.rollout.hf import HFEngine

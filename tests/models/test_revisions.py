@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError, WorkerError
 from ppo_ray.learner.learner import PPOLearner
-from ppo_ray.learner.state import load_actor_critic, load_reference
+from ppo_ray.learner.loading import load_actor_critic, load_reference
 from ppo_ray.plan import ModelSizes
 from ppo_ray.preflight import check
 from ppo_ray.reward.classifier import Classifier
