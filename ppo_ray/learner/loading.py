@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 from ppo_ray.algo.rewards import RunningMoments
-from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig
+from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, Trust
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.learner.ranks import Ranks
+from ppo_ray.learner.reader import FirstReader, Reader
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
 from ppo_ray.learner.state import LearnerSnapshot, LearnerState
 from ppo_ray.models.actor_critic import (
@@ -22,8 +23,8 @@ from ppo_ray.models.actor_critic import (
     CausalLMWithValueHead,
     UnadaptedPolicy,
 )
-from ppo_ray.models.decoder import recompute_layers
-from ppo_ray.models.loading import cast, load_causal_lm, load_pretrained, load_tokenizer
+from ppo_ray.models.decoder import Decoder, recompute_layers
+from ppo_ray.models.loading import cast, load_tokenizer
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.models.support import find_decoder
 from ppo_ray.seeding import derive_seed
@@ -60,7 +61,7 @@ def load_models(
         learner: how they lie on the ranks.
         temperature: at which responses are sampled.
         value_head_seed: of the initial weights of the value head.
-        device: where they go. `FullySharded` moves them there layer by layer: the device never holds a full model.
+        device: where they go.
         ranks: the processes that share the update.
         checkpoint: policy and values are loaded from it instead, or their adapters; the reference, and the base of
             adapters, stay those of `model`.
@@ -70,23 +71,24 @@ def load_models(
         InputError: a model cannot be loaded, is not supported, or could not be saved.
     """
     shared = learner.sharding == "fsdp2" and ranks.size > 1
-    loaded_on = torch.device("cpu") if shared else device
+    reader = FirstReader(ranks, device) if shared else Reader(device)
     here: dict[str, Any] = {"path": str(checkpoint), "revision": None, "critic_path": None, "critic_revision": None}
     if model.lora is not None:
         here = {"lora": LoraConfig(path=str(checkpoint))}
     trained = model.model_copy(update=here) if checkpoint else model
-    policy = load_actor_critic(trained, temperature, value_head_seed, loaded_on, has_values)
+    policy = load_actor_critic(trained, temperature, value_head_seed, reader, has_values)
     own = model.lora is not None and model.reference_path is None
-    reference = UnadaptedPolicy(policy) if own else load_reference(model, temperature, loaded_on)
-    tokenizer = load_tokenizer(model.path, model.trust)
-    _try_save(policy, tokenizer)
+    reference = UnadaptedPolicy(policy) if own else load_reference(model, temperature, reader)
+    tokenizer = reader.agree(lambda: load_tokenizer(model.path, model.trust))
+    reader.find(lambda: _try_save(policy, tokenizer))
     if learner.gradient_checkpointing:
         recompute_layers(policy)
     dtype = None if policy.adapted else _compute_dtype(model)
-    if shared:
-        _copy_shared_weights(policy)
-        return LearnerModels(policy, reference, FullySharded(policy, reference, ranks, dtype, device), tokenizer)
-    return LearnerModels(policy, reference, Replicated(policy, ranks, dtype), tokenizer)
+    if isinstance(reader, FirstReader):
+        sharding: Sharding = FullySharded(policy, reference, ranks, dtype, device, reader.shards)
+    else:
+        sharding = Replicated(policy, ranks, dtype)
+    return LearnerModels(policy, reference, sharding, tokenizer)
 
 
 def _try_save(policy: ActorCritic, tokenizer: Any) -> None:
@@ -110,40 +112,58 @@ def _try_save(policy: ActorCritic, tokenizer: Any) -> None:
 
 
 def load_actor_critic(
-    model: ModelConfig, temperature: float, value_head_seed: int, device: torch.device, has_values: bool = True
+    model: ModelConfig, temperature: float, value_head_seed: int, reader: Reader, has_values: bool = True
 ) -> ActorCritic:
     """Load the policy with its value head or critic, or without; a value head that lies with its decoder is loaded too.
 
     If the policy computes in bfloat16, its parameters are float32: the masters are made of them. With adapters these
-    are float32, and the frozen weights are of the type that the policy computes in.
+    are float32, and the frozen weights are of the type that the policy computes in. A model is shared out before the
+    next is read.
 
     Raises:
         InputError: a model cannot be loaded or is not supported.
     """
-    causal_lm = load_causal_lm(model.path, dtype=_master_dtype(model), device=device, trust=model.trust)
-    path, trust = model.path, model.trust
+    lora, dtype, seed = model.lora, _master_dtype(model), derive_seed(value_head_seed, "lora")
+    separate = has_values and model.critic == "separate"
+    path, trust = _find_critic(model) if separate else (model.path, model.trust)
+    causal_lm = reader.read(AutoModelForCausalLM, model.path, dtype, model.trust)
+    traits = critic_traits = reader.find(lambda: ResponseLM(causal_lm, temperature=temperature).decoder.traits)
+    critic = None
+    if lora is not None:
+        if separate and (path, trust) == (model.path, model.trust):
+            critic = _share_weights(find_decoder(causal_lm))
+            reader.agree(lambda: _adapt(critic, model, lora, seed, is_critic=True))
+        reader.agree(lambda: _adapt(causal_lm, model, lora, seed))
+        _cast_frozen(causal_lm, model)
+    reader.share_out(causal_lm)
+    if separate and critic is None:
+        critic = reader.read(AutoModel, path, dtype, trust)
+        critic_traits = reader.find(lambda: Decoder(critic).traits)
+        if lora is not None:
+            reader.agree(lambda: _adapt(critic, model, lora, seed, is_critic=True))
+            _cast_frozen(critic, model)
+    if separate:
+        reader.share_out(critic)
+    options: dict[str, Any] = {"temperature": temperature, "traits": traits}
     actor_critic: ActorCritic
     if not has_values:
-        actor_critic = ActorCritic(causal_lm, temperature=temperature)
-    elif model.critic == "separate":
-        trained, (path, trust) = Path(model.path) / CRITIC_FOLDER, model.critic_source
-        if model.critic_path is None and trained.is_dir():
-            path = str(trained)
-        if model.lora is not None and (path, trust) == (model.path, model.trust):
-            critic = _share_weights(find_decoder(causal_lm))
-        else:
-            critic = load_pretrained(AutoModel, path, dtype=_master_dtype(model), device=device, trust=trust)
-        actor_critic = CausalLMWithCritic(causal_lm, critic, temperature=temperature, value_head_seed=value_head_seed)
+        actor_critic = ActorCritic(causal_lm, **options)
+    elif separate:
+        options |= {"value_head_seed": value_head_seed, "critic_traits": critic_traits}
+        actor_critic = CausalLMWithCritic(causal_lm, critic, **options)
     else:
-        actor_critic = CausalLMWithValueHead(causal_lm, temperature=temperature, value_head_seed=value_head_seed)
-    if actor_critic.value_head is not None:
-        if model.value_head_init == "zeros":
-            for parameter in actor_critic.value_head.parameters():
-                torch.nn.init.zeros_(parameter)
-        actor_critic.load_value_head(path, **trust.place)
-    if model.lora is not None:
-        _adapt(actor_critic, model, model.lora, derive_seed(value_head_seed, "lora"))
+        actor_critic = CausalLMWithValueHead(causal_lm, value_head_seed=value_head_seed, **options)
+    actor_critic.adapted = lora is not None
+    if has_values:
+        reader.agree(lambda: _load_value_head(actor_critic, model, path, trust))
     return actor_critic
+
+
+def _find_critic(model: ModelConfig) -> tuple[str, Trust]:
+    """Return the path of a separate critic, and the trust in it: that which lies beside the policy, or the config's."""
+    path, trust = model.critic_source
+    trained = Path(model.path) / CRITIC_FOLDER
+    return (str(trained) if model.critic_path is None and trained.is_dir() else path), trust
 
 
 def _share_weights(decoder: Any) -> Any:
@@ -152,54 +172,53 @@ def _share_weights(decoder: Any) -> Any:
     return copy.deepcopy(decoder, shared)
 
 
-def _copy_shared_weights(policy: ActorCritic) -> None:
-    """Give a critic that shares the policy's frozen weights copies of them: fsdp2 shards a parameter in one place."""
-    if not isinstance(policy, CausalLMWithCritic):
-        return
-    shared = set(policy.causal_lm.parameters())
-    for module in policy.critic.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter in shared:
-                setattr(module, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
-
-
-def _adapt(actor_critic: ActorCritic, model: ModelConfig, lora: LoraConfig, seed: int) -> None:
-    """Put adapters into policy and critic, new ones or those at `lora.path` with the value head that lies there."""
+def _adapt(network: Any, model: ModelConfig, lora: LoraConfig, seed: int, is_critic: bool = False) -> None:
+    """Freeze a policy's or critic's weights, and put adapters into it, new ones or those at `lora.path`."""
     from ppo_ray.models.adapter_files import CONFIG_FILE, load_adapters, make_adapter_config, make_critic_config
-    from ppo_ray.models.lora import is_adapter
+    from ppo_ray.models.lora import add_adapters
 
-    config, values = make_adapter_config(lora, model.path), Path(lora.path or "")
-    actor_critic.add_adapters(config, seed)
-    if lora.path is not None:
-        load_adapters(actor_critic.causal_lm, lora.path)
-    if isinstance(actor_critic, CausalLMWithCritic):
-        values /= CRITIC_FOLDER
-        own = make_critic_config(config, lora, values, model.critic_source[0])
-        actor_critic.add_critic_adapters(own, derive_seed(seed, "critic"))
-        if lora.path is not None and (values / CONFIG_FILE).is_file():
-            load_adapters(actor_critic.critic, str(values))
-    head = actor_critic.value_head
-    if head is not None and lora.path is not None and values.is_dir():
-        actor_critic.load_value_head(values)
-    heads = set() if head is None else set(head.parameters())
-    for name, parameter in actor_critic.named_parameters():
-        if not is_adapter(name) and parameter not in heads:
+    config, path = make_adapter_config(lora, model.path), lora.path
+    if is_critic:
+        values = Path(path or "") / CRITIC_FOLDER
+        config, seed = make_critic_config(config, lora, values, model.critic_source[0]), derive_seed(seed, "critic")
+        path = str(values) if path is not None and (values / CONFIG_FILE).is_file() else None
+    add_adapters(network, config, seed)
+    if path is not None:
+        load_adapters(network, path)
+
+
+def _cast_frozen(network: Any, model: ModelConfig) -> None:
+    """Cast frozen weights to the type that they are used in."""
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
             cast(parameter, _compute_dtype(model))
 
 
-def load_reference(model: ModelConfig, temperature: float, device: torch.device) -> ResponseLM:
+def _load_value_head(actor_critic: ActorCritic, model: ModelConfig, path: str, trust: Trust) -> None:
+    """Load the value head that lies with its decoder at `path`, or with the adapters; else it is as it was drawn."""
+    assert actor_critic.value_head is not None
+    if model.value_head_init == "zeros":
+        for parameter in actor_critic.value_head.parameters():
+            torch.nn.init.zeros_(parameter)
+    actor_critic.load_value_head(path, **trust.place)
+    if model.lora is not None and model.lora.path is not None:
+        adapters = Path(model.lora.path) / (CRITIC_FOLDER if model.critic == "separate" else "")
+        if adapters.is_dir():
+            actor_critic.load_value_head(adapters)
+
+
+def load_reference(model: ModelConfig, temperature: float, reader: Reader) -> ResponseLM:
     """Load the frozen reference, in the type it computes in: `model.reference_path`, or the policy as it starts.
 
     Raises:
         InputError: it cannot be loaded or is not supported.
     """
     path, trust = model.reference
-    causal_lm = load_causal_lm(path, dtype=_master_dtype(model), device=device, trust=trust)
-    reference = ResponseLM(causal_lm, temperature=temperature)  # checked in float32, where rounding hides nothing
-    reference.requires_grad_(False)
-    for parameter in reference.parameters():
-        cast(parameter, _compute_dtype(model))
-    return reference
+    causal_lm = reader.read(AutoModelForCausalLM, path, _master_dtype(model), trust)
+    traits = reader.find(lambda: ResponseLM(causal_lm, temperature=temperature).decoder.traits)  # exact in float32
+    _cast_frozen(causal_lm.requires_grad_(False), model)
+    reader.share_out(causal_lm)
+    return ResponseLM(causal_lm, temperature=temperature, traits=traits)
 
 
 def _compute_dtype(model: ModelConfig) -> torch.dtype:

@@ -6,18 +6,17 @@ tensors are torch's DTensors: an elementwise operation on one works on the local
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ppo_ray.learner.fsdp import Shards, shard_models
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.models.actor_critic import ActorCritic, State
-from ppo_ray.models.decoder import decoder_layers
 from ppo_ray.models.loading import cast
 from ppo_ray.models.response_lm import ResponseLM
 
@@ -179,39 +178,33 @@ class FullySharded:
     in_lockstep = True
 
     def __init__(
-        self, policy: ActorCritic, reference: ResponseLM, ranks: Ranks, dtype: torch.dtype | None, device: torch.device
+        self,
+        policy: ActorCritic,
+        reference: ResponseLM,
+        ranks: Ranks,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        shards: Shards,
     ) -> None:
         """Shard policy and reference in place.
 
         Args:
-            policy: full, on any device; its parameters in the precision of the optimizer.
-            reference: full and frozen, in the dtype it computes in; or without parameters, on the policy's.
+            policy: its parameters in the precision of the optimizer, full on any device, or on the meta device.
+            reference: frozen, in the dtype it computes in, full or on the meta device; or without parameters, on the
+                policy's.
             ranks: the processes that share the update; each keeps its shards.
             dtype: the policy computes in this; gradients are reduced in float32 or better. None: each parameter is
                 used in its own, as frozen weights and adapters are.
             device: where the shards go, layer by layer.
+            shards: this rank's, on `device`, of the parameters that are on the meta device; see `FirstReader`.
 
         Raises:
             InputError: a model's layers cannot be found.
         """
         self.ranks, self._policy, self._dtype = ranks, policy, dtype
         self._references = [reference] if any(True for _ in reference.parameters()) else []
-        models = [policy, *self._references]
         mesh = init_device_mesh(device.type, (ranks.size,))
-        exact = None if dtype is None else torch.promote_types(dtype, torch.float32)
-        rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact, cast_forward_inputs=False)
-        for layer in chain.from_iterable(map(decoder_layers, models)):
-            fully_shard(layer, mesh=mesh, mp_policy=rounded)
-        if policy.value_head is not None:
-            fully_shard(policy.value_head, mesh=mesh)
-        for model in models:
-            fully_shard(model, mesh=mesh, mp_policy=rounded, reshard_after_forward=False)  # `full_kl` needs the heads
-        for method in ("forward_values", "forward_reference"):
-            register_fsdp_forward_method(policy, method)
-        for module in policy.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # losses are shares of one sum, not means of their own
-                module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        shard_models(policy, self._references, mesh, dtype, shards)
 
     def optimized_parameters(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
         """Return the parameters' shards."""
