@@ -38,14 +38,16 @@ def shard_models(
         _fill(model, own)
     for method in ("forward_values", "forward_reference"):
         register_fsdp_forward_method(policy, method)
-    for module in fsdp_modules(policy):
-        module.set_gradient_divide_factor(1.0)  # losses are shares of one sum, not means of their own
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # losses are shares of one sum, not means of their own
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
-def fsdp_modules(model: torch.nn.Module) -> list[FSDPModule]:
-    """Return the parts of a model that are gathered one by one."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+def cast_fsdp(model: torch.nn.Module) -> FSDPModule:
+    """Return a model that was sharded, as the type that `fully_shard` has given it."""
+    assert isinstance(model, FSDPModule)
+    return model
 
 
 def find_places(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Parameter]]:

@@ -85,7 +85,8 @@ def load_models(
         recompute_layers(policy)
     dtype = None if policy.adapted else _compute_dtype(model)
     if isinstance(reader, FirstReader):
-        sharding: Sharding = FullySharded(policy, reference, ranks, dtype, device, reader.shards)
+        reduces_each = learner.reduce_gradients == "microbatch"
+        sharding: Sharding = FullySharded(policy, reference, ranks, dtype, device, reader.shards, reduces_each)
     else:
         sharding = Replicated(policy, ranks, dtype)
     return LearnerModels(policy, reference, sharding, tokenizer)

@@ -11,10 +11,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ppo_ray.learner.fsdp import Shards, shard_models
+from ppo_ray.learner.fsdp import Shards, cast_fsdp, shard_models
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.models.actor_critic import ActorCritic, State
 from ppo_ray.models.loading import cast
@@ -78,6 +77,10 @@ class Sharding(Protocol):
         """Return what the optimizer steps for those of these parameters that need a gradient."""
         ...
 
+    def before_backward(self, completes: bool) -> None:
+        """Prepare a backward pass; after one that `completes`, the sum of all since the last such pass is wanted."""
+        ...
+
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Make each gradient of what `optimized_parameters` returned the sum over all ranks."""
         ...
@@ -132,6 +135,9 @@ class Replicated:
         """Return the parameters, or their master weights."""
         return [self._masters.of(parameter) for parameter in parameters if parameter.requires_grad]
 
+    def before_backward(self, completes: bool) -> None:
+        """Do nothing: gradients add up on this rank."""
+
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Sum over all ranks; a rank that had no part of the mini-batch adds zeros."""
         if self.ranks.size == 1:
@@ -172,7 +178,7 @@ class FullySharded:
     """Fully sharded data parallelism: every rank holds a shard of each parameter, gradient and optimizer state.
 
     Passes gather one layer at a time. Gradients are reduced over the ranks in each backward pass, so no rank holds more
-    full gradients than one layer's. The price is one reduction per micro-batch.
+    full gradients than one layer's. Or the last pass of a mini-batch alone reduces them, in one piece for all passes.
     """
 
     in_lockstep = True
@@ -185,6 +191,7 @@ class FullySharded:
         dtype: torch.dtype | None,
         device: torch.device,
         shards: Shards,
+        reduces_each: bool = True,
     ) -> None:
         """Shard policy and reference in place.
 
@@ -197,11 +204,12 @@ class FullySharded:
                 used in its own, as frozen weights and adapters are.
             device: where the shards go, layer by layer.
             shards: this rank's, on `device`, of the parameters that are on the meta device; see `FirstReader`.
+            reduces_each: whether each backward pass reduces gradients, or only one that completes their sum.
 
         Raises:
             InputError: a model's layers cannot be found.
         """
-        self.ranks, self._policy, self._dtype = ranks, policy, dtype
+        self.ranks, self._policy, self._dtype, self._reduces_each = ranks, policy, dtype, reduces_each
         self._references = [reference] if any(True for _ in reference.parameters()) else []
         mesh = init_device_mesh(device.type, (ranks.size,))
         shard_models(policy, self._references, mesh, dtype, shards)
@@ -209,6 +217,11 @@ class FullySharded:
     def optimized_parameters(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
         """Return the parameters' shards."""
         return [parameter for parameter in parameters if parameter.requires_grad]
+
+    def before_backward(self, completes: bool) -> None:
+        """Let the backward pass reduce gradients, or keep them whole on this rank until one does."""
+        if not self._reduces_each:
+            cast_fsdp(self._policy).set_requires_gradient_sync(completes)
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Do nothing: the backward passes have reduced the gradients."""
@@ -219,8 +232,7 @@ class FullySharded:
     def release_gathered(self, backward_follows: bool) -> None:
         """Reshard the root modules, which a forward pass leaves gathered for a backward pass."""
         for model in self._references if backward_follows else [self._policy, *self._references]:
-            assert isinstance(model, FSDPModule)
-            model.reshard()
+            cast_fsdp(model).reshard()
 
     def weights(self) -> NamedTensors:
         """Gather and yield one weight after the other."""

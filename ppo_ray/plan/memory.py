@@ -167,6 +167,8 @@ def _state_terms(config: Config, sizes: ModelSizes, device: Device, rank: int) -
     for what, number, when in STATE:
         name = "float32 adapters and value head" if adapted and what.endswith("weights") else what
         yield parameter_term(name, trained, number, device, when, by)
+    if shared and config.learner.reduce_gradients == "minibatch":
+        yield parameter_term("full gradients, before they are reduced", trained, EXACT, device, "at work")
     if adapted:
         yield parameter_term("frozen base", sizes.policy.parameters, size, device, ranks=by)
         if sizes.critic and (config.model.critic_path is not None or shared):

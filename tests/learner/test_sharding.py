@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers import AutoModelForCausalLM
 
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
@@ -106,6 +107,23 @@ def test_each_rank_holds_its_share_and_the_probe_moves_the_whole(tiny_policy: Pa
         assert largest_difference(answer["moved"], alone["moved"]) < tolerance
         assert answer["compared"] == pytest.approx(alone["compared"], abs=tolerance)
         assert answer["compared"][2] > 0.01
+
+
+def count_reductions(ranks: Ranks, folder: Path, when: str) -> int:
+    """Return how often gradients are reduced in a mini-batch of several passes."""
+    learner = load_learner(
+        folder, {}, {"sharding": "fsdp2", "microbatch_tokens": 40, "reduce_gradients": when}, {}, ranks
+    )
+    with CommDebugMode() as counted:
+        learner.update(make_table(12), 0)
+    return int(counted.get_comm_counts()[torch.ops.c10d._reduce_scatter_base_])
+
+
+def test_gradients_are_reduced_once_per_pass_or_per_mini_batch(tiny_policy: Path, crew: Any) -> None:
+    """Two layers, the embeddings and the value head are reduced one by one, in each of four epochs."""
+    assert set(crew.run(count_reductions, tiny_policy, "minibatch")) == {4 * 4}
+    (each,) = set(crew.run(count_reductions, tiny_policy, "microbatch"))
+    assert each > 4 * 4 and each % 16 == 0
 
 
 def not_finite(ranks: Ranks, folder: Path) -> str:
