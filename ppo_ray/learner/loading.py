@@ -23,7 +23,7 @@ from ppo_ray.models.actor_critic import (
     CausalLMWithValueHead,
     UnadaptedPolicy,
 )
-from ppo_ray.models.decoder import Decoder, recompute_layers
+from ppo_ray.models.decoder import Decoder, Traits, recompute_layers
 from ppo_ray.models.loading import cast, load_tokenizer
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.models.support import find_decoder
@@ -78,7 +78,9 @@ def load_models(
     trained = model.model_copy(update=here) if checkpoint else model
     policy = load_actor_critic(trained, temperature, value_head_seed, reader, has_values)
     own = model.lora is not None and model.reference_path is None
-    reference = UnadaptedPolicy(policy) if own else load_reference(model, temperature, reader)
+    is_policy = checkpoint is None and model.reference == (model.path, model.trust)  # whose traits are known
+    traits = policy.decoder.traits if is_policy else None
+    reference = UnadaptedPolicy(policy) if own else load_reference(model, temperature, reader, traits)
     tokenizer = reader.agree(lambda: load_tokenizer(model.path, model.trust))
     reader.find(lambda: _try_save(policy, tokenizer))
     if learner.gradient_checkpointing:
@@ -129,20 +131,20 @@ def load_actor_critic(
     path, trust = _find_critic(model) if separate else (model.path, model.trust)
     causal_lm = reader.read(AutoModelForCausalLM, model.path, dtype, model.trust)
     traits = critic_traits = reader.find(lambda: ResponseLM(causal_lm, temperature=temperature).decoder.traits)
-    critic = None
+    critic: Any = None
     if lora is not None:
         if separate and (path, trust) == (model.path, model.trust):
             critic = _share_weights(find_decoder(causal_lm))
             reader.agree(lambda: _adapt(critic, model, lora, seed, is_critic=True))
         reader.agree(lambda: _adapt(causal_lm, model, lora, seed))
-        _cast_frozen(causal_lm, model)
+        _cast_base(causal_lm, model)
     reader.share_out(causal_lm)
     if separate and critic is None:
         critic = reader.read(AutoModel, path, dtype, trust)
         critic_traits = reader.find(lambda: Decoder(critic).traits)
         if lora is not None:
             reader.agree(lambda: _adapt(critic, model, lora, seed, is_critic=True))
-            _cast_frozen(critic, model)
+            _cast_base(critic, model)
     if separate:
         reader.share_out(critic)
     options: dict[str, Any] = {"temperature": temperature, "traits": traits}
@@ -188,7 +190,7 @@ def _adapt(network: Any, model: ModelConfig, lora: LoraConfig, seed: int, is_cri
         load_adapters(network, path)
 
 
-def _cast_frozen(network: Any, model: ModelConfig) -> None:
+def _cast_base(network: Any, model: ModelConfig) -> None:
     """Cast frozen weights to the type that they are used in."""
     for parameter in network.parameters():
         if not parameter.requires_grad:
@@ -208,16 +210,23 @@ def _load_value_head(actor_critic: ActorCritic, model: ModelConfig, path: str, t
             actor_critic.load_value_head(adapters)
 
 
-def load_reference(model: ModelConfig, temperature: float, reader: Reader) -> ResponseLM:
+def load_reference(model: ModelConfig, temperature: float, reader: Reader, traits: Traits | None = None) -> ResponseLM:
     """Load the frozen reference, in the type it computes in: `model.reference_path`, or the policy as it starts.
+
+    Args:
+        model: which models.
+        temperature: at which responses are sampled.
+        reader: of the models.
+        traits: of its decoder, if the same model was read and checked before; None: it is checked.
 
     Raises:
         InputError: it cannot be loaded or is not supported.
     """
     path, trust = model.reference
     causal_lm = reader.read(AutoModelForCausalLM, path, _master_dtype(model), trust)
-    traits = reader.find(lambda: ResponseLM(causal_lm, temperature=temperature).decoder.traits)  # exact in float32
-    _cast_frozen(causal_lm.requires_grad_(False), model)
+    if traits is None:  # checked in float32, where rounding hides nothing
+        traits = reader.find(lambda: ResponseLM(causal_lm, temperature=temperature).decoder.traits)
+    _cast_base(causal_lm.requires_grad_(False), model)
     reader.share_out(causal_lm)
     return ResponseLM(causal_lm, temperature=temperature, traits=traits)
 

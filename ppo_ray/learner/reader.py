@@ -88,7 +88,7 @@ class FirstReader(Reader):
         """Do a piece of work on every rank, and go on if none has failed.
 
         Raises:
-            Exception: that of the first rank that has failed.
+            PPORayError: that of the first rank that has failed; an error of another kind is a `WorkerError` elsewhere.
         """
         done: list[T] = []
         error: Exception | None = None
@@ -140,7 +140,7 @@ class FirstReader(Reader):
         shard = torch.empty(num_rows, *tensor.shape[1:], dtype=tensor.dtype, device=self.device)
         shards = None
         if self.ranks.leads:
-            whole = tensor.detach().to(self.device)
+            whole = tensor.detach().to(self.device).contiguous()
             if missing := num_rows * size - len(whole):
                 whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
             shards = list(whole.split(num_rows))
@@ -164,5 +164,5 @@ class FirstReader(Reader):
 
 
 def _make_portable(error: Exception | None) -> Exception | None:
-    """Return an error that other processes can read."""
+    """Return an error as one that can be sent to other processes: those of libraries often cannot."""
     return error if error is None or isinstance(error, PPORayError) else WorkerError(f"{type(error).__name__}: {error}")

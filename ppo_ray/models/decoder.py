@@ -120,10 +120,11 @@ class Decoder:
             H, the width of a state.
         """
         early, later = tokens[[2, 3, 4, 5]], tokens[:2]  # these two differ
-        inputs = (pack([[0]], [early[:2]], [np.append(early[2:], [token, 0])], self.device) for token in later)
+        responses = [np.append(early[2:], [token, 0]) for token in later]
+        rows = pack([[0], [1]], [early[:2]] * 2, responses, self.device)
         # all states but that of the later token itself, the last one
         try:
-            first, second = (self._run(rows, block_diagonal=False)[:-1] for rows in inputs)
+            first, second = (states[:-1] for states in self._run(rows, block_diagonal=False).chunk(2))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # each model's own code has errors of its own

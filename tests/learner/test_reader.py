@@ -19,7 +19,7 @@ from ppo_ray.config import LoraConfig
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import gather_full
 from tests.conftest import make_tokenizer
-from tests.learning import load_learner
+from tests.learning import load_learner, make_table
 from tests.rank_processes import rank_processes
 
 
@@ -128,6 +128,16 @@ ADAPTERS = {"lora": LoraConfig(rank=3), "dtype": "bfloat16"}
 @pytest.mark.parametrize("model", [{}, {"critic": "separate"}, ADAPTERS, ADAPTERS | {"critic": "separate"}])
 def test_all_ranks_have_the_values_of_a_whole_model(tiny_policy: Path, crew: Any, model: dict[str, Any]) -> None:
     check_values(crew, tiny_policy, model)
+
+
+def test_all_ranks_get_saved_adapters_and_the_value_head_beside_them(
+    tiny_policy: Path, crew: Any, tmp_path: Path
+) -> None:
+    learner = load_learner(tiny_policy, ADAPTERS | {"critic": "separate"}, {}, {})
+    learner.update(make_table(8), 0)
+    learner.save(tmp_path / "saved")
+    saved = {"lora": LoraConfig(path=str(tmp_path / "saved"))}
+    check_values(crew, tiny_policy, ADAPTERS | {"critic": "separate"} | saved)
 
 
 def test_experts_are_put_together_by_the_first_rank(crew: Any, tmp_path: Path) -> None:
