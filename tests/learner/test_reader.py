@@ -25,14 +25,14 @@ from tests.rank_processes import rank_processes
 
 @pytest.fixture(scope="module")
 def large_policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
-    """Yield the folder of a Llama of some 100 MiB, and its bytes."""
+    """Yield the folder of a Llama in bfloat16, and its bytes in float32, some 100 MiB: a file of float32 is mapped."""
     folder = tmp_path_factory.mktemp("large-policy")
     sizes = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, eos_token_id=0, pad_token_id=0))
-    model.save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     make_tokenizer(folder)
-    yield folder, sum(parameter.nbytes for parameter in model.parameters())
+    yield folder, sum(4 * parameter.numel() for parameter in model.parameters())
     shutil.rmtree(folder)
 
 

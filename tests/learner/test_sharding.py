@@ -113,9 +113,9 @@ def test_each_rank_holds_its_share_and_the_probe_moves_the_whole(tiny_policy: Pa
 
 def count_reductions(ranks: Ranks, folder: Path, when: str) -> tuple[int, int]:
     """Return how often gradients are reduced in two epochs of one mini-batch, and the passes of each."""
-    options = {"sharding": "fsdp2", "microbatch_tokens": 40, "reduce_gradients": when}
+    options = {"sharding": "fsdp2", "microbatch_tokens": 16, "reduce_gradients": when}
     learner = load_learner(folder, {}, options, {"epochs": 2}, ranks)
-    with mock.patch.object(dist, "reduce_scatter_tensor", wraps=dist.reduce_scatter_tensor) as reduce:
+    with mock.patch.object(dist, "reduce_scatter_single", wraps=dist.reduce_scatter_single) as reduce:
         learner.update(make_table(12), 0)
     return reduce.call_count, learner._layout.num_passes(ResponseBatch.from_table(make_table(12)))
 
