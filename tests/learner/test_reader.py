@@ -22,6 +22,8 @@ from tests.conftest import make_tokenizer
 from tests.learning import load_learner, make_table
 from tests.rank_processes import rank_processes
 
+MIB = 1 << 20
+
 
 @pytest.fixture(scope="module")
 def large_policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
@@ -69,7 +71,9 @@ def measure_load(ranks: Ranks, warm: Path, folder: Path, model: dict[str, Any]) 
     """Return the bytes that this rank holds at most while it loads; the libraries were loaded with another model."""
     load(ranks, warm, model)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide what is held
+    allocator = ctypes.CDLL(None)
+    allocator.mallopt(-3, MIB)  # M_MMAP_THRESHOLD: what is freed goes back at once, as a large model's tensors do
+    allocator.malloc_trim(0)  # what was freed before and kept would hide what is held
     found: list[int] = []
     with watch_memory(found):
         load(ranks, folder, model)
