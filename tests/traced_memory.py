@@ -230,7 +230,7 @@ def _make_learner(config: Config, shapes: Mapping[str, Any], ranks: Ranks) -> PP
         recompute_layers(policy)
     layout: Sharding
     if ranks.size > 1:
-        layout = FullySharded(policy, reference, ranks, dtype, torch.device("cpu"))
+        layout = FullySharded(policy, reference, ranks, dtype, torch.device("cpu"), {})
     else:
         layout = Replicated(policy, ranks, dtype)
     ppo = config.ppo.model_copy(update={"minibatch_size": None, "epochs": 1})

@@ -260,6 +260,9 @@ def _placement_contradictions(config: Config) -> Iterator[Contradiction]:
             ("rollout.tensor_parallel", "rollout.engine", "rollout.gpus"),
             f"{ranks} ranks need rollout.engine=vllm and rollout.gpus=1, a whole GPU each; vLLM has no ranks on CPUs",
         )
+    if learner.reduce_gradients == "minibatch" and learner.sharding == "ddp":
+        text = "minibatch is for learner.sharding=fsdp2; ddp always sums once per mini-batch: leave it out"
+        yield Contradiction(("learner.reduce_gradients", "learner.sharding"), text)
     if config.ray.placement == "apart":
         return
     if bool(rollout.gpus) != bool(learner.gpus) or max(rollout.gpus, learner.gpus, config.reward.gpus) > 1:

@@ -211,6 +211,10 @@ class LearnerConfig(Section):
     """Distribution of policy, critic, reference, gradients and optimizer over the ranks. ddp: each rank holds all of
     it. fsdp2: each holds a share, and a layer is gathered when it is at work; with one rank there is nothing to share.
     docs/gpus.md has the bytes."""
+    reduce_gradients: Literal["microbatch", "minibatch"] = "microbatch"
+    """When fsdp2 sums gradients over the ranks. microbatch: in every backward pass; no rank holds more full gradients
+    than one layer's. minibatch: in the last one of a mini-batch; less traffic, and until then each rank holds a full
+    gradient, 4 bytes per trained parameter. ddp always sums once per mini-batch."""
     gradient_checkpointing: bool = False
     """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work,
     less memory."""

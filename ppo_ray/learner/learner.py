@@ -22,6 +22,7 @@ from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
 from ppo_ray.learner.batch import Layout, Order, ResponseBatch, draw_order
 from ppo_ray.learner.experience import Forward, ModelOutputs, estimate, run_models, summarize_experience
+from ppo_ray.learner.loading import load_models
 from ppo_ray.learner.metrics import summarize_table
 from ppo_ray.learner.minibatch import MinibatchUpdater, NonFiniteMinibatch
 from ppo_ray.learner.objective import summarize_minibatches
@@ -30,7 +31,7 @@ from ppo_ray.learner.probe import WeightProbe
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.learner.reports import Stopwatch, UpdateReport
 from ppo_ray.learner.sharding import Replicated, Sharding, gather_full
-from ppo_ray.learner.state import LearnerSnapshot, LearnerState, load_models
+from ppo_ray.learner.state import LearnerSnapshot, LearnerState
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.loading import default_device
 from ppo_ray.models.response_lm import ResponseLM

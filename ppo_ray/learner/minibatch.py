@@ -179,11 +179,12 @@ class MinibatchUpdater:
         weights = torch.zeros(batch.num_sequences, dtype=torch.float64)
         weights[sequences] = token_weights(num_tokens[sequences], ppo.loss_aggregation, num_parts)
         scale = loss_scale(num_tokens[sequences], ppo.loss_aggregation, ppo.loss_length)
-        sums = _Sums(self._layout)
-        for part in np.array_split(sequences, num_parts):
+        sums, zeroes_parts = _Sums(self._layout), ppo.ratio_exceeded == "zero_loss"
+        for number, part in enumerate(np.array_split(sequences, num_parts), 1):
             sums.start_part(float(weights[part] @ torch.from_numpy(num_tokens[part]).double()))
-            before = self._gradients(values_only) if ppo.ratio_exceeded == "zero_loss" else []
-            for rows in [forward.rows] if forward else self._layout.passes(batch, part):
+            before = self._gradients(values_only) if zeroes_parts else []
+            passes = [forward.rows] if forward else list(self._layout.passes(batch, part))
+            for rows in passes:
                 index = torch.from_numpy(rows.sequences)
                 row_weights = weights[index].to(rows.response_mask.device, experience.old_logprobs.dtype)
                 place = index.to(rows.response_mask.device), slice(rows.response_mask.shape[1])
@@ -193,10 +194,12 @@ class MinibatchUpdater:
                     output = forward.output if forward else self._policy(rows)
                 options = (ppo, kl_coef, self._surrogate)
                 micro = objective(output, experience, place, rows.response_mask, row_weights, *options)
+                is_last = rows is passes[-1] and (number == num_parts or zeroes_parts)
+                self._sharding.before_backward(completes=is_last)
                 (micro.loss if scale == 1 else micro.loss * scale).backward()
                 sums.add(micro)
             sums.end_part()
-            if ppo.ratio_exceeded == "zero_loss" and sums.part_mean("policy/ratio_mean") > ppo.ratio_threshold:
+            if zeroes_parts and sums.part_mean("policy/ratio_mean") > ppo.ratio_threshold:
                 sums.zero_losses()
                 self._zero_part(before, values_only)
         self._sharding.sum_gradients(self._parameters(values_only))

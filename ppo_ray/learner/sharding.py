@@ -6,18 +6,16 @@ tensors are torch's DTensors: an elementwise operation on one works on the local
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ppo_ray.learner.fsdp import Shards, cast_fsdp, shard_models
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.models.actor_critic import ActorCritic, State
-from ppo_ray.models.decoder import decoder_layers
 from ppo_ray.models.loading import cast
 from ppo_ray.models.quantization import named_tensors
 from ppo_ray.models.response_lm import ResponseLM
@@ -80,6 +78,10 @@ class Sharding(Protocol):
         """Return what the optimizer steps for those of these parameters that need a gradient."""
         ...
 
+    def before_backward(self, completes: bool) -> None:
+        """Prepare a backward pass; after one that `completes`, the sum of all since the last such pass is wanted."""
+        ...
+
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Make each gradient of what `optimized_parameters` returned the sum over all ranks."""
         ...
@@ -134,6 +136,9 @@ class Replicated:
         """Return the parameters, or their master weights."""
         return [self._masters.of(parameter) for parameter in parameters if parameter.requires_grad]
 
+    def before_backward(self, completes: bool) -> None:
+        """Do nothing: gradients add up on this rank."""
+
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Sum over all ranks; a rank that had no part of the mini-batch adds zeros."""
         if self.ranks.size == 1:
@@ -174,49 +179,50 @@ class FullySharded:
     """Fully sharded data parallelism: every rank holds a shard of each parameter, gradient and optimizer state.
 
     Passes gather one layer at a time. Gradients are reduced over the ranks in each backward pass, so no rank holds more
-    full gradients than one layer's. The price is one reduction per micro-batch.
+    full gradients than one layer's. Or the last pass of a mini-batch alone reduces them, in one piece for all passes.
     """
 
     in_lockstep = True
 
     def __init__(
-        self, policy: ActorCritic, reference: ResponseLM, ranks: Ranks, dtype: torch.dtype | None, device: torch.device
+        self,
+        policy: ActorCritic,
+        reference: ResponseLM,
+        ranks: Ranks,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        shards: Shards,
+        reduces_each: bool = True,
     ) -> None:
         """Shard policy and reference in place.
 
         Args:
-            policy: full, on any device; its parameters in the precision of the optimizer.
-            reference: full and frozen, in the dtype it computes in; or without parameters, on the policy's.
+            policy: its parameters in the precision of the optimizer, full on any device, or on the meta device.
+            reference: frozen, in the dtype it computes in, full or on the meta device; or without parameters, on the
+                policy's.
             ranks: the processes that share the update; each keeps its shards.
             dtype: the policy computes in this; gradients are reduced in float32 or better. None: each parameter is
                 used in its own, as frozen weights and adapters are.
             device: where the shards go, layer by layer.
+            shards: this rank's, on `device`, of the parameters that are on the meta device; see `FirstReader`.
+            reduces_each: whether each backward pass reduces gradients, or only one that completes their sum.
 
         Raises:
             InputError: a model's layers cannot be found.
         """
-        self.ranks, self._policy, self._dtype = ranks, policy, dtype
+        self.ranks, self._policy, self._dtype, self._reduces_each = ranks, policy, dtype, reduces_each
         self._references = [reference] if any(True for _ in reference.parameters()) else []
-        models = [policy, *self._references]
         mesh = init_device_mesh(device.type, (ranks.size,))
-        exact = None if dtype is None else torch.promote_types(dtype, torch.float32)
-        rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact, cast_forward_inputs=False)
-        for layer in chain.from_iterable(map(decoder_layers, models)):
-            fully_shard(layer, mesh=mesh, mp_policy=rounded)
-        if policy.value_head is not None:
-            fully_shard(policy.value_head, mesh=mesh)
-        for model in models:
-            fully_shard(model, mesh=mesh, mp_policy=rounded, reshard_after_forward=False)  # `full_kl` needs the heads
-        for method in ("forward_values", "forward_reference"):
-            register_fsdp_forward_method(policy, method)
-        for module in policy.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # losses are shares of one sum, not means of their own
-                module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        shard_models(policy, self._references, mesh, dtype, shards)
 
     def optimized_parameters(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
         """Return the parameters' shards."""
         return [parameter for parameter in parameters if parameter.requires_grad]
+
+    def before_backward(self, completes: bool) -> None:
+        """Let the backward pass reduce gradients, or keep them whole on this rank until one does."""
+        if not self._reduces_each:
+            cast_fsdp(self._policy).set_requires_gradient_sync(completes)
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Do nothing: the backward passes have reduced the gradients."""
@@ -227,8 +233,7 @@ class FullySharded:
     def release_gathered(self, backward_follows: bool) -> None:
         """Reshard the root modules, which a forward pass leaves gathered for a backward pass."""
         for model in self._references if backward_follows else [self._policy, *self._references]:
-            assert isinstance(model, FSDPModule)
-            model.reshard()
+            cast_fsdp(model).reshard()
 
     def weights(self) -> NamedTensors:
         """Gather and yield one weight after the other."""

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from ppo_ray.errors import InputError
-from ppo_ray.models.decoder import Decoder
+from ppo_ray.models.decoder import Decoder, Traits
 from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.response_lm import ResponseLM, ResponseOutput, unflatten
 from ppo_ray.models.saving import save_model
@@ -39,9 +39,9 @@ class ActorCritic(ResponseLM):
     adapted = False
     """Whether adapters (LoRA) are trained on frozen weights."""
 
-    def __init__(self, causal_lm: Any, *, temperature: float) -> None:
+    def __init__(self, causal_lm: Any, *, temperature: float, traits: Traits | None = None) -> None:
         """Wrap a loaded model, as `ResponseLM`, and give it no value head."""
-        super().__init__(causal_lm, temperature=temperature)
+        super().__init__(causal_lm, temperature=temperature, traits=traits)
         self.value_head = None
 
     def forward_values(self, rows: PackedRows) -> torch.Tensor:
@@ -54,17 +54,6 @@ class ActorCritic(ResponseLM):
 
         with torch.no_grad(), without_adapters(self.causal_lm):
             return ResponseLM.forward(self, rows)
-
-    def add_adapters(self, config: Any, seed: int) -> None:
-        """Freeze the causal LM and put adapters into it, `config` of peft; the value head is trained as a whole.
-
-        Raises:
-            InputError: peft cannot adapt it.
-        """
-        from ppo_ray.models.lora import add_adapters
-
-        self.adapted = True
-        add_adapters(self.causal_lm, config, seed)
 
     def policy_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Yield the causal LM's parameters."""
@@ -134,6 +123,7 @@ class CausalLMWithValueHead(ActorCritic):
         temperature: float,
         value_head: torch.nn.Linear | None = None,
         value_head_seed: int = 0,
+        traits: Traits | None = None,
     ) -> None:
         """Add a value head, the caller's or a new one.
 
@@ -142,14 +132,15 @@ class CausalLMWithValueHead(ActorCritic):
             temperature: divides the logits, never the values.
             value_head: from H to 1; None: a new one, see `make_value_head`.
             value_head_seed: of its initial weights.
+            traits: as `ResponseLM`.
 
         Raises:
             InputError: the model is not supported; see `ResponseLM`.
         """
-        super().__init__(causal_lm, temperature=temperature)
+        super().__init__(causal_lm, temperature=temperature, traits=traits)
         weight = causal_lm.get_output_embeddings().weight
         self.value_head = value_head or make_value_head(weight.shape[1], weight.dtype, value_head_seed)
-        self.value_head.to(self.device)
+        _move_to(self.value_head, self.device)
 
     def forward(self, rows: PackedRows) -> ResponseOutput:
         """Compute the log-probability and entropy of each response token and the value of the prefix before it."""
@@ -171,7 +162,16 @@ class CausalLMWithValueHead(ActorCritic):
 class CausalLMWithCritic(ActorCritic):
     """A causal LM, and a decoder of its own with the value head, out of the policy gradient's way."""
 
-    def __init__(self, causal_lm: Any, critic: Any, *, temperature: float, value_head_seed: int = 0) -> None:
+    def __init__(
+        self,
+        causal_lm: Any,
+        critic: Any,
+        *,
+        temperature: float,
+        value_head_seed: int = 0,
+        traits: Traits | None = None,
+        critic_traits: Traits | None = None,
+    ) -> None:
         """Put the two beside one another.
 
         Args:
@@ -179,21 +179,18 @@ class CausalLMWithCritic(ActorCritic):
             critic: a transformers model without a head that reads the policy's tokens, on the same device.
             temperature: divides the logits, never the values.
             value_head_seed: of its initial weights.
+            traits: of the policy's decoder, as `ResponseLM`.
+            critic_traits: of the critic, likewise.
 
         Raises:
             InputError: the policy is not supported (see `ResponseLM`), or the critic looks ahead.
         """
-        super().__init__(causal_lm, temperature=temperature)
+        super().__init__(causal_lm, temperature=temperature, traits=traits)
         self.critic = critic
-        self._critic_decoder = Decoder(critic)
+        self._critic_decoder = Decoder(critic, critic_traits)
         dtype = next(critic.parameters()).dtype
-        self.value_head = make_value_head(self._critic_decoder.hidden_size, dtype, value_head_seed).to(self.device)
-
-    def add_critic_adapters(self, config: Any, seed: int) -> None:
-        """Do with the critic as `add_adapters` does with the policy."""
-        from ppo_ray.models.lora import add_adapters
-
-        add_adapters(self.critic, config, seed)
+        self.value_head = make_value_head(self._critic_decoder.hidden_size, dtype, value_head_seed)
+        _move_to(self.value_head, self.device)
 
     @property
     def packs(self) -> bool:
@@ -259,6 +256,12 @@ def make_value_head(hidden_size: int, dtype: torch.dtype, seed: int) -> torch.nn
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return torch.nn.Linear(hidden_size, 1).to(torch.promote_types(dtype, torch.float32))
+
+
+def _move_to(head: torch.nn.Linear, device: torch.device) -> None:
+    """Move a head to where its model is; beside a model on the meta device it stays where its values are."""
+    if device.type != "meta":
+        head.to(device)
 
 
 def save_value_head(path: Path, state: State) -> None:

@@ -4,6 +4,7 @@ Dimensions: S rows, W tokens per row, N response tokens in all, H hidden units.
 """
 
 import inspect
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,14 +19,25 @@ from ppo_ray.models.support import find_config_problem, max_exact_tokens
 _AGREEMENT = 1e-3  # relative; a model that computes something else is off by the values' own size
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What is found out about a decoder by running it."""
+
+    hidden_size: int
+    """H; not always the config's `hidden_size`: OPT-350m projects its last state."""
+    packs: bool
+    """Whether several sequences may lie in a row, and share what their prompts begin with."""
+
+
 class Decoder:
     """Runs a model's layers; holds no parameters of its own."""
 
-    def __init__(self, base_model: Any) -> None:
-        """Find out what the model can do.
+    def __init__(self, base_model: Any, traits: Traits | None = None) -> None:
+        """Find out what the model can do, unless it is known.
 
         Args:
             base_model: a transformers model without its head, on its device, in eval mode.
+            traits: what was found out before; the model may then be on the meta device. None: it is run.
 
         Raises:
             InputError: the model looks ahead, as encoders do, needs more than token ids, or computes NaN.
@@ -37,11 +49,20 @@ class Decoder:
         self._base_model = base_model
         self._max_exact = max_exact_tokens(config)
         self._takes_positions = "position_ids" in inspect.signature(base_model.forward).parameters
-        self._tokens = self._pick_tokens(8)
-        self.hidden_size = self._check_causal()
-        """H; not always the config's `hidden_size`: OPT-350m projects its last state."""
-        self.packs = self._can_pack()
+        if traits is None:
+            tokens = self._pick_tokens(8)
+            traits = Traits(self._check_causal(tokens), self._can_pack(tokens))
+        self.traits = traits
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.traits.hidden_size
+
+    @property
+    def packs(self) -> bool:
         """Whether several sequences may lie in a row, and share what their prompts begin with."""
+        return self.traits.packs
 
     @property
     def device(self) -> torch.device:
@@ -92,17 +113,18 @@ class Decoder:
         return np.resize(picked, number)
 
     @torch.no_grad()
-    def _check_causal(self) -> int:
+    def _check_causal(self, tokens: np.ndarray) -> int:
         """Check that a later token changes no earlier state: a prefix's value must not depend on what follows it.
 
         Returns:
             H, the width of a state.
         """
-        early, later = self._tokens[[2, 3, 4, 5]], self._tokens[:2]  # these two differ
-        inputs = (pack([[0]], [early[:2]], [np.append(early[2:], [token, 0])], self.device) for token in later)
+        early, later = tokens[[2, 3, 4, 5]], tokens[:2]  # these two differ
+        responses = [np.append(early[2:], [token, 0]) for token in later]
+        rows = pack([[0], [1]], [early[:2]] * 2, responses, self.device)
         # all states but that of the later token itself, the last one
         try:
-            first, second = (self._run(rows, block_diagonal=False)[:-1] for rows in inputs)
+            first, second = (states[:-1] for states in self._run(rows, block_diagonal=False).chunk(2))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # each model's own code has errors of its own
@@ -117,7 +139,7 @@ class Decoder:
         return first.shape[-1]
 
     @torch.no_grad()
-    def _can_pack(self) -> bool:
+    def _can_pack(self, tokens: np.ndarray) -> bool:
         """Tell whether several sequences may lie in a row: the model attends, and only where the mask lets it.
 
         Sliding windows, recurrent states and positions taken from the mask rule it out. If nothing rules it out, three
@@ -129,7 +151,6 @@ class Decoder:
         windowed = set(layer_types) != {"full_attention"} if layer_types else getattr(config, "sliding_window", None)
         if windowed or getattr(self._base_model, "_is_stateful", False) or not self._takes_positions:
             return False
-        tokens = self._tokens
         prompts, responses = [tokens[:2], tokens[3:5], tokens[3:4]], [tokens[2:3], tokens[5:8], tokens[:3]]
         alone = [self._run(pack([[i]], prompts, responses, self.device), block_diagonal=False) for i in range(3)]
         together = pack([[0, 1, 2]], prompts, responses, self.device, shortest_shared=1)

@@ -75,6 +75,11 @@ def load_pretrained(
     return model
 
 
+def load_empty(auto_class: Any, path: str, *, dtype: str, trust: Trust = NO_TRUST) -> Any:
+    """Load a model as `load_pretrained` does, but onto the meta device: its weights are not read."""
+    return _read(auto_class, path, trust, dtype=getattr(torch, dtype), device_map="meta").eval()
+
+
 def check_weights(key: str, auto_class: str, path: str, trust: Trust) -> tuple[Any, str | None]:
     """Hold the names and shapes of a model's tensors against its config, without reading the weights.
 

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ppo_ray.errors import InputError
-from ppo_ray.models.decoder import Decoder, agree
+from ppo_ray.models.decoder import Decoder, Traits, agree
 from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.support import CHOOSE, check_head, find_decoder
 
@@ -44,12 +44,13 @@ class ResponseLM(torch.nn.Module):
     The logits must be the output embedding applied to the last hidden state.
     """
 
-    def __init__(self, causal_lm: Any, *, temperature: float) -> None:
+    def __init__(self, causal_lm: Any, *, temperature: float, traits: Traits | None = None) -> None:
         """Wrap a loaded model.
 
         Args:
             causal_lm: on its device, in eval mode.
             temperature: divides the logits; the one at which the responses were sampled.
+            traits: of its decoder, if the model was wrapped before and passed; it may then be on the meta device.
 
         Raises:
             InputError: the model looks ahead, or computes its logits in another way.
@@ -58,8 +59,9 @@ class ResponseLM(torch.nn.Module):
         self.causal_lm = causal_lm
         self.temperature = temperature
         check_head(causal_lm)
-        self.decoder = Decoder(find_decoder(causal_lm))
-        _check_logits(causal_lm)
+        self.decoder = Decoder(find_decoder(causal_lm), traits)
+        if traits is None:
+            _check_logits(causal_lm)
 
     @property
     def device(self) -> torch.device:

@@ -141,7 +141,7 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
     yield process_term("learner", "learner")
     if device == "gpu":
         yield cuda_term("learner")
-    yield from _state_terms(config, sizes, device)
+    yield from _state_terms(config, sizes, device, rank)
     yield from _pass_terms(config, sizes, device)
     transport = weight_transport(config)
     if transport != "object_store" and (rank == 0 or transport == "ipc"):
@@ -158,7 +158,7 @@ def bucket_term(config: Config, transport: str) -> Term:
     return Term(f"a bucket of weights ({transport})", f"rollout.weight_bucket_mib={mib}", mib * MIB, "gpu")
 
 
-def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
+def _state_terms(config: Config, sizes: ModelSizes, device: Device, rank: int) -> Iterator[Term]:
     """Yield models, gradients and optimizer."""
     size, ranks = BYTES[config.model.dtype], config.learner.workers
     shared = _is_shared(config)
@@ -167,6 +167,8 @@ def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[
     for what, number, when in STATE:
         name = "float32 adapters and value head" if adapted and what.endswith("weights") else what
         yield parameter_term(name, trained, number, device, when, by)
+    if shared and config.learner.reduce_gradients == "minibatch":
+        yield parameter_term("full gradients, before they are reduced", trained, EXACT, device, "at work")
     if adapted:
         yield from _base_terms("frozen base", config, sizes.policy, device, by)
         if sizes.critic and (config.model.critic_path is not None or shared):
@@ -174,10 +176,11 @@ def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[
     reference = None if adapted and config.model.reference_path is None else sizes.reference
     if reference:
         yield parameter_term("reference", reference.parameters, size, device, ranks=by)
-    if shared:
-        whole = _actor_critic_parameters(sizes) + (reference.parameters if reference else 0)
-        yield parameter_term("whole models, before they are shared", whole, EXACT, "host")
-    elif size != EXACT and not adapted:
+    if shared and rank == 0:
+        models = (sizes.policy, sizes.critic, reference)
+        largest = max(model.parameters for model in models if model)
+        yield parameter_term("the largest model, before it is shared out", largest, EXACT, "host")
+    elif not shared and size != EXACT and not adapted:
         yield parameter_term(f"{config.model.dtype} weights", _actor_critic_parameters(sizes), size, device)
 
 

@@ -90,7 +90,11 @@ def test_as_trl_the_split_does_change_the_update(tiny_policy: Path, whole: Any) 
 Case = tuple[list[tuple[int, int]], int, dict[str, Any], dict[str, Any], dict[str, Any]]
 """Lengths of prompts and responses, tokens of a micro-batch, and options of model, learner and ppo."""
 
-SEPARATE, RECOMPUTE = {"critic": "separate"}, {"gradient_checkpointing": True}
+SEPARATE, RECOMPUTE, AT_ONCE = (
+    {"critic": "separate"},
+    {"gradient_checkpointing": True},
+    {"reduce_gradients": "minibatch"},
+)
 ADAPTERS = {"lora": LORA}
 SMALL_STEPS = {"minibatch_size": 3, "max_grad_norm": 0.01}
 HEAD_ONLY = {"value_warmup_steps": 1}
@@ -99,7 +103,7 @@ cases = st.tuples(
     st.lists(st.tuples(st.integers(1, 8), st.integers(1, 12)), min_size=2, max_size=9),
     st.integers(8, 80),
     st.sampled_from([{}, SEPARATE, ADAPTERS, SEPARATE | ADAPTERS]),
-    st.sampled_from([{}, RECOMPUTE]),
+    st.sampled_from([{}, RECOMPUTE, AT_ONCE]),
     st.sampled_from([{}, SMALL_STEPS, HEAD_ONLY, PARTS, FULL, {"kl_estimator": "full"}]),
 )
 
@@ -107,9 +111,11 @@ cases = st.tuples(
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases)
 @example(case=([(3, 4), (2, 1)], 80, {}, {}, SMALL_STEPS))  # fewer sequences than ranks
-@example(case=([(8, 40), *[(1, 2)] * 6], 10, {}, RECOMPUTE, PARTS))  # one long, many short: other numbers of passes
-@example(case=([(2, 5), (8, 9), (1, 1), (4, 12)], 20, SEPARATE, {}, HEAD_ONLY | SMALL_STEPS))
-@example(case=([(3, 4), (2, 1)], 80, ADAPTERS, {}, {"kl_estimator": "full"} | SMALL_STEPS))
+@example(
+    case=([(8, 40), *[(1, 2)] * 6], 10, {}, RECOMPUTE | AT_ONCE, PARTS)
+)  # one long, many short: other numbers of passes
+@example(case=([(2, 5), (8, 9), (1, 1), (4, 12)], 20, SEPARATE, AT_ONCE, HEAD_ONLY | SMALL_STEPS))
+@example(case=([(3, 4), (2, 1)], 80, ADAPTERS, AT_ONCE, {"kl_estimator": "full"} | SMALL_STEPS))
 @example(case=([(8, 40), *[(1, 2)] * 6], 10, SEPARATE | ADAPTERS, RECOMPUTE, FULL))
 def test_the_number_of_ranks_and_their_sharding_change_nothing(tiny_policy: Path, crew: Any, case: Case) -> None:
     """Real processes and gloo."""

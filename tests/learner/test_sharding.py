@@ -5,15 +5,18 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import NonFiniteError
+from ppo_ray.learner.batch import ResponseBatch
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import MasterWeights
@@ -106,6 +109,22 @@ def test_each_rank_holds_its_share_and_the_probe_moves_the_whole(tiny_policy: Pa
         assert largest_difference(answer["moved"], alone["moved"]) < tolerance
         assert answer["compared"] == pytest.approx(alone["compared"], abs=tolerance)
         assert answer["compared"][2] > 0.01
+
+
+def count_reductions(ranks: Ranks, folder: Path, when: str) -> tuple[int, int]:
+    """Return how often gradients are reduced in two epochs of one mini-batch, and the passes of each."""
+    options = {"sharding": "fsdp2", "microbatch_tokens": 16, "reduce_gradients": when}
+    learner = load_learner(folder, {}, options, {"epochs": 2}, ranks)
+    with mock.patch.object(dist, "reduce_scatter_single", wraps=dist.reduce_scatter_single) as reduce:
+        learner.update(make_table(12), 0)
+    return reduce.call_count, learner._layout.num_passes(ResponseBatch.from_table(make_table(12)))
+
+
+def test_gradients_are_reduced_once_per_pass_or_per_mini_batch(tiny_policy: Path, crew: Any) -> None:
+    """Those of two layers, of the embeddings and of the value head each at a time."""
+    ((once, num_passes),) = set(crew.run(count_reductions, tiny_policy, "minibatch"))
+    ((each, _),) = set(crew.run(count_reductions, tiny_policy, "microbatch"))
+    assert (once, each) == (4 * 2, 4 * 2 * num_passes) and num_passes > 1
 
 
 def not_finite(ranks: Ranks, folder: Path) -> str:

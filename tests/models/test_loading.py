@@ -28,7 +28,8 @@ from transformers import (
 
 from ppo_ray.config import ModelConfig, Trust
 from ppo_ray.errors import InputError
-from ppo_ray.learner.state import load_actor_critic, load_reference
+from ppo_ray.learner.loading import load_actor_critic, load_reference
+from ppo_ray.learner.reader import Reader
 from ppo_ray.models import loading
 from ppo_ray.models.loading import check_gpu, check_weights, load_causal_lm, load_pretrained, load_tokenizer
 from ppo_ray.rollout.hf import HFEngine
@@ -92,10 +93,10 @@ def test_every_model_of_a_run_follows_the_options_of_the_model_section(tiny_poli
 
     def load(options: dict[str, str], allowed: bool) -> None:
         model = ModelConfig.model_validate({"path": str(tiny_policy), "allow_pickled_weights": allowed, **options})
-        actor_critic = load_actor_critic(model, 1.0, 0, device)
+        actor_critic = load_actor_critic(model, 1.0, 0, Reader(device))
         found = {name.rpartition("causal_lm.")[2]: tensor for name, tensor in actor_critic.state_dict().items()}
         assert torch.equal(found["lm_head.weight"], weights["lm_head.weight"])
-        load_reference(model, 1.0, device)
+        load_reference(model, 1.0, Reader(device))
 
     for options in (
         {"path": str(pickled)},

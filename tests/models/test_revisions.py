@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError, WorkerError
 from ppo_ray.learner.learner import PPOLearner
-from ppo_ray.learner.state import load_actor_critic, load_reference
+from ppo_ray.learner.loading import load_actor_critic, load_reference
+from ppo_ray.learner.reader import Reader
 from ppo_ray.plan import ModelSizes
 from ppo_ray.preflight import check
 from ppo_ray.reward.classifier import Classifier
@@ -81,8 +82,8 @@ def test_config_tokenizer_weights_and_value_head_are_those_of_the_revision(hub: 
     assert len(ModelSizes.read(config).classifiers) == 1
     learner = PPOLearner.load(config.model, config.ppo, config.learner, temperature=1.0, seed=0, num_steps=2)
     assert float(learner.value_head()["weight"].flatten()[0]) == 1.0
-    policy = load_actor_critic(config.model, 1.0, 0, torch.device("cpu"))
-    reference = load_reference(config.model, 1.0, torch.device("cpu"))
+    policy = load_actor_critic(config.model, 1.0, 0, Reader(torch.device("cpu")))
+    reference = load_reference(config.model, 1.0, Reader(torch.device("cpu")))
     assert (norm(policy.causal_lm), norm(reference)) == (1.0, 2.0)
     HFEngine("org/policy", trust=config.model.trust).close()
     assert Classifier("org/classifier", trust=config.reward.trust).score(["a film"])[0] is not None
@@ -92,9 +93,9 @@ def test_a_separate_critic_has_its_own(hub: Path, tmp_path: Path) -> None:
     critic = ("model.critic=separate", "model.critic_path=org/policy", f"model.critic_revision={SECOND}")
     config = configured(tmp_path, *critic)
     check(config)
-    policy = load_actor_critic(config.model, 1.0, 0, torch.device("cpu"))
+    policy = load_actor_critic(config.model, 1.0, 0, Reader(torch.device("cpu")))
     assert norm(policy.causal_lm) == 1.0 and float(policy.value_head.weight[0, 0]) == 2.0
-    own = load_actor_critic(configured(tmp_path, "model.critic=separate").model, 1.0, 0, torch.device("cpu"))
+    own = load_actor_critic(configured(tmp_path, "model.critic=separate").model, 1.0, 0, Reader(torch.device("cpu")))
     assert float(own.value_head.weight[0, 0]) == 1.0  # the policy's
 
 

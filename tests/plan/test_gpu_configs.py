@@ -32,7 +32,7 @@ MACHINES = {
     "gpt2_1x": ClusterShape.uniform(1, 8, 1, 32 * GIB, 16 * GIB),
     "qwen2.5_1.5b_1x": ClusterShape.uniform(1, 16, 1, 128 * GIB, 79 * GIB),
     "llama3.1_8b_8x": ClusterShape.uniform(1, 96, 8, 1000 * GIB, 79 * GIB),
-    "qwen2.5_32b_2x8": ClusterShape.uniform(2, 96, 8, 2500 * GIB, 79 * GIB),
+    "qwen2.5_32b_2x8": ClusterShape.uniform(2, 96, 8, 1000 * GIB, 79 * GIB),
 }
 
 
