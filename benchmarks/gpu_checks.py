@@ -18,7 +18,7 @@ from benchmarks.random_batches import make_table, random_completions, random_req
 from benchmarks.random_models import write_model
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
-from ppo_ray.models.response_lm import token_logprobs
+from ppo_ray.models.token_logprobs import token_logprobs
 from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.nccl_sender import LentBuffer
 
