@@ -78,7 +78,7 @@ def full_kl(policy: Logits, reference: Logits, temperature: float) -> torch.Tens
             _divide(rows, temperature)
             logp, logq = rows.log_softmax(2)
             p, difference = logp.exp(), logp - logq
-            if policy[2] is not None:
+            if policy[2] is not None or reference[2] is not None:
                 difference.masked_fill_(p == 0, 0)  # a bias may be -inf
             kl[chunk] = torch.linalg.vecdot(p, difference)
     return kl
