@@ -21,7 +21,7 @@ from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, Quantization,
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.loading import load_causal_lm
 from ppo_ray.models.quantization import QuantizedMap, named_tensors
-from ppo_ray.models.response_lm import token_logprobs
+from ppo_ray.models.token_logprobs import token_logprobs
 from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.nccl_sender import LentBuffer
 

@@ -33,11 +33,12 @@ from ppo_ray.learner import experience, sharding
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
-from ppo_ray.models import response_lm
+from ppo_ray.models import token_logprobs
 from ppo_ray.models.actor_critic import ActorCritic, CausalLMWithCritic, CausalLMWithValueHead
 from ppo_ray.models.decoder import Decoder, recompute_layers
 from ppo_ray.models.loading import cast
 from ppo_ray.models.response_lm import ResponseLM
+from ppo_ray.models.token_logprobs import count_rows
 from tests.learning import make_table
 
 _BLOCK = 512
@@ -170,7 +171,8 @@ def on_fake_gpu() -> Iterator[Tracker]:
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in (
             (Decoder, "_pick_tokens", lambda decoder, number: np.arange(1, number + 1)),
-            (response_lm, "_keeps_float32", lambda hidden: hidden.dtype == torch.bfloat16),
+            (token_logprobs, "_keeps_float32", lambda hidden: hidden.dtype == torch.bfloat16),
+            (token_logprobs, "count_rows", lambda _, num_entries: count_rows(torch.device("cuda"), num_entries)),
             (torch.nn.functional, "scaled_dot_product_attention", _attend),
             (
                 experience,

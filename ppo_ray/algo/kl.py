@@ -37,7 +37,7 @@ def kl_estimate(
     - abs = |d| (TRL 0.11: "abs"); no estimate of the KL divergence, but of the distance in log-probability.
 
     Schulman 2020, "Approximating KL divergence". The divergence itself, over the whole vocabulary, needs the logits:
-    `models.response_lm.full_kl`.
+    `models.token_logprobs.full_kl`.
 
     Args:
         logprobs: `[B, R]` floating point, of the policy.

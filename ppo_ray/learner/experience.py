@@ -96,10 +96,10 @@ def run_models(
         for rows in layout.passes(batch, np.arange(batch.num_sequences)):
             index = torch.from_numpy(rows.sequences).to(layout.device)
             columns = slice(rows.response_mask.shape[1])
+            ref_output = reference(rows)  # first: what it needs on the way is not there beside the policy's graph
             with torch.set_grad_enabled(keep):
                 output = policy(rows)
             kept = Forward(rows, output) if keep else None
-            ref_output = reference(rows)
             old_logprobs[index, columns] = output.logprobs
             ref_logprobs[index, columns] = ref_output.logprobs
             if ppo.has_values:

@@ -24,7 +24,11 @@ _FILE = "optimizer.safetensors"
 
 
 def make_adam(policy: ActorCritic, sharding: Sharding, ppo: UpdateConfig) -> torch.optim.Adam:
-    """Make torch's Adam with its defaults and two parameter groups: the policy's, and the values' if there are any."""
+    """Make torch's Adam with its defaults and two parameter groups: the policy's, and the values' if there are any.
+
+    Its state is there at once. torch makes it in the first step, beside all that this step computes; who shares the
+    memory would see it as free until then.
+    """
     groups = [
         {"params": sharding.optimized_parameters(policy.policy_parameters()), "initial_lr": ppo.learning_rate},
         {
@@ -32,12 +36,19 @@ def make_adam(policy: ActorCritic, sharding: Sharding, ppo: UpdateConfig) -> tor
             "initial_lr": ppo.value_learning_rate or ppo.learning_rate,
         },
     ]
-    return torch.optim.Adam(
+    optimizer = torch.optim.Adam(
         [group | {"lr": group["initial_lr"]} for group in groups if group["params"]],
         betas=(0.9, 0.999),
         eps=1e-8,
         fused=True,
     )
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, ppo: UpdateConfig, step: int, num_steps: int) -> None:
@@ -82,10 +93,7 @@ def learning_rate_factor(
 
 
 def gather_optimizer_state(optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding) -> State:
-    """Gather an optimizer's full state, by the policy's names, to the first rank's host memory; all ranks call this.
-
-    A parameter that was never stepped has none.
-    """
+    """Gather an optimizer's full state, by the policy's names, to the first rank's host memory; all ranks call this."""
     found: State = {}
     for name, parameter in policy.named_parameters():
         for stepped in sharding.optimized_parameters([parameter]):
@@ -106,13 +114,14 @@ def save_optimizer_state(folder: Path, state: State) -> None:
 def load_optimizer_state(
     folder: Path, optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding
 ) -> None:
-    """Replace an optimizer's state by the one that `save_optimizer_state` wrote; each rank loads its own shards.
+    """Load the state that `save_optimizer_state` wrote into an optimizer; each rank loads its own shards.
+
+    Where the optimizer has a tensor already, that one gets the values. What the file lacks stays as it is.
 
     Raises:
         CheckpointError: it is not there, or of other parameters.
     """
     named, path = dict(policy.named_parameters()), folder / LEARNER_FOLDER / _FILE
-    optimizer.state.clear()
     try:
         with safetensors.safe_open(path, framework="pt") as tensors:
             for label in tensors.keys():  # noqa: SIM118 (not a mapping)
@@ -122,6 +131,7 @@ def load_optimizer_state(
                     raise ValueError(f"{label} is {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}")
                 for stepped in sharding.optimized_parameters([parameter]):
                     placed = shard_like(tensor, stepped) if tensor.ndim else tensor.to(stepped.device, copy=True)
-                    optimizer.state[stepped][key] = placed
+                    state = optimizer.state[stepped]
+                    state[key] = state[key].copy_(placed) if key in state else placed
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read for this model: {error}") from error

@@ -9,11 +9,13 @@ import copy
 import difflib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ppo_ray.config import LoraConfig
@@ -99,10 +101,56 @@ def add_adapters(model: Any, config: peft.LoraConfig, seed: int) -> None:
             f"peft would put adapters into {list_names(others)}, which are no linear maps, but experts or what chooses "
             f"them. Name model.lora.targets, without the names that experts have; there are {', '.join(near)}"
         )
+    for layer in layers.values():
+        layer.forward = partial(_forward, layer)
     own = model.peft_config[ADAPTER]
     if not isinstance(own.target_modules, str):
         own.target_modules = sorted(own.target_modules)  # a set has another order in each process
     model.eval()
+
+
+def _forward(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """Compute what peft's own forward pass of a linear map with adapters does; without dropout, which is refused."""
+    outputs: torch.Tensor = layer.get_base_layer()(inputs)
+    return outputs if layer._disable_adapters else _AddAdapters.apply(outputs, inputs, *matrices(layer))
+
+
+class _AddAdapters(torch.autograd.Function):
+    """W x + scale x B A x, added to W x in place.
+
+    peft makes three tensors as large as W x beside it, and keeps a copy of x in the type of the adapters for each map
+    that reads x. Here x is kept as it is, which maps of the same input share.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, outputs: torch.Tensor, inputs: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        low = inputs.flatten(0, -2).to(a.dtype) @ a.T
+        flat = outputs.view(-1, len(b))
+        if outputs.dtype == b.dtype:
+            flat.addmm_(low, b.T, alpha=scale)
+        else:
+            flat += low @ (b.T * scale)  # rounded once
+        ctx.save_for_backward(inputs, a, b, low)
+        ctx.scale = scale
+        ctx.mark_dirty(outputs)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs, a, b, low = ctx.saved_tensors
+        exact = grad.flatten(0, -2).to(b.dtype)
+        grad_low = (exact @ b).mul_(ctx.scale)
+        grad_inputs = (grad_low @ a).to(inputs.dtype).view_as(inputs) if ctx.needs_input_grad[1] else None
+        return (
+            grad,
+            grad_inputs,
+            grad_low.T @ inputs.flatten(0, -2).to(a.dtype),
+            (exact.T @ low).mul_(ctx.scale),
+            None,
+        )
 
 
 def adapter_layers(model: torch.nn.Module) -> dict[str, Any]:

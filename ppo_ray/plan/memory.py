@@ -47,6 +47,9 @@ _NODE_MIB = 1200
 _CUDA_MIB = {"rollout": 4000, "reward": 800, "learner": 1000}
 """CUDA's context and kernels, an engine's graphs and the pass that it measures itself by: assumed, not measured."""
 _SHORTEST_ROW = 64  # tokens, as the learner packs them
+KEPT_ENTRIES = 1 << 28
+"""Probabilities that a pass keeps, at most, and those that a GPU computes at a time beyond; `models/token_logprobs.py`
+has the same."""
 
 
 def reward_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
@@ -210,9 +213,12 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
         how = f"{tokens} tokens x {width} x {layers} layers x {size} bytes"
         return [Term(what, how, tokens * width * layers * size, device, "at work")] if device == "gpu" else []
 
+    again = tokens * policy.vocabulary > KEPT_ENTRIES  # then logits are computed again, block by block
+
     def probabilities(each: int) -> Term:
-        how = f"{tokens} tokens x {policy.vocabulary} entries x {each} bytes, at most"
-        return Term("probabilities", how, tokens * policy.vocabulary * each, device, "at work")
+        block = min(tokens, 512 if device == "host" else KEPT_ENTRIES // policy.vocabulary) if again else tokens
+        how = f"{block} tokens x {policy.vocabulary} entries x {each} bytes, " + ("a block" if again else "at most")
+        return Term("probabilities", how, block * policy.vocabulary * each, device, "at work")
 
     def parameters(what: str, number: int, each: int) -> Term:
         return parameter_term(what, number, each, device, "at work")
@@ -228,6 +234,8 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
     reduced = [parameters("a layer's gradients that are being reduced", learned, size + EXACT)] if shared else []
     rounded = size != EXACT
     head = [*kept, probabilities(EXACT + size * rounded), *gathered]  # their gradient is rounded into a copy
+    if again and not adapted:
+        head += [parameters("the head's gradient, which is being summed", policy.vocabulary * policy.hidden, EXACT)]
     backward = [*kept, _layer_term("a layer's backward pass", policy, tokens, size, device, recomputed)]
     backward += masks("a layer's attention mask", 1) if recomputed else []
     if decoded:
@@ -237,8 +245,8 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
         backward += [parameters("the embeddings' gradients", policy.embeddings, size)]
     moments = [head, [*backward, *gathered, *reduced]]
     if critic:
-        first = [*kept, probabilities(EXACT)]
-        first += [_activation_term("the critic's activations", critic, tokens, size, device, recomputed)]
+        first = kept if again else [*kept, probabilities(EXACT)]
+        first = [*first, _activation_term("the critic's activations", critic, tokens, size, device, recomputed)]
         first += [] if recomputed else masks("the critic's attention masks", critic.layers)
         first += [_layer_term("a critic's layer's backward pass", critic, tokens, size, device, recomputed)]
         moments += [[*first, *gathered, *reduced]]

@@ -18,6 +18,7 @@ from ppo_ray.models.lora import (
     adapter_layers,
     add_adapters,
     find_target_problem,
+    is_adapter,
     matrices,
     merge,
     merge_in_place,
@@ -90,6 +91,53 @@ def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(
     merge_in_place(model)
     assert {name for name, tensor in model.named_parameters() if not torch.equal(tensor, merged[name])} == set()
     assert (model(IDS).logits - after).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_figures_and_gradients_are_those_of_pefts_own_pass(
+    base: Any, tiny_policy: Path, kind: str, dtype: torch.dtype
+) -> None:
+    """The frozen weights are of `dtype`, adapters and their gradients in float32 or better."""
+    if kind == "gpt2":
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)).eval()
+    model = fill(adapt(base, LoraConfig(rank=4), tiny_policy))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if is_adapter(name) else dtype)
+    found = []
+    for _ in range(2):
+        logits = model(input_ids=IDS).logits
+        model.zero_grad()
+        logits.double().log_softmax(-1)[0, :, 3].sum().backward()
+        found.append([logits.detach(), *(parameter.grad for parameter in trained(model).values())])
+        for layer in adapter_layers(model).values():
+            vars(layer).pop("forward", None)  # then it is peft's
+    tolerance = 1e-10 if dtype == torch.float64 else 0.05
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
+
+
+def test_maps_of_the_same_input_keep_it_once_and_as_it_is() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64, bias=False) for name in ("q", "k", "v")}).bfloat16()
+    model.config = type("Config", (), {"name_or_path": "maps", "model_type": "maps"})()
+    add_adapters(model, peft.LoraConfig(r=2, target_modules=["q", "k", "v"]), 0)
+    for layer in adapter_layers(model).values():
+        for matrix in matrices(layer)[:2]:
+            matrix.data = matrix.data.float()
+    inputs = torch.randn(100, 64).bfloat16().requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = sum(model[name](inputs).sum() for name in ("q", "k", "v"))
+    frozen, adapters = 3 * 64 * 64 * 2, 3 * 2 * 64 * 2 * 4
+    assert sum(kept.values()) == frozen + adapters + inputs.nbytes + 3 * 100 * 2 * 4  # and A x
+    total.backward()
+    assert inputs.grad is not None
 
 
 def test_adapters_alone_are_trained_and_begin_by_the_seed(base: Any, tiny_policy: Path) -> None:

@@ -14,10 +14,11 @@ from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.learner.ranks import Ranks
+from ppo_ray.models import token_logprobs
 from ppo_ray.plan import ClusterShape, ModelSizes, Plan, make_plan
 from ppo_ray.plan.adapters import sends_adapters
 from ppo_ray.plan.cluster import GIB
-from ppo_ray.plan.memory import Term, widest_row
+from ppo_ray.plan.memory import KEPT_ENTRIES, Term, learner_terms, widest_row
 from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.run import describe_run
 from tests.learning import make_learner, make_table
@@ -99,6 +100,20 @@ def test_the_arithmetic_of_a_cpu_run(configured: Configured) -> None:
     everything = [term for terms in (*found.terms.values(), found.store_terms) for term in terms]
     assert node.needed == sum(term.num_bytes for term in everything) + 1200 * MIB  # and Ray itself
     assert found.fits
+
+
+@pytest.mark.parametrize(("gpus", "rows"), [(0, 512), (1, 999)])
+def test_of_more_probabilities_than_are_kept_a_block_is_planned(configured: Configured, gpus: int, rows: int) -> None:
+    assert KEPT_ENTRIES == token_logprobs._KEPT_ENTRIES == 1 << 28
+    config = configured("rollout.batch_size=64", "learner.microbatch_tokens=1000", f"learner.gpus={gpus}")
+    sizes = ModelSizes.read(config)
+    for vocabulary, tokens in ((268_435, 1000), (268_436, rows)):
+        wide = replace(sizes, policy=replace(sizes.policy, vocabulary=vocabulary))
+        terms = amounts(tuple(learner_terms(config, wide, 0)))
+        assert terms["probabilities"] == 4 * vocabulary * tokens
+        summed = terms.get("the head's gradient, which is being summed", 0)
+        assert summed == (4 * vocabulary * 128 if vocabulary == 268_436 else 0)
+    assert token_logprobs.count_rows(torch.device("cuda" if gpus else "cpu"), 268_436)[0] == rows
 
 
 def test_without_values_nothing_is_held_for_them(configured: Configured) -> None:
