@@ -93,7 +93,8 @@ def attend(
 
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    beyond = [name for name in ("sliding_window", "position_bias", "cache", "s_aux", "softcap") if options.get(name)]
+    more = ("sliding_window", "position_bias", "cache", "s_aux", "softcap")
+    beyond = [name for name in more if options.get(name) is not None]
     causal = options.get("is_causal") in (None, True) and getattr(module, "is_causal", True)
     if beyond or not causal or options.get("dropout") or len(query) > 1 or query.shape[2] != key.shape[2]:
         raise ValueError(f"bounds are for causal attention alone, of one row without a cache; the model has {beyond}")

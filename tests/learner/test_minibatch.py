@@ -100,7 +100,7 @@ def test_the_reported_norm_is_that_of_the_whole_mini_batch(tiny_policy: Path) ->
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations for whose result the host would wait on a GPU: numbers, and shapes that depend on values."""
+    """Counts the operations for whose result the host would wait on a GPU: numbers, and shapes that go by values."""
 
     def __init__(self) -> None:
         super().__init__()
