@@ -281,7 +281,7 @@ def test_an_engine_on_a_part_of_a_gpu_leaves_room_for_the_learner_and_rewards_th
     beside, found = plan("learner.gpus=0.25", "reward.gpus=0.125", "reward.workers=2")
     assert sorted(found.gpus[0].actors) == ["learner-0", "reward-0", "reward-1", "rollout-0"]
     assert found.fits and beside == alone  # the others need less than the other half
-    beside, found = plan("learner.gpus=0.5", "learner.microbatch_tokens=29000")
+    beside, found = plan("learner.gpus=0.5", "learner.microbatch_tokens=255000")
     assert sorted(found.gpus[0].actors) == ["learner-0", "rollout-0"]
     assert found.fits and 0 < beside < alone
     colocated = ("ray.placement=colocated", "rollout.gpus=1", "learner.gpus=1", "reward.gpus=1")
