@@ -103,11 +103,12 @@ def attend(
         from torch.nn.attention.varlen import varlen_attn
 
         longest, bounds = attention_mask.shape[3], bounds.contiguous().to(query.device, non_blocking=True)
-        flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         causal_window = (-1, 0)
         attended = varlen_attn(
-            *flat, bounds, bounds, longest, longest, scale=scale, window_size=causal_window, enable_gqa=True
+            q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=causal_window, enable_gqa=True
         )
+        assert isinstance(attended, torch.Tensor)
         return attended[None], None
     lengths = [stop - start for start, stop in pairwise(bounds.tolist())]
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]
