@@ -31,6 +31,7 @@ from benchmarks.gpu_checks import (
     Check,
     Figure,
     Skipped,
+    check_attention,
     check_codes,
     check_lending,
     check_logits,
@@ -107,6 +108,7 @@ def check_memory(bench: Bench) -> Iterator[Figure]:
 CHECKS: dict[str, Check] = {
     "machine": check_machine,
     "update": check_update,
+    "attention": check_attention,
     "codes": check_codes,
     "logits": check_logits,
     "sums": check_sums,

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 import transformers
 
@@ -20,7 +21,9 @@ from benchmarks.random_models import write_model
 from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, Quantization, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.loading import load_causal_lm
+from ppo_ray.models.packing import pack
 from ppo_ray.models.quantization import QuantizedMap, named_tensors
+from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.models.token_logprobs import token_logprobs
 from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.nccl_sender import LentBuffer
@@ -117,6 +120,26 @@ def check_update(bench: Bench) -> Iterator[Figure]:
     checkpointed = _learn(path, device, "float32", gradient_checkpointing=True)
     yield Figure("update with gradient checkpointing, weights", distance(here, checkpointed), FLOAT32)
     yield Figure("update in bfloat16, weights", distance(here, _learn(path, device, "bfloat16")), BFLOAT16)
+
+
+def check_attention(bench: Bench) -> Iterator[Figure]:
+    """Compare sequences end to end in a row, told by their bounds, with the same row under a mask."""
+    draw = np.random.default_rng(0)
+    prompts, responses = ([draw.integers(1, 512, 1 + 7 * size % 30) for size in range(20)] for _ in range(2))
+    rows = pack([list(range(20))], prompts, responses, bench.device)
+    for dtype, limit in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
+        loaded = load_causal_lm(str(bench.write_model("tiny")), dtype=dtype, device=bench.device)
+        model = ResponseLM(loaded, temperature=1.0)
+        assert model.takes_bounds
+        parameters = [parameter for parameter in loaded.parameters() if parameter.requires_grad]
+        found = model(rows).logprobs
+        gradient = torch.cat([each.flatten() for each in torch.autograd.grad(found.sum(), parameters)])
+        model.decoder.traits = replace(model.decoder.traits, takes_bounds=False)
+        wanted = model(rows).logprobs
+        right = torch.cat([each.flatten() for each in torch.autograd.grad(wanted.sum(), parameters)])
+        yield Figure(f"{dtype} attention by bounds against a mask, nats", float((found - wanted).abs().mean()), limit)
+        beyond = float((gradient - right).norm() / right.norm())
+        yield Figure(f"{dtype} its gradient, relative", beyond, limit)
 
 
 def check_codes(bench: Bench) -> Iterator[Figure]:

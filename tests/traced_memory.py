@@ -33,7 +33,7 @@ from ppo_ray.learner import experience, sharding
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
-from ppo_ray.models import token_logprobs
+from ppo_ray.models import attention, token_logprobs
 from ppo_ray.models.actor_critic import ActorCritic, CausalLMWithCritic, CausalLMWithValueHead
 from ppo_ray.models.decoder import Decoder, recompute_layers
 from ppo_ray.models.loading import cast
@@ -174,6 +174,7 @@ def on_fake_gpu() -> Iterator[Tracker]:
             (token_logprobs, "_keeps_float32", lambda hidden: hidden.dtype == torch.bfloat16),
             (token_logprobs, "count_rows", lambda _, num_entries: count_rows(torch.device("cuda"), num_entries)),
             (torch.nn.functional, "scaled_dot_product_attention", _attend),
+            (attention, "_takes_flash", lambda query, *_: query.dtype == torch.bfloat16),
             (
                 experience,
                 "gae",

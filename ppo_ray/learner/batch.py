@@ -151,6 +151,9 @@ class Layout:
     """Whether all ranks make the same number of passes: those with fewer add empty ones."""
     hidden_size: int = 0
     """Of the policy; 0: prompts that begin alike share no tokens."""
+    in_one_row: bool = False
+    """Whether sequences that share no tokens lie end to end in one row per pass, as wide as it gets: where no model
+    needs a mask to keep them apart."""
 
     @classmethod
     def of(
@@ -159,7 +162,9 @@ class Layout:
         """Return the layout that both models can take."""
         if not (policy.packs and reference.packs):
             return cls(microbatch_tokens, 0, policy.device, ranks, in_lockstep)
-        return cls(microbatch_tokens, _ROW_WIDTH, policy.device, ranks, in_lockstep, policy.decoder.hidden_size)
+        in_one_row = policy.takes_bounds and reference.takes_bounds
+        hidden_size = policy.decoder.hidden_size
+        return cls(microbatch_tokens, _ROW_WIDTH, policy.device, ranks, in_lockstep, hidden_size, in_one_row)
 
     def passes(self, batch: ResponseBatch, sequences: np.ndarray) -> Iterator[PackedRows]:
         """Yield this rank's passes over the named sequences, the same in whatever order they are named.
@@ -195,10 +200,14 @@ class Layout:
                 narrowest=self.row_width,
                 widest=min(self.microbatch_tokens, fair),
             )
-        shares = []
+        shares: list[list[list[Row]]] = []
         for share in balance(sizes, self.ranks.size):
-            micro = make_microbatches([sizes[unit] for unit in share], self.microbatch_tokens, self.row_width)
-            shares.append([[[i for place in row for i in units[share[place]]] for row in rows] for rows in micro])
+            apart = [unit for unit in share if self.in_one_row and len(units[unit]) == 1]
+            others = [unit for unit in share if unit not in apart]
+            shares.append([])
+            for group, width in ((others, self.row_width), (apart, self.microbatch_tokens)):
+                for rows in make_microbatches([sizes[unit] for unit in group], self.microbatch_tokens, width):
+                    shares[-1].append([[i for place in row for i in units[group[place]]] for row in rows])
         return shares
 
 

@@ -94,7 +94,7 @@ def run_models(
     kept = None
     with torch.no_grad():  # what fsdp2 gathers in inference mode could not be trained on
         for rows in layout.passes(batch, np.arange(batch.num_sequences)):
-            index = torch.from_numpy(rows.sequences).to(layout.device)
+            index = torch.from_numpy(rows.sequences).to(layout.device, non_blocking=True)
             columns = slice(rows.response_mask.shape[1])
             ref_output = reference(rows)  # first: what it needs on the way is not there beside the policy's graph
             with torch.set_grad_enabled(keep):

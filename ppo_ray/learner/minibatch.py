@@ -186,8 +186,9 @@ class MinibatchUpdater:
             passes = [forward.rows] if forward else list(self._layout.passes(batch, part))
             for rows in passes:
                 index = torch.from_numpy(rows.sequences)
-                row_weights = weights[index].to(rows.response_mask.device, experience.old_logprobs.dtype)
-                place = index.to(rows.response_mask.device), slice(rows.response_mask.shape[1])
+                device, dtype = rows.response_mask.device, experience.old_logprobs.dtype
+                row_weights = weights[index].to(device, dtype, non_blocking=True)
+                place = index.to(device, non_blocking=True), slice(rows.response_mask.shape[1])
                 if values_only:
                     output = self._forward_values(rows, experience.old_logprobs[place])
                 else:
@@ -197,7 +198,7 @@ class MinibatchUpdater:
                 is_last = rows is passes[-1] and (number == num_parts or zeroes_parts)
                 self._sharding.before_backward(completes=is_last)
                 (micro.loss if scale == 1 else micro.loss * scale).backward()
-                sums.add(micro)
+                sums.add(micro, rows)
             sums.end_part()
             if zeroes_parts and sums.part_mean("policy/ratio_mean") > ppo.ratio_threshold:
                 sums.zero_losses()
@@ -242,11 +243,11 @@ class _Sums:
         self._parts.append(torch.zeros((), dtype=torch.float64, device=self._layout.device))
         self._shares.append(share)
 
-    def add(self, micro: Objective) -> None:
-        """Add a micro-batch."""
+    def add(self, micro: Objective, rows: PackedRows) -> None:
+        """Add a micro-batch, without waiting for the device."""
         self._names = tuple(micro.metrics)
         self._parts[-1] = self._parts[-1] + torch.stack(list(micro.metrics.values())).double()
-        self._ratios.append(micro.ratios)
+        self._ratios.append(micro.ratios.flatten()[rows.places])
 
     def end_part(self) -> None:
         """Sum the part's metrics over all ranks."""

@@ -28,7 +28,7 @@ class Objective:
     metrics: dict[str, torch.Tensor]
     """Scalars, shares of the mini-batch's metrics by their final names; without gradient."""
     ratios: torch.Tensor
-    """`[tokens]`, probability ratios of the response tokens; without gradient."""
+    """`[B, R]`, probability ratios of the response tokens; without gradient."""
 
 
 def objective(
@@ -106,7 +106,7 @@ def objective(
         }
     if ppo.own_policy_loss:  # of which no clipping is known
         del metrics["policy/clip_fraction"], metrics["policy/dual_clip_fraction"]
-    return Objective(loss, {name: metric.detach() for name, metric in metrics.items()}, policy.ratio[mask])
+    return Objective(loss, {name: metric.detach() for name, metric in metrics.items()}, policy.ratio)
 
 
 def summarize_minibatches(reports: Sequence[MinibatchReport], returns_std: float | None) -> dict[str, float]:

@@ -197,6 +197,11 @@ class CausalLMWithCritic(ActorCritic):
         """Whether several sequences may lie in a row, and share what their prompts begin with, in both decoders."""
         return self.decoder.packs and self._critic_decoder.packs
 
+    @property
+    def takes_bounds(self) -> bool:
+        """Whether sequences that lie end to end in one row need no mask, in both decoders."""
+        return self.decoder.takes_bounds and self._critic_decoder.takes_bounds
+
     def forward(self, rows: PackedRows) -> ResponseOutput:
         """Compute the log-probability and entropy of each response token and the value of the prefix before it."""
         return replace(super().forward(rows), values=self._estimate_values(rows))
@@ -239,6 +244,11 @@ class UnadaptedPolicy(ResponseLM):
     def packs(self) -> bool:
         """Whether several sequences may share a row."""
         return self._policy[0].decoder.packs
+
+    @property
+    def takes_bounds(self) -> bool:
+        """Whether sequences that lie end to end in one row need no mask."""
+        return self._policy[0].decoder.takes_bounds
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the frozen parameters, or their codes, by the names that they have without adapters."""

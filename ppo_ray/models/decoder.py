@@ -13,6 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ppo_ray.errors import InputError, first_line
+from ppo_ray.models.attention import use_bounds
 from ppo_ray.models.packing import PackedRows, pack
 from ppo_ray.models.support import find_config_problem, max_exact_tokens
 
@@ -27,6 +28,8 @@ class Traits:
     """H; not always the config's `hidden_size`: OPT-350m projects its last state."""
     packs: bool
     """Whether several sequences may lie in a row, and share what their prompts begin with."""
+    takes_bounds: bool
+    """Whether they need no mask where they lie end to end in one row."""
 
 
 class Decoder:
@@ -51,7 +54,9 @@ class Decoder:
         self._takes_positions = "position_ids" in inspect.signature(base_model.forward).parameters
         if traits is None:
             tokens = self._pick_tokens(8)
-            traits = Traits(self._check_causal(tokens), self._can_pack(tokens))
+            traits = Traits(self._check_causal(tokens), *self._try_packing(tokens))
+        elif traits.takes_bounds:
+            use_bounds(base_model, lambda: True)
         self.traits = traits
 
     @property
@@ -63,6 +68,11 @@ class Decoder:
     def packs(self) -> bool:
         """Whether several sequences may lie in a row, and share what their prompts begin with."""
         return self.traits.packs
+
+    @property
+    def takes_bounds(self) -> bool:
+        """Whether sequences need no mask where they lie end to end in one row."""
+        return self.traits.takes_bounds
 
     @property
     def device(self) -> torch.device:
@@ -84,13 +94,15 @@ class Decoder:
             )
         if rows.packed and not self.packs:
             raise ValueError("this model cannot have several sequences in a row; lay them out with row_width=0")
-        return self._run(rows, block_diagonal=self.packs)
+        if rows.bounds is not None and self.takes_bounds:
+            return self._run(rows, rows.bounds)
+        return self._run(rows, rows.attention_mask(block_diagonal=self.packs))
 
-    def _run(self, rows: PackedRows, block_diagonal: bool) -> torch.Tensor:
+    def _run(self, rows: PackedRows, attention_mask: torch.Tensor | None) -> torch.Tensor:
         positions = {"position_ids": rows.position_ids} if self._takes_positions else {}
         states = self._base_model(
             input_ids=rows.input_ids,
-            attention_mask=rows.attention_mask(block_diagonal),
+            attention_mask=attention_mask,
             use_cache=False,
             **positions,
         ).last_hidden_state
@@ -124,7 +136,8 @@ class Decoder:
         rows = pack([[0], [1]], [early[:2]] * 2, responses, self.device)
         # all states but that of the later token itself, the last one
         try:
-            first, second = (states[:-1] for states in self._run(rows, block_diagonal=False).chunk(2))
+            states = self._run(rows, rows.attention_mask(block_diagonal=False))
+            first, second = (each[:-1] for each in states.chunk(2))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # each model's own code has errors of its own
@@ -139,26 +152,36 @@ class Decoder:
         return first.shape[-1]
 
     @torch.no_grad()
-    def _can_pack(self, tokens: np.ndarray) -> bool:
-        """Tell whether several sequences may lie in a row: the model attends, and only where the mask lets it.
+    def _try_packing(self, tokens: np.ndarray) -> tuple[bool, bool]:
+        """Tell whether several sequences may lie in a row: the model attends, and only where it is let.
 
         Sliding windows, recurrent states and positions taken from the mask rule it out. If nothing rules it out, three
         short sequences are tried, together and alone. Two of them share a token, so the second lies in two pieces:
         attention that goes by places instead of positions shows there.
+
+        Returns:
+            Whether a mask keeps the sequences apart, and whether their bounds do; never these alone.
         """
         config = self._base_model.config.get_text_config()
         layer_types = getattr(config, "layer_types", None)
         windowed = set(layer_types) != {"full_attention"} if layer_types else getattr(config, "sliding_window", None)
         if windowed or getattr(self._base_model, "_is_stateful", False) or not self._takes_positions:
-            return False
+            return False, False
         prompts, responses = [tokens[:2], tokens[3:5], tokens[3:4]], [tokens[2:3], tokens[5:8], tokens[:3]]
-        alone = [self._run(pack([[i]], prompts, responses, self.device), block_diagonal=False) for i in range(3)]
-        together = pack([[0, 1, 2]], prompts, responses, self.device, shortest_shared=1)
-        try:
-            found = self._run(together, block_diagonal=True)
-        except (RuntimeError, ValueError, IndexError, TypeError):  # it cannot take a mask of four dimensions
-            return False
-        return agree(found, torch.cat(alone))
+        alone = [pack([[index]], prompts, responses, self.device) for index in range(3)]
+        wanted = torch.cat([self._run(rows, rows.attention_mask(block_diagonal=False)) for rows in alone])
+
+        def keeps_apart(rows: PackedRows, attention_mask: torch.Tensor | None) -> bool:
+            try:
+                return agree(self._run(rows, attention_mask), wanted)
+            except (RuntimeError, ValueError, IndexError, TypeError):  # it cannot take a mask of four dimensions
+                return False
+
+        tree = pack([[0, 1, 2]], prompts, responses, self.device, shortest_shared=1)
+        if not keeps_apart(tree, tree.attention_mask(block_diagonal=True)):
+            return False, False
+        row = pack([[0, 1, 2]], prompts, responses, self.device)
+        return True, use_bounds(self._base_model, lambda: keeps_apart(row, row.bounds))
 
 
 def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:

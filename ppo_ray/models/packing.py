@@ -21,6 +21,8 @@ from typing import Self
 import numpy as np
 import torch
 
+from ppo_ray.models.attention import make_bounds
+
 Row = list[int]
 """Indices of the sequences that lie one after another in a row."""
 SHORTEST_SHARED = 16
@@ -49,6 +51,10 @@ class PackedRows:
     """`[N]` int64, the response tokens."""
     response_mask: torch.Tensor
     """`[B, R]` bool; its True entries in order are the N."""
+    places: torch.Tensor
+    """`[N]` int64, flat indices into `[B, R]` of the mask's True entries: who has them need not ask the device."""
+    bounds: torch.Tensor | None = None
+    """See `make_bounds`, of sequences that lie end to end in one row; None: they lie in several rows, or in a tree."""
 
     def attention_mask(self, block_diagonal: bool) -> torch.Tensor:
         """Return a mask for any rows, or one that is for unpacked rows alone.
@@ -69,7 +75,7 @@ class PackedRows:
         token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         nothing = token.new_empty(0)
         mask = nothing.bool().reshape(0, 1)
-        return cls(np.empty(0, np.int64), False, 1, token, token, token + 1, nothing, nothing, mask)
+        return cls(np.empty(0, np.int64), False, 1, token, token, token + 1, nothing, nothing, mask, nothing)
 
 
 def pack(
@@ -118,17 +124,22 @@ def pack(
             predict_at[index] = number * input_ids.shape[1] + path[len(prompt_ids[index]) - 1 :]
         seen_until[number, path] = stop
     response_lengths = np.array([len(response_ids[index]) for index in sequences])
+    response_mask = np.arange(response_lengths.max())[None] < response_lengths[:, None]
     arrays = {
         "input_ids": input_ids,
         "position_ids": position_ids,
         "seen_until": seen_until,
         "predict_at": np.concatenate([predict_at[index] for index in sequences]),
         "target_ids": np.concatenate([response_ids[index] for index in sequences]).astype(np.int64),
-        "response_mask": np.arange(response_lengths.max())[None] < response_lengths[:, None],
+        "response_mask": response_mask,
+        "places": np.flatnonzero(response_mask),
     }
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
     packed, longest = any(len(row) > 1 for row in rows), int(position_ids.max()) + 1
-    return PackedRows(sequences, packed, longest, **tensors)
+    bounds = None
+    if len(rows) == 1 and not any(common.values()):
+        bounds = make_bounds([len(prompt_ids[index]) + len(response_ids[index]) - 1 for index in rows[0]])
+    return PackedRows(sequences, packed, longest, **tensors, bounds=bounds)
 
 
 def count_common(prompt_ids: Sequence[np.ndarray]) -> list[int]:
@@ -218,7 +229,8 @@ def make_microbatches(lengths: Sequence[int], budget: int, row_width: int = 0) -
         budget: tokens of a micro-batch, padding included: rows times the longest row. A row that exceeds it alone is a
             micro-batch of its own.
         row_width: rows are filled up to this many tokens (or to the longest sequence if that is more), or up to a
-            quarter more if that makes fewer micro-batches or less padding; 0: one sequence per row.
+            quarter more if that makes fewer micro-batches or less padding; 0: one sequence per row. The budget: each
+            micro-batch is one row, without padding, in which the longest comes first.
 
     Returns:
         Micro-batches of rows of indices into `lengths`; each index occurs once.
@@ -231,6 +243,8 @@ def make_microbatches(lengths: Sequence[int], budget: int, row_width: int = 0) -
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     if not row_width:
         return _fill_microbatches([[index] for index in order], lengths, budget)
+    if row_width == budget:
+        return [[row] for row in _fill_rows(order, lengths, budget)]
     narrowest = max([row_width, *lengths])
     widest = max(narrowest, min(budget, narrowest + narrowest // 4))
     widths = range(narrowest, widest + 1, max(1, narrowest // 64))

@@ -67,6 +67,11 @@ class ResponseLM(torch.nn.Module):
         """Whether several sequences may lie in a row, and share what their prompts begin with."""
         return self.decoder.packs
 
+    @property
+    def takes_bounds(self) -> bool:
+        """Whether sequences that lie end to end in one row need no mask."""
+        return self.decoder.takes_bounds
+
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the parameters of the causal LM by its names; under fsdp2, shards of them."""
         return self.causal_lm.named_parameters()
@@ -90,7 +95,8 @@ class ResponseLM(torch.nn.Module):
 
 def unflatten(flat: torch.Tensor, rows: PackedRows) -> torch.Tensor:
     """Turn `[N]` into `[B, R]`, zero outside the response mask."""
-    return flat.new_zeros(rows.response_mask.shape).masked_scatter(rows.response_mask, flat)
+    shape = rows.response_mask.shape
+    return flat.new_zeros(shape.numel()).index_copy(0, rows.places, flat).view(shape)
 
 
 @torch.no_grad()

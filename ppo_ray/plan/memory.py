@@ -260,18 +260,18 @@ def _is_shared(config: Config) -> bool:
 
 
 def widest_row(config: Config, hidden: int) -> int:
-    """Return the tokens of a packed row, at most: one sequence, several short ones, or several that begin alike.
+    """Return the tokens of a row under a mask, at most: of sequences that begin alike and share these tokens.
 
     As `models/packing.py` lays them out, where prompts have all in common that they can: rows are filled up to that
-    width, or a quarter more.
+    width, or a quarter more. Other sequences lie end to end without a mask.
 
     Args:
         config: of the run.
         hidden: width of the policy's states, by which it pays to share the beginnings of prompts.
     """
-    longest = config.prompts.max_tokens + config.rollout.max_response_tokens
-    narrowest = max(_SHORTEST_ROW, longest, math.isqrt(4 * config.prompts.max_tokens * hidden))
-    return max(longest, min(config.learner.microbatch_tokens, narrowest + narrowest // 4))
+    tokens = config.learner.microbatch_tokens
+    narrowest = max(_SHORTEST_ROW, min(tokens, math.isqrt(4 * config.prompts.max_tokens * hidden)))
+    return max(_SHORTEST_ROW, min(tokens, narrowest + narrowest // 4))
 
 
 def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:

@@ -1,10 +1,14 @@
 """What may forbid an optimizer step, and what happens then."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ppo_ray.learner.batch import ResponseBatch
 from tests.learning import largest_difference, make_learner, make_table, weights
 
 
@@ -93,3 +97,47 @@ def test_the_reported_norm_is_that_of_the_whole_mini_batch(tiny_policy: Path) ->
         for parts in (1, 2, 4)
     ]
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for whose result the host would wait on a GPU: numbers, and shapes that go by values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select,
+            torch.ops.aten.equal,
+        )
+        if func.overloadpacket is torch.ops.aten.index:
+            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+        self.number += waits
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_in": "loss", "kl_estimator": "k3", "policy_loss": "gspo"}])
+def test_the_host_does_not_wait_for_the_device_in_a_micro_batch(tiny_policy: Path, options: dict[str, Any]) -> None:
+    waits, passes = [], []
+    for budget in (16, 10**6):
+        learner = make_learner(tiny_policy, budget, epochs=1, **options)
+        count = learner._updater._accumulate
+        counter = Waits()
+
+        def accumulate(*arguments: Any, count: Any = count, counter: Any = counter) -> Any:
+            with counter:
+                return count(*arguments)
+
+        learner._updater._accumulate = accumulate  # type: ignore[method-assign]
+        batch = ResponseBatch.from_table(make_table(12))
+        passes.append(learner._updater._layout.num_passes(batch))
+        learner.update(make_table(12), 0)
+        waits.append(counter.number)
+    assert passes[0] > 5 and passes[1] == 1
+    assert waits[0] == waits[1]
+    with Waits() as counter:
+        assert torch.ones(2)[torch.ones(2).bool()].sum().item() == 2
+    assert counter.number == 2

@@ -141,6 +141,25 @@ def test_a_sequence_longer_than_everything_goes_alone() -> None:
     assert make_microbatches([3, 50, 3], budget=8, row_width=6) == [[[1]], [[0, 2]]]
 
 
+def test_a_row_as_wide_as_the_budget_is_a_micro_batch() -> None:
+    # 7 leaves 3, in which 3 finds room; 5 + 5; what is longer than the budget goes alone
+    assert make_microbatches([3, 5, 7, 12, 5, 2], budget=10, row_width=10) == [[[3]], [[2, 0]], [[1, 4]], [[5]]]
+
+
+def test_bounds_are_of_one_row_without_anything_in_common() -> None:
+    bounds = pack([[2, 1, 0]], PROMPTS, RESPONSES).bounds
+    assert bounds is not None and bounds[0, 0, :, 0].tolist() == [0, 2, 3, 7] and bounds.shape[3] == 4
+    assert pack([[2, 1], [0]], PROMPTS, RESPONSES).bounds is None
+    alike = [np.array([1, 2, 3]), np.array([1, 2, 4])]
+    assert pack([[0, 1]], alike, RESPONSES, shortest_shared=2).bounds is None
+    assert pack([[0, 1]], alike, RESPONSES, shortest_shared=3).bounds is not None
+
+
+def test_places_are_those_of_the_mask() -> None:
+    rows = pack([[2, 1], [0]], PROMPTS, RESPONSES)
+    assert rows.places.tolist() == rows.response_mask.flatten().nonzero()[:, 0].tolist() == [0, 1, 2, 3, 6]
+
+
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 200), st.sampled_from([0, 16, 64]))
 def test_every_sequence_once_within_the_budget(lengths: list[int], budget: int, row_width: int) -> None:
     batches = make_microbatches(lengths, budget, row_width)

@@ -65,6 +65,9 @@ CALLED = {
     "torch.distributed.tensor.distribute_tensor": "tensor device_mesh placements src_data_rank",
     "torch.distributed.init_process_group": "backend store rank world_size timeout",
     "torch.multiprocessing.reductions.reduce_tensor": "tensor",
+    "torch.nn.attention.varlen.varlen_attn": (
+        "query key value cu_seq_q cu_seq_k max_q max_k scale window_size enable_gqa"
+    ),
     "ray.init": "address num_cpus include_dashboard object_store_memory log_to_driver logging_level configure_logging",
     "ray.wait": "num_returns timeout fetch_local",
     "ray.kill": "no_restart",

@@ -1,0 +1,136 @@
+"""Attention of sequences that lie end to end in one row, which is told their bounds and needs no mask.
+
+A mask of T tokens has T^2 entries, and keeps torch from its fast kernels. Where nothing but causal attention within
+each sequence is wanted, the places at which sequences begin say the same. They go through a transformers model in the
+place of its mask, as a tensor of four dimensions, which it passes on as it is.
+
+Dimensions: N sequences, T tokens of all, L of the longest.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from itertools import accumulate, groupby, pairwise
+from typing import Any
+
+import torch
+
+_NAME = "ppo_ray"
+"""What transformers calls `attend`; with a mask, or none, it is transformers' own `sdpa`."""
+
+
+def make_bounds(lengths: Sequence[int]) -> torch.Tensor:
+    """Say where sequences of these lengths begin, one after another, and where the last one ends.
+
+    Args:
+        lengths: tokens of each sequence, N of them.
+
+    Returns:
+        `[1, 1, N + 1, L]` int32 on the host, where it can be read without waiting for a GPU. The last dimension is
+        there to say L; it has the stride 0.
+    """
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return bounds[None, None, :, None].expand(-1, -1, -1, max(lengths))
+
+
+def use_bounds(base_model: Any, is_right: Callable[[], bool]) -> bool:
+    """Let a transformers model attend by `attend`, if it leaves the choice to us and computes the same.
+
+    Args:
+        base_model: without its head.
+        is_right: tries it, by then.
+
+    Returns:
+        Whether it does so from now on. Not where it attends by something else than torch's function, or where its code
+        asks for that by name: models do that choose the tokens to attend to.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    chosen = base_model.config._attn_implementation
+    if chosen not in ("sdpa", _NAME) or not base_model._can_set_attn_implementation():
+        return False
+    if '"sdpa"' in inspect.getsource(sys.modules[type(base_model).__module__]):
+        return False
+    AttentionInterface.register(_NAME, attend)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    base_model.set_attn_implementation(_NAME)
+    if is_right():
+        return True
+    base_model.set_attn_implementation("sdpa")
+    return False
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each sequence to the tokens up to one's own, or as transformers' `sdpa` where there are no bounds.
+
+    On a GPU, in 16 bits, this is one flash kernel for all sequences. Else it is torch's causal attention, once for
+    all sequences of one length that lie side by side.
+
+    Args:
+        module: a layer's attention.
+        query: `[1, heads, T, D]`.
+        key: `[1, key heads, T, D]`.
+        value: as `key`.
+        attention_mask: bounds, as of `make_bounds`; or a mask, `[S, 1, W, W]` bool or floating point, or None, for
+            tensors of S rows of W tokens.
+        **options: of transformers' attention functions.
+
+    Returns:
+        `[1, T, heads, D]`, and nothing.
+
+    Raises:
+        ValueError: the model wants more than causal attention, such as a window or a bias of positions.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    more = ("sliding_window", "position_bias", "cache", "s_aux", "softcap")
+    beyond = [name for name in more if options.get(name) is not None]
+    causal = options.get("is_causal") in (None, True) and getattr(module, "is_causal", True)
+    if beyond or not causal or options.get("dropout") or len(query) > 1 or query.shape[2] != key.shape[2]:
+        raise ValueError(f"bounds are for causal attention alone, of one row without a cache; the model has {beyond}")
+    bounds, scale = attention_mask[0, 0, :, 0], options.get("scaling")
+    if _takes_flash(query, key, value):
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest, bounds = attention_mask.shape[3], bounds.contiguous().to(query.device, non_blocking=True)
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        causal_window = (-1, 0)
+        attended = varlen_attn(
+            q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=causal_window, enable_gqa=True
+        )
+        assert isinstance(attended, torch.Tensor)
+        return attended[None], None
+    lengths = [stop - start for start, stop in pairwise(bounds.tolist())]
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    sizes = [length * number for length, number in runs]
+    parts = []
+    for (length, number), *split in zip(
+        runs, *(tensor[0].split(sizes, 1) for tensor in (query, key, value)), strict=True
+    ):
+        alone = (tensor.unflatten(1, (number, length)).transpose(0, 1) for tensor in split)
+        attended, _ = sdpa_attention_forward(module, *alone, None, scaling=scale, is_causal=True)
+        parts.append(attended.flatten(0, 1))
+    return (torch.cat(parts) if len(parts) > 1 else parts[0])[None], None
+
+
+def _takes_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Say whether torch's flash kernel takes these: on an Ampere GPU or a later one, in 16 bits, of heads it knows."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and width == key.shape[-1] == value.shape[-1]
+        and width <= 256
+        and width % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )

@@ -1,0 +1,184 @@
+"""Sequences end to end in a row without a mask: as under one, in every kernel, and never where more is wanted."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from ppo_ray.models import attention
+from ppo_ray.models.actor_critic import CausalLMWithValueHead
+from ppo_ray.models.attention import attend, make_bounds
+from ppo_ray.models.decoder import recompute_layers
+from ppo_ray.models.packing import PackedRows, pack
+
+
+def make_policy(family: str) -> CausalLMWithValueHead:
+    torch.manual_seed(0)
+    if family == "llama":  # with fewer heads of keys than of queries
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+        model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=2, initializer_range=0.3, **sizes))
+    else:
+        ids = {"bos_token_id": 0, "eos_token_id": 0}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, **ids))
+    return CausalLMWithValueHead(model.eval(), temperature=1.0)
+
+
+def draw_row(sizes: list[tuple[int, int]]) -> PackedRows:
+    draw = np.random.default_rng(len(sizes))
+    prompts, responses = ([draw.integers(0, 50, size[part]) for size in sizes] for part in range(2))
+    return pack([list(range(len(sizes)))], prompts, responses)
+
+
+def differentiate(policy: CausalLMWithValueHead, rows: PackedRows) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    output = policy(rows)
+    weights = torch.randn(output.logprobs.shape, generator=torch.Generator().manual_seed(1))
+    loss = (weights * (output.logprobs + output.values)).sum()
+    return output.logprobs.detach(), torch.autograd.grad(loss, list(policy.parameters()))
+
+
+def check(policy: CausalLMWithValueHead, rows: PackedRows) -> None:
+    """Compare a row by its bounds with the same row under a mask."""
+    assert policy.takes_bounds and rows.bounds is not None
+    found, gradients = differentiate(policy, rows)
+    known = policy.decoder.traits
+    policy.decoder.traits = replace(known, takes_bounds=False)
+    wanted, right = differentiate(policy, rows)
+    policy.decoder.traits = known
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+    for gradient, other in zip(gradients, right, strict=True):
+        assert (gradient - other).norm() <= 1e-4 * other.norm() + 1e-5
+
+
+def varlen_stand_in(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """Compute what torch's kernel does on a GPU, sequence by sequence."""
+    assert window_size == (-1, 0) and enable_gqa and cu_seq_q.dtype == torch.int32 and cu_seq_q.is_contiguous()
+    bounds = cu_seq_q.tolist()
+    assert max_q == max_k == max(stop - start for start, stop in pairwise(bounds)) and bounds == cu_seq_k.tolist()
+    assert bounds[0] == 0 and bounds[-1] == len(query) == len(key) == len(value)
+    parts = []
+    for start, stop in pairwise(bounds):
+        alone = (tensor[start:stop].transpose(0, 1) for tensor in (query, key, value))
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        parts.append(sdpa(*alone, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def policy(request: pytest.FixtureRequest) -> CausalLMWithValueHead:
+    return make_policy(request.param)
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=SIZES)
+def test_bounds_do_what_a_mask_does(policy: CausalLMWithValueHead, sizes: list[tuple[int, int]]) -> None:
+    check(policy, draw_row(sizes))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_layers_that_are_computed_again_have_the_bounds_then(family: str) -> None:
+    policy = make_policy(family)
+    recompute_layers(policy)
+    check(policy, draw_row([(3, 4), (1, 1), (2, 5)]))
+
+
+def test_a_gpus_kernel_is_given_flat_tensors_and_bounds(
+    policy: CausalLMWithValueHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def count(*tensors: Any, **options: Any) -> torch.Tensor:
+        calls.append(len(tensors[3]))
+        return varlen_stand_in(*tensors, **options)
+
+    monkeypatch.setattr(attention, "_takes_flash", lambda *_: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", count)
+    check(policy, draw_row([(3, 4), (1, 1), (1, 1), (2, 5), (5, 2)]))
+    assert calls == [6, 6]  # once a layer, with the bounds of five sequences
+
+
+def test_no_sequence_is_touched_by_its_neighbours(policy: CausalLMWithValueHead) -> None:
+    prompts, responses = [np.array([3, 4]), np.array([5]), np.array([6, 7])], [np.array([8, 9])] * 3
+    first = policy(pack([[0, 1, 2]], prompts, responses)).logprobs[1]
+    other = policy(pack([[0, 1, 2]], [prompts[2], prompts[1], prompts[0]], responses)).logprobs[1]
+    torch.testing.assert_close(first, other, atol=1e-6, rtol=1e-6)
+
+
+def test_a_row_of_one_sequence_is_plain_causal_attention(
+    policy: CausalLMWithValueHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_masks = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        given_masks.append((options["attn_mask"], options["is_causal"]))
+        return sdpa(*tensors, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    policy(draw_row([(20, 20)]))
+    assert given_masks == [(None, True)] * 2
+
+
+def test_bounds_take_no_memory_by_their_length() -> None:
+    bounds = make_bounds([3, 1, 4])
+    assert bounds.shape == (1, 1, 4, 4) and bounds.dtype == torch.int32
+    assert bounds[0, 0, :, 0].tolist() == [0, 3, 4, 8]
+    assert bounds.untyped_storage().nbytes() == 16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sliding_window": 4}, {"dropout": 0.1}, {"is_causal": False}, {"position_bias": torch.ones(1, 2, 8, 8)}],
+)
+def test_more_than_causal_attention_is_refused(options: dict[str, Any]) -> None:
+    tensors = [torch.randn(1, 2, 8, 4) for _ in range(3)]
+    with pytest.raises(ValueError, match="bounds are for causal attention alone"):
+        attend(torch.nn.Module(), *tensors, make_bounds([5, 3]), **options)
+
+
+def test_models_that_choose_what_they_attend_to_keep_their_masks() -> None:
+    """They do so where they are told to attend by torch's function, by that name."""
+    config = transformers.AutoConfig.for_model("deepseek_v32")
+    assert not attention.use_bounds(_Unasked(config), lambda: True)
+
+
+class _Unasked:
+    """A model of that class, as far as it is asked."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        config._attn_implementation = "sdpa"
+        model = transformers.AutoModel._model_mapping[type(config)]
+        type(self).__module__ = model.__module__
+        self._can_set_attn_implementation = model._can_set_attn_implementation
+
+
+def test_other_users_of_a_model_have_its_masks(policy: CausalLMWithValueHead) -> None:
+    """Padding at the left, as where text is generated in batches."""
+    ids = torch.tensor([[9, 5, 6, 7]])
+    padded, mask = torch.tensor([[1, 1, 9, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    wanted = policy.causal_lm(ids).logits
+    found = policy.causal_lm(padded, attention_mask=mask, position_ids=positions).logits[:, 2:]
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
