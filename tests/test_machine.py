@@ -97,3 +97,20 @@ def test_imports_leave_the_collection_of_garbage_as_it_was(collects: bool, tmp_p
         assert gc.get_freeze_count() == frozen
     finally:
         (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "multiplies"),
+    [
+        ("model name : a\nflags\t\t: fpu avx512f avx512_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx512f avx512bw\n", False),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("processor : 0\n", True),  # it does not say
+    ],
+)
+def test_a_processors_flags_say_whether_it_multiplies_bfloat16(
+    cpuinfo: str, multiplies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    assert machine.multiplies_bfloat16() is multiplies

@@ -25,6 +25,7 @@ from ppo_ray.models.actor_critic import (
 )
 from ppo_ray.models.decoder import Decoder, Traits, recompute_layers
 from ppo_ray.models.loading import cast, load_tokenizer
+from ppo_ray.models.quantization import set_dtype
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.models.support import find_decoder
 from ppo_ray.seeding import derive_seed
@@ -120,8 +121,8 @@ def load_actor_critic(
     """Load the policy with its value head or critic, or without; a value head that lies with its decoder is loaded too.
 
     If the policy computes in bfloat16, its parameters are float32: the masters are made of them. With adapters these
-    are float32, and the frozen weights are of the type that the policy computes in. A model is shared out before the
-    next is read.
+    are float32, and the frozen weights are of the type that the policy computes in, or codes that stand for them. A
+    model is shared out before the next is read.
 
     Raises:
         InputError: a model cannot be loaded or is not supported.
@@ -129,7 +130,7 @@ def load_actor_critic(
     lora, dtype, seed = model.lora, _master_dtype(model), derive_seed(value_head_seed, "lora")
     separate = has_values and model.critic == "separate"
     path, trust = _find_critic(model) if separate else (model.path, model.trust)
-    causal_lm = reader.read(AutoModelForCausalLM, model.path, dtype, model.trust)
+    causal_lm = reader.read(AutoModelForCausalLM, model.path, dtype, model.trust, model.quantization)
     traits = critic_traits = reader.find(lambda: ResponseLM(causal_lm, temperature=temperature).decoder.traits)
     critic: Any = None
     if lora is not None:
@@ -140,12 +141,13 @@ def load_actor_critic(
         _cast_base(causal_lm, model)
     reader.share_out(causal_lm)
     if separate and critic is None:
-        critic = reader.read(AutoModel, path, dtype, trust)
+        critic = reader.read(AutoModel, path, dtype, trust, model.quantization)
         critic_traits = reader.find(lambda: Decoder(critic).traits)
         if lora is not None:
             reader.agree(lambda: _adapt(critic, model, lora, seed, is_critic=True))
-            _cast_base(critic, model)
     if separate:
+        if lora is not None:
+            _cast_base(critic, model)
         reader.share_out(critic)
     options: dict[str, Any] = {"temperature": temperature, "traits": traits}
     actor_critic: ActorCritic
@@ -170,7 +172,7 @@ def _find_critic(model: ModelConfig) -> tuple[str, Trust]:
 
 
 def _share_weights(decoder: Any) -> Any:
-    """Return a second decoder on the very same parameters, which are frozen: it gets adapters of its own."""
+    """Return a second decoder on the very same parameters or codes, which are frozen: it gets adapters of its own."""
     shared = {id(tensor): tensor for tensor in (*decoder.parameters(), *decoder.buffers())}
     return copy.deepcopy(decoder, shared)
 
@@ -195,6 +197,7 @@ def _cast_base(network: Any, model: ModelConfig) -> None:
     for parameter in network.parameters():
         if not parameter.requires_grad:
             cast(parameter, _compute_dtype(model))
+    set_dtype(network, _compute_dtype(model))
 
 
 def _load_value_head(actor_critic: ActorCritic, model: ModelConfig, path: str, trust: Trust) -> None:

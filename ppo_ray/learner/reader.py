@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ppo_ray.config import Trust
+from ppo_ray.config import Quantization, Trust
 from ppo_ray.errors import InputError, PPORayError, WorkerError
 from ppo_ray.learner.fsdp import find_places
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
@@ -28,9 +28,12 @@ class Reader:
         """Keep where the models go."""
         self.device = device
 
-    def read(self, auto_class: Any, path: str, dtype: str, trust: Trust) -> Any:
+    def read(
+        self, auto_class: Any, path: str, dtype: str, trust: Trust, quantization: Quantization | None = None
+    ) -> Any:
         """Read a model by one of transformers' Auto classes; arguments and errors as `load_pretrained`."""
-        return load_pretrained(auto_class, path, dtype=dtype, device=self.device, trust=trust)
+        how: Any = {"dtype": dtype, "device": self.device, "trust": trust, "quantization": quantization}
+        return load_pretrained(auto_class, path, **how)
 
     def find(self, work: Callable[[], T]) -> T:
         """Return what is found out by computing with models that were read."""
@@ -63,12 +66,15 @@ class FirstReader(Reader):
         """This rank's shard of each parameter that was shared out: some of its rows, as FSDP cuts it. The parameter
         itself is on the meta device."""
 
-    def read(self, auto_class: Any, path: str, dtype: str, trust: Trust) -> Any:
+    def read(
+        self, auto_class: Any, path: str, dtype: str, trust: Trust, quantization: Quantization | None = None
+    ) -> Any:
         """Read a model into the first rank's host memory; the other ranks get it on the meta device.
 
         Raises:
             InputError: as `load_pretrained`.
         """
+        assert quantization is None  # the config refuses codes with fsdp2
 
         def work() -> Any:
             if self.ranks.leads:

@@ -17,6 +17,7 @@ from ppo_ray.learner.fsdp import Shards, cast_fsdp, shard_models
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.models.actor_critic import ActorCritic, State
 from ppo_ray.models.loading import cast
+from ppo_ray.models.quantization import named_tensors
 from ppo_ray.models.response_lm import ResponseLM
 
 
@@ -159,8 +160,8 @@ class Replicated:
         return _merge_weights(self._policy) if self._policy.adapted else self._policy.causal_lm.named_parameters()
 
     def parameters(self) -> NamedTensors:
-        """Yield the model's own parameters."""
-        return self._policy.causal_lm.named_parameters()
+        """Yield the model's own parameters, and the codes of quantised weights."""
+        return named_tensors(self._policy.causal_lm)
 
     def meta_weights(self) -> Iterator[torch.Tensor]:
         """Yield each of `weights` on the meta device."""
@@ -197,8 +198,7 @@ class FullySharded:
 
         Args:
             policy: its parameters in the precision of the optimizer, full on any device, or on the meta device.
-            reference: frozen, in the dtype it computes in, full or on the meta device; or without parameters, on the
-                policy's.
+            reference: frozen, in the dtype it computes in, full or on the meta device; or on the policy's parameters.
             ranks: the processes that share the update; each keeps its shards.
             dtype: the policy computes in this; gradients are reduced in float32 or better. None: each parameter is
                 used in its own, as frozen weights and adapters are.
