@@ -212,9 +212,8 @@ class LearnerConfig(Section):
     it. fsdp2: each holds a share, and a layer is gathered when it is at work; with one rank there is nothing to share.
     docs/gpus.md has the bytes."""
     reduce_gradients: Literal["microbatch", "minibatch"] = "microbatch"
-    """When fsdp2 sums gradients over the ranks. microbatch: in every backward pass; no rank holds more full gradients
-    than one layer's. minibatch: in the last one of a mini-batch; less traffic, and until then each rank holds a full
-    gradient, 4 bytes per trained parameter. ddp always sums once per mini-batch."""
+    """When fsdp2 sums gradients over the ranks: in every backward pass, or in a mini-batch's last: less traffic, and
+    until then each rank holds 4 bytes more per trained parameter. ddp always sums once per mini-batch."""
     gradient_checkpointing: bool = False
     """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work,
     less memory."""
@@ -262,13 +261,11 @@ class RayConfig(Section):
     object_store_mib: int = Field(default=2048, ge=80)
     """Shared memory of a local Ray's object store, MiB."""
     start_timeout_s: float = Field(default=300.0, gt=0)
-    """Time limit for the start of an actor, seconds: until the cluster has room for it, and until its model is
-    loaded."""
+    """Time limit for the start of an actor, seconds: for room on the cluster, and for the loading of its model."""
     call_timeout_s: float = Field(default=1800.0, gt=0)
     """Time limit for a call of an actor, seconds; one that takes longer is taken for dead."""
     transfer_timeout_s: float = Field(default=300.0, gt=0)
-    """Time limit for a weight sync by NCCL or CUDA IPC, and for the meeting of learner and engines before it,
-    seconds."""
+    """Time limit for a weight sync by NCCL or CUDA IPC, and for the meeting of actors before it, seconds."""
     ping_timeout_s: float = Field(default=60.0, gt=0)
     """Time without an answer to a control call, seconds, after which an actor at work is taken for dead."""
     max_restarts: int = Field(default=3, ge=0)

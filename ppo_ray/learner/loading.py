@@ -145,8 +145,9 @@ def load_actor_critic(
         critic_traits = reader.find(lambda: Decoder(critic).traits)
         if lora is not None:
             reader.agree(lambda: _adapt(critic, model, lora, seed, is_critic=True))
-            _cast_base(critic, model)
     if separate:
+        if lora is not None:
+            _cast_base(critic, model)
         reader.share_out(critic)
     options: dict[str, Any] = {"temperature": temperature, "traits": traits}
     actor_critic: ActorCritic
@@ -197,6 +198,7 @@ def _cast_base(network: Any, model: ModelConfig) -> None:
     for parameter in network.parameters():
         if not parameter.requires_grad:
             cast(parameter, _compute_dtype(model))
+    set_dtype(network, _compute_dtype(model))
 
 
 def _load_value_head(actor_critic: ActorCritic, model: ModelConfig, path: str, trust: Trust) -> None:

@@ -198,8 +198,7 @@ class FullySharded:
 
         Args:
             policy: its parameters in the precision of the optimizer, full on any device, or on the meta device.
-            reference: frozen, in the dtype it computes in, full or on the meta device; or without parameters, on the
-                policy's.
+            reference: frozen, in the dtype it computes in, full or on the meta device; or on the policy's parameters.
             ranks: the processes that share the update; each keeps its shards.
             dtype: the policy computes in this; gradients are reduced in float32 or better. None: each parameter is
                 used in its own, as frozen weights and adapters are.
