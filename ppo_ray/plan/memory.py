@@ -99,6 +99,11 @@ def disk_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     yield Term("checkpoints", how, copies * trained * size, "host")
 
 
+def checkpoint_bytes(sizes: ModelSizes) -> int:
+    """Return the size of a checkpoint: weights and Adam's moments; the rest is small."""
+    return 3 * EXACT * _count_trainable(sizes)
+
+
 def _format_count(number: int) -> str:
     """Format a number of parameters, e.g. `134.5M`."""
     for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
@@ -136,7 +141,7 @@ def cuda_term(kind: str) -> Term:
 
 
 def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term]:
-    """Yield what a learner rank holds; rank 0 also copies what it publishes and saves."""
+    """Yield what a learner rank holds; rank 0 also copies what it publishes."""
     device: Device = "gpu" if config.learner.gpus else "host"
     yield process_term("learner", "learner")
     if device == "gpu":
@@ -148,8 +153,8 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
         yield bucket_term(config, transport)
     if rank == 0 and transport == "object_store":
         yield parameter_term("weights to publish", *_count_traffic(config, sizes), "host")
-    if rank == 0 and device == "gpu":
-        yield parameter_term("a checkpoint on its way to the disk", _count_trainable(sizes), 3 * EXACT, "host")
+    trained, ranks = _count_trainable(sizes), config.learner.workers
+    yield parameter_term("a checkpoint on its way to the disk", trained, 3 * EXACT, "host", ranks=ranks)
 
 
 def bucket_term(config: Config, transport: str) -> Term:
