@@ -20,7 +20,6 @@ from ppo_ray.algo.rewards import RunningMoments
 from ppo_ray.checkpoint import AHEAD, LEARNER_FOLDER, read_record
 from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig
 from ppo_ray.errors import CheckpointError, InputError, first_line
-from ppo_ray.learner.optimizer import save_optimizer_state
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
 from ppo_ray.machine import max_memory_of_file
@@ -29,7 +28,6 @@ from ppo_ray.models.actor_critic import (
     ActorCritic,
     CausalLMWithCritic,
     CausalLMWithValueHead,
-    State,
     UnadaptedPolicy,
 )
 from ppo_ray.models.decoder import recompute_layers
@@ -51,9 +49,11 @@ class LearnerState:
     moments: RunningMoments
     """Running moments of all scores so far."""
     weights_checksum: str
-    """Checksum of the policy's weights; see `weights_checksum`."""
+    """Checksum of the policy's weights; see `StateChecksums`."""
     reference_checksum: str
     """Checksum of the reference's weights: another reference would be another run."""
+    by_tensor: bool = False
+    """Whether the checksums are made of those of each tensor; older checkpoints have one over all bytes in a row."""
 
     def write(self, folder: Path) -> None:
         """Write into a checkpoint's folder; floats are written so that the very same are read."""
@@ -71,25 +71,14 @@ class LearnerState:
         return read_record(cls, folder / LEARNER_FOLDER / _FILE)
 
 
-@dataclass(frozen=True)
-class LearnerSnapshot:
-    """A learner's whole state, gathered to the first rank, which writes it without the others."""
-
-    policy: ActorCritic
-    models: State
-    """Tensors of policy and values, by the policy's names."""
-    optimizer: State
-    state: LearnerState
-    tokenizer: Any
-
-    def write(self, folder: Path) -> None:
-        """Write policy and tokenizer for `from_pretrained`, and the rest into folders beside them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.policy.save(folder, self.models)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-        self.state.write(folder)
-        save_optimizer_state(folder, self.optimizer)
+def make_plain_files(policy: ActorCritic, tokenizer: Any, dtype: torch.dtype) -> dict[str, bytes]:
+    """Return what a checkpoint holds of models and tokenizer beside the tensors, which are of a type; by path."""
+    with tempfile.TemporaryDirectory(prefix="ppo_ray-") as folder:
+        policy.save_configs(Path(folder), dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @dataclass(frozen=True)
@@ -153,23 +142,21 @@ def load_models(
 
 
 def _try_save(policy: ActorCritic, tokenizer: Any) -> None:
-    """Write all that a checkpoint holds, but its tensors, into a folder that is thrown away.
+    """Make all that a checkpoint holds of models and tokenizer, but their tensors, and throw it away.
 
     What transformers refuses to write is thus known before the first step, not when the first checkpoint is due.
 
     Raises:
         InputError: something cannot be written.
     """
-    state = LearnerState(0, 0.0, RunningMoments(), "", "")
-    with tempfile.TemporaryDirectory(prefix="ppo_ray-") as folder:
-        try:
-            LearnerSnapshot(policy, {}, {}, state, tokenizer).write(Path(folder))
-        except Exception as error:  # whatever transformers, or a model's or tokenizer's own code, raises
-            name = policy.causal_lm.config.name_or_path
-            raise InputError(
-                f"no checkpoint could be written of the model {name!r}: {type(error).__name__}: {first_line(error)}. "
-                "Mend what the message names in the model's folder"
-            ) from error
+    try:
+        make_plain_files(policy, tokenizer, next(policy.parameters()).dtype)
+    except Exception as error:  # whatever transformers, or a model's or tokenizer's own code, raises
+        name = policy.causal_lm.config.name_or_path
+        raise InputError(
+            f"no checkpoint could be written of the model {name!r}: {type(error).__name__}: {first_line(error)}. "
+            "Mend what the message names in the model's folder"
+        ) from error
 
 
 def load_actor_critic(
