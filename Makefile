@@ -34,9 +34,10 @@ demo-arithmetic: setup ## teach a 135M chat model sums, with the right answers a
 	@$(BIN)/ppo-ray demo --task arithmetic $(ARGS)
 
 # TRL 0.11.3 wants libraries of its time, so it lives in an environment of its own.
-benchmark: assets ## ppo_ray beside TRL 0.11.3: an hour, see docs/internals.md (ARGS="--batch-size 128")
+SHAPES ?= notebook chat
+benchmark: assets ## ppo_ray beside TRL 0.11.3: two hours, see docs/internals.md (SHAPES=notebook: one; ARGS="--rounds 1")
 	@$(or $(PYTHON),python3) requirements/set_up.py trl
-	@$(BIN)/python -m benchmarks.compare $(ARGS)
+	@for shape in $(SHAPES); do $(BIN)/python -m benchmarks.compare --shape $$shape $(ARGS); done
 
 gpu-check: setup ## whether everything works on this GPU: ten minutes on one card (ARGS="--only update logits")
 	@$(BIN)/python -m benchmarks.gpu_acceptance $(ARGS)

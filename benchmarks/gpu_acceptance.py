@@ -31,6 +31,7 @@ from benchmarks.gpu_checks import (
     Check,
     Figure,
     Skipped,
+    check_codes,
     check_lending,
     check_logits,
     check_machine,
@@ -106,6 +107,7 @@ def check_memory(bench: Bench) -> Iterator[Figure]:
 CHECKS: dict[str, Check] = {
     "machine": check_machine,
     "update": check_update,
+    "codes": check_codes,
     "logits": check_logits,
     "sums": check_sums,
     "lending": check_lending,

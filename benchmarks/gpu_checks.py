@@ -1,5 +1,6 @@
 """Checks of this GPU by torch alone, and what a check is given and tells; `gpu_acceptance` makes them and others."""
 
+import importlib.util
 import pickle
 import platform
 import subprocess
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -16,8 +17,10 @@ import transformers
 from benchmarks.card import free_bytes, name_of
 from benchmarks.random_batches import make_table, random_completions, random_requests
 from benchmarks.random_models import write_model
-from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
+from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, Quantization, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
+from ppo_ray.models.loading import load_causal_lm
+from ppo_ray.models.quantization import QuantizedMap, named_tensors
 from ppo_ray.models.response_lm import token_logprobs
 from ppo_ray.weights.checksums import format_sums, word_sums
 from ppo_ray.weights.nccl_sender import LentBuffer
@@ -86,12 +89,14 @@ def check_machine(bench: Bench) -> Iterator[Figure]:
         yield Figure("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
 
 
-def _learn(path: Path, device: str, dtype: str, **learner: Any) -> dict[str, torch.Tensor]:
+def _learn(
+    path: Path, device: str, dtype: str, model: dict[str, Any] | None = None, **learner: Any
+) -> dict[str, torch.Tensor]:
     """Make one update on random trajectories and return the policy's weights, in float64 on the host."""
     options = UpdateConfig(learning_rate=1e-4, epochs=2, max_grad_norm=1.0)
     given = {"microbatch_tokens": 256} | learner
-    model = ModelConfig.model_construct(path=str(path), dtype=dtype)
-    made = PPOLearner.load(model, options, LearnerConfig(**given), temperature=0.7, device=device)
+    named = ModelConfig.model_construct(path=str(path), dtype=dtype, **(model or {}))
+    made = PPOLearner.load(named, options, LearnerConfig(**given), temperature=0.7, device=device)
     requests = random_requests(16, (2, 8), (4, 16), 512)
     made.update(make_table(requests, random_completions(requests, 512)), 0)
     return {name: tensor.detach().cpu().double() for name, tensor in made.named_weights()}
@@ -112,6 +117,28 @@ def check_update(bench: Bench) -> Iterator[Figure]:
     checkpointed = _learn(path, device, "float32", gradient_checkpointing=True)
     yield Figure("update with gradient checkpointing, weights", distance(here, checkpointed), FLOAT32)
     yield Figure("update in bfloat16, weights", distance(here, _learn(path, device, "bfloat16")), BFLOAT16)
+
+
+def check_codes(bench: Bench) -> Iterator[Figure]:
+    """Compare the codes of quantised weights with the CPU's, and an update beside them in two ways to one result."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise Skipped("bitsandbytes is not installed")
+    path, device = bench.write_model("tiny"), bench.device.type
+    for kind in get_args(Quantization):
+        here, there = (load_causal_lm(str(path), device=place, quantization=kind) for place in (device, "cpu"))
+        kept = zip(named_tensors(here), named_tensors(there), strict=True)
+        differing = [int((one.cpu() != other).sum()) for (name, one), (_, other) in kept if name.endswith(".codes")]
+        yield Figure(f"{kind} codes that are not the CPU's", sum(differing), 10)  # of weights midway between two
+        states = torch.randn(64, here.config.hidden_size, device=device)
+        layer = next(module for module in here.modules() if isinstance(module, QuantizedMap))
+        exact = torch.nn.functional.linear(states, layer.dequantize(), layer.bias)
+        alone = torch.cat([layer(states[row : row + 1]) for row in range(len(states))])
+        yield Figure(f"{kind} products token by token, largest difference", float((alone - exact).abs().max()), 1e-3)
+        beside = {"lora": LoraConfig(rank=4), "quantization": kind}
+        one, other = (_learn(path, device, "float32", beside, microbatch_tokens=tokens) for tokens in (256, 64))
+        yield Figure(f"update beside {kind} codes in smaller passes, weights", distance(one, other), FLOAT32)
+        rounded = _learn(path, device, "bfloat16", beside)
+        yield Figure(f"update beside {kind} codes in bfloat16, weights", distance(one, rounded), BFLOAT16)
 
 
 def check_logits(bench: Bench) -> Iterator[Figure]:

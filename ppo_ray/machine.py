@@ -1,4 +1,4 @@
-"""CPUs, memory and disks that this process may use, memory that a packed file may take, and imports that take seconds.
+"""CPUs, memory and disks that this process may use, what they can do, what a packed file may take, slow imports.
 
 CPUs and memory are those of its container or its job, not those of the machine under it.
 """
@@ -17,6 +17,8 @@ import psutil
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
+_CPUINFO = Path("/proc/cpuinfo")
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # Intel's and AMD's, Intel's, Arm's
 _LEAST_UNPACKED = 64 << 20
 TIMES = 100
 """How many times its size a packed file may unpack to: lines of one letter, uncompressed, take sixty."""
@@ -56,6 +58,13 @@ def measure_disk(folder: Path, num_bytes: int = 256 << 20) -> float:
             file.write(content)
         os.fsync(file.fileno())
         return num_bytes / (time.monotonic() - began)
+
+
+def multiplies_bfloat16() -> bool:
+    """Say whether this processor has products of bfloat16; True where that cannot be read."""
+    text = _CPUINFO.read_text(errors="replace") if _CPUINFO.is_file() else ""
+    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    return not lines or not _BFLOAT16_FLAGS.isdisjoint(lines[0].split())
 
 
 def import_ahead(*modules: str) -> None:

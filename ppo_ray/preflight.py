@@ -218,7 +218,7 @@ def _network_problems(config: Config, key: str, path: str, trust: Trust, model: 
             if not is_critic:
                 check_head(empty)
             if config.model.lora is not None and key != "model.reference_path":
-                check_adapters(empty, config.model.lora, path, is_critic)
+                check_adapters(empty, config.model, path, is_critic)
         except InputError as error:
             yield f"{key}={path}: {error}"
 

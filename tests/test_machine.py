@@ -110,3 +110,20 @@ def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(machine.time, "monotonic", read_clock)
     assert machine.measure_disk(tmp_path / "not" / "there", 8 << 20) == 4 << 20
     assert seen == [[0], [8 << 20]] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "multiplies"),
+    [
+        ("model name : a\nflags\t\t: fpu avx512f avx512_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx512f avx512bw\n", False),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("processor : 0\n", True),  # it does not say
+    ],
+)
+def test_a_processors_flags_say_whether_it_multiplies_bfloat16(
+    cpuinfo: str, multiplies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    assert machine.multiplies_bfloat16() is multiplies

@@ -27,6 +27,7 @@ from rich.progress import (
 from benchmarks.compare import findings, picture, report
 from benchmarks.compare.arms import ARMS, ArmRun
 from benchmarks.compare.machine import Machine
+from benchmarks.compare.ours import SHAPES
 from benchmarks.compare.rounds import Round
 from benchmarks.compare.settings import Settings, code_digest
 from benchmarks.flops import DecoderShape
@@ -40,16 +41,19 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="samples per step; 128 is the notebook's")
+    parser.add_argument("--shape", choices=SHAPES, default="notebook", help="lengths of prompts and responses")
+    sizes = ", ".join(f"{shape.batch_size} for {name}" for name, shape in SHAPES.items())
+    parser.add_argument("--batch-size", type=int, default=0, help=f"samples per step; default: {sizes}")
     parser.add_argument("--steps", type=int, default=10, help="of each run, the first of which is in no time")
     parser.add_argument("--rounds", type=int, default=3, help="each runs all arms, with a seed of its own")
     parser.add_argument("--first-seed", type=int, default=0, help="of the first round; each later round has the next")
     parser.add_argument("--threads", type=int, default=2, help="that every phase of every arm may use")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--output", type=Path, default=None, help="folder; default: runs/benchmark/ and the time")
+    parser.add_argument("--output", type=Path, default=None, help="folder; default: runs/benchmark/, shape and time")
     parser.add_argument("--fresh", action="store_true", help="remove what is in the folder")
     parser.add_argument("overrides", nargs="*", help="section.option=value, for ppo_ray alone")
     given = parser.parse_intermixed_args()
+    given.batch_size = given.batch_size or SHAPES[given.shape].batch_size
     if given.steps < 2 or min(given.batch_size, given.rounds, given.threads) < 1:
         parser.error("--steps must be at least 2, as the first is in no time; the others at least 1")
     return given
@@ -100,11 +104,12 @@ def processor() -> str:
 
 def compare(given: argparse.Namespace, console: Console) -> None:
     """Run what is missing, and report on all."""
-    folder = given.output or Path("runs/benchmark") / f"{datetime.now():%Y-%m-%d-%H%M%S}"
+    folder = given.output or Path("runs/benchmark") / f"{given.shape}-{datetime.now():%Y-%m-%d-%H%M%S}"
     folder = folder.resolve()
     if given.fresh:
         shutil.rmtree(folder, ignore_errors=True)
     settings = Settings(
+        shape=given.shape,
         batch_size=given.batch_size,
         steps=given.steps,
         rounds=given.rounds,

@@ -11,8 +11,11 @@ ARMS = {
     "trl": "TRL, one prompt per call",
     "trl-batched": "TRL, batched",
     "ppo-ray": "ppo_ray",
+    "ppo-ray-bf16": "ppo_ray, bfloat16",
 }
 """By name: how each is called in tables."""
+
+OURS, OURS_BFLOAT16 = "ppo-ray", "ppo-ray-bf16"
 
 PHASES = {
     "generation": "generation",
@@ -44,6 +47,8 @@ class Step:
     lengths: list[tuple[int, int]]
     """Tokens of prompt and response, for each sample."""
     figures: dict[str, float]
+    mismatch: float | None = None
+    """KL between the engine's and the learner's log-probabilities, nats per token; TRL has one model for both."""
 
     @property
     def phases(self) -> dict[str, float]:
@@ -77,4 +82,4 @@ class ArmRun:
 def step_from(fields: dict[str, Any]) -> Step:
     """Build a step from JSON."""
     lengths = [(prompt, response) for prompt, response in fields["lengths"]]
-    return Step(fields["seconds"], fields["total_s"], lengths, fields["figures"])
+    return Step(fields["seconds"], fields["total_s"], lengths, fields["figures"], fields.get("mismatch"))

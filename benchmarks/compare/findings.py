@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.compare import summary
-from benchmarks.compare.arms import ARMS, FIGURES
+from benchmarks.compare.arms import ARMS, FIGURES, OURS, OURS_BFLOAT16
 from benchmarks.compare.machine import Machine
 from benchmarks.compare.summary import Agreement, Rounds, Spread
 from benchmarks.flops import DecoderShape
 
-OURS = "ppo-ray"
 LEAST_SPEEDUP = {"trl": (3.0, 5.0), "trl-batched": (1.5, 2.5)}
 """How many times faster ppo_ray must be at least, and is meant to be."""
+LEAST_SPEEDUP_BFLOAT16 = 1.6
+MOST_MEMORY = (2.5, 1.5)
+"""How many times TRL's peak ppo_ray may have at most, and is meant to have."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Findings:
     samples_a_second: dict[str, Spread]
     speedups: dict[str, Spread]
     """Of ppo_ray over each other arm."""
+    bfloat16_speedup: Spread | None
+    """Of ppo_ray in bfloat16 over itself in float32."""
+    mismatch: dict[str, float]
+    """Median KL between engine and learner, nats per token, of the arms that have both."""
     peak_mib: dict[str, Spread]
     shares: dict[str, dict[str, float]]
     """Of the machine, by arm and part."""
@@ -52,12 +58,17 @@ class Findings:
         if OURS not in self.seconds:
             return []
         rows: list[tuple[str, str, str, bool | None]] = []
-        for arm, speedup in self.speedups.items():
-            least, goal = LEAST_SPEEDUP[arm]
+        for arm, (least, goal) in LEAST_SPEEDUP.items():
+            if (speedup := self.speedups.get(arm)) is None:
+                continue
             limit = f"at least {least:g} times (goal: {goal:g})"
             rows.append(
                 (f"samples per second, over {ARMS[arm]}", limit, f"{speedup.median:.2f}", speedup.median >= least)
             )
+        if (speedup := self.bfloat16_speedup) is not None:
+            limit, found = f"at least {LEAST_SPEEDUP_BFLOAT16:g} times", f"{speedup.median:.2f}"
+            met = speedup.median >= LEAST_SPEEDUP_BFLOAT16
+            rows.append(("samples per second in bfloat16, over float32", limit, found, met))
         learning, least, most = self.shares[OURS]["learning"], self.overhead[OURS], self.overhead_at_most or 0.0
         rows.append(
             ("forward passes and update, of the matrix rate", "at least 70%", f"{learning:.0%}", learning >= 0.7)
@@ -66,8 +77,9 @@ class Findings:
         sync = self.sync_of_step or 0.0
         rows.append(("weight sync, of a step", "below 5%", f"{sync:.1%}", sync < 0.05))
         if "trl" in self.peak_mib:
-            ratio = self.peak_mib[OURS].median / self.peak_mib["trl"].median
-            rows.append(("peak memory, over TRL's", "at most 2.5 times", f"{ratio:.2f}", ratio <= 2.5))
+            (most, goal), ratio = MOST_MEMORY, self.peak_mib[OURS].median / self.peak_mib["trl"].median
+            limit = f"at most {most:g} times (goal: {goal:g})"
+            rows.append(("peak memory, over TRL's", limit, f"{ratio:.2f}", ratio <= most))
         for arm, figures in self.agreements.items():
             known = [found.agrees for found in figures.values()]
             apart = [FIGURES[name] for name, found in figures.items() if found.agrees is False]
@@ -94,6 +106,8 @@ def find(rounds: Rounds, machines: Sequence[Machine], task: Task) -> Findings:
             arm: Spread.of([summary.samples_a_second(run) for run in runs]) for arm, runs in rounds.items()
         },
         speedups={arm: summary.speedup(rounds, OURS, arm) for arm in others},
+        bfloat16_speedup=summary.speedup(rounds, OURS_BFLOAT16, OURS) if OURS_BFLOAT16 in others else None,
+        mismatch={arm: found for arm, runs in rounds.items() if (found := summary.mismatch(runs)) is not None},
         peak_mib={arm: Spread.of([run.peak_mib for run in runs]) for arm, runs in rounds.items()},
         shares={
             arm: summary.shares_of_machine(runs, machines, task.shape, task.epochs) for arm, runs in rounds.items()

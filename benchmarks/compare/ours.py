@@ -1,18 +1,49 @@
-"""ppo_ray's arm: a whole `python -m ppo_ray train` by the demo's config, and what its metrics say.
+"""ppo_ray's arms: a whole `python -m ppo_ray train` by the demo's config, and what its metrics say.
 
 Nothing is held out and no checkpoint is written during the steps; one is written at the end, as always, and removed.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
-from benchmarks.compare.arms import Step
+from benchmarks.compare.arms import OURS, OURS_BFLOAT16, Step
+from benchmarks.compare.settings import Settings
 from ppo_ray import trajectory
 from ppo_ray.config import Config, UpdateConfig, load_config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "imdb.yaml"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a step works on."""
+
+    batch_size: int
+    """Samples per step, where none are asked for."""
+    options: dict[str, Any]
+    """Of prompts and responses."""
+
+
+SHAPES = {
+    # TRL's LengthSampler(2, 8) and LengthSampler(4, 16) never draw the upper bound
+    "notebook": Shape(32, {"prompts.max_tokens": 7, "rollout.max_response_tokens": 15}),
+    "chat": Shape(
+        16,
+        {
+            "prompts.min_chars": 1000,
+            "prompts.min_tokens": 64,
+            "prompts.max_tokens": 128,
+            "rollout.min_response_tokens": 64,
+            "rollout.max_response_tokens": 64,
+        },
+    ),
+}
+"""By name: TRL's sentiment notebook, and prompts and responses as long as a short chat's."""
+
 _DEMOS = ("learning_rate", "warmup_steps", "value_learning_rate", "epochs", "kl_coef", "max_grad_norm")
 
 _SECONDS = {
@@ -30,26 +61,27 @@ _FIGURES = {
 }
 
 
-def run_config(batch_size: int, steps: int, seed: int, threads: int, folder: Path, more: list[str]) -> Config:
-    """Return the config of a run: the demo's models and workers, the notebook's lengths and algorithm."""
+def run_config(asked: Settings, seed: int, folder: Path, arm: str = OURS) -> Config:
+    """Return the config of an arm's run: the demo's models and workers, a shape's lengths, the notebook's algorithm."""
     notebooks = UpdateConfig(learning_rate=1.41e-5)
     options = {
         **{f"ppo.{name}": getattr(notebooks, name) for name in _DEMOS},
         "model.value_head_init": "random",
         "seed": seed,
-        "steps": steps,
+        "steps": asked.steps,
         "output_dir": folder,
-        "rollout.batch_size": batch_size,
-        "prompts.max_tokens": 7,  # TRL's LengthSampler(2, 8) and LengthSampler(4, 16) never draw the upper bound
-        "rollout.max_response_tokens": 15,
+        "rollout.batch_size": asked.batch_size,
+        **SHAPES[asked.shape].options,
         "evaluation.num_prompts": 0,
         "checkpoint.every_steps": 0,
-        "rollout.threads": threads,
-        "reward.threads": threads,
-        "learner.threads": threads,
+        "rollout.threads": asked.threads,
+        "reward.threads": asked.threads,
+        "learner.threads": asked.threads,
     }
+    if arm == OURS_BFLOAT16:
+        options |= {"model.dtype": "bfloat16", "rollout.dtype": "bfloat16"}
     texts = {key: "null" if value is None else value for key, value in options.items()}
-    return load_config(CONFIG, [f"{key}={value}" for key, value in texts.items()] + more)
+    return load_config(CONFIG, [f"{key}={value}" for key, value in texts.items()] + asked.overrides)
 
 
 def read_steps(run: Path) -> list[Step]:
@@ -68,4 +100,5 @@ def _step(record: dict[str, float], run: Path) -> Step:
         total_s=record["time/step_s"],
         lengths=list(zip(*lengths, strict=True)),
         figures={figure: record[name] for figure, name in _FIGURES.items()},
+        mismatch=record["mismatch/kl"],
     )

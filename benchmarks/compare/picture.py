@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compare.arms import ARMS, FIGURES, PHASES
-from benchmarks.compare.findings import OURS, Findings
+from benchmarks.compare.arms import ARMS, FIGURES, OURS, PHASES
+from benchmarks.compare.findings import LEAST_SPEEDUP, Findings
 from benchmarks.compare.summary import Rounds
 
-_ARM_COLOURS = {"trl": "#8a8a8a", "trl-batched": "#33658a", "ppo-ray": "#cc3311"}
+_ARM_COLOURS = {"trl": "#8a8a8a", "trl-batched": "#33658a", "ppo-ray": "#cc3311", "ppo-ray-bf16": "#ee8866"}
 _PHASE_COLOURS: Mapping[str, str] = dict(
     zip(PHASES, ("#1b9e77", "#a6d854", "#7570b3", "#e6ab02", "#e7298a", "#d9c8a9"), strict=True)
 )
@@ -66,7 +66,8 @@ def _draw_samples(axes: Any, found: Findings, rounds: Rounds) -> None:
         axes.plot([place, place], [spread.low, spread.high], color="black", lw=1.5)
         label = f"{spread.median:.2f}"
         if arm == OURS:
-            times = (f"{speedup.median:.1f} x {ARMS[other]}" for other, speedup in found.speedups.items())
+            others = [other for other in LEAST_SPEEDUP if other in found.speedups]
+            times = (f"{found.speedups[other].median:.1f} x {ARMS[other]}" for other in others)
             label = "\n".join([label, *times])
         axes.annotate(label, (place, spread.high), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xticks(range(len(rounds)), [ARMS[arm].replace(", ", ",\n") for arm in rounds], fontsize=8)

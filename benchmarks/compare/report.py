@@ -11,8 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare.arms import ARMS, FIGURES, PHASES
-from benchmarks.compare.findings import OURS, Findings, to_json
+from benchmarks.compare.arms import ARMS, FIGURES, OURS, PHASES
+from benchmarks.compare.findings import Findings, to_json
 from benchmarks.compare.machine import Machine
 from benchmarks.compare.summary import WARM_UP_STEPS, Rounds, Spread
 from ppo_ray import atomic
@@ -78,6 +78,9 @@ def _time_table(found: Findings) -> Table:
         cells = [_spread(found.speedups[arm]) if arm in found.speedups else "1" for arm in found.seconds]
         table.add_row("ppo_ray is faster, times", *cells)
     table.add_row("peak memory, MiB", *(_spread(found.peak_mib[arm], "{:.0f}") for arm in found.seconds))
+    if found.mismatch:
+        cells = [f"{found.mismatch[arm]:.1g}" if arm in found.mismatch else "-" for arm in found.seconds]
+        table.add_row("KL of engine and learner, nats per token", *cells)
     overhead = [f"{found.overhead[arm]:.1%}" for arm in found.seconds]
     table.add_row("overhead, of a step", *overhead)
     return table

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.compare import child
-from benchmarks.compare.arms import ArmRun, Step, step_from
+from benchmarks.compare.arms import OURS, OURS_BFLOAT16, ArmRun, Step, step_from
 from benchmarks.compare.machine import Machine
 from benchmarks.compare.ours import read_steps, run_config
 from benchmarks.compare.settings import ROOT, Settings
@@ -24,7 +24,7 @@ from ppo_ray.errors import InputError
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 _MODES = {"trl": "one", "trl-batched": "batched"}
 _MACHINE_LIMIT_S = 600.0
-_START_LIMIT_S, _SAMPLE_LIMIT_S = 900.0, 8.0  # five times what the slowest arm took for a sample on two cores
+_START_LIMIT_S, _TOKEN_LIMIT_S = 900.0, 0.4  # five times what the slowest arm took for a token on two cores
 _QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _OURS = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
@@ -55,8 +55,7 @@ class Round:
     @property
     def config(self) -> Config:
         """Of ppo_ray's run, by which the others' work is made too."""
-        settings, run = self.settings, self.folder / "ppo-ray" / "run"
-        return run_config(settings.batch_size, settings.steps, self.seed, settings.threads, run, settings.overrides)
+        return run_config(self.settings, self.seed, self.folder / OURS / "run")
 
     def machine(self) -> Machine:
         """Return what the machine can do, measured in this round."""
@@ -83,13 +82,13 @@ class Round:
         if not result.is_file():
             shutil.rmtree(folder, ignore_errors=True)  # seconds of a run that was cut off do not count
             folder.mkdir(parents=True)
-            made = self._ours(folder, tell) if arm == "ppo-ray" else self._trl(arm, folder, tell)
+            made = (self._ours if arm in (OURS, OURS_BFLOAT16) else self._trl)(arm, folder, tell)
             made.write(result)
         return ArmRun.read(result)
 
-    def _ours(self, folder: Path, tell: Tell) -> ArmRun:
+    def _ours(self, arm: str, folder: Path, tell: Tell) -> ArmRun:
         config = folder / "config.yaml"
-        config.write_text(to_yaml(self.config), encoding="utf-8")
+        config.write_text(to_yaml(run_config(self.settings, self.seed, folder / "run", arm)), encoding="utf-8")
         metrics = folder / "run" / "metrics.jsonl"
         command = [sys.executable, "-m", "ppo_ray", "train", str(config)]
         memory = child.run(
@@ -101,7 +100,7 @@ class Round:
         )
         steps = read_steps(folder / "run")
         shutil.rmtree(folder / "run" / "checkpoints")  # some GB
-        return self._check(ArmRun("ppo-ray", self.seed, steps, memory.peak_mib, memory.peak_processes))
+        return self._check(ArmRun(arm, self.seed, steps, memory.peak_mib, memory.peak_processes))
 
     def _trl(self, arm: str, folder: Path, tell: Tell) -> ArmRun:
         if not TRL_PYTHON.is_file():
@@ -128,7 +127,8 @@ class Round:
 
     @property
     def _limit_s(self) -> float:
-        return _START_LIMIT_S + self.settings.steps * self.settings.batch_size * _SAMPLE_LIMIT_S
+        longest = self.config.prompts.max_tokens + self.config.rollout.max_response_tokens
+        return _START_LIMIT_S + self.settings.steps * self.settings.batch_size * longest * _TOKEN_LIMIT_S
 
 
 def _threads(number: int) -> dict[str, str]:

@@ -17,6 +17,8 @@ _CODE = ("ppo_ray/**/*.py", "configs/imdb.yaml", "requirements/*.txt", "benchmar
 class Settings:
     """Of all arms and rounds."""
 
+    shape: str
+    """A name of `ours.SHAPES`."""
     batch_size: int
     steps: int
     rounds: int

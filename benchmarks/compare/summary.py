@@ -85,6 +85,12 @@ def share_of_step(runs: Sequence[ArmRun], *phases: str) -> float:
     return statistics.median(sum(step.phases[phase] for phase in phases) / step.total_s for step in steps)
 
 
+def mismatch(runs: Sequence[ArmRun]) -> float | None:
+    """Return the median KL between engine and learner, nats per token, over all steps of all rounds, if it is known."""
+    found = [step.mismatch for run in runs for step in run.steps if step.mismatch is not None]
+    return statistics.median(found) if found else None
+
+
 def shares_of_machine(
     runs: Sequence[ArmRun], machines: Sequence[Machine], shape: DecoderShape, epochs: int
 ) -> dict[str, float]:

@@ -14,7 +14,7 @@ from ppo_ray.errors import QUOTED, InputError
 
 _TAKEN_SECTIONS = ("prompts", "evaluation")
 _TAKEN = {
-    *("seed", "model.dtype", "learner.workers", "learner.threads", "learner.gpus"),
+    *("seed", "model.dtype", "model.quantization", "learner.workers", "learner.threads", "learner.gpus"),
     *("rollout.engine", "rollout.workers", "rollout.threads", "rollout.gpus", "rollout.tensor_parallel"),
     *("rollout.batch_size", "rollout.min_response_tokens", "rollout.max_response_tokens", "rollout.temperature"),
     *("rollout.stop_at_eos", "rollout.stop_token_ids", "rollout.max_context", "rollout.kv_cache_mib", "rollout.dtype"),

@@ -245,7 +245,7 @@ def _source_contradictions(config: Config) -> Iterator[Contradiction]:
             separator = "_" if key.startswith("model") else "."
             option, where = f"{key}{separator}revision", f"{key}{separator}path"
             yield Contradiction((option, where), f"is for {where}; give that too, or leave it out")
-    yield from lora_contradictions(model.lora, config.rollout.adapter_sync)
+    yield from lora_contradictions(model, config.learner, config.rollout.adapter_sync)
     yield from reward_contradictions(reward)
 
 

@@ -42,6 +42,8 @@ Folder = Annotated[str, Field(min_length=1), AfterValidator(_resolve_folder)]
 """A folder that is written to."""
 DType = Literal["float32", "bfloat16"]
 Transport = Literal["object_store", "nccl", "ipc"]
+Quantization = Literal["nf4", "int8"]
+"""bitsandbytes' codes of weights: 4 bits whose scales are quantised too, or 8 bits with a scale per row."""
 
 
 @dataclass(frozen=True)
@@ -145,21 +147,6 @@ class LoraConfig(Section):
         return options
 
 
-def lora_contradictions(lora: LoraConfig | None, adapter_sync: str) -> Iterator[Contradiction]:
-    """Yield the options of new adapters beside the path of others, and a sync of adapters without any."""
-    if lora is None and adapter_sync == "adapter":
-        yield Contradiction(
-            ("rollout.adapter_sync", "model.lora"),
-            "adapter sends adapters alone, and without model.lora there are none; set model.lora, or auto",
-        )
-    names = ("rank", "alpha", "targets")
-    if lora and lora.path and (given := [f"model.lora.{name}" for name in names if getattr(lora, name) is not None]):
-        yield Contradiction(
-            (*given, "model.lora.path"),
-            "is for new adapters, and those at model.lora.path have their own; leave it out",
-        )
-
-
 class ModelConfig(ModelSource):
     """The policy, and the frozen reference that it must not drift away from."""
 
@@ -184,6 +171,10 @@ class ModelConfig(ModelSource):
     lora: LoraConfig | None = None
     """Adapters that are trained instead of the policy's own weights; `{}` takes all defaults. null: all weights are
     trained. See docs/lora.md."""
+    quantization: Quantization | None = None
+    """Codes in which the frozen weights of linear maps are kept on a GPU, beside `lora` (QLoRA). nf4: 4 bits. int8: 8
+    bits, for weights alone. Embeddings keep `dtype`. Engines get whole weights. null: weights of `dtype`. See
+    docs/lora.md."""
     value_head_init: Literal["random", "zeros"] = "random"
     """Weights that a new value head begins with. random: as TRL's, which makes values of its own; zeros: no value is
     foreseen at first, so that advantages have less noise until the head has learnt. Not used where a head is loaded."""
@@ -223,6 +214,35 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work,
     less memory."""
+
+
+def lora_contradictions(model: ModelConfig, learner: LearnerConfig, adapter_sync: str) -> Iterator[Contradiction]:
+    """Yield what adapters do not go with, and what a quantised base does not."""
+    lora = model.lora
+    if lora is None and adapter_sync == "adapter":
+        yield Contradiction(
+            ("rollout.adapter_sync", "model.lora"),
+            "adapter sends adapters alone, and without model.lora there are none; set model.lora, or auto",
+        )
+    names = ("rank", "alpha", "targets")
+    if lora and lora.path and (given := [f"model.lora.{name}" for name in names if getattr(lora, name) is not None]):
+        yield Contradiction(
+            (*given, "model.lora.path"),
+            "is for new adapters, and those at model.lora.path have their own; leave it out",
+        )
+    shares = learner.sharding == "fsdp2" and learner.workers > 1
+    why = {
+        "model.lora": lora is None and "codes cannot be trained, adapters beside them can: set model.lora",
+        "learner.gpus": not learner.gpus and "quantised weights are for GPUs, and learner.gpus=0 has none; set 1",
+        "learner.sharding": shares
+        and "fsdp2 shares no codes among ranks; set learner.sharding=ddp: each rank has them all",
+        "rollout.adapter_sync": adapter_sync == "adapter"
+        and "engines would add the adapters to weights that are not quantised, another policy; set "
+        "rollout.adapter_sync=merged, or auto",
+    }
+    for key, reason in why.items() if model.quantization else ():
+        if reason:
+            yield Contradiction(("model.quantization", key), f"{model.quantization}: {reason}")
 
 
 class RayConfig(Section):

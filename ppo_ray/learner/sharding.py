@@ -19,6 +19,7 @@ from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.decoder import decoder_layers
 from ppo_ray.models.loading import cast
+from ppo_ray.models.quantization import named_tensors
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.models.saving import State
 
@@ -158,8 +159,8 @@ class Replicated:
         return _merge_weights(self._policy) if self._policy.adapted else self._policy.causal_lm.named_parameters()
 
     def parameters(self) -> NamedTensors:
-        """Yield the model's own parameters."""
-        return self._policy.causal_lm.named_parameters()
+        """Yield the model's own parameters, and the codes of quantised weights."""
+        return named_tensors(self._policy.causal_lm)
 
     def meta_weights(self) -> Iterator[torch.Tensor]:
         """Yield each of `weights` on the meta device."""

@@ -22,6 +22,7 @@ from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.learner.sharding import Sharding, gather_full
 from ppo_ray.learner.state import LearnerState
 from ppo_ray.models.actor_critic import ActorCritic
+from ppo_ray.models.quantization import named_tensors
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.models.saving import State, TensorFile, WrittenFile, name_part, write_index, write_tensors
 from ppo_ray.weights.checksums import byte_checksum, weights_checksum
@@ -154,8 +155,8 @@ class StateChecksums:
 
     @property
     def names(self) -> frozenset[str]:
-        """The names of the policy's weights; a tied one has its first."""
-        return frozenset(name for name, _ in self._policy.causal_lm.named_parameters())
+        """The names of the policy's weights, and of the codes of quantised ones; a tied one has its first."""
+        return frozenset(name for name, _ in named_tensors(self._policy.causal_lm))
 
     @cached_property
     def reference(self) -> str:
@@ -165,7 +166,7 @@ class StateChecksums:
     @cached_property
     def frozen(self) -> dict[str, str]:
         """The checksums of the weights that are not trained; with adapters all others are that."""
-        named, trained = dict(self._policy.causal_lm.named_parameters()), self._trained
+        named, trained = dict(named_tensors(self._policy.causal_lm)), self._trained
         return _hash({name: tensor for name, tensor in named.items() if name not in trained}, self._sharding.ranks)
 
     def has_reference(self, state: LearnerState) -> bool:

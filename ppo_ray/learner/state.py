@@ -32,6 +32,7 @@ from ppo_ray.models.actor_critic import (
 )
 from ppo_ray.models.decoder import recompute_layers
 from ppo_ray.models.loading import cast, load_causal_lm, load_pretrained, load_tokenizer
+from ppo_ray.models.quantization import set_dtype
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.models.support import find_decoder
 from ppo_ray.seeding import derive_seed
@@ -165,13 +166,14 @@ def load_actor_critic(
     """Load the policy with its value head or critic, or without; a value head that lies with its decoder is loaded too.
 
     If the policy computes in bfloat16, its parameters are float32: the masters are made of them. With adapters these
-    are float32, and the frozen weights are of the type that the policy computes in.
+    are float32, and the frozen weights are of the type that the policy computes in, or codes that stand for them.
 
     Raises:
         InputError: a model cannot be loaded or is not supported.
     """
-    causal_lm = load_causal_lm(model.path, dtype=_master_dtype(model), device=device, trust=model.trust)
     path, trust = model.path, model.trust
+    how: Any = {"dtype": _master_dtype(model), "device": device, "quantization": model.quantization}
+    causal_lm = load_causal_lm(path, trust=trust, **how)
     actor_critic: ActorCritic
     if not has_values:
         actor_critic = ActorCritic(causal_lm, temperature=temperature)
@@ -182,7 +184,7 @@ def load_actor_critic(
         if model.lora is not None and (path, trust) == (model.path, model.trust):
             critic = _share_weights(find_decoder(causal_lm))
         else:
-            critic = load_pretrained(AutoModel, path, dtype=_master_dtype(model), device=device, trust=trust)
+            critic = load_pretrained(AutoModel, path, trust=trust, **how)
         actor_critic = CausalLMWithCritic(causal_lm, critic, temperature=temperature, value_head_seed=value_head_seed)
     else:
         actor_critic = CausalLMWithValueHead(causal_lm, temperature=temperature, value_head_seed=value_head_seed)
@@ -197,7 +199,7 @@ def load_actor_critic(
 
 
 def _share_weights(decoder: Any) -> Any:
-    """Return a second decoder on the very same parameters, which are frozen: it gets adapters of its own."""
+    """Return a second decoder on the very same parameters or codes, which are frozen: it gets adapters of its own."""
     shared = {id(tensor): tensor for tensor in (*decoder.parameters(), *decoder.buffers())}
     return copy.deepcopy(decoder, shared)
 
@@ -235,6 +237,7 @@ def _adapt(actor_critic: ActorCritic, model: ModelConfig, lora: LoraConfig, seed
     for name, parameter in actor_critic.named_parameters():
         if not is_adapter(name) and parameter not in heads:
             cast(parameter, _compute_dtype(model))
+    set_dtype(actor_critic, _compute_dtype(model))
 
 
 def load_reference(model: ModelConfig, temperature: float, device: torch.device) -> ResponseLM:

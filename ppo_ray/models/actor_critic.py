@@ -266,7 +266,7 @@ class UnadaptedPolicy(ResponseLM):
         return self._policy[0].decoder.packs
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the frozen parameters, by the names that they have without adapters."""
+        """Yield the frozen parameters, or their codes, by the names that they have without adapters."""
         from ppo_ray.models.lora import base_weights
 
         return base_weights(self.causal_lm)

@@ -1,6 +1,7 @@
 """The files of adapters, as peft writes and reads them: read strictly, written the same in every process."""
 
 import copy
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.utils import cached_file
 from ppo_ray.config import DEFAULT_RANK, LoraConfig, ModelConfig
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.models.lora import ADAPTER, adapter_parameters, add_adapters, find_target_problem, is_adapter
+from ppo_ray.models.quantization import MISSING
 from ppo_ray.models.saving import State, write_tensors
 from ppo_ray.models.tensors import list_names
 
@@ -193,18 +195,22 @@ def read_adapter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in adapter_parameters(empty).items()}
 
 
-def check_adapters(empty: Any, lora: LoraConfig, path: str, is_critic: bool) -> None:
+def check_adapters(empty: Any, model: ModelConfig, path: str, is_critic: bool) -> None:
     """Put adapters into a model on the meta device, which costs no memory.
 
     Args:
         empty: the model.
-        lora: the adapters.
+        model: the options, with adapters.
         path: folder or hub name of the model.
         is_critic: whether it is a separate critic, whose adapters are checked as they are read.
 
     Raises:
-        InputError: they do not fit it.
+        InputError: they do not fit it, or what makes codes of its weights is missing.
     """
+    lora = model.lora
+    assert lora is not None
+    if model.quantization and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"model.quantization={model.quantization} {MISSING}")
     if problem := find_target_problem(empty, lora):
         raise InputError(f"model.lora.targets: {problem}")
     if is_critic and lora.path is not None:

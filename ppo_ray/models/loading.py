@@ -18,8 +18,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ppo_ray.config import NO_TRUST, Trust, revision_problem
+from ppo_ray.config import NO_TRUST, Quantization, Trust, revision_problem
 from ppo_ray.errors import InputError, first_line
+from ppo_ray.models.quantization import quantize
 from ppo_ray.models.saving import remember_generation_config
 from ppo_ray.models.tensors import catch_report, find_nonfinite, find_weights_problem, list_names
 
@@ -27,7 +28,12 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def load_causal_lm(
-    path: str, *, dtype: str = "float32", device: str | torch.device = "cpu", trust: Trust = NO_TRUST
+    path: str,
+    *,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    trust: Trust = NO_TRUST,
+    quantization: Quantization | None = None,
 ) -> Any:
     """Load a causal language model in eval mode: PPO runs without dropout, in training passes too.
 
@@ -38,6 +44,7 @@ def load_causal_lm(
         dtype: torch's name of the parameters' type.
         device: where to put it.
         trust: which revision, and what its files may do; even pickles that are allowed may hold nothing but tensors.
+        quantization: what its linear maps get instead of weights; see `quantize`. None: they keep their weights.
 
     Returns:
         The transformers model.
@@ -46,16 +53,25 @@ def load_causal_lm(
         InputError: there is no such model, it is not a causal language model, or its weights are damaged or not
             trusted.
     """
-    return load_pretrained(AutoModelForCausalLM, path, dtype=dtype, device=device, trust=trust)
+    how: Any = {"dtype": dtype, "device": device, "trust": trust, "quantization": quantization}
+    return load_pretrained(AutoModelForCausalLM, path, **how)
 
 
 def load_pretrained(
-    auto_class: Any, path: str, *, dtype: str, device: str | torch.device, trust: Trust = NO_TRUST
+    auto_class: Any,
+    path: str,
+    *,
+    dtype: str,
+    device: str | torch.device,
+    trust: Trust = NO_TRUST,
+    quantization: Quantization | None = None,
 ) -> Any:
     """Load a model by one of transformers' Auto classes; see `load_causal_lm`."""
-    model = _read(auto_class, path, trust, dtype=getattr(torch, dtype)).to(device).eval()
+    model = _read(auto_class, path, trust, dtype=getattr(torch, dtype)).to("cpu" if quantization else device).eval()
     if problem := find_nonfinite(model):
         raise InputError(f"the model {path!r} {problem}")
+    if quantization:
+        quantize(model, quantization, torch.device(device))
     return model
 
 

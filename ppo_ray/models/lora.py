@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ppo_ray.config import LoraConfig
 from ppo_ray.errors import InputError, first_line
+from ppo_ray.models.quantization import QuantizedMap, named_tensors
 from ppo_ray.models.tensors import A_NAME, B_NAME, list_names
 
 ADAPTER = "default"
@@ -131,24 +132,29 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
 
 
 def base_weights(model: torch.nn.Module, gather: Gather = torch.Tensor.detach) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a model without its adapters, by the names that it had before it got them."""
-    for name, parameter in _base_parameters(model):
-        yield name, gather(parameter)
+    """Yield the tensors of a model without its adapters, by the names that it had before it got them.
+
+    Of a quantised linear map they are codes and scales.
+    """
+    for name, tensor in named_tensors(model):
+        if not is_adapter(name):
+            yield name.replace(".base_layer.", "."), gather(tensor)
 
 
 def merge_weights(model: torch.nn.Module, gather: Gather = torch.Tensor.detach) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield W + scale x B A of each linear map with adapters, and every other tensor as it is, one at a time.
 
-    The sum is in float32 or better and rounded once, to the type of W. A model without adapters yields its parameters.
+    The sum is in float32 or better and rounded once, to the type of W. W of a quantised map is what its codes stand
+    for. A model without adapters yields its parameters.
 
     Args:
         model: with or without adapters.
         gather: makes a parameter whole; all ranks call it together.
     """
-    layers = {id(layer.get_base_layer().weight): layer for layer in adapter_layers(model).values()}
-    for name, parameter in _base_parameters(model):
-        weight = gather(parameter)
-        if layer := layers.get(id(parameter)):
+    layers = {id(layer.get_base_layer()): layer for layer in adapter_layers(model).values()}
+    for name, owner in _base_weights(model):
+        weight = gather(getattr(owner, name.rpartition(".")[2]))
+        if (layer := layers.get(id(owner))) and name.endswith(".weight"):
             a, b, scale = matrices(layer)
             weight = merge(weight, gather(a), gather(b), scale, bool(getattr(layer, "fan_in_fan_out", False)))
         yield name, weight
@@ -205,10 +211,16 @@ def merge_in_place(model: torch.nn.Module) -> None:
     del model.peft_config
 
 
-def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for name, parameter in model.named_parameters():
-        if not is_adapter(name):
-            yield name.replace(".base_layer.", "."), parameter
+def _base_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield each weight's name before the model got adapters, and the module whose attribute it is, in their order."""
+    seen: set[torch.nn.Parameter] = set()
+    for prefix, module in model.named_modules():
+        own = {name: weight for name, weight in module.named_parameters(recurse=False) if weight not in seen}
+        seen.update(own.values())  # a tied head is named once
+        for name in ["weight", *own] if isinstance(module, QuantizedMap) else own:
+            path = f"{prefix}.{name}".removeprefix(".")
+            if not is_adapter(path):
+                yield path.replace(".base_layer.", "."), module
 
 
 def is_adapter(name: str) -> bool:

@@ -11,13 +11,16 @@ from ppo_ray.config.file import read_plain
 from ppo_ray.errors import InputError
 from ppo_ray.models.actor_critic import CRITIC_FOLDER, VALUE_HEAD_FILE
 from ppo_ray.models.adapter_files import CONFIG_FILE, load_adapters, make_adapter_config
-from ppo_ray.models.loading import cast, load_causal_lm, load_pretrained, load_tokenizer
+from ppo_ray.models.loading import cast, default_device, load_causal_lm, load_pretrained, load_tokenizer
 from ppo_ray.models.lora import add_adapters, merge_in_place
+from ppo_ray.models.quantization import quantize, set_dtype, unquantize
 from ppo_ray.models.saving import save_model
 
 
 def merge_model(model: ModelConfig, folder: Path, dtype: str = "float32") -> None:
     """Write base and adapters as one model with its tokenizer, for `from_pretrained`.
+
+    The base of a quantised run is what its codes stand for, as the learner computed with it.
 
     Args:
         model: with `lora.path`.
@@ -56,8 +59,10 @@ def merge_checkpoint(checkpoint: Path, output: Path, dtype: str = "float32", bas
     base = base or options.get("model.path")
     if not base:
         raise InputError(f"{checkpoint}: has no config.yaml that names the base; give it: --base FOLDER")
+    own = {name: options[f"model.{name}"] for name in ("dtype", "quantization") if f"model.{name}" in options}
     revision = options.get("model.revision") if base == options.get("model.path") else None
-    model = ModelConfig.model_validate({"path": base, "revision": revision, "lora": {"path": str(checkpoint)}})
+    lora = {"path": str(checkpoint)}
+    model = ModelConfig.model_validate({"path": base, "revision": revision, "lora": lora, **own})
     merge_model(model, output, dtype)
     critic = checkpoint / CRITIC_FOLDER
     if (critic / CONFIG_FILE).is_file():
@@ -75,6 +80,13 @@ def _merge(network: torch.nn.Module, model: ModelConfig, path: str, dtype: str) 
     """Merge the adapters at a path into a network, in place, and round it."""
     assert model.lora is not None
     lora = model.lora.model_copy(update={"path": path})
+    if model.quantization:
+        quantize(network, model.quantization, default_device())
+        set_dtype(network, getattr(torch, model.dtype))
+        unquantize(network.cpu())
+        for parameter in network.parameters():
+            cast(parameter, getattr(torch, model.dtype))
+        network.float()
     add_adapters(network, make_adapter_config(lora, model.path), 0)
     load_adapters(network, path)
     merge_in_place(network)

@@ -25,6 +25,12 @@ def find_config_problem(config: Any, is_critic: bool = False) -> str | None:
         return f"is an encoder-decoder ({config.model_type}); give a model that is a decoder alone"
     if reason := _UNTRAINABLE.get(config.model_type):
         return f"{reason}; the learner has none. {CHOOSE}"
+    if stored := getattr(config, "quantization_config", None):
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        return (
+            f"is stored in codes ({method} in quantization_config of its config.json), which are not trained on; give "
+            "the model that they were made of. model.quantization makes codes of it"
+        )
     if is_critic:
         return None
     text = config.get_text_config()

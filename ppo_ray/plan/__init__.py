@@ -6,7 +6,7 @@ holds, and `plan` puts all of it together. A run that starts asks Ray for the sa
 
 from ppo_ray.plan.cluster import ClusterShape, Node
 from ppo_ray.plan.demand import ActorSpec
-from ppo_ray.plan.plan import Plan, make_plan
+from ppo_ray.plan.plan import Plan, find_emulated_dtypes, make_plan
 from ppo_ray.plan.request import ResourceRequest, make_request
 from ppo_ray.plan.sizes import ModelSizes
 
@@ -17,6 +17,7 @@ __all__ = [
     "Node",
     "Plan",
     "ResourceRequest",
+    "find_emulated_dtypes",
     "make_plan",
     "make_request",
 ]

@@ -22,8 +22,8 @@ def sends_adapters(config: Config) -> bool:
     lora, rollout = config.model.lora, config.rollout
     if lora is None or rollout.adapter_sync != "auto":
         return lora is not None and rollout.adapter_sync == "adapter"
-    if rollout.engine != "vllm" or not rollout.gpus or rollout.engine_dtype == "float32":
-        return False
+    if rollout.engine != "vllm" or not rollout.gpus or rollout.engine_dtype == "float32" or config.model.quantization:
+        return False  # engines would read weights that are not quantised
     return _kind(config.model.path, config.model.trust) in ADAPTABLE
 
 

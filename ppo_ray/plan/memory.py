@@ -173,9 +173,9 @@ def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[
         name = "float32 adapters and value head" if adapted and what.endswith("weights") else what
         yield parameter_term(name, trained, number, device, when, by)
     if adapted:
-        yield parameter_term("frozen base", sizes.policy.parameters, size, device, ranks=by)
+        yield from _base_terms("frozen base", config, sizes.policy, device, by)
         if sizes.critic and (config.model.critic_path is not None or shared):
-            yield parameter_term("the critic's frozen base", sizes.critic.parameters, size, device, ranks=by)
+            yield from _base_terms("the critic's frozen base", config, sizes.critic, device, by)
     reference = None if adapted and config.model.reference_path is None else sizes.reference
     if reference:
         yield parameter_term("reference", reference.parameters, size, device, ranks=by)
@@ -184,6 +184,15 @@ def _state_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[
         yield parameter_term("whole models, before they are shared", whole, EXACT, "host")
     elif size != EXACT and not adapted:
         yield parameter_term(f"{config.model.dtype} weights", _actor_critic_parameters(sizes), size, device)
+
+
+def _base_terms(what: str, config: Config, model: ModelSize, device: Device, ranks: int) -> Iterator[Term]:
+    """Yield a frozen model: its weights, and the codes and scales of those that are quantised."""
+    yield parameter_term(what, model.parameters - model.mapped, BYTES[config.model.dtype], device, ranks=ranks)
+    if model.mapped:
+        bits = f"{8 * model.code_bytes / model.mapped:.4g} bits ({config.model.quantization})"
+        yield Term(f"{what} in codes", f"{_format_count(model.mapped)} x {bits}", model.code_bytes, device)
+        yield parameter_term(f"{what}, before it gets codes", model.parameters, EXACT, "host")
 
 
 def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
@@ -217,11 +226,15 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
     kept += [] if recomputed else masks("attention masks", policy.layers)
     gathered = [parameters("gathered: embeddings, a layer", roots + layer, size)] if shared else []
     learned = policy.adapters // policy.layers if adapted else layer
+    decoded = max((math.prod(shape) for model in trained for shape in model.maps), default=0)
     reduced = [parameters("a layer's gradients that are being reduced", learned, size + EXACT)] if shared else []
     rounded = size != EXACT
     head = [*kept, probabilities(EXACT + size * rounded), *gathered]  # their gradient is rounded into a copy
     backward = [*kept, _layer_term("a layer's backward pass", policy, tokens, size, device, recomputed)]
     backward += masks("a layer's attention mask", 1) if recomputed else []
+    if decoded:
+        each = size if config.model.quantization == "nf4" else 2 * EXACT
+        backward += [parameters("a weight made of its codes", decoded, each)]
     if (rounded or shared) and not adapted:
         backward += [parameters("the embeddings' gradients", policy.embeddings, size)]
     moments = [head, [*backward, *gathered, *reduced]]

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ppo_ray.config import Config
+from ppo_ray.machine import multiplies_bfloat16
 from ppo_ray.plan.assign import Assignment, Shortage, assign
 from ppo_ray.plan.cluster import GIB, ClusterShape
 from ppo_ray.plan.engine import kv_bytes, kv_cache_term, rollout_terms, waiting_problem
@@ -134,7 +135,21 @@ def _megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:,.0f}" if num_bytes >= 10e6 else f"{num_bytes / 1e6:.2g}"
 
 
+def find_emulated_dtypes(config: Config) -> Iterator[str]:
+    """Yield a sentence per option that makes CPUs compute in bfloat16 where this machine's can only emulate it."""
+    asked = {
+        "model.dtype": not config.learner.gpus and config.model.dtype == "bfloat16",
+        "rollout.dtype": not config.rollout.gpus and config.rollout.dtype == "bfloat16",
+    }
+    for name in [name for name, emulated in asked.items() if emulated and not multiplies_bfloat16()]:
+        yield (
+            f"{name}=bfloat16, but this machine's processor has no products of bfloat16 (AVX512-BF16 or AMX) and "
+            f"emulates them, more slowly than float32; leave {name} out on such CPUs"
+        )
+
+
 def _warnings(config: Config, sizes: ModelSizes, gpu_memory: int | None) -> Iterator[str]:
+    yield from find_emulated_dtypes(config)
     if config.rollout.engine == "vllm":
         kv_cache = kv_cache_term(config, sizes, gpu_memory).num_bytes
         if waits := waiting_problem(config, kv_cache // kv_bytes(config, sizes), kv_cache >> 20):

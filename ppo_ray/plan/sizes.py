@@ -7,7 +7,7 @@ from typing import Any
 
 import safetensors
 
-from ppo_ray.config import DEFAULT_RANK, Config, LoraConfig, Trust, revision_problem
+from ppo_ray.config import DEFAULT_RANK, Config, LoraConfig, ModelConfig, Quantization, Trust, revision_problem
 from ppo_ray.errors import InputError, first_line
 
 
@@ -28,11 +28,28 @@ class ModelSize:
     """Keys and values of one token in one layer: 2 x key-value heads x their width."""
     adapters: int = 0
     """Parameters of the adapters (LoRA) that are trained instead of the model's own; 0: none."""
+    quantization: Quantization | None = None
+    maps: tuple[tuple[int, int], ...] = ()
+    """Shapes of the linear maps, out and in, of which codes are kept; empty without `quantization`."""
 
     @property
     def trained(self) -> int:
         """Parameters that the optimizer steps."""
         return self.adapters or self.parameters
+
+    @property
+    def mapped(self) -> int:
+        """Parameters of which codes are kept."""
+        return sum(map(math.prod, self.maps))
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes and their scales, as `models/quantization.py` keeps them."""
+        if self.quantization == "int8":
+            return self.mapped + sum(4 * rows for rows, _ in self.maps)
+        scales = [math.ceil(rows * columns / 64) for rows, columns in self.maps]
+        halves = [math.ceil(rows * columns / 2) for rows, columns in self.maps]
+        return sum(halves) + sum(scales) + sum(4 * math.ceil(number / 256) + 4 for number in scales)
 
 
 @dataclass(frozen=True)
@@ -59,13 +76,13 @@ class ModelSizes:
         from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
         model, reward = config.model, config.reward
-        policy = _read("model.path", model.path, model.trust, AutoModelForCausalLM, model.lora)
+        policy = _read("model.path", model.path, model.trust, AutoModelForCausalLM, model)
         separate, other = model.critic == "separate", model.reference_path is not None
         reference = _read("model.reference_path", *model.reference, AutoModelForCausalLM) if other else policy
         return cls(
             policy,
             reference,
-            _read("model.critic_path", *model.critic_source, AutoModel, model.lora) if separate else None,
+            _read("model.critic_path", *model.critic_source, AutoModel, model) if separate else None,
             tuple(
                 _read(f"{key}.path", source.path, source.trust, AutoModelForSequenceClassification)
                 for key, source in reward.sources
@@ -80,7 +97,7 @@ class ModelSizes:
         )
 
 
-def _read(key: str, path: str, trust: Trust, auto_class: Any, lora: LoraConfig | None = None) -> ModelSize:
+def _read(key: str, path: str, trust: Trust, auto_class: Any, trained: ModelConfig | None = None) -> ModelSize:
     import torch
     from transformers import AutoConfig
 
@@ -107,7 +124,9 @@ def _read(key: str, path: str, trust: Trust, auto_class: Any, lora: LoraConfig |
         intermediate=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden),
         vocabulary=int(text.vocab_size),
         key_values=2 * kv_heads * width,
-        adapters=0 if lora is None else _count_adapters(model, lora),
+        adapters=_count_adapters(model, trained.lora) if trained and trained.lora else 0,
+        quantization=trained.quantization if trained else None,
+        maps=tuple(map(_shape, _linear_maps(model).values())) if trained and trained.quantization else (),
     )
 
 
@@ -117,13 +136,26 @@ def _count_adapters(model: Any, lora: LoraConfig) -> int:
     if lora.path is not None and file.is_file():
         with safetensors.safe_open(file, "pt") as tensors:
             return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    head, ends = model.get_output_embeddings(), tuple(f".{target}" for target in lora.targets or ())
+    ends = tuple(f".{target}" for target in lora.targets or ())
     return sum(
         (lora.rank or DEFAULT_RANK) * sum(module.weight.shape)
-        for name, module in model.named_modules()
-        if type(module).__name__ in ("Linear", "Conv1D") and module is not head
+        for name, module in _linear_maps(model).items()
         if not ends or f".{name}".endswith(ends)
     )
+
+
+def _linear_maps(model: Any) -> dict[str, Any]:
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and module is not head
+    }
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    rows, columns = module.weight.shape
+    return (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
 
 
 def _embeddings(model: Any) -> set[Any]:

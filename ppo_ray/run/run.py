@@ -20,6 +20,7 @@ from ppo_ray.config import Config
 from ppo_ray.errors import WorkerError
 from ppo_ray.events import Event, say
 from ppo_ray.learner.reports import UpdateReport
+from ppo_ray.plan import find_emulated_dtypes
 from ppo_ray.prompts.batch import PromptBatch
 from ppo_ray.prompts.stream import PromptStream
 from ppo_ray.run.checkpoints import Checkpoints
@@ -208,7 +209,7 @@ class Run:
 
 
 def describe_run(config: Config, folder: RunFolder) -> Iterator[str]:
-    """Yield lines that say what runs: version, steps, seed, folder, model, reward, devices."""
+    """Yield lines that say what runs: version, steps, seed, folder, model, reward, devices, and what is slow."""
     rollout, ppo = config.rollout, config.ppo
     each = f", {rollout.responses_per_prompt} to a prompt" if rollout.responses_per_prompt > 1 else " each"
     yield (
@@ -231,6 +232,7 @@ def describe_run(config: Config, folder: RunFolder) -> Iterator[str]:
         )
     ]
     yield f"devices: {', '.join(devices)}; generation by {rollout.engine}"
+    yield from (f"warning: {problem}" for problem in find_emulated_dtypes(config))
 
 
 def _count(number: float, noun: str) -> str:

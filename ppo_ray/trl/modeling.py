@@ -76,9 +76,12 @@ class AutoModelForCausalLMWithValueHead(torch.nn.Module):
             v_head_init_strategy: None: torch's default; `"normal"`: normal weights, bias zero.
 
         Raises:
-            ValueError: the model has no language-model head or lies on several devices, or there is no such strategy.
+            ValueError: the model has no language-model head, is quantised or lies on several devices, or there is no
+                such strategy.
         """
         super().__init__()
+        if getattr(pretrained_model, "hf_quantizer", None) is not None:
+            raise ValueError("quantised models are not trained here; load the model without quantization_config")
         if pretrained_model.get_output_embeddings() is None:
             raise ValueError(f"{type(pretrained_model).__name__} has no language-model head; give a causal LM")
         self.pretrained_model = pretrained_model

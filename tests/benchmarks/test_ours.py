@@ -5,6 +5,7 @@ from pathlib import Path
 
 from benchmarks.compare import machine
 from benchmarks.compare.ours import read_steps, run_config
+from benchmarks.compare.settings import Settings
 from benchmarks.flops import DecoderShape
 from ppo_ray import trajectory
 from ppo_ray.config import UpdateConfig
@@ -22,6 +23,7 @@ METRICS = {
     "time/step_s": 8.0,
     "score/mean": 0.5,
     "kl/per_sequence": 0.1,
+    "mismatch/kl": 1e-9,
     "loss/policy": -0.01,
     "loss/value": 0.3,
 }
@@ -47,16 +49,30 @@ def test_the_seconds_of_a_step_by_phase(tmp_path: Path) -> None:
         "other": 0.25,  # of 8 s; the learner's own call is no phase, for it has three of them in it
     }
     assert step.figures == {"score": 0.5, "kl": 0.1, "policy_loss": -0.01, "value_loss": 0.3}
+    assert step.mismatch == 1e-9
+
+
+def settings(shape: str) -> Settings:
+    return Settings(shape, 8, 2, 1, 0, 1, ["ppo-ray"], ["learner.microbatch_tokens=99"], "")
 
 
 def test_the_run_is_the_demo_at_the_notebooks_lengths_and_algorithm(tmp_path: Path) -> None:
-    config = run_config(8, 2, seed=4, threads=1, folder=tmp_path, more=["learner.microbatch_tokens=99"])
+    config = run_config(settings("notebook"), 4, tmp_path)
     assert (config.seed, config.steps, config.rollout.batch_size, config.learner.microbatch_tokens) == (4, 2, 8, 99)
     assert (config.prompts.min_tokens, config.prompts.max_tokens) == (2, 7)
     assert (config.rollout.min_response_tokens, config.rollout.max_response_tokens) == (4, 15)
     assert config.ppo == UpdateConfig(learning_rate=1.41e-5) and config.model.value_head_init == "random"
     assert (config.ppo.epochs, config.ppo.minibatch_size) == (4, None)
     assert (config.rollout.workers, config.rollout.threads, config.reward.threads, config.learner.threads) == (1,) * 4
+
+
+def test_another_shape_and_another_type_change_these_alone(tmp_path: Path) -> None:
+    notebook, chat = (run_config(settings(shape), 4, tmp_path) for shape in ("notebook", "chat"))
+    assert (chat.prompts.min_tokens, chat.prompts.max_tokens) == (64, 128)
+    assert (chat.rollout.min_response_tokens, chat.rollout.max_response_tokens) == (64, 64)
+    bfloat16 = run_config(settings("chat"), 4, tmp_path, "ppo-ray-bf16")
+    assert (bfloat16.model.dtype, bfloat16.rollout.dtype) == ("bfloat16", "bfloat16")
+    assert bfloat16.ppo == chat.ppo == notebook.ppo and bfloat16.prompts == chat.prompts
 
 
 def test_the_machines_rates_are_of_the_same_work(monkeypatch) -> None:

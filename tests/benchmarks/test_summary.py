@@ -81,6 +81,15 @@ def test_what_is_asked_for_is_met_or_not(found):
     }
 
 
+def test_bfloat16_is_compared_with_float32():
+    bfloat16 = [make_run("ppo-ray-bf16", 0, [99, 5, 5, 5], mismatch=2e-3), make_run("ppo-ray-bf16", 1, [99, 4, 4, 4])]
+    found = find({**ROUNDS, "ppo-ray-bf16": bfloat16}, [MACHINE, MACHINE], TASK)
+    assert found.bfloat16_speedup == summary.Spread(2.0, 2.0, 2.0)
+    assert found.speedups["ppo-ray-bf16"].median == 0.5 and found.mismatch == {"ppo-ray-bf16": 2e-3}
+    met = {what: met for what, _, _, met in found.requirements()}
+    assert met["samples per second in bfloat16, over float32"] is True
+
+
 def test_without_ppo_ray_there_is_nothing_to_ask_for():
     alone = find({"trl": ROUNDS["trl"]}, [MACHINE, MACHINE], TASK)
     assert (alone.requirements(), alone.speedups, alone.sync_of_copy) == ([], {}, None)

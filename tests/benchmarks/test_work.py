@@ -70,7 +70,7 @@ def test_trls_script_knows_nothing_of_ppo_ray():
 
 
 def make_settings(code: str = "a", rounds: int = 3) -> Settings:
-    return Settings(4, 2, rounds, 7, 2, ["trl", "trl-batched", "ppo-ray"], [], code)
+    return Settings("notebook", 4, 2, rounds, 7, 2, ["trl", "trl-batched", "ppo-ray"], [], code)
 
 
 def test_the_order_of_the_arms_turns(tmp_path):

@@ -529,6 +529,28 @@ def test_adapters_that_cannot_be(override: str, line: str) -> None:
         load_config(None, given)
 
 
+def test_codes_need_adapters_and_a_gpu_and_engines_that_are_sent_whole_weights() -> None:
+    given = ["output_dir=x", "model.path=m", "prompts.path=p", "reward.path=r", "model.quantization=nf4"]
+    works = [*given, "model.lora={}", "learner.gpus=1"]
+    assert load_config(None, works).model.quantization == "nf4"
+    load_config(None, [*works, "learner.sharding=fsdp2"])  # of one rank: there is nothing to share
+    for options, key, words in (
+        ([*given, "learner.gpus=1"], "model.lora", "codes cannot be trained"),
+        ([*given, "model.lora={}"], "learner.gpus", "quantised weights are for GPUs"),
+        (
+            [*works, "rollout.adapter_sync=adapter"],
+            "rollout.adapter_sync",
+            "another policy; set rollout.adapter_sync=merged",
+        ),
+        ([*works, "learner.sharding=fsdp2", "learner.workers=2"], "learner.sharding", "shares no codes among ranks"),
+    ):
+        with pytest.raises(InputError) as refusal:
+            load_config(None, options)
+        assert key in str(refusal.value) and "nf4: " in str(refusal.value) and words in str(refusal.value)
+    with pytest.raises(InputError, match=r"model\.quantization"):
+        load_config(None, [*works, "model.quantization=fp4"])
+
+
 def test_adapters_are_off_and_on_with_all_defaults() -> None:
     given = ["output_dir=x", "model.path=m", "prompts.path=p", "reward.path=r"]
     assert load_config(None, given).model.lora is None

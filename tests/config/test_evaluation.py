@@ -42,6 +42,9 @@ def test_a_checkpoint_of_adapters_is_evaluated_on_its_base(checkpoint):
     assert (config.model.path, config.model.lora.path, config.model.lora.rank) == ("base", str(folder), None)
     config, _ = load_evaluation_config(folder, ["model.path=elsewhere"])
     assert (config.model.path, config.model.lora.path) == ("elsewhere", str(folder))
+    quantised = {"path": "base", "lora": {"rank": 4}, "quantization": "int8"}
+    checkpoint(model=quantised, learner={"gpus": 1.0}, reward={"path": "c"})
+    assert load_evaluation_config(folder)[0].model.quantization == "int8"  # the policy is that of the codes
     checkpoint(model={"path": "${oc.env:HOME}"}, reward={"path": "c"})
     with pytest.raises(InputError, match=r"model.path holds an interpolation"):
         load_evaluation_config(folder)

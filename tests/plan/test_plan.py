@@ -19,6 +19,8 @@ from ppo_ray.plan.adapters import sends_adapters
 from ppo_ray.plan.cluster import GIB
 from ppo_ray.plan.memory import Term, widest_row
 from ppo_ray.plan.plan import describe_stop, find_stop_problem
+from ppo_ray.run.folder import RunFolder
+from ppo_ray.run.run import describe_run
 from tests.learning import make_learner, make_table
 
 MIB = 1 << 20
@@ -228,6 +230,25 @@ def test_adapters_are_what_is_stepped_and_saved_and_the_base_is_there_once(confi
     assert some["gradients"] == 4 * (2 * 2 * (128 + 128 + 256 + 128) + 129)
 
 
+@pytest.mark.parametrize(("kind", "bits"), [("nf4", 4.127), ("int8", 8 + 32 / 155)])
+def test_codes_of_the_base_are_counted_and_what_has_none_is_as_before(
+    kind: str, bits: float, configured: Configured
+) -> None:
+    options = ("model.lora.rank=4", "learner.gpus=1", "model.dtype=bfloat16", f"model.quantization={kind}")
+    cluster = ClusterShape.uniform(1, 8, 2, 64 * GIB, 79 * GIB)
+    found = planned(configured(*options), cluster)
+    terms = amounts(found.terms["learner-0"])
+    maps = 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
+    assert terms["frozen base"] == 2 * (POLICY - maps)
+    assert terms["frozen base in codes"] == pytest.approx(maps * bits / 8, rel=0.01)
+    assert terms["frozen base, before it gets codes"] == 4 * POLICY
+    assert terms["weights to publish"] == 2 * POLICY  # engines get whole weights
+    assert "reference" not in terms
+    assert terms["Adam's two moments"] == 8 * (ADAPTERS + 129)
+    separate = amounts(planned(configured(*options, "model.critic=separate"), cluster).terms["learner-0"])
+    assert separate["frozen base in codes"] == terms["frozen base in codes"]  # in memory once
+
+
 def test_what_engines_are_sent_of_adapters(configured: Configured) -> None:
     lora, gpus = "model.lora.rank=4", ("rollout.gpus=1", "learner.gpus=1")
     for options, alone in (
@@ -237,6 +258,7 @@ def test_what_engines_are_sent_of_adapters(configured: Configured) -> None:
         ((lora, "rollout.engine=hf", "rollout.adapter_sync=adapter"), True),
         ((lora, *gpus), True),
         ((lora, *gpus, "rollout.adapter_sync=merged"), False),
+        ((lora, *gpus, "model.quantization=nf4"), False),  # engines would read weights that are not quantised
         ((lora, *gpus, "rollout.engine=hf"), False),
         ((lora, *gpus, "rollout.dtype=float32"), False),
     ):
@@ -377,3 +399,16 @@ def test_the_command_takes_this_machine_or_a_whole_description(configured: Confi
     assert (result.exit_code, "--cpus is missing" in result.stderr) == (2, True)
     result = shown(configured(), tmp_path, "--address", "auto", "--nodes", "2")
     assert (result.exit_code, "leave out --nodes" in result.stderr) == (2, True)
+
+
+def test_bfloat16_on_a_processor_without_it_is_warned_of(
+    configured: Configured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("model.dtype=bfloat16", "rollout.dtype=bfloat16")
+    monkeypatch.setattr("ppo_ray.plan.plan.multiplies_bfloat16", lambda: False)
+    cluster = ClusterShape.uniform(1, 64, 2, 64 * GIB, 80 * GIB)
+    assert [warning.partition(",")[0] for warning in planned(configured(*asked), cluster).warnings] == list(asked)
+    assert planned(configured(*asked, "learner.gpus=1", "rollout.gpus=1"), cluster).warnings == ()
+    assert any("model.dtype" in line for line in describe_run(configured(*asked), RunFolder(Path("run"))))
+    monkeypatch.setattr("ppo_ray.plan.plan.multiplies_bfloat16", lambda: True)
+    assert planned(configured(*asked), cluster).warnings == ()

@@ -38,6 +38,7 @@ HOMES = {
     "torch": "algo/*  models/*  learner/*  rollout/*  reward/classifier.py  reward/batching.py  weights/*  plan/*  "
     "assets/*  trl/*",
     "peft": "models/lora.py  models/adapter_files.py  trl/modeling.py",
+    "bitsandbytes": "models/quantization.py",
     "matplotlib": "run/curves.py  run/report.py",
     "tensorboard": "run/log.py",
     "datasets": "prompts/sources.py  assets/*",
