@@ -93,8 +93,7 @@ def disk_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what the run writes to disk: the checkpoints that are kept, and the one that is being written."""
     trained = _count_trainable(sizes)
     copies = config.checkpoint.keep_last + 1 + config.checkpoint.keep_best
-    size = 3 * EXACT
-    how = f"{copies} x {_format_count(trained)} x {size} bytes: weights and Adam's moments, "
+    how = f"{copies} x {_format_count(trained)} x {(size := 3 * EXACT)} bytes: weights and Adam's moments, "
     how += "checkpoint.keep_last and one more" + (", and the best" if config.checkpoint.keep_best else "")
     yield Term("checkpoints", how, copies * trained * size, "host")
 
@@ -153,8 +152,8 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
         yield bucket_term(config, transport)
     if rank == 0 and transport == "object_store":
         yield parameter_term("weights to publish", *_count_traffic(config, sizes), "host")
-    trained, ranks = _count_trainable(sizes), config.learner.workers
-    yield parameter_term("a checkpoint on its way to the disk", trained, 3 * EXACT, "host", ranks=ranks)
+    trained, by = _count_trainable(sizes), config.learner.workers
+    yield parameter_term("a checkpoint on its way to the disk", trained, 3 * EXACT, "host", ranks=by)
 
 
 def bucket_term(config: Config, transport: str) -> Term:
