@@ -38,7 +38,7 @@ from ppo_ray.errors import InputError
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.loading import default_device
 from ppo_ray.plan.engine import rollout_terms
-from ppo_ray.plan.memory import learner_terms
+from ppo_ray.plan.learner import learner_terms
 from ppo_ray.plan.sizes import ModelSizes
 from ppo_ray.rollout.engine import GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine

@@ -45,7 +45,7 @@ from benchmarks.random_batches import make_table, random_requests
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.models.loading import default_device
-from ppo_ray.plan.memory import learner_terms
+from ppo_ray.plan.learner import learner_terms
 from ppo_ray.plan.sizes import ModelSizes
 from ppo_ray.rollout.engine import Engine, Sampling
 

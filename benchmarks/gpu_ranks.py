@@ -19,6 +19,7 @@ from benchmarks.random_batches import make_table, random_completions, random_req
 from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.ranks import Ranks, Rendezvous, join, leave, open_rendezvous
+from ppo_ray.models.saving import find_parts
 
 _LIMIT_S = 300.0
 _WAYS = (("ddp", "float32", FLOAT32), ("fsdp2", "float32", FLOAT32), ("fsdp2", "bfloat16", BFLOAT16))
@@ -42,7 +43,8 @@ def check_ranks(bench: Bench) -> Iterator[Figure]:
         yield Figure(f"{name}: weights", max(distance(alone, one) for one in together), limit)
         yield Figure(f"{name}: after a resume", max(distance(alone, one) for one in resumed), limit)
         first = _learn(path, dtype, Ranks(), sharding, [0])
-        saved = load_file(_checkpoint(bench.folder, sharding, dtype) / "model.safetensors")
+        parts = find_parts(_checkpoint(bench.folder, sharding, dtype) / "model.safetensors")
+        saved = {name: tensor for part in parts for name, tensor in load_file(part).items()}
         yield Figure(f"{name}: checkpoint", distance(first, {name: saved[name].double() for name in first}), limit)
 
 
@@ -87,8 +89,8 @@ def _learn(
         learner.update(make_table(requests, random_completions(requests, 512), step), step)
     found = {name: tensor.detach().cpu().double() for name, tensor in learner.named_weights()}
     if end is not None:
-        gathered = learner.gather()
         if ranks.leads:
             shutil.rmtree(end, ignore_errors=True)
-            gathered.write(end)
+        ranks.share("the folder is gone")
+        learner.save(end)
     return found

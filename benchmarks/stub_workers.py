@@ -114,3 +114,6 @@ class StubLearner(Worker):
         """Leave an empty checkpoint."""
         if self._leads:
             Path(path).mkdir(parents=True)
+
+    def write(self) -> None:
+        """Write nothing more."""

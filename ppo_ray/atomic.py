@@ -21,7 +21,7 @@ def write(path: Path, make: Callable[[Path], object]) -> None:
         make: writes it at the path it is given.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside(path)
+    aside = name_aside(path)
     try:
         make(aside)
         _sync_one(aside)
@@ -35,7 +35,7 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def build(target: Path, make: Callable[[Path], None]) -> None:
+def build(target: Path, make: Callable[[Path], None], aside: Path | None = None) -> None:
     """Make a file or folder under another name, sync it to the disk and rename it, over what is there.
 
     What a failed `make` left is removed at once; what a killed one left is removed by the next. A writer that was cut
@@ -45,19 +45,22 @@ def build(target: Path, make: Callable[[Path], None]) -> None:
     Args:
         target: the file or folder wanted; its parent is made if there is none.
         make: makes it at the path it is given.
+        aside: that path, of `name_aside`, where several processes write into the folder before one of them calls this;
+            None: a new one.
 
     Raises:
         OSError: the disk is full, or may not be written to; what was at `target` is still there.
     """
-    aside = _aside(target)
+    aside = aside or name_aside(target)
     old = _old_path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_remnants(target)
+    remove_remnants(target, but=aside)
     try:
         make(aside)
         _sync(aside)
     except BaseException:
-        remove(aside)
+        with contextlib.suppress(OSError):  # another process may write there still
+            remove(aside)
         raise
     if target.is_dir():  # a folder cannot be renamed over; removed in its place it could be left half there
         target.rename(old)
@@ -66,15 +69,16 @@ def build(target: Path, make: Callable[[Path], None]) -> None:
     remove(old)
 
 
-def remove_remnants(target: Path) -> None:
-    """Remove what a killed `build` of a file or folder left beside it."""
+def remove_remnants(target: Path, but: Path | None = None) -> None:
+    """Remove what a killed `build` of a file or folder left beside it, except one path."""
     for remnant in [*target.parent.glob(f".{glob.escape(target.name)}.*partial"), _old_path(target)]:
-        remove(remnant)
+        if remnant != but:
+            remove(remnant)
 
 
 def link(path: Path, target: str) -> None:
     """Make a symbolic link, or point the one that is there to another target."""
-    aside = _aside(path)
+    aside = name_aside(path)
     aside.symlink_to(target)
     if path.is_dir() and not path.is_symlink():
         remove(path)
@@ -130,7 +134,7 @@ def remove_partial_files(folder: Path) -> None:
         remove(remnant)
 
 
-def _aside(path: Path) -> Path:
+def name_aside(path: Path) -> Path:
     """Return a name beside a path that no other writer has."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 

@@ -7,7 +7,7 @@ of it. There is no state of random generators: every seed is derived from where 
 
 import json
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -29,8 +29,18 @@ _QUOTED = 300  # characters of an error
 
 Record = TypeVar("Record")
 
-Pending = Callable[[], None]
-"""Waits until something is done; raises what went wrong."""
+FileSums = Mapping[str, tuple[int, str]]
+"""Size in bytes and XXH3-64 of files, by their paths in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Something that is being done elsewhere."""
+
+    wait: Callable[[], object]
+    """Waits until it is done; raises what went wrong."""
+    is_done: Callable[[], bool] = lambda: False
+    """Says whether `wait` would return, or raise, at once; false if that is not known."""
 
 
 @dataclass(frozen=True)
@@ -72,30 +82,48 @@ def read_record(kind: type[Record], path: Path) -> Record:
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())[:_QUOTED]}") from error
 
 
-def write(path: Path, state: RunState, config: str, save_learner: Callable[[Path], None]) -> None:
+def write(
+    path: Path,
+    state: RunState,
+    config: str,
+    save_learner: Callable[[Path], FileSums | None],
+    aside: Path | None = None,
+    leads: bool = True,
+) -> None:
     """Write a checkpoint whole or not at all; what is at `path` already is replaced at the end.
+
+    Where a learner has several ranks all of them call this, each in its own process. The first one renames the folder
+    when the files of all are in it.
 
     Args:
         path: the folder.
         state: of the run.
         config: YAML of it.
-        save_learner: writes the learner's state into the folder it is given.
+        save_learner: writes the learner's state into the folder it is given, and syncs what it hashes; returns the sums
+            of the files that it has hashed meanwhile, those of the other ranks too. Other files are read and hashed.
+        aside: where the ranks write until then, see `atomic.name_aside`; None: a place of this process alone.
+        leads: whether this is the first rank; the others write what is theirs.
 
     Raises:
         CheckpointError: the disk is full, or may not be written to; earlier checkpoints are as they were.
     """
 
     def make(folder: Path) -> None:
-        folder.mkdir()
-        save_learner(folder)
+        folder.mkdir(exist_ok=True)
+        sums = dict(save_learner(folder) or {})
         (folder / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         (folder / _CONFIG).write_text(config, encoding="utf-8")
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        sums = {file.relative_to(folder).as_posix(): [file.stat().st_size, _checksum(file)] for file in files}
-        (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            name = file.relative_to(folder).as_posix()
+            sums[name] = sums.get(name) or (file.stat().st_size, _checksum(file))
+        (folder / _CHECKSUMS).write_text(json.dumps(dict(sorted(sums.items())), indent=1), encoding="utf-8")
 
     try:
-        atomic.build(path, make)
+        if leads:
+            atomic.build(path, make, aside)
+        else:
+            assert aside is not None
+            save_learner(aside)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {path} could not be written: {error}. Earlier ones are as they were; free the disk and go on "

@@ -1,4 +1,4 @@
-"""CPUs and memory that this process may use and what they can do, memory that a packed file may take, slow imports.
+"""CPUs, memory and disks that this process may use, what they can do, what a packed file may take, slow imports.
 
 CPUs and memory are those of its container or its job, not those of the machine under it.
 """
@@ -7,6 +7,8 @@ import contextlib
 import gc
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +38,26 @@ def count_cpus() -> int:
 def measure_memory() -> int:
     """Return how many bytes of memory this process and those beside it may hold, by the smallest limit."""
     return min([psutil.virtual_memory().total, *_memory_limits()])
+
+
+def measure_disk(folder: Path, num_bytes: int = 256 << 20) -> float:
+    """Return how many bytes per second the disk of a folder takes from one process, until they are synced.
+
+    Args:
+        folder: need not exist: then the nearest folder above it is written to. What is written is removed again.
+        num_bytes: that are written.
+
+    Raises:
+        OSError: the disk is full, or may not be written to.
+    """
+    place = next(above for above in (folder, *folder.parents) if above.is_dir())
+    content = os.urandom(4 << 20)  # which no file system can pack
+    with tempfile.NamedTemporaryFile(dir=place, prefix=".speed-", buffering=0) as file:
+        began = time.monotonic()
+        for _ in range(max(1, num_bytes // len(content))):
+            file.write(content)
+        os.fsync(file.fileno())
+        return num_bytes / (time.monotonic() - began)
 
 
 def multiplies_bfloat16() -> bool:

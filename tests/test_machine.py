@@ -99,6 +99,19 @@ def test_imports_leave_the_collection_of_garbage_as_it_was(collects: bool, tmp_p
         (gc.enable if before else gc.disable)()
 
 
+def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    seconds = iter([10.0, 12.0])
+
+    def read_clock() -> float:
+        seen.append([file.stat().st_size for file in tmp_path.iterdir()])
+        return next(seconds)
+
+    monkeypatch.setattr(machine.time, "monotonic", read_clock)
+    assert machine.measure_disk(tmp_path / "not" / "there", 8 << 20) == 4 << 20
+    assert seen == [[0], [8 << 20]] and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("cpuinfo", "multiplies"),
     [

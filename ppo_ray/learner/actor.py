@@ -2,8 +2,11 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,23 +17,31 @@ import ray
 from ppo_ray import atomic, trajectory
 from ppo_ray import checkpoint as checkpoints
 from ppo_ray.actors.worker import CONTROL, Worker
-from ppo_ray.checkpoint import RunState
+from ppo_ray.checkpoint import FileSums, RunState
 from ppo_ray.config import Config
 from ppo_ray.errors import CheckpointError, NonFiniteError, WorkerError
 from ppo_ray.learner.publisher import WeightPublisher
 from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.weights.acks import Agreement, WeightAck
+from ppo_ray.weights.snapshot import Buffers
 
 if TYPE_CHECKING:
     from ppo_ray.learner.ranks import Rendezvous
+    from ppo_ray.learner.snapshot import LearnerSnapshot
 
 
-@ray.remote(concurrency_groups=CONTROL)
+@ray.remote(concurrency_groups=CONTROL | {"files": 1})
 class LearnerWorker(Worker):
     """One rank of the learner, or the only one.
 
-    All ranks get the same calls in the same order. Weights and files are made by the first rank alone.
+    All ranks get the same calls in the same order. The first rank alone publishes weights and writes trajectories; a
+    checkpoint is written by all ranks, while they may be at other work.
     """
+
+    def __init__(self, name: str) -> None:
+        """Take the worker's name."""
+        super().__init__(name)
+        self._copied: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # what `save` leaves to `write`
 
     def open_rendezvous(self, host: str, timeout_s: float) -> "Rendezvous":
         """Open the rendezvous of all ranks on an address of this node."""
@@ -60,6 +71,7 @@ class LearnerWorker(Worker):
         self._leads, ranks = rank == 0, Ranks()
         self._shares_gpu = config.ray.placement == "colocated"
         self._publisher, self._moved = WeightPublisher(config, self._leads), contextlib.ExitStack()
+        self._buffers = Buffers()  # of checkpoints
         if rendezvous is not None:
             backend = "nccl" if default_device().type == "cuda" else "gloo"  # Ray's GPUs may be but a number
             limits = config.ray.start_timeout_s, config.ray.call_timeout_s
@@ -204,27 +216,55 @@ class LearnerWorker(Worker):
         self._rest()
         return agreements
 
-    def save(self, path: str, state: RunState, config: str) -> None:
-        """Write a checkpoint of the run; all ranks gather, the first one writes.
+    def save(self, path: str, aside: str, state: RunState, config: str) -> None:
+        """Copy what a checkpoint of the run holds into host memory, for the next call of `write`; all ranks do.
+
+        Args:
+            path: of the checkpoint.
+            aside: where the ranks write it until it is whole.
+            state: of the run.
+            config: YAML of it.
 
         Raises:
-            CheckpointError: it cannot be written, or the learner is not where the run is.
+            CheckpointError: the learner is not where the run is.
+            PeersLost: another rank is gone.
         """
+        write = None  # where there is no copy, this call says why
+        try:
+            snapshot, held = self._take_snapshot(state), self._held
+
+            def save_learner(folder: Path) -> FileSums:
+                sums = snapshot.write(folder)
+                if held is not None and self._leads:
+                    write_trajectories(folder / checkpoints.AHEAD, held)
+                return sums
+
+            write = partial(checkpoints.write, Path(path), state, config, save_learner, Path(aside), self._leads)
+        finally:
+            self._copied.put(write)
+
+    @ray.method(concurrency_group="files")
+    def write(self) -> None:
+        """Write the checkpoint that `save` has copied, or is copying; called once for each of its calls.
+
+        Raises:
+            CheckpointError: a rank cannot write it.
+            PeersLost: another rank is gone.
+        """
+        if (write := self._copied.get()) is not None:
+            write()
+
+    def _take_snapshot(self, state: RunState) -> "LearnerSnapshot":
+        """Copy the learner's state; raises as `save`."""
         if self._learner.policy_version != state.step:
             raise CheckpointError(
                 f"the learner has made {self._learner.policy_version} updates, the run {state.step} steps: not saved"
             )
         if self._max_staleness and self._held is None:
             raise CheckpointError("the learner does not hold the next step's trajectories yet: not saved")
-        snapshot = self._learner.gather()
-
-        def write(folder: Path) -> None:
-            snapshot.write(folder)
-            if self._held is not None:
-                write_trajectories(folder / checkpoints.AHEAD, self._held)
-
-        if self._leads:
-            checkpoints.write(Path(path), state, config, write)
+        snapshot = self._learner.take_snapshot(self._buffers)
+        self._rest()
+        return snapshot
 
     def close(self) -> None:
         """Leave the other ranks."""

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from ppo_ray import atomic
 from ppo_ray.actors.group import ActorGroup
 from ppo_ray.actors.placement import Seats
 from ppo_ray.actors.shards import Rounds, Shards
@@ -186,17 +188,15 @@ class LearnerGroup:
         return self._ask_of(generated, "measuring the KL", lambda handle, tables: handle.measure_kl.remote(*tables))
 
     def save(self, path: Path, state: RunState, config: str) -> Pending:
-        """Begin to write a checkpoint; only the learner's own next call waits until it is written.
+        """Begin to write a checkpoint; the learner's next call waits until its state is copied.
 
-        Returns:
-            A function that waits until it is written.
+        What the one before has begun must be done: the ranks copy into the same memory.
         """
-        calls = {member.handle.save.remote(str(path), state, config): member for member in self._group.members}
-
-        def wait() -> None:
-            self._wait(f"writing {path.name}", calls)
-
-        return wait
+        ranks, aside = self._group.members, str(atomic.name_aside(path))
+        calls = {rank.handle.save.remote(str(path), aside, state, config): rank for rank in ranks}
+        calls |= {rank.handle.write.remote(): rank for rank in ranks}
+        wait = partial(self._wait, f"writing {path.name}", calls)
+        return Pending(wait, lambda: not ray.wait(list(calls), num_returns=len(calls), timeout=0, fetch_local=False)[1])
 
     def close(self) -> None:
         """End the workers."""

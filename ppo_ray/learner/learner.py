@@ -26,17 +26,17 @@ from ppo_ray.learner.loading import load_models
 from ppo_ray.learner.metrics import summarize_table
 from ppo_ray.learner.minibatch import MinibatchUpdater, NonFiniteMinibatch
 from ppo_ray.learner.objective import summarize_minibatches
-from ppo_ray.learner.optimizer import gather_optimizer_state, load_optimizer_state, make_adam, set_learning_rates
+from ppo_ray.learner.optimizer import load_optimizer_state, make_adam, optimizer_file, set_learning_rates
 from ppo_ray.learner.probe import WeightProbe
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.learner.reports import Stopwatch, UpdateReport
 from ppo_ray.learner.sharding import Replicated, Sharding, gather_full
-from ppo_ray.learner.state import LearnerSnapshot, LearnerState
+from ppo_ray.learner.snapshot import LearnerSnapshot, StateChecksums
+from ppo_ray.learner.state import LearnerState, make_plain_files
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.loading import default_device
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.seeding import derive_seed
-from ppo_ray.weights.checksums import weights_checksum
 from ppo_ray.weights.manifest import num_buckets
 from ppo_ray.weights.snapshot import Buffers, WeightSnapshot, Wire
 
@@ -83,6 +83,7 @@ class PPOLearner:
         if ppo.kl_controller == "adaptive":
             self.controller = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         self._tokenizer, self._unfinished = cast("Any", None), False
+        self._checksums = StateChecksums(policy, reference, sharding)
 
     @classmethod
     def load(
@@ -234,19 +235,27 @@ class PPOLearner:
         return {name: gather_full(tensor).cpu().numpy().copy() for name, tensor in state.items()}
 
     def save(self, path: Path) -> None:
-        """Write the state of a learner of one rank into a folder; `load` restores it exactly. Raises as `gather`."""
-        self.gather().write(path)
+        """Write the state into a new folder that all ranks see; all call this, and `load` restores it exactly."""
+        self.take_snapshot().write(path)
 
-    def gather(self) -> LearnerSnapshot:
-        """Gather the learner's whole state to the first rank, between two updates; all ranks call this.
+    def take_snapshot(self, buffers: Buffers | None = None) -> LearnerSnapshot:
+        """Copy the learner's whole state into host memory, each rank a part of it; all ranks call this.
+
+        Args:
+            buffers: memory for the copy; the next snapshot that is taken into them overwrites it. None: new memory.
 
         Raises:
             CheckpointError: the last update was not finished; the weights are neither the old nor the new ones.
+            PeersLost: another rank is gone.
         """
         if self._unfinished:
             raise CheckpointError("the learner's last update was not finished, so its state is not saved")
-        optimizer = gather_optimizer_state(self._optimizer, self._policy, self._sharding)
-        return LearnerSnapshot(self._policy, self._sharding.state(), optimizer, self._state(), self._tokenizer)
+        files = self._policy.list_files(self._sharding.state())
+        files.append(optimizer_file(self._optimizer, self._policy, self._sharding))
+        scalars = self.policy_version, self.kl_coef, self._moments
+        state = LearnerState(*scalars, "", self._checksums.reference, by_tensor=True)
+        ranks = self._layout.ranks
+        return LearnerSnapshot.take(files, state, self._checksums, self._plain_files, ranks, buffers or Buffers())
 
     def probe(self, wire: Wire | None = None) -> WeightProbe:
         """Return a probe of whether engines compute with the weights they are sent; all ranks make its calls."""
@@ -270,15 +279,11 @@ class PPOLearner:
         yield
         self._unfinished = False
 
-    def _state(self) -> LearnerState:
-        checksum = weights_checksum(self._sharding.parameters(), self._layout.ranks.leads)
-        return LearnerState(self.policy_version, self.kl_coef, self._moments, checksum, self._reference_checksum)
-
     @cached_property
-    def _reference_checksum(self) -> str:
-        """Checksum of the reference, which is frozen: computed once; all ranks ask for it together."""
-        named = self._reference.named_weights()
-        return weights_checksum((name, gather_full(tensor)) for name, tensor in named)
+    def _plain_files(self) -> dict[str, bytes]:
+        """What does not change from one checkpoint to the next; the first rank writes it."""
+        dtype = next(iter(self._sharding.state().values())).dtype
+        return make_plain_files(self._policy, self._tokenizer, dtype) if self._layout.ranks.leads else {}
 
     def _restore(self, checkpoint: Path, model: ModelConfig) -> None:
         """Take over what lies beside the models that were loaded from a checkpoint."""
@@ -286,10 +291,10 @@ class PPOLearner:
         self.policy_version, self._moments = state.policy_version, state.moments
         self.controller = replace(self.controller, kl_coef=state.kl_coef)
         load_optimizer_state(checkpoint, self._optimizer, self._policy, self._sharding)
-        if self._reference_checksum != state.reference_checksum:
+        if not self._checksums.has_reference(state):
             raise InputError(
                 f"the reference model ({model.reference_path or model.path}) is not the one that the run began with; "
                 f"the KL penalty would be another. Put the first one back, or begin a new run from {checkpoint}"
             )
-        if weights_checksum(self._sharding.parameters()) != state.weights_checksum:
+        if not self._checksums.has_weights(state):
             raise CheckpointError(f"{checkpoint}: its weights, loaded, are not those that were saved")

@@ -1,7 +1,6 @@
 """Loading of the learner's models, as the config says: policy, values and reference, and their place on the ranks."""
 
 import copy
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from ppo_ray.algo.rewards import RunningMoments
 from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, Trust
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.reader import FirstReader, Reader
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
-from ppo_ray.learner.state import LearnerSnapshot, LearnerState
+from ppo_ray.learner.state import make_plain_files
 from ppo_ray.models.actor_critic import (
     CRITIC_FOLDER,
     ActorCritic,
@@ -96,23 +94,21 @@ def load_models(
 
 
 def _try_save(policy: ActorCritic, tokenizer: Any) -> None:
-    """Write all that a checkpoint holds, but its tensors, into a folder that is thrown away.
+    """Make all that a checkpoint holds of models and tokenizer, but their tensors, and throw it away.
 
     What transformers refuses to write is thus known before the first step, not when the first checkpoint is due.
 
     Raises:
         InputError: something cannot be written.
     """
-    state = LearnerState(0, 0.0, RunningMoments(), "", "")
-    with tempfile.TemporaryDirectory(prefix="ppo_ray-") as folder:
-        try:
-            LearnerSnapshot(policy, {}, {}, state, tokenizer).write(Path(folder))
-        except Exception as error:  # whatever transformers, or a model's or tokenizer's own code, raises
-            name = policy.causal_lm.config.name_or_path
-            raise InputError(
-                f"no checkpoint could be written of the model {name!r}: {type(error).__name__}: {first_line(error)}. "
-                "Mend what the message names in the model's folder"
-            ) from error
+    try:
+        make_plain_files(policy, tokenizer, next(policy.parameters()).dtype)
+    except Exception as error:  # whatever transformers, or a model's or tokenizer's own code, raises
+        name = policy.causal_lm.config.name_or_path
+        raise InputError(
+            f"no checkpoint could be written of the model {name!r}: {type(error).__name__}: {first_line(error)}. "
+            "Mend what the message names in the model's folder"
+        ) from error
 
 
 def load_actor_critic(

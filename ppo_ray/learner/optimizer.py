@@ -5,22 +5,23 @@ safetensors, with no pickle.
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import safetensors
-import safetensors.torch
 import torch
 
 from ppo_ray.checkpoint import LEARNER_FOLDER
 from ppo_ray.config import UpdateConfig
 from ppo_ray.errors import CheckpointError
-from ppo_ray.learner.sharding import Sharding, gather_full, shard_like
-from ppo_ray.models.actor_critic import ActorCritic, State
+from ppo_ray.learner.sharding import Sharding, shard_like
+from ppo_ray.models.actor_critic import ActorCritic
+from ppo_ray.models.saving import State, TensorFile, find_parts
 
 Schedule = Literal["constant", "linear", "cosine"]
 
-_FILE = "optimizer.safetensors"
+_FILE = Path(LEARNER_FOLDER) / "optimizer.safetensors"
 
 
 def make_adam(policy: ActorCritic, sharding: Sharding, ppo: UpdateConfig) -> torch.optim.Adam:
@@ -92,46 +93,47 @@ def learning_rate_factor(
     raise ValueError(f"schedule={schedule!r}; it must be constant, linear or cosine")
 
 
-def gather_optimizer_state(optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding) -> State:
-    """Gather an optimizer's full state, by the policy's names, to the first rank's host memory; all ranks call this."""
+def optimizer_file(optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding) -> TensorFile:
+    """Return the file of a checkpoint that holds an optimizer's state, by the policy's names.
+
+    A parameter that was never stepped has none.
+    """
     found: State = {}
     for name, parameter in policy.named_parameters():
         for stepped in sharding.optimized_parameters([parameter]):
             for key, tensor in optimizer.state.get(stepped, {}).items():
-                gathered = gather_full(tensor)
-                if sharding.ranks.leads:
-                    found[f"{key}:{name}"] = gathered.cpu().contiguous()
-    return found
-
-
-def save_optimizer_state(folder: Path, state: State) -> None:
-    """Write what `gather_optimizer_state` returned into a checkpoint's folder."""
-    path = folder / LEARNER_FOLDER / _FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(state, path)
+                found[f"{key}:{name}"] = tensor
+    return TensorFile(_FILE, found)
 
 
 def load_optimizer_state(
     folder: Path, optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding
 ) -> None:
-    """Load the state that `save_optimizer_state` wrote into an optimizer; each rank loads its own shards.
+    """Load the state of `optimizer_file` in a checkpoint into an optimizer; each rank loads its own shards.
 
     Where the optimizer has a tensor already, that one gets the values. What the file lacks stays as it is.
 
     Raises:
         CheckpointError: it is not there, or of other parameters.
     """
-    named, path = dict(policy.named_parameters()), folder / LEARNER_FOLDER / _FILE
+    named, path = dict(policy.named_parameters()), folder / _FILE
     try:
-        with safetensors.safe_open(path, framework="pt") as tensors:
-            for label in tensors.keys():  # noqa: SIM118 (not a mapping)
-                key, _, name = label.partition(":")
-                parameter, tensor = named[name], tensors.get_tensor(label)
-                if tensor.ndim and tensor.shape != parameter.shape:
-                    raise ValueError(f"{label} is {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}")
-                for stepped in sharding.optimized_parameters([parameter]):
-                    placed = shard_like(tensor, stepped) if tensor.ndim else tensor.to(stepped.device, copy=True)
-                    state = optimizer.state[stepped]
-                    state[key] = state[key].copy_(placed) if key in state else placed
+        for label, tensor in _read_tensors(path):
+            key, _, name = label.partition(":")
+            parameter = named[name]
+            if tensor.ndim and tensor.shape != parameter.shape:
+                raise ValueError(f"{label} is {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}")
+            for stepped in sharding.optimized_parameters([parameter]):
+                placed = shard_like(tensor, stepped) if tensor.ndim else tensor.to(stepped.device, copy=True)
+                state = optimizer.state[stepped]
+                state[key] = state[key].copy_(placed) if key in state else placed
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read for this model: {error}") from error
+
+
+def _read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a safetensors file, or of its parts, one at a time."""
+    for part in find_parts(path):
+        with safetensors.safe_open(part, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                yield name, tensors.get_tensor(name)

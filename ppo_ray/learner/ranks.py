@@ -7,7 +7,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import psutil
@@ -31,6 +31,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    texts: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    """Of `share`: on the host, and apart from the other calls."""
 
     @property
     def leads(self) -> bool:
@@ -48,6 +50,26 @@ class Ranks:
     def max(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its maximum over all ranks, in place; raises as `sum`."""
         self._reduce(tensors, dist.ReduceOp.MAX)
+
+    def share(self, text: str) -> list[str]:
+        """Return every rank's text, in the order of the ranks, once all have called this: from one thread at a time.
+
+        The thread may be another than that of the other calls.
+
+        Raises:
+            PeersLost: another rank is gone.
+        """
+        if self.size == 1:
+            return [text]
+        raw = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        lengths, longest = torch.zeros(self.size, dtype=torch.int64), torch.tensor([len(raw)])
+        with detect_lost_peers(self.rank):
+            dist.all_gather(list(lengths.split(1)), longest.clone(), group=self.texts)
+            padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+            padded[: len(raw)] = raw
+            found = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(found, padded, group=self.texts)
+        return [bytes(one[:length].numpy()).decode() for one, length in zip(found, lengths.tolist(), strict=True)]
 
     def _reduce(self, tensors: Iterable[torch.Tensor], operation: dist.ReduceOp.RedOpType) -> None:
         if self.size == 1:
@@ -158,10 +180,10 @@ def join(rendezvous: Rendezvous, rank: int, size: int, backend: str, timeout_s: 
         everything = dist.TCPStore(rendezvous.host, rendezvous.port, timeout=timeout, wait_for_workers=False)
         store = dist.PrefixStore(rendezvous.prefix, everything)
         _wait_for_all(store, rank, size, timeout_s)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=call_timeout_s)
-        )
-    return Ranks(rank, size)
+        limit = timedelta(seconds=call_timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        texts = dist.new_group(backend="gloo", timeout=limit)
+    return Ranks(rank, size, texts)
 
 
 def leave() -> None:

@@ -15,10 +15,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ppo_ray.learner.fsdp import Shards, cast_fsdp, shard_models
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
-from ppo_ray.models.actor_critic import ActorCritic, State
+from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.loading import cast
 from ppo_ray.models.quantization import named_tensors
 from ppo_ray.models.response_lm import ResponseLM
+from ppo_ray.models.saving import State
 
 
 class MasterWeights:
@@ -110,7 +111,10 @@ class Sharding(Protocol):
         ...
 
     def state(self) -> State:
-        """Return the policy's full state in the optimizer's precision; the other ranks get an empty one."""
+        """Return the policy's state in the optimizer's precision, as this rank holds it; a tied tensor is one object.
+
+        Of a policy with adapters it is that of its parameters that are trained.
+        """
         ...
 
 
@@ -170,9 +174,8 @@ class Replicated:
         return (parameter.to("meta") for parameter in self._policy.causal_lm.parameters())
 
     def state(self) -> State:
-        """Return the tensors themselves, or their master weights; of a policy with adapters, what is trained."""
-        state = _select_state(self._policy) if self.ranks.leads else {}
-        return {name: self._masters.of(tensor).detach() for name, tensor in state.items()}
+        """Return the tensors themselves, or their master weights."""
+        return {name: self._masters.of(tensor) for name, tensor in _select_state(self._policy).items()}
 
 
 class FullySharded:
@@ -252,14 +255,8 @@ class FullySharded:
             yield torch.empty(parameter.shape, dtype=self._dtype, device="meta")
 
     def state(self) -> State:
-        """Gather one tensor after the other into host memory; of a policy with adapters, what is trained."""
-        found: dict[torch.Tensor, torch.Tensor] = {}  # a tied head is gathered once
-        state = _select_state(self._policy)
-        for tensor in state.values():
-            if tensor not in found:
-                gathered = gather_full(tensor)
-                found[tensor] = gathered.cpu() if self.ranks.leads else gathered.new_empty(0)
-        return {name: found[tensor] for name, tensor in state.items()} if self.ranks.leads else {}
+        """Return the shards."""
+        return _select_state(self._policy)
 
 
 def _select_state(policy: ActorCritic) -> dict[str, Any]:

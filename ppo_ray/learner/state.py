@@ -4,20 +4,21 @@ Scalars are written as JSON and tensors as safetensors, with no pickle.
 """
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from ppo_ray import trajectory
 from ppo_ray.algo.rewards import RunningMoments
 from ppo_ray.checkpoint import AHEAD, LEARNER_FOLDER, read_record
 from ppo_ray.errors import CheckpointError, first_line
-from ppo_ray.learner.optimizer import save_optimizer_state
 from ppo_ray.machine import max_memory_of_file
-from ppo_ray.models.actor_critic import ActorCritic, State
+from ppo_ray.models.actor_critic import ActorCritic
 
 _FILE = "state.json"
 
@@ -32,9 +33,11 @@ class LearnerState:
     moments: RunningMoments
     """Running moments of all scores so far."""
     weights_checksum: str
-    """Checksum of the policy's weights; see `weights_checksum`."""
+    """Checksum of the policy's weights; see `StateChecksums`."""
     reference_checksum: str
     """Checksum of the reference's weights: another reference would be another run."""
+    by_tensor: bool = False
+    """Whether the checksums are made of those of each tensor; older checkpoints have one over all bytes in a row."""
 
     def write(self, folder: Path) -> None:
         """Write into a checkpoint's folder; floats are written so that the very same are read."""
@@ -52,25 +55,14 @@ class LearnerState:
         return read_record(cls, folder / LEARNER_FOLDER / _FILE)
 
 
-@dataclass(frozen=True)
-class LearnerSnapshot:
-    """A learner's whole state, gathered to the first rank, which writes it without the others."""
-
-    policy: ActorCritic
-    models: State
-    """Tensors of policy and values, by the policy's names."""
-    optimizer: State
-    state: LearnerState
-    tokenizer: Any
-
-    def write(self, folder: Path) -> None:
-        """Write policy and tokenizer for `from_pretrained`, and the rest into folders beside them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.policy.save(folder, self.models)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-        self.state.write(folder)
-        save_optimizer_state(folder, self.optimizer)
+def make_plain_files(policy: ActorCritic, tokenizer: Any, dtype: torch.dtype) -> dict[str, bytes]:
+    """Return what a checkpoint holds of models and tokenizer beside the tensors, which are of a type; by path."""
+    with tempfile.TemporaryDirectory(prefix="ppo_ray-") as folder:
+        policy.save_configs(Path(folder), dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def read_ahead(checkpoint: Path) -> pa.Table:

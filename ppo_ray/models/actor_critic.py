@@ -15,11 +15,9 @@ from ppo_ray.errors import InputError
 from ppo_ray.models.decoder import Decoder, Traits
 from ppo_ray.models.packing import PackedRows
 from ppo_ray.models.response_lm import ResponseLM, ResponseOutput, unflatten
-from ppo_ray.models.saving import save_model
+from ppo_ray.models.saving import State, TensorFile, model_file, save_config, write_tensors
 from ppo_ray.models.tensors import VALUE_HEAD, read_value_head
 
-State = dict[str, torch.Tensor]
-"""A module's parameters and buffers by name, as `state_dict` has them."""
 VALUE_HEAD_FILE = Path("value_head") / "value_head.safetensors"
 """Lies in a checkpoint below its decoder: `weight` `[1, H]` and `bias` `[1]`. In a folder of its own, because vLLM
 loads every safetensors file of a model's folder as a part of the model."""
@@ -93,19 +91,37 @@ class ActorCritic(ResponseLM):
         self.value_head.load_state_dict(tensors)
 
     def save(self, folder: Path, state: State) -> None:
-        """Write the models into a checkpoint, from a whole state of this module; subclasses add what is theirs.
+        """Write the models into a checkpoint, from a whole state of this module."""
+        self.save_configs(folder, next(iter(state.values())).dtype)
+        for file in self.list_files(state):
+            write_tensors(folder / file.path, file.rename(file.tensors))
 
-        Of a model with adapters these alone are written, and the state has nothing else of it.
+    def list_files(self, state: State) -> list[TensorFile]:
+        """Return the files of a checkpoint that hold a state of this module; the policy's is the first.
+
+        Of a model with adapters these alone are in them, and the state has nothing else of it. Subclasses add what is
+        theirs.
         """
-        self._save_model(self.causal_lm, folder, _select(state, "causal_lm"))
+        return [self._model_file(self.causal_lm, Path(), _select(state, "causal_lm"))]
 
-    def _save_model(self, model: Any, folder: Path, state: State) -> None:
+    def save_configs(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write what a checkpoint holds of the models beside their tensors, which are of a type."""
+        self._save_config(self.causal_lm, folder, dtype)
+
+    def _model_file(self, model: Any, folder: Path, tensors: State) -> TensorFile:
         if not self.adapted:
-            save_model(model, folder, state)
-            return
-        from ppo_ray.models.adapter_files import save_adapters
+            return model_file(model, folder, tensors)
+        from ppo_ray.models.adapter_files import WEIGHTS_FILE, name_adapters
 
-        save_adapters(model, folder, state)
+        return TensorFile(folder / WEIGHTS_FILE, tensors, name_adapters, has_parts=False)
+
+    def _save_config(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
+        if not self.adapted:
+            save_config(model, folder, dtype)
+            return
+        from ppo_ray.models.adapter_files import save_adapter_config
+
+        save_adapter_config(model, folder)
 
     def _apply_value_head(self, states: torch.Tensor, rows: PackedRows) -> torch.Tensor:
         """Compute values `[B, R]` from hidden states `[N, H]`; zero outside the mask."""
@@ -153,10 +169,10 @@ class CausalLMWithValueHead(ActorCritic):
             states = self.decoder.run(rows)
         return self._apply_value_head(states, rows)
 
-    def save(self, folder: Path, state: State) -> None:
-        """Write policy and value head into a checkpoint, from a whole state of this module."""
-        super().save(folder, state)
-        save_value_head(folder / VALUE_HEAD_FILE, _select(state, "value_head"))
+    def list_files(self, state: State) -> list[TensorFile]:
+        """Return the files of policy and value head, as `ActorCritic.list_files`."""
+        head = TensorFile(VALUE_HEAD_FILE, _select(state, "value_head"), has_parts=False)
+        return [*super().list_files(state), head]
 
 
 class CausalLMWithCritic(ActorCritic):
@@ -215,11 +231,17 @@ class CausalLMWithCritic(ActorCritic):
         yield from self.critic.parameters()
         yield from super().value_parameters()
 
-    def save(self, folder: Path, state: State) -> None:
-        """Write policy, critic and value head into a checkpoint, from a whole state of this module."""
-        super().save(folder, state)
-        self._save_model(self.critic, folder / CRITIC_FOLDER, _select(state, "critic"))
-        save_value_head(folder / CRITIC_FOLDER / VALUE_HEAD_FILE, _select(state, "value_head"))
+    def list_files(self, state: State) -> list[TensorFile]:
+        """Return the files of policy, critic and value head, as `ActorCritic.list_files`."""
+        folder = Path(CRITIC_FOLDER)
+        critic = self._model_file(self.critic, folder, _select(state, "critic"))
+        head = TensorFile(folder / VALUE_HEAD_FILE, _select(state, "value_head"), has_parts=False)
+        return [*super().list_files(state), critic, head]
+
+    def save_configs(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write what a checkpoint holds of policy and critic beside their tensors."""
+        super().save_configs(folder, dtype)
+        self._save_config(self.critic, folder / CRITIC_FOLDER, dtype)
 
     def _estimate_values(self, rows: PackedRows) -> torch.Tensor:
         """Compute the values; `forward` cannot call `forward_values`, which fsdp2 hooks as a pass of its own."""
@@ -276,8 +298,7 @@ def _move_to(head: torch.nn.Linear, device: torch.device) -> None:
 
 def save_value_head(path: Path, state: State) -> None:
     """Write a value head's state as a safetensors file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, path)
+    write_tensors(path, state)
 
 
 def _select(state: State, module: str) -> State:

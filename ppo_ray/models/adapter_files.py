@@ -17,6 +17,7 @@ from ppo_ray.config import DEFAULT_RANK, LoraConfig, ModelConfig
 from ppo_ray.errors import InputError, first_line
 from ppo_ray.models.lora import ADAPTER, adapter_parameters, add_adapters, find_target_problem, is_adapter
 from ppo_ray.models.quantization import MISSING
+from ppo_ray.models.saving import State, write_tensors
 from ppo_ray.models.tensors import list_names
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -121,7 +122,7 @@ def find_file(path: str, name: str) -> str:
     return str(Path(path) / name) if Path(path).is_dir() else cached_file(path, name)
 
 
-def save_adapters(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> None:
+def save_adapters(model: Any, folder: Path, state: State) -> None:
     """Write adapters for `PeftModel.from_pretrained`.
 
     Args:
@@ -129,10 +130,19 @@ def save_adapters(model: Any, folder: Path, state: dict[str, torch.Tensor]) -> N
         folder: made if it is not there.
         state: their tensors by the model's names.
     """
+    save_adapter_config(model, folder)
+    write_tensors(folder / WEIGHTS_FILE, name_adapters(state))
+
+
+def save_adapter_config(model: Any, folder: Path) -> None:
+    """Write the config of a model's adapters, for `PeftModel.from_pretrained`; makes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_config[ADAPTER].save_pretrained(folder)
-    tensors = {_file_name(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+
+
+def name_adapters(state: State) -> State:
+    """Return the tensors of adapters, which have a model's names, under those that peft gives them in a file."""
+    return {_file_name(name): tensor for name, tensor in state.items()}
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The plan of a run before anything is started, without Ray: where every actor goes, and the memory it takes.
 
-`request` makes what Ray is asked for, `assign` finds where that fits on a cluster, `memory` estimates what each process
-holds, and `plan` puts all of it together. A run that starts asks Ray for the same request.
+`request` makes what Ray is asked for, `assign` finds where that fits on a cluster, `memory`, `learner` and `engine`
+estimate what each process holds, and `plan` puts all of it together. A run that starts asks Ray for the same request.
 """
 
 from ppo_ray.plan.cluster import ClusterShape, Node

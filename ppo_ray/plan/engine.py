@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from ppo_ray.config import Config, weight_transport
 from ppo_ray.plan.adapters import sends_adapters
+from ppo_ray.plan.learner import learner_terms
 from ppo_ray.plan.memory import (
     BYTES,
     MIB,
@@ -11,7 +12,6 @@ from ppo_ray.plan.memory import (
     Term,
     bucket_term,
     cuda_term,
-    learner_terms,
     parameter_term,
     process_term,
     reward_terms,

@@ -8,11 +8,12 @@ from ppo_ray.machine import multiplies_bfloat16
 from ppo_ray.plan.assign import Assignment, Shortage, assign
 from ppo_ray.plan.cluster import GIB, ClusterShape
 from ppo_ray.plan.engine import kv_bytes, kv_cache_term, rollout_terms, waiting_problem
+from ppo_ray.plan.learner import learner_terms
 from ppo_ray.plan.memory import (
     Device,
     Term,
+    checkpoint_bytes,
     disk_terms,
-    learner_terms,
     node_terms,
     reward_terms,
     store_terms,
@@ -58,6 +59,8 @@ class Plan:
     """Every node's object store."""
     store_terms: tuple[Term, ...]
     disk_terms: tuple[Term, ...]
+    stop: str
+    """How fast the disk must be for a run that is stopped."""
     shortages: tuple[Shortage, ...]
     """What does not fit."""
     warnings: tuple[str, ...] = ()
@@ -94,7 +97,42 @@ def make_plan(config: Config, cluster: ClusterShape, sizes: ModelSizes) -> Plan:
     shortages = (*assignment.shortages, *memory)
     disk = tuple(disk_terms(config, sizes))
     warnings = tuple(_warnings(config, sizes, gpu_memory))
-    return Plan(cluster, request, assignment, terms, gpus, nodes, stores, stored, disk, shortages, warnings)
+    stop = describe_stop(config, sizes)
+    return Plan(cluster, request, assignment, terms, gpus, nodes, stores, stored, disk, stop, shortages, warnings)
+
+
+def describe_stop(config: Config, sizes: ModelSizes) -> str:
+    """Say how fast the disk must be to take a checkpoint before a run that a signal stops is ended."""
+    size, limit = checkpoint_bytes(sizes), config.ray.stop_timeout_s
+    return (
+        f"a checkpoint: {size / GIB:.2f} GiB; a run that is stopped has ray.stop_timeout_s={limit:g} s to write it, so "
+        f"that the disk must take {_megabytes(2 * size / limit)} MB/s if half of them go to the update in progress"
+    )
+
+
+def find_stop_problem(config: Config, sizes: ModelSizes, speed: float) -> str | None:
+    """Say why a run that a signal stops may lose steps: its checkpoint takes more than half of the time there is.
+
+    Args:
+        config: of the run.
+        sizes: of its models.
+        speed: of the disk, bytes per second.
+    """
+    size, limit = checkpoint_bytes(sizes), config.ray.stop_timeout_s
+    seconds = size / speed
+    if seconds <= limit / 2:
+        return None
+    return (
+        f"a checkpoint has {size / GIB:.2f} GiB, and the disk of output_dir takes {_megabytes(speed)} MB/s from one "
+        f"process: to write it takes about {seconds:.0f} s. ray.stop_timeout_s={limit:g} s must be enough for that and "
+        "for the update in progress when a signal stops the run; else the steps since the newest checkpoint are lost. "
+        f"Set it to {2 * seconds:.0f} or more, and as long between SIGTERM and SIGKILL (docs/clusters.md); "
+        "or take a faster disk, or a smaller checkpoint.every_steps, so that less is lost"
+    )
+
+
+def _megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:,.0f}" if num_bytes >= 10e6 else f"{num_bytes / 1e6:.2g}"
 
 
 def find_emulated_dtypes(config: Config) -> Iterator[str]:

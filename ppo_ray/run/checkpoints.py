@@ -27,6 +27,7 @@ class Checkpoints:
         """
         self._folder, self._config, self._config_yaml, self._report = folder, config, config_yaml, report
         self._pending: tuple[Path, Pending] | None = None
+        self._pending_score: float | None = None  # of the policy that is being written
 
     def is_due(self, step: int, num_steps: int) -> bool:
         """Say whether the state after so many steps is to be saved."""
@@ -60,11 +61,15 @@ class Checkpoints:
         return None
 
     def save(self, state: RunState, begin: BeginSave) -> None:
-        """Begin to write a state, unless it exists; `finish` waits for it.
+        """Begin to write a state, unless it exists; `finish` waits for it. What was begun before is waited for here.
 
         Args:
             state: of the run.
             begin: calls `checkpoint.write` with these arguments where the learner is, and returns what waits for it.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+            WorkerError: the learner was lost, or late.
         """
         self.finish()
         path = self.path(state.step)
@@ -73,23 +78,28 @@ class Checkpoints:
         else:
             self._pending = path, begin(path, state, self._config_yaml)
 
-    def finish(self) -> None:
+    def finish(self, wait: bool = True) -> None:
         """Wait for what `save` began, link it as the latest, and remove checkpoints that need not be kept.
+
+        Args:
+            wait: false: if it is not written yet, do nothing.
 
         Raises:
             CheckpointError: it could not be written.
             WorkerError: the learner was lost, or late.
         """
-        if self._pending is None:
+        if self._pending is None or not (wait or self._pending[1].is_done()):
             return
-        (path, wait), self._pending = self._pending, None
-        wait()
+        (path, pending), score = self._pending, self._pending_score
+        self.abandon()
+        pending.wait()
         self._link(LATEST, path.name)
+        self._note_score(path.name, score)
         self._prune()
 
     def abandon(self) -> None:
         """Forget what `save` began: the learner that was writing it is lost."""
-        self._pending = None
+        self._pending = self._pending_score = None
 
     def note_score(self, step: int, score: float | None) -> None:
         """Note the mean score of a batch for the checkpoint whose policy sampled it, and link the best one.
@@ -98,7 +108,12 @@ class Checkpoints:
             step: steps that this policy had made; it need not have a checkpoint.
             score: of the batch; None: nothing was scored.
         """
-        name = self.path(step).name
+        if self._pending is not None and self._pending[0] == self.path(step):
+            self._pending_score = score  # is noted when it is written
+        else:
+            self._note_score(self.path(step).name, score)
+
+    def _note_score(self, name: str, score: float | None) -> None:
         if self._config.keep_best and score is not None and (self._folder / name).is_dir():
             scores = self._scores() | {name: score}
             atomic.write_text(self._folder / _SCORES, json.dumps(scores, indent=1))

@@ -31,6 +31,7 @@ def print_plan(console: Console, plan: Plan, verbose: bool = False) -> None:
     _print_actors(console, plan)
     disk = sum(term.num_bytes for term in plan.disk_terms)
     say(console, f"disk for checkpoints: {_gib(disk)} GiB")
+    say(console, plan.stop)
     if verbose:
         _print_terms(console, plan)
     else:

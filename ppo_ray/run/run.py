@@ -111,7 +111,7 @@ class Run:
         """End a step within `under_way`: log its metrics, show progress, and begin a checkpoint if one is due.
 
         Raises:
-            CheckpointError: the checkpoint before could not be written.
+            CheckpointError: a checkpoint before could not be written.
             WorkerError: too many steps in a row are without any score.
             Interrupted: the run is to be stopped; the step is done.
         """
@@ -122,7 +122,7 @@ class Run:
             self.say(warning)
         if step == 0 and not update.metrics["learner/skipped_update"]:
             self._say_sanity()
-        self.checkpoints.finish()  # the one before: it was written while the engines generated
+        self.checkpoints.finish(wait=False)  # the one before, if it is written: nothing of the loop waits for a disk
         best_by = self.config.checkpoint.best_by
         staleness = int(update.metrics["rollout/staleness_max"]) if best_by == "score/mean" else 0
         self.checkpoints.note_score(step - staleness, self.history[-1].get(best_by))

@@ -16,6 +16,9 @@ from ppo_ray.checkpoint import RunState
 from ppo_ray.config import Config, load_config, load_evaluation_config
 from ppo_ray.errors import CheckpointError, InputError, Interrupted, PPORayError, WorkerError, WorkerLost
 from ppo_ray.events import Event, say
+from ppo_ray.machine import measure_disk
+from ppo_ray.plan import ModelSizes
+from ppo_ray.plan.plan import find_stop_problem
 from ppo_ray.run.actors import Actors, launch, launch_scorers
 from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation, evaluate_now, score_held_out
@@ -123,7 +126,7 @@ def check(config: Config, console: Console | None = None) -> list[Agreement]:
     """Start all actors, prove that new weights change what every engine computes, and show by how much.
 
     Args:
-        config: of the run that would follow; nothing is trained or written.
+        config: of the run that would follow; nothing is trained, and nothing stays written.
         console: as in `train`.
 
     Returns:
@@ -142,7 +145,19 @@ def check(config: Config, console: Console | None = None) -> list[Agreement]:
     ):
         agreements = actors.rollout.check_engines(actors.learner, prompts)
         print_agreements(console, agreements)
+    _check_disk(config, show)
     return agreements
+
+
+def _check_disk(config: Config, show: Callable[[str], None]) -> None:
+    """Write to the disk of the run's folder, and say whether a run that is stopped is saved in time."""
+    try:
+        speed = measure_disk(Path(config.output_dir).absolute())
+    except OSError as error:
+        show(f"Warning: output_dir={config.output_dir}: its disk cannot be written to: {error}")
+        return
+    problem = find_stop_problem(config, ModelSizes.read(config), speed)
+    show(f"Warning: {problem}" if problem else f"the disk of output_dir takes {speed / 1e6:,.0f} MB/s")
 
 
 def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> Evaluation:

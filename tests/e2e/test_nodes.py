@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster
 from safetensors.numpy import load_file
 
 from ppo_ray import trajectory
+from ppo_ray.models.saving import find_parts
 from tests.command_line import CommandLine, events, lines, made_once, tiny_command_line, wait_for_steps
 from tests.hosts import Host, two_hosts, why_no_hosts
 from tests.ray_cluster import SMALL_STORE, ray_cluster
@@ -58,8 +59,11 @@ def sampled(run: Path) -> list[object]:
 
 
 def largest_difference(run: Path, other: Path) -> float:
+    def read(path: Path) -> dict[str, np.ndarray]:
+        return {name: tensor for part in find_parts(path) for name, tensor in load_file(part).items()}
+
     pairs = [
-        (load_file(folder / "checkpoints" / "final" / name) for folder in (run, other))
+        (read(folder / "checkpoints" / "final" / name) for folder in (run, other))
         for name in ("model.safetensors", "value_head/value_head.safetensors")
     ]
     return max(float(np.abs(a[key] - b[key]).max()) for a, b in pairs for key in a)

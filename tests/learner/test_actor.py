@@ -6,7 +6,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ppo_ray.checkpoint import AHEAD, RunState
+from ppo_ray.atomic import name_aside
+from ppo_ray.checkpoint import AHEAD, RunState, verify
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import CheckpointError, WorkerError, WorkerLost
 from ppo_ray.learner.actor import LearnerWorker
@@ -43,6 +44,10 @@ def shards(step: int, version: int) -> list[pa.Table]:
     return [table.slice(0, 3), table.slice(3)]
 
 
+def save(worker, path: Path) -> None:
+    worker.save(str(path), str(name_aside(path)), RunState(1), "")
+
+
 def test_what_is_held_is_saved_restored_and_learnt_from(tiny_policy: Path, tmp_path: Path) -> None:
     worker = started(tiny_policy, tmp_path)
     worker.hold(*shards(0, 0))
@@ -51,13 +56,18 @@ def test_what_is_held_is_saved_restored_and_learnt_from(tiny_policy: Path, tmp_p
     assert report.metrics["rollout/staleness_max"] == 0
     assert report.metrics["prompts/num_skipped"] == 2
     with pytest.raises(CheckpointError, match="does not hold the next step's trajectories yet: not saved"):
-        worker.save(str(tmp_path / "c"), RunState(1), "")
+        save(worker, tmp_path / "c")
+    worker.write()  # nothing, and at once
     worker.hold(*shards(1, 0))
-    worker.save(str(tmp_path / "c"), RunState(1), "")
+    save(worker, tmp_path / "c")
+    reports = [worker.update(1, str(tmp_path / "a.parquet"))]
+    assert not (tmp_path / "c").exists()
+    worker.write()  # what was copied, though all weights and moments have changed since
     assert (tmp_path / "c" / AHEAD).is_file()
+    verify(tmp_path / "c")
 
     again = started(tiny_policy, tmp_path, tmp_path / "c")
-    reports = [one.update(1, str(tmp_path / f"{name}.parquet")) for name, one in (("a", worker), ("b", again))]
+    reports.append(again.update(1, str(tmp_path / "b.parquet")))
     assert worker.publish()[0].checksum == again.publish()[0].checksum
     assert reports[0].metrics["rollout/staleness_mean"] == 1
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
@@ -125,7 +135,8 @@ def test_adapters_alone_go_from_a_learner_to_an_engine(tiny_policy: Path, tmp_pa
     worker.hold(*shards(0, 0))
     worker.update(0, str(tmp_path / "step-0.parquet"))
     worker.hold(*shards(1, 0))
-    worker.save(str(tmp_path / "c"), RunState(1), "")
+    save(worker, tmp_path / "c")
+    worker.write()
     for lora in (options[0], f"model.lora.path={tmp_path / 'c'}"):
         worker = started(tiny_policy, tmp_path, None, lora, *options[1:])
         rollout = RolloutWorker.__ray_metadata__.modified_class("rollout-0")

@@ -102,7 +102,7 @@ def test_a_separate_critic_has_its_own(hub: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_has_no_revision(hub: Path, tmp_path: Path, tiny_policy: Path) -> None:
     config = configured(tmp_path)
     learner = PPOLearner.load(config.model, config.ppo, config.learner, temperature=1.0, seed=0, num_steps=2)
-    learner.gather().write(tmp_path / "checkpoint")
+    learner.save(tmp_path / "checkpoint")
     again = PPOLearner.load(
         config.model,
         config.ppo,

@@ -18,7 +18,9 @@ from ppo_ray.models import token_logprobs
 from ppo_ray.plan import ClusterShape, ModelSizes, Plan, make_plan
 from ppo_ray.plan.adapters import sends_adapters
 from ppo_ray.plan.cluster import GIB
-from ppo_ray.plan.memory import KEPT_ENTRIES, Term, learner_terms, widest_row
+from ppo_ray.plan.learner import KEPT_ENTRIES, learner_terms, widest_row
+from ppo_ray.plan.memory import Term
+from ppo_ray.plan.plan import describe_stop, find_stop_problem
 from ppo_ray.run.folder import RunFolder
 from ppo_ray.run.run import describe_run
 from tests.learning import make_learner, make_table
@@ -84,6 +86,7 @@ def test_the_arithmetic_of_a_cpu_run(configured: Configured) -> None:
         "activations": 100 * 2 * (12 * 128 + 4 * 256) * 4,
         "a layer's backward pass": 100 * (5 * 128 + 2 * 256) * 4,  # more than the probabilities, freed by then
         "weights to publish": 4 * POLICY,
+        "a checkpoint on its way to the disk": 12 * TRAINED,
     }
     assert amounts(found.terms["rollout-0"]) == {
         "process": 750 * MIB,
@@ -114,6 +117,20 @@ def test_of_more_probabilities_than_are_kept_a_block_is_planned(configured: Conf
         summed = terms.get("the head's gradient, which is being summed", 0)
         assert summed == (4 * vocabulary * 128 if vocabulary == 268_436 else 0)
     assert token_logprobs.count_rows(torch.device("cuda" if gpus else "cpu"), 268_436)[0] == rows
+
+
+def test_a_disk_too_slow_for_a_run_that_is_stopped_is_said(configured: Configured) -> None:
+    config = configured("ray.stop_timeout_s=10")
+    sizes, size = ModelSizes.read(config), 12 * TRAINED
+    assert size == pytest.approx(4.3e6, rel=0.02)
+    assert find_stop_problem(config, sizes, size / 5) is None
+    problem = find_stop_problem(config, sizes, size / 6) or ""
+    assert problem.startswith(
+        "a checkpoint has 0.00 GiB, and the disk of output_dir takes 0.72 MB/s from one process: "
+    )
+    assert "to write it takes about 6 s. ray.stop_timeout_s=10 s must be enough" in problem
+    assert "Set it to 12 or more" in problem
+    assert "the disk must take 0.87 MB/s" in describe_stop(config, sizes)  # to have written it in five seconds
 
 
 def test_without_values_nothing_is_held_for_them(configured: Configured) -> None:
@@ -191,7 +208,7 @@ def test_ranks_of_a_learner_share_its_state_and_gather_layers(configured: Config
         "a layer's backward pass": 100 * (14 * 128 + 6 * 256) * 2,
         "a layer's attention mask": 100 * 80 * 2,
         "a bucket of weights (nccl)": 256 * MIB,
-        "a checkpoint on its way to the disk": 12 * TRAINED,
+        "a checkpoint on its way to the disk": 12 * TRAINED // 4,
     }
     assert "the largest model, before it is shared out" not in amounts(found.terms["learner-1"])
     assert "weights on their way" not in amounts(found.store_terms)  # they go by NCCL

@@ -9,7 +9,7 @@ import pytest
 
 from ppo_ray.config import Config, load_config
 from ppo_ray.plan import ModelSizes
-from ppo_ray.plan.memory import learner_terms
+from ppo_ray.plan.learner import learner_terms
 from tests.plan.test_gpu_configs import CONFIGS, SHAPES, llama, place_models
 from tests.traced_memory import trace_update
 

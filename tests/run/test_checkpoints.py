@@ -3,9 +3,10 @@ import json
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from ppo_ray import checkpoint
-from ppo_ray.checkpoint import RunState
+from ppo_ray.checkpoint import Pending, RunState
 from ppo_ray.config import CheckpointConfig
 from ppo_ray.errors import CheckpointError, UnreadableError
 from ppo_ray.events import Event
@@ -18,8 +19,8 @@ def save_learner(folder: Path) -> None:
     (folder / "learner" / "optimizer.safetensors").write_bytes(b"moments")
 
 
-def begin(path: Path, state: RunState, config: str) -> checkpoint.Pending:
-    return lambda: checkpoint.write(path, state, config, save_learner)
+def begin(path: Path, state: RunState, config: str) -> Pending:
+    return Pending(lambda: checkpoint.write(path, state, config, save_learner))
 
 
 class Folder:
@@ -132,15 +133,53 @@ def test_a_full_disk_leaves_the_earlier_ones(folder: Folder) -> None:
 
 def test_what_was_begun_is_waited_for_once(folder: Folder) -> None:
     calls = []
-    folder.checkpoints.save(RunState(2), lambda *arguments: lambda: calls.append(arguments) or begin(*arguments)())
+    folder.checkpoints.save(
+        RunState(2), lambda *arguments: Pending(lambda: calls.append(arguments) or begin(*arguments).wait())
+    )
     assert not calls
     folder.checkpoints.finish()
     folder.checkpoints.finish()
     assert len(calls) == 1
     folder.checkpoints.save(RunState(2), lambda *_: pytest.fail("it is there"))
-    folder.checkpoints.save(RunState(3), lambda *_: lambda: pytest.fail("its writer is gone"))
+    folder.checkpoints.save(RunState(3), lambda *_: Pending(lambda: pytest.fail("its writer is gone")))
     folder.checkpoints.abandon()
     folder.checkpoints.finish()
+
+
+def test_nobody_waits_for_what_is_not_written_yet_and_its_score_is_not_lost(tmp_path: Path) -> None:
+    """The batch that tells how good a policy is may be scored before that policy is written."""
+    folder = Folder(tmp_path, keep_last=1)
+    folder.save(1)
+    folder.checkpoints.note_score(1, 0.5)
+    written: list[bool] = []
+    done = [False, True]
+    folder.checkpoints.save(
+        RunState(2), lambda *arguments: Pending(lambda: begin(*arguments).wait() or written.append(True), done.pop)
+    )
+    done.reverse()
+    folder.checkpoints.finish(wait=False)
+    folder.checkpoints.note_score(2, 0.9)
+    assert written == [] and folder.link("best") == folder.link("latest") == "step-00001"
+    folder.checkpoints.finish(wait=False)
+    assert written == [True] and folder.link("best") == folder.link("latest") == "step-00002"
+    folder.checkpoints.save(RunState(3), lambda *_: Pending(lambda: None))
+    folder.checkpoints.note_score(3, 7.0)
+    folder.checkpoints.abandon()  # the learner is lost, and with it what it was writing
+    folder.save(3)
+    assert folder.link("best") == "step-00002" and folder.names() == ["step-00002", "step-00003"]
+
+
+def test_sums_that_were_made_while_writing_are_taken_and_hold(tmp_path: Path) -> None:
+    def save(folder: Path) -> checkpoint.FileSums:
+        (folder / "other").write_bytes(b"read again")
+        return {"part": (4, "0123456789abcdef")}  # of another rank's file, which this node need not see yet
+
+    checkpoint.write(tmp_path / "c", RunState(1), "", save)
+    sums = json.loads((tmp_path / "c" / "checksums.json").read_text())
+    assert list(sums) == ["config.yaml", "other", "part", "run.json"]
+    assert sums["part"] == [4, "0123456789abcdef"] and sums["other"] == [10, xxhash.xxh3_64_hexdigest(b"read again")]
+    with pytest.raises(CheckpointError, match="is not whole"):
+        checkpoint.verify(tmp_path / "c")
 
 
 def test_one_that_cannot_be_read_is_not_taken_for_torn(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

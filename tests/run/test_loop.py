@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ppo_ray import __version__, checkpoint
-from ppo_ray.checkpoint import AHEAD, RunState
+from ppo_ray.checkpoint import AHEAD, Pending, RunState
 from ppo_ray.config import load_config
 from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.learner.reports import UpdateReport
@@ -50,6 +51,8 @@ class World:
     """Whether the learner dies in its next call."""
     sample_late: Iterator[bool] = field(default_factory=lambda: iter(()))
     """Whether what a generation made is lost, so that it is made again when it is needed."""
+    write_late: Iterator[bool] = field(default_factory=lambda: iter(()))
+    """Whether a checkpoint is written when the next step has ended already."""
     calls: list[str] = field(default_factory=list)
     engines: int = 0
     """Policy version that they serve."""
@@ -98,7 +101,7 @@ class World:
         self.last_update = UpdateReport(step, metrics(step, version), 0.2)
         return self.last_update
 
-    def save(self, path: Path, state: RunState, config: str) -> checkpoint.Pending:
+    def save(self, path: Path, state: RunState, config: str) -> Pending:
         self.may_die()
         assert state == RunState(len(self.learnt), BATCH * len(self.learnt), "f00")
         self.calls.append(f"save {state.step}")
@@ -108,7 +111,8 @@ class World:
             (folder / "learnt.json").write_text(json.dumps(learnt))
             (folder / AHEAD).write_text(json.dumps(held))
 
-        return lambda: checkpoint.write(path, state, config, save_learner)
+        done = not next(self.write_late, False)  # what is written late is waited for before the next one, or at the end
+        return Pending(lambda: checkpoint.write(path, state, config, save_learner), lambda: done)
 
     def publish(self) -> int:
         self.may_die()
@@ -227,11 +231,14 @@ def test_the_next_batch_is_asked_for_before_the_update_and_held_before_the_sync(
     assert run.state == RunState(3, 12, "f00")  # the next step's prompts, though they have been taken
 
 
+@pytest.mark.parametrize("write_late", [False, True])
 @pytest.mark.parametrize("loop", [run_steps, run_overlapped])
 def test_the_best_checkpoint_is_that_of_the_policy_which_sampled_the_best_batch(
-    tmp_path: Path, loop: Callable[..., None]
+    tmp_path: Path, loop: Callable[..., None], write_late: bool
 ) -> None:
-    run = train(World(tmp_path), loop)  # a batch scores the version of its policy; version 5 is not saved
+    run = train(
+        World(tmp_path, write_late=repeat(write_late)), loop
+    )  # a batch scores the version of its policy; version 5 is not saved
     assert (run.folder.checkpoints / "best").readlink().name == "step-00004"
     scores = json.loads((run.folder.checkpoints / "scores.json").read_text())
     assert scores == {"step-00002": 2, "step-00004": 4}
@@ -248,12 +255,16 @@ def test_a_run_goes_on_with_the_batch_that_its_checkpoint_holds(tmp_path: Path) 
 
 @pytest.mark.parametrize(("loop", "late"), [(run_steps, 0), (run_overlapped, 1)])
 @settings(deadline=None, max_examples=30)
-@given(lost=st.lists(st.booleans(), max_size=30), again=st.lists(st.booleans(), max_size=30))
+@given(
+    lost=st.lists(st.booleans(), max_size=30),
+    again=st.lists(st.booleans(), max_size=30),
+    slow=st.lists(st.booleans(), max_size=5),
+)
 def test_whatever_is_lost_the_policy_learns_the_same(
-    loop: Callable[..., None], late: int, lost: list[bool], again: list[bool]
+    loop: Callable[..., None], late: int, lost: list[bool], again: list[bool], slow: list[bool]
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder), iter(lost), iter(again))
+        world = World(Path(folder), iter(lost), iter(again), iter(slow))
         run = train(world, loop)
         assert world.learnt == learnt(late)
         assert [line["step"] for line in run.history] == list(range(STEPS))

@@ -16,7 +16,7 @@ from rich.console import Console
 from ppo_ray import checkpoint
 from ppo_ray.actors.shards import Rounds
 from ppo_ray.actors.watch import DependencyLost
-from ppo_ray.checkpoint import RunState
+from ppo_ray.checkpoint import Pending, RunState
 from ppo_ray.config import load_config
 from ppo_ray.errors import WorkerLost
 from ppo_ray.learner.reports import UpdateReport
@@ -107,9 +107,9 @@ class World:
     def load_weights(self, version: int) -> float:
         return 0.0
 
-    def save(self, path: Path, state: RunState, config: str) -> checkpoint.Pending:
+    def save(self, path: Path, state: RunState, config: str) -> Pending:
         learnt = json.dumps(self.learnt)
-        return lambda: checkpoint.write(path, state, config, lambda folder: self.write(folder, learnt))
+        return Pending(lambda: checkpoint.write(path, state, config, lambda folder: self.write(folder, learnt)))
 
     def write(self, folder: Path, learnt: str) -> None:
         (folder / "learnt.json").write_text(learnt)
