@@ -130,7 +130,7 @@ def check_attention(bench: Bench) -> Iterator[Figure]:
     for dtype, limit in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
         loaded = load_causal_lm(str(bench.write_model("tiny")), dtype=dtype, device=bench.device)
         model = ResponseLM(loaded, temperature=1.0)
-        assert model.takes_bounds
+        assert model.traits.takes_bounds
         parameters = [parameter for parameter in loaded.parameters() if parameter.requires_grad]
         found = model(rows).logprobs
         gradient = torch.cat([each.flatten() for each in torch.autograd.grad(found.sum(), parameters)])

@@ -1,6 +1,7 @@
 """The learner's actor: a shell over `PPOLearner`, one per rank."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,7 +42,8 @@ class LearnerWorker(Worker):
     def __init__(self, name: str) -> None:
         """Take the worker's name."""
         super().__init__(name)
-        self._copied: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # what `save` leaves to `write`
+        self._taken: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # what `save` leaves to `write`
+        self._written = threading.Event()  # whether nothing is left
 
     def open_rendezvous(self, host: str, timeout_s: float) -> "Rendezvous":
         """Open the rendezvous of all ranks on an address of this node."""
@@ -71,7 +73,8 @@ class LearnerWorker(Worker):
         self._leads, ranks = rank == 0, Ranks()
         self._shares_gpu = config.ray.placement == "colocated"
         self._publisher, self._moved = WeightPublisher(config, self._leads), contextlib.ExitStack()
-        self._buffers = Buffers()  # of checkpoints
+        self._buffers = Buffers() if default_device().type == "cuda" else None  # of checkpoints
+        self._written.set()
         if rendezvous is not None:
             backend = "nccl" if default_device().type == "cuda" else "gloo"  # Ray's GPUs may be but a number
             limits = config.ray.start_timeout_s, config.ray.call_timeout_s
@@ -145,6 +148,7 @@ class LearnerWorker(Worker):
 
     def step(self, table: pa.Table, step: int, orders: list[np.ndarray], kl_coef: float) -> UpdateReport:
         """Make one PPO update with the caller's order of rows and KL coefficient; returns the full report."""
+        self._settle()
         self._learner.controller = replace(self._learner.controller, kl_coef=kl_coef)
         return self._learner.update(table, step, orders.__getitem__)
 
@@ -217,7 +221,7 @@ class LearnerWorker(Worker):
         return agreements
 
     def save(self, path: str, aside: str, state: RunState, config: str) -> None:
-        """Copy what a checkpoint of the run holds into host memory, for the next call of `write`; all ranks do.
+        """Take what a checkpoint of the run holds into host memory, for the next call of `write`; all ranks do.
 
         Args:
             path: of the checkpoint.
@@ -229,7 +233,8 @@ class LearnerWorker(Worker):
             CheckpointError: the learner is not where the run is.
             PeersLost: another rank is gone.
         """
-        write = None  # where there is no copy, this call says why
+        write = None  # where there is no snapshot, this call says why
+        self._written.clear()
         try:
             snapshot, held = self._take_snapshot(state), self._held
 
@@ -241,21 +246,25 @@ class LearnerWorker(Worker):
 
             write = partial(checkpoints.write, Path(path), state, config, save_learner, Path(aside), self._leads)
         finally:
-            self._copied.put(write)
+            self._taken.put(write)
 
     @ray.method(concurrency_group="files")
     def write(self) -> None:
-        """Write the checkpoint that `save` has copied, or is copying; called once for each of its calls.
+        """Write the checkpoint that `save` has taken, or is taking; called once for each of its calls.
 
         Raises:
             CheckpointError: a rank cannot write it.
             PeersLost: another rank is gone.
         """
-        if (write := self._copied.get()) is not None:
-            write()
+        write = self._taken.get()
+        try:
+            if write is not None:
+                write()
+        finally:
+            self._written.set()
 
     def _take_snapshot(self, state: RunState) -> "LearnerSnapshot":
-        """Copy the learner's state; raises as `save`."""
+        """Take the learner's state; raises as `save`."""
         if self._learner.policy_version != state.step:
             raise CheckpointError(
                 f"the learner has made {self._learner.policy_version} updates, the run {state.step} steps: not saved"
@@ -273,8 +282,10 @@ class LearnerWorker(Worker):
         leave()
 
     def _settle(self) -> None:
-        """Put the policy's own weights back, if a check has moved them."""
+        """Put the policy's own weights back, if a check has moved them; let what is written of the state be written."""
         self._moved.close()
+        if self._buffers is None:
+            self._written.wait()
 
     def _rest(self) -> None:
         """Return torch's cached GPU memory to the engine that shares the GPU and is about to wake."""

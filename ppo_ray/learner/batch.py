@@ -160,10 +160,10 @@ class Layout:
         cls, policy: ActorCritic, reference: ResponseLM, microbatch_tokens: int, ranks: Ranks, in_lockstep: bool
     ) -> Self:
         """Return the layout that both models can take."""
-        if not (policy.packs and reference.packs):
+        if not (policy.traits.packs and reference.traits.packs):
             return cls(microbatch_tokens, 0, policy.device, ranks, in_lockstep)
-        in_one_row = policy.takes_bounds and reference.takes_bounds
-        hidden_size = policy.decoder.hidden_size
+        in_one_row = policy.traits.takes_bounds and reference.traits.takes_bounds
+        hidden_size = policy.traits.hidden_size
         return cls(microbatch_tokens, _ROW_WIDTH, policy.device, ranks, in_lockstep, hidden_size, in_one_row)
 
     def passes(self, batch: ResponseBatch, sequences: np.ndarray) -> Iterator[PackedRows]:

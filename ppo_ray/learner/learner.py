@@ -239,10 +239,10 @@ class PPOLearner:
         self.take_snapshot().write(path)
 
     def take_snapshot(self, buffers: Buffers | None = None) -> LearnerSnapshot:
-        """Copy the learner's whole state into host memory, each rank a part of it; all ranks call this.
+        """Take the learner's whole state into host memory, each rank a part of it; all ranks call this.
 
         Args:
-            buffers: memory for the copy; the next snapshot that is taken into them overwrites it. None: new memory.
+            buffers: memory for a copy, which the next snapshot in them overwrites. None: `LearnerSnapshot.take`.
 
         Raises:
             CheckpointError: the last update was not finished; the weights are neither the old nor the new ones.
@@ -255,7 +255,7 @@ class PPOLearner:
         scalars = self.policy_version, self.kl_coef, self._moments
         state = LearnerState(*scalars, "", self._checksums.reference, by_tensor=True)
         ranks = self._layout.ranks
-        return LearnerSnapshot.take(files, state, self._checksums, self._plain_files, ranks, buffers or Buffers())
+        return LearnerSnapshot.take(files, state, self._checksums, self._plain_files, ranks, buffers)
 
     def probe(self, wire: Wire | None = None) -> WeightProbe:
         """Return a probe of whether engines compute with the weights they are sent; all ranks make its calls."""

@@ -1,7 +1,8 @@
-"""A learner's state on its way to the disk: each rank copies a part of it into host memory, and writes that part.
+"""A learner's state on its way to the disk: each rank has a part of it in host memory, and writes that part.
 
 Every tensor has one owner among the ranks, so that all copy, hash and write about as many bytes, and nobody holds the
-whole. Once the copies are made the learner may go on: what is written is the state as it was.
+whole. Of a learner on a GPU the parts are copies, and it may go on: what is written is the state as it was. A learner
+on a CPU has its state in host memory already. A copy would be as large as all that it trains, so it waits instead.
 """
 
 import json
@@ -65,9 +66,9 @@ class LearnerSnapshot:
         checksums: "StateChecksums",
         plain_files: dict[str, bytes],
         ranks: Ranks,
-        buffers: Buffers,
+        buffers: Buffers | None,
     ) -> Self:
-        """Copy the tensors that this rank owns; all ranks call this together.
+        """Take the tensors that this rank owns; all ranks call this together.
 
         Args:
             files: of the checkpoint, with the tensors as this rank holds them; the policy's is the first.
@@ -75,7 +76,8 @@ class LearnerSnapshot:
             checksums: of the same models.
             plain_files: as the field.
             ranks: the processes that share the update.
-            buffers: memory for the copies; the next snapshot that is taken into them overwrites this one.
+            buffers: memory for copies; the next snapshot that is taken into them overwrites this one. None: what this
+                rank holds whole in host memory is not copied, and must not change until it is written.
 
         Raises:
             PeersLost: another rank is gone.
@@ -83,12 +85,15 @@ class LearnerSnapshot:
         owners = _deal_out(files, ranks.size)
         tensors = {id(tensor): tensor for file in files for tensor in file.tensors.values()}
         mine = [key for key in tensors if owners[key] == ranks.rank]
-        copies = dict(zip(mine, _make_room([tensors[key] for key in mine], buffers), strict=True))
+        rooms = [] if buffers is None else _make_room([tensors[key] for key in mine], buffers)
+        copies = dict(zip(mine, rooms, strict=False))
         with torch.no_grad():
             for key, tensor in tensors.items():
                 whole = _gather_to(owners[key], tensor)
                 if key in copies:
                     copies[key].copy_(whole, non_blocking=True)
+                elif owners[key] == ranks.rank:
+                    copies[key] = whole.cpu().contiguous()
                 del whole  # before the next is made
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()

@@ -205,18 +205,15 @@ class CausalLMWithCritic(ActorCritic):
         self.critic = critic
         self._critic_decoder = Decoder(critic, critic_traits)
         dtype = next(critic.parameters()).dtype
-        self.value_head = make_value_head(self._critic_decoder.hidden_size, dtype, value_head_seed)
+        self.value_head = make_value_head(self._critic_decoder.traits.hidden_size, dtype, value_head_seed)
         _move_to(self.value_head, self.device)
 
     @property
-    def packs(self) -> bool:
-        """Whether several sequences may lie in a row, and share what their prompts begin with, in both decoders."""
-        return self.decoder.packs and self._critic_decoder.packs
-
-    @property
-    def takes_bounds(self) -> bool:
-        """Whether sequences that lie end to end in one row need no mask, in both decoders."""
-        return self.decoder.takes_bounds and self._critic_decoder.takes_bounds
+    def traits(self) -> Traits:
+        """What was found out about the policy's decoder, as far as it holds for the critic's too."""
+        own, other = self.decoder.traits, self._critic_decoder.traits
+        packs, takes_bounds = own.packs and other.packs, own.takes_bounds and other.takes_bounds
+        return replace(own, packs=packs, takes_bounds=takes_bounds)
 
     def forward(self, rows: PackedRows) -> ResponseOutput:
         """Compute the log-probability and entropy of each response token and the value of the prefix before it."""
@@ -263,14 +260,9 @@ class UnadaptedPolicy(ResponseLM):
         return self._policy[0].causal_lm
 
     @property
-    def packs(self) -> bool:
-        """Whether several sequences may share a row."""
-        return self._policy[0].decoder.packs
-
-    @property
-    def takes_bounds(self) -> bool:
-        """Whether sequences that lie end to end in one row need no mask."""
-        return self._policy[0].decoder.takes_bounds
+    def traits(self) -> Traits:
+        """What was found out about the policy's decoder."""
+        return self._policy[0].decoder.traits
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the frozen parameters, or their codes, by the names that they have without adapters."""

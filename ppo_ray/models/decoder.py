@@ -60,21 +60,6 @@ class Decoder:
         self.traits = traits
 
     @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self.traits.hidden_size
-
-    @property
-    def packs(self) -> bool:
-        """Whether several sequences may lie in a row, and share what their prompts begin with."""
-        return self.traits.packs
-
-    @property
-    def takes_bounds(self) -> bool:
-        """Whether sequences need no mask where they lie end to end in one row."""
-        return self.traits.takes_bounds
-
-    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self._base_model.parameters()).device
@@ -92,11 +77,11 @@ class Decoder:
                 f"a sequence of {rows.longest} tokens: beyond {limit}, the {rope} positions of the model "
                 f"{self._name!r} depend on the longest sequence of a batch, and so would all figures; keep to {limit}"
             )
-        if rows.packed and not self.packs:
+        if rows.packed and not self.traits.packs:
             raise ValueError("this model cannot have several sequences in a row; lay them out with row_width=0")
-        if rows.bounds is not None and self.takes_bounds:
+        if rows.bounds is not None and self.traits.takes_bounds:
             return self._run(rows, rows.bounds)
-        return self._run(rows, rows.attention_mask(block_diagonal=self.packs))
+        return self._run(rows, rows.attention_mask(block_diagonal=self.traits.packs))
 
     def _run(self, rows: PackedRows, attention_mask: torch.Tensor | None) -> torch.Tensor:
         positions = {"position_ids": rows.position_ids} if self._takes_positions else {}

@@ -63,14 +63,9 @@ class ResponseLM(torch.nn.Module):
         return self.decoder.device
 
     @property
-    def packs(self) -> bool:
-        """Whether several sequences may lie in a row, and share what their prompts begin with."""
-        return self.decoder.packs
-
-    @property
-    def takes_bounds(self) -> bool:
-        """Whether sequences that lie end to end in one row need no mask."""
-        return self.decoder.takes_bounds
+    def traits(self) -> Traits:
+        """What was found out about the decoder."""
+        return self.decoder.traits
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the parameters of the causal LM by its names; under fsdp2, shards of them."""

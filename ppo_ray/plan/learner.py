@@ -47,8 +47,9 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
         yield bucket_term(config, transport)
     if rank == 0 and transport == "object_store":
         yield parameter_term("weights to publish", *count_traffic(config, sizes), "host")
-    trained, by = count_trainable(sizes), config.learner.workers
-    yield parameter_term("a checkpoint on its way to the disk", trained, 3 * EXACT, "host", ranks=by)
+    if device == "gpu" or _is_shared(config):  # else it is written of what is there
+        trained, by = count_trainable(sizes), config.learner.workers
+        yield parameter_term("a checkpoint on its way to the disk", trained, 3 * EXACT, "host", ranks=by)
 
 
 def _state_terms(config: Config, sizes: ModelSizes, device: Device, rank: int) -> Iterator[Term]:

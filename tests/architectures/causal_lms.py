@@ -84,11 +84,11 @@ def compute_packed(policy: CausalLMWithValueHead) -> list[tuple[torch.Tensor, to
     prompts, responses = zip(*SEQUENCES, strict=True)
     lengths = [sum(size) - 1 for size in SIZES]
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    batches = make_microbatches(lengths, budget=48, row_width=32 if policy.packs else 0)
-    if policy.packs:
-        batches = [[[4, 0, 7, 5], [2, 6, 1]], [[3]]]
+    batches = make_microbatches(lengths, budget=48, row_width=32 if policy.traits.packs else 0)
+    if policy.traits.packs:
+        batches = [[[4, 0, 7], [2, 6]], [[5, 1, 3]]]  # under a mask, where tokens are shared; and by bounds
     for rows in batches:
-        output = policy(pack(rows, prompts, responses, shortest_shared=3 if policy.packs else 0))
+        output = policy(pack(rows, prompts, responses, shortest_shared=3 if policy.traits.packs else 0))
         assert output.values is not None
         for row, index in enumerate(sorted(chain.from_iterable(rows))):
             size = len(responses[index])

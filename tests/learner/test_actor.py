@@ -1,5 +1,6 @@
 """The learner's actor as a plain object, without Ray: what it holds for the next step."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from ppo_ray.learner.actor import LearnerWorker
 from ppo_ray.rollout.actor import RolloutWorker
 from ppo_ray.weights.acks import check_agreements
 from ppo_ray.weights.manifest import WeightManifest
-from ppo_ray.weights.snapshot import WeightSnapshot
+from ppo_ray.weights.snapshot import Buffers, WeightSnapshot
 from tests.learner.test_lora import generate
 from tests.learning import make_table
 
@@ -48,6 +49,23 @@ def save(worker, path: Path) -> None:
     worker.save(str(path), str(name_aside(path)), RunState(1), "")
 
 
+def test_on_a_cpu_the_state_is_written_as_it_lies_and_the_next_update_waits(tiny_policy: Path, tmp_path: Path) -> None:
+    worker = started(tiny_policy, tmp_path)
+    worker.hold(*shards(0, 0))
+    worker.update(0, str(tmp_path / "a.parquet"))
+    worker.hold(*shards(1, 1))
+    before = worker.publish()[0].checksum
+    save(worker, tmp_path / "c")
+    with ThreadPoolExecutor() as pool:
+        update = pool.submit(worker.update, 1, str(tmp_path / "b.parquet"))
+        with pytest.raises(TimeoutError):
+            update.result(0.5)
+        worker.write()
+        update.result(60)
+    assert worker.publish()[0].checksum != before
+    assert started(tiny_policy, tmp_path, tmp_path / "c").publish()[0].checksum == before
+
+
 def test_what_is_held_is_saved_restored_and_learnt_from(tiny_policy: Path, tmp_path: Path) -> None:
     worker = started(tiny_policy, tmp_path)
     worker.hold(*shards(0, 0))
@@ -59,6 +77,7 @@ def test_what_is_held_is_saved_restored_and_learnt_from(tiny_policy: Path, tmp_p
         save(worker, tmp_path / "c")
     worker.write()  # nothing, and at once
     worker.hold(*shards(1, 0))
+    worker._buffers = Buffers()  # as on a GPU
     save(worker, tmp_path / "c")
     reports = [worker.update(1, str(tmp_path / "a.parquet"))]
     assert not (tmp_path / "c").exists()

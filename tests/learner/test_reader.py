@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from ppo_ray.config import LoraConfig
+from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig
+from ppo_ray.learner.loading import load_models
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import gather_full
 from tests.conftest import make_tokenizer
@@ -69,14 +70,19 @@ def load(ranks: Ranks, folder: Path, model: dict[str, Any]) -> Any:
 
 def measure_load(ranks: Ranks, warm: Path, folder: Path, model: dict[str, Any]) -> int:
     """Return the bytes that this rank holds at most while it loads; the libraries were loaded with another model."""
-    load(ranks, warm, model)
+
+    def load_alone(path: Path) -> Any:  # without the optimizer's state
+        config, learner = ModelConfig.model_construct(path=str(path), **model), LearnerConfig(sharding="fsdp2")
+        return load_models(config, learner, 1.0, 0, torch.device("cpu"), ranks)
+
+    load_alone(warm)
     gc.collect()
     allocator = ctypes.CDLL(None)
     allocator.mallopt(-3, MIB)  # M_MMAP_THRESHOLD: what is freed goes back at once, as a large model's tensors do
     allocator.malloc_trim(0)  # what was freed before and kept would hide what is held
     found: list[int] = []
     with watch_memory(found):
-        load(ranks, folder, model)
+        load_alone(folder)
     return found[0]
 
 

@@ -62,7 +62,7 @@ NUM_TOKENS = [p + r for p, r in LENGTHS]
 def test_a_batch_has_the_figures_of_each_sequence_alone(family: str, packs: bool) -> None:
     causal_lm = make(family)
     model = CausalLMWithValueHead(causal_lm, temperature=0.8)
-    assert model.packs == packs
+    assert model.traits.packs == packs
     (rows,) = make_microbatches(NUM_TOKENS, 10**6, 20 if packs else 0)
     with torch.no_grad():
         output = model(pack(rows, PROMPTS, RESPONSES))

@@ -45,7 +45,7 @@ def differentiate(policy: CausalLMWithValueHead, rows: PackedRows) -> tuple[torc
 
 def check(policy: CausalLMWithValueHead, rows: PackedRows) -> None:
     """Compare a row by its bounds with the same row under a mask."""
-    assert policy.takes_bounds and rows.bounds is not None
+    assert policy.traits.takes_bounds and rows.bounds is not None
     found, gradients = differentiate(policy, rows)
     known = policy.decoder.traits
     policy.decoder.traits = replace(known, takes_bounds=False)

@@ -223,7 +223,7 @@ def test_tokens_with_equal_embeddings_hide_nothing() -> None:
 def test_small_vocabularies(vocab_size: int) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    assert Decoder(LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes)).eval().model).packs
+    assert Decoder(LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes)).eval().model).traits.packs
     with pytest.raises(InputError, match="looks ahead"):
         Decoder(transformers.BertModel(transformers.BertConfig(vocab_size=vocab_size, **sizes)).eval())
 

@@ -53,7 +53,7 @@ def test_packed_rows_give_what_each_sequence_gives_alone(causal_lm: Any, sequenc
     prompts, responses = sequences
     policy = CausalLMWithValueHead(causal_lm, temperature=0.7)
     policy.value_head.double()
-    assert policy.packs
+    assert policy.traits.packs
     seen = []
     for rows in make_microbatches([sum(size) - 1 for size in SIZES], budget=40, row_width=row_width):
         packed = pack(rows, prompts, responses)
@@ -79,7 +79,7 @@ def test_shared_tokens_give_the_figures_and_gradients_of_sequences_alone(causal_
     prompts = [np.concatenate([prompts[1][: 3 + index % 4], prompt]) for index, prompt in enumerate(prompts)]
     policy = CausalLMWithValueHead(causal_lm, temperature=0.7)
     policy.value_head.double()
-    assert policy.packs
+    assert policy.traits.packs
     found = []
     for shortest in (0, 1):
         rows = pack([[3, 4, 0, 1], [5, 2]], prompts, responses, shortest_shared=shortest)

@@ -86,7 +86,6 @@ def test_the_arithmetic_of_a_cpu_run(configured: Configured) -> None:
         "activations": 100 * 2 * (12 * 128 + 4 * 256) * 4,
         "a layer's backward pass": 100 * (5 * 128 + 2 * 256) * 4,  # more than the probabilities, freed by then
         "weights to publish": 4 * POLICY,
-        "a checkpoint on its way to the disk": 12 * TRAINED,
     }
     assert amounts(found.terms["rollout-0"]) == {
         "process": 750 * MIB,
