@@ -83,6 +83,9 @@ def forward_flops(shape: DecoderShape, lengths: Iterable[tuple[int, int]]) -> fl
     return float(total)
 
 
-def update_flops(shape: DecoderShape, lengths: Iterable[tuple[int, int]], epochs: int) -> float:
-    """Count the epochs' forward and backward passes; a backward one has two products for each of the forward's."""
-    return 3 * epochs * forward_flops(shape, lengths)
+def update_flops(shape: DecoderShape, lengths: Iterable[tuple[int, int]], epochs: int, frozen: bool = False) -> float:
+    """Count the epochs' forward and backward passes; a backward one has two products for each of the forward's.
+
+    Beside frozen weights it has one: they have no gradient. What adapters compute is little, and does not count.
+    """
+    return (2 if frozen else 3) * epochs * forward_flops(shape, lengths)

@@ -14,8 +14,10 @@ from transformers.utils import logging
 from benchmarks.flops import DecoderShape
 
 
-def _llama(vocab: int, hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int) -> LlamaConfig:
-    """Return a Llama with a tied head."""
+def _llama(
+    vocab: int, hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int, tied: bool = True
+) -> LlamaConfig:
+    """Return a Llama, its head tied to its embeddings or not."""
     return LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -24,7 +26,7 @@ def _llama(vocab: int, hidden: int, layers: int, intermediate: int, heads: int, 
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=0,
@@ -37,9 +39,13 @@ SHAPES: dict[str, Callable[[], Any]] = {
     "58m": lambda: _llama(vocab=32768, hidden=512, layers=14, intermediate=1408, heads=8, kv_heads=4),
     "135m": lambda: _llama(vocab=49152, hidden=576, layers=30, intermediate=1536, heads=9, kv_heads=3),
     "notebook": lambda: GPT2Config(vocab_size=50257, bos_token_id=None, eos_token_id=0, pad_token_id=0),
+    "0.5b": lambda: _llama(vocab=151936, hidden=896, layers=24, intermediate=4864, heads=14, kv_heads=2),
     "1b": lambda: _llama(vocab=128256, hidden=2048, layers=16, intermediate=8192, heads=32, kv_heads=8),
+    "1.5b": lambda: _llama(vocab=151936, hidden=1536, layers=28, intermediate=8960, heads=12, kv_heads=2),
+    "8b": lambda: _llama(vocab=128256, hidden=4096, layers=32, intermediate=14336, heads=32, kv_heads=8, tied=False),
 }
-"""By name: a tiny one, three sizes of the same proportions (135m is SmolLM2's), GPT-2's 124M, and Llama 3.2's 1B."""
+"""By name: a tiny one, three sizes of the same proportions (135m is SmolLM2's), GPT-2's 124M, Qwen 2.5's 0.5B and 1.5B
+without biases, Llama 3.2's 1B and Llama 3.1's 8B."""
 
 
 def decoder_shape(config: Any) -> DecoderShape:

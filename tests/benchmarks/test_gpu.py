@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.card import data_sheet_peak, find_peak
+from benchmarks.gpu_work import WORKS, Work, make_config
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the figures below are those of a CPU")
 
@@ -18,7 +19,7 @@ def test_a_tiny_model_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture)
     gpu.main(["--steps", "2", "--batch-size", "4", "--json", str(file)])
     record = json.loads(file.read_text())
     (result,) = record["results"]
-    assert (result["shape"], result["batch_size"], result["response_tokens"]) == ("tiny", 4, [4, 16])
+    assert (result["work"], result["batch_size"], result["response_tokens"]) == ("tiny", 4, [4, 16])
     seconds = result["seconds"]
     assert set(seconds) == set(gpu.PHASES) and all(value > 0 for value in seconds.values())
     assert seconds["forwards_s"] + seconds["update_s"] <= seconds["learner_s"]  # medians of two are means
@@ -48,13 +49,36 @@ def test_utilisation_is_operations_over_seconds_over_the_peak(tmp_path: Path) ->
     assert record["peak"] == {"tflops": 2.0, "source": "given"}
 
 
+@on_cpu
+def test_a_learner_alone_with_a_critic_or_adapters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = {"ppo.epochs": 1, "ppo.minibatch_size": 2, "learner.microbatch_tokens": 64}
+    for name, more in (("critic", {"model.critic": "separate"}), ("adapters", {"model.lora": {"rank": 2}})):
+        work = Work("tiny", 4, (6, 6), (5, 5), options | more, alone=True, published_s=3.5)
+        monkeypatch.setitem(WORKS, name, work)
+        file = tmp_path / "gpu.json"
+        gpu.main(["--work", name, "--steps", "1", "--peak-tflops", "2", "--json", str(file)])
+        (result,) = json.loads(file.read_text())["results"]
+        assert result["generate_mfu"] is None and result["published_s"] == 3.5
+        assert result["tokens_per_s"] == pytest.approx(44 / result["seconds"]["step_s"])
+        layers, head = 4 * (2 * 73728 * 10 + 2 * 4 * 64 * 55), 4 * 2 * 32768 * 5
+        found = result["learner_mfu"] * result["seconds"]["learner_s"] * 2e12
+        assert found == pytest.approx({"critic": 7 * layers + 4 * head, "adapters": 3 * (layers + head)}[name])
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_each_work_is_a_config(name: str, tmp_path: Path) -> None:
+    config = make_config(name, gpu.make_parser().parse_args([]), tmp_path)
+    assert config.rollout.batch_size == WORKS[name].batch_size
+    assert config.max_context >= WORKS[name].prompts[1] + WORKS[name].responses[1]
+
+
 def test_too_little_memory_is_said_in_words_before_anything_is_made(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(gpu, "free_bytes", lambda device: 8 << 30)
     monkeypatch.setattr(gpu, "write_model", lambda *args: pytest.fail("weights were made"))
     with pytest.raises(SystemExit, match="2"):
-        gpu.main(["--shape", "1b"])
+        gpu.main(["--work", "1b"])
     message = capsys.readouterr().err
     assert "1b needs about" in message and "has 8.0 GiB free" in message
     assert "Adam's two moments" in message and "--microbatch-tokens" in message
@@ -66,7 +90,7 @@ def test_running_out_of_memory_is_said_in_words(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(gpu, "write_model", run_out)
     with pytest.raises(SystemExit, match="2"):
-        gpu.main(["--shape", "tiny", "--peak-tflops", "1"])
+        gpu.main(["--work", "tiny", "--peak-tflops", "1"])
     assert "Tried to allocate 20.00 GiB. Lower --batch-size" in capsys.readouterr().err
 
 
