@@ -103,6 +103,24 @@ class DistantVLLM:
 _ENGINES: list[Any] = []
 
 
+KEPT: list[Any] = []
+
+
+def start_beside_others(folder: Path, **options: Any) -> Any:
+    """Start a vLLM engine that lives as long as the process: its end would take from the others what all share.
+
+    vLLM lets models of one shape share their rotary embeddings. Those of an engine that was sent damaged weights stay
+    on the meta device until it gets whole ones, and so this engine makes its own.
+    """
+    from vllm.model_executor.layers import rotary_embedding
+
+    from ppo_ray.rollout.vllm import VLLMEngine
+
+    rotary_embedding._ROPE_DICT.clear()
+    KEPT.append(VLLMEngine(str(folder), max_context=128, max_num_seqs=32, kv_cache_mib=32, **options))
+    return KEPT[-1]
+
+
 def _prepare() -> None:
     """Set what vLLM reads when it is imported, and let it look at a model's class here: it would start a process."""
     from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT

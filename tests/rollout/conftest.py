@@ -8,15 +8,13 @@ import pytest
 
 from ppo_ray.rollout.engine import Engine
 from ppo_ray.rollout.vllm import CPU_ENVIRONMENT, ENVIRONMENT
-from tests.rollout.comparison import DistantVLLM
+from tests.rollout.comparison import DistantVLLM, start_beside_others
 
 
 @pytest.fixture(scope="session")
 def vllm_engine(tiny_policy: Path) -> Iterator[Engine]:
     os.environ.update(ENVIRONMENT | CPU_ENVIRONMENT)  # read when vllm is imported, just below
-    from ppo_ray.rollout.vllm import VLLMEngine
-
-    engine = VLLMEngine(str(tiny_policy), max_context=128, max_num_seqs=32, kv_cache_mib=32)
+    engine = start_beside_others(tiny_policy)
     yield engine
     engine.close()
 

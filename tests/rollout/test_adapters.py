@@ -19,7 +19,7 @@ from ppo_ray.weights.acks import check_agreements
 from ppo_ray.weights.snapshot import WeightSnapshot, Wire
 from tests.learner.test_lora import generate
 from tests.learner.test_lora import load as load_learner
-from tests.rollout.comparison import REQUESTS, largest_difference, reference
+from tests.rollout.comparison import REQUESTS, largest_difference, reference, start_beside_others
 
 LORA = LoraConfig(rank=5, alpha=7)
 """A rank that vLLM must round up, and a scale that is no power of two."""
@@ -40,16 +40,8 @@ def adapted_vllm(tiny_policy: Path, vllm_engine: Engine) -> Any:
     return start_vllm(tiny_policy, LORA)
 
 
-KEPT: list[Engine] = []
-
-
 def start_vllm(folder: Path, lora: LoraConfig) -> Any:
-    """Start an engine that lives as long as the process: its end would take from the others what all share."""
-    from ppo_ray.rollout.vllm import VLLMEngine
-
-    shapes = read_adapter_shapes(ModelConfig(path=str(folder), lora=lora))
-    KEPT.append(VLLMEngine(str(folder), max_context=128, max_num_seqs=32, kv_cache_mib=32, adapters=shapes))
-    return KEPT[-1]
+    return start_beside_others(folder, adapters=read_adapter_shapes(ModelConfig(path=str(folder), lora=lora)))
 
 
 def adapted(folder: Path, seed: int, lora: LoraConfig = LORA) -> Any:

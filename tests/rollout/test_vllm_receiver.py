@@ -26,12 +26,11 @@ from ppo_ray.weights.snapshot import Wire
 from ppo_ray.weights.transports import engine_init
 from tests.learner.test_lora import load as load_adapted
 from tests.learning import make_learner
-from tests.rollout.comparison import REQUESTS, largest_difference, reference
+from tests.rollout.comparison import REQUESTS, largest_difference, reference, start_beside_others
 from tests.rollout.test_engines import SAMPLED
 
 pytestmark = pytest.mark.slow
 
-KEPT: list[VLLMEngine] = []
 GROUP_ID, OTHER_ID = "A" * 171 + "=", "B" * 170 + "A="  # 128 bytes
 
 
@@ -79,10 +78,7 @@ def no_gpu() -> Iterator[pytest.MonkeyPatch]:
 
 
 def start_engine(folder: Path, transport: Transport, **options: Any) -> VLLMEngine:
-    """Start an engine that lives as long as the process: its end would take from the others what all share."""
-    sizes = {"max_context": 128, "max_num_seqs": 32, "kv_cache_mib": 32}
-    KEPT.append(VLLMEngine(str(folder), **sizes, transport=transport, **options))
-    return KEPT[-1]
+    return start_beside_others(folder, transport=transport, **options)
 
 
 @pytest.fixture(scope="module")
