@@ -125,8 +125,8 @@ class LearnerWorker(Worker):
         """
         from ppo_ray.learner.metrics import check_staleness, summarize_sources
 
-        start = time.perf_counter()
         self._settle()
+        start = time.perf_counter()
         table, self._held = trajectory.concat(shards) if shards else self._held, None
         assert table is not None
         metrics = check_staleness(table, self._learner.policy_version, self._max_staleness)

@@ -188,7 +188,7 @@ class LearnerGroup:
         return self._ask_of(generated, "measuring the KL", lambda handle, tables: handle.measure_kl.remote(*tables))
 
     def save(self, path: Path, state: RunState, config: str) -> Pending:
-        """Begin to write a checkpoint; the learner's next call waits until its state is copied.
+        """Begin to write a checkpoint; a learner on GPUs goes on when its state is copied, on CPUs when it is written.
 
         What the one before has begun must be done: the ranks copy into the same memory.
         """

@@ -155,7 +155,6 @@ def load_actor_critic(
     else:
         actor_critic = CausalLMWithValueHead(causal_lm, value_head_seed=value_head_seed, **options)
     actor_critic.adapted = lora is not None
-    set_dtype(actor_critic, _compute_dtype(model))
     if has_values:
         reader.agree(lambda: _load_value_head(actor_critic, model, path, trust))
     return actor_critic

@@ -96,7 +96,7 @@ def learning_rate_factor(
 def optimizer_file(optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding) -> TensorFile:
     """Return the file of a checkpoint that holds an optimizer's state, by the policy's names.
 
-    A parameter that was never stepped has none.
+    A parameter of which the optimizer keeps nothing yet, as one that was never stepped may be, has none.
     """
     found: State = {}
     for name, parameter in policy.named_parameters():

@@ -122,7 +122,7 @@ class Run:
             self.say(warning)
         if step == 0 and not update.metrics["learner/skipped_update"]:
             self._say_sanity()
-        self.checkpoints.finish(wait=False)  # the one before, if it is written: nothing of the loop waits for a disk
+        self.checkpoints.finish(wait=False)  # the one before, if it is written: the loop waits for no disk
         best_by = self.config.checkpoint.best_by
         staleness = int(update.metrics["rollout/staleness_max"]) if best_by == "score/mean" else 0
         self.checkpoints.note_score(step - staleness, self.history[-1].get(best_by))
