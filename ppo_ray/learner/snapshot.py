@@ -23,6 +23,7 @@ from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.learner.sharding import Sharding, gather_full
 from ppo_ray.learner.state import LearnerState
 from ppo_ray.models.actor_critic import ActorCritic
+from ppo_ray.models.packing import balance
 from ppo_ray.models.quantization import named_tensors
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.models.saving import State, TensorFile, WrittenFile, name_part, write_index, write_tensors
@@ -211,10 +212,8 @@ def _deal_out(files: Sequence[TensorFile], num_ranks: int) -> dict[int, int]:
             if id(tensor) not in units:
                 units[id(tensor)] = unit
                 sizes[unit] = sizes.get(unit, 0) + tensor.numel() * tensor.element_size()
-    dealt, owners = [0] * num_ranks, {}
-    for unit in sorted(sizes, key=lambda unit: -sizes[unit]):
-        owners[unit] = dealt.index(min(dealt))
-        dealt[owners[unit]] += sizes[unit]
+    names, shares = list(sizes), balance(list(sizes.values()), num_ranks)
+    owners = {names[index]: rank for rank, share in enumerate(shares) for index in share}
     return {key: owners[unit] for key, unit in units.items()}
 
 

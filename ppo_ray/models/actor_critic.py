@@ -90,12 +90,6 @@ class ActorCritic(ResponseLM):
             raise InputError(f"{where} holds NaN or infinite weights; remove it to start a new head")
         self.value_head.load_state_dict(tensors)
 
-    def save(self, folder: Path, state: State) -> None:
-        """Write the models into a checkpoint, from a whole state of this module."""
-        self.save_configs(folder, next(iter(state.values())).dtype)
-        for file in self.list_files(state):
-            write_tensors(folder / file.path, file.rename(file.tensors))
-
     def list_files(self, state: State) -> list[TensorFile]:
         """Return the files of a checkpoint that hold a state of this module; the policy's is the first.
 

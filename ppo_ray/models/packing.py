@@ -197,13 +197,13 @@ def join_prompts(
 
 
 def balance(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Deal sequences out to shares of nearly the same number of tokens.
+    """Deal sequences out to shares of nearly the same number of tokens, or anything else to shares of the same size.
 
     The longest is dealt first, each to the share with the fewest tokens so far (Graham 1969, "Bounds on multiprocessing
     timing anomalies": the largest share is at most 4/3 of the smallest possible). Ties are broken by index.
 
     Args:
-        lengths: tokens of each sequence.
+        lengths: tokens of each sequence, or sizes.
         num_shares: at least 1; may exceed the number of sequences.
 
     Returns:
