@@ -11,6 +11,8 @@ from ppo_ray import trajectory
 from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.ranks import Ranks
+from ppo_ray.models.actor_critic import ActorCritic
+from ppo_ray.models.saving import write_tensors
 
 
 def make_learner(folder: Path, budget: int = 1024, **ppo: Any) -> PPOLearner:
@@ -87,6 +89,13 @@ def make_table(
     if group_size:
         groups = pa.table({"group_id": pa.array([row // group_size for row in range(num_rows)], pa.int64())})
     return trajectory.with_scores(trajectory.from_rows(rows, groups), scores or rng.normal(size=num_rows).tolist())
+
+
+def save_policy(policy: ActorCritic, folder: Path) -> None:
+    """Write a model's files as a checkpoint of a learner holds them."""
+    policy.save_configs(folder, torch.float32)
+    for file in policy.list_files(policy.state_dict()):
+        write_tensors(folder / file.path, file.rename(file.tensors))
 
 
 def weights(learner: PPOLearner) -> dict[str, torch.Tensor]:

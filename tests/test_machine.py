@@ -92,9 +92,9 @@ def test_imports_leave_the_collection_of_garbage_as_it_was(collects: bool, tmp_p
         machine.import_ahead("no_such_module", "imported_ahead")
         assert sys.modules["imported_ahead"].collects is False
         assert gc.isenabled() == collects
-        frozen = gc.get_freeze_count()
+        frozen, made = gc.get_freeze_count(), [[number] for number in range(1_000)]
         machine.import_ahead("imported_ahead")  # it is there: what the program made meanwhile is not frozen too
-        assert gc.get_freeze_count() == frozen
+        assert gc.get_freeze_count() < frozen + len(made)  # less by what ended since
     finally:
         (gc.enable if before else gc.disable)()
 

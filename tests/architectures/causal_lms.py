@@ -36,6 +36,7 @@ from ppo_ray.rollout.hf import HFEngine
 from ppo_ray.rollout.support import ADVICE
 from ppo_ray.weights.snapshot import WeightSnapshot
 from tests.architectures.tiny import FOR_VLLM, make_model, save_tokenizer, tiny_config
+from tests.learning import save_policy
 
 TEMPERATURE = 0.8
 SIZES = [(1, 1), (2, 5), (7, 15), (3, 3), (12, 9), (1, 20), (5, 8), (18, 4)]
@@ -137,7 +138,7 @@ def judge_learner(folder: Path) -> str:
         if not worst <= TOLERANCE:
             return f"wrong: the gradient of {name} is off by {worst:.1e} of it"
     with tempfile.TemporaryDirectory() as saved:
-        policy.save(Path(saved), policy.state_dict())
+        save_policy(policy, Path(saved))
         loaded = AutoModelForCausalLM.from_pretrained(saved).eval()
     again, _ = compute_alone(loaded, *SEQUENCES[2])
     return "exact" if torch.equal(again, wanted[2][0]) else "wrong: what is saved is another model"

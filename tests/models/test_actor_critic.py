@@ -10,11 +10,11 @@ import torch
 import transformers
 
 from ppo_ray.errors import InputError
-from ppo_ray.models.actor_critic import VALUE_HEAD_FILE, ActorCritic, CausalLMWithCritic, CausalLMWithValueHead
+from ppo_ray.models.actor_critic import VALUE_HEAD_FILE, CausalLMWithCritic, CausalLMWithValueHead
 from ppo_ray.models.loading import cast
 from ppo_ray.models.packing import make_microbatches, pack
 from ppo_ray.models.response_lm import ResponseLM
-from ppo_ray.models.saving import write_tensors
+from tests.learning import save_policy
 
 SIZES = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
 BLOCK = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -151,23 +151,16 @@ def test_a_critic_estimates_the_values_and_leaves_the_policy_alone(tmp_path: Pat
     parameters = [*model.policy_parameters(), *model.value_parameters()]
     assert len(parameters) == len(set(parameters))
     assert set(parameters) == set(model.parameters())
-    save(model, tmp_path)
+    save_policy(model, tmp_path)
     loaded = transformers.AutoModel.from_pretrained(tmp_path / "critic")
     again = CausalLMWithCritic(causal_lm, loaded, temperature=0.8, value_head_seed=1)
     again.load_value_head(tmp_path / "critic")
     assert torch.equal(again.forward_values(rows), output.values)
 
 
-def save(model: ActorCritic, folder: Path) -> None:
-    """Write a model as a learner's snapshot does."""
-    model.save_configs(folder, torch.float32)
-    for file in model.list_files(model.state_dict()):
-        write_tensors(folder / file.path, file.rename(file.tensors))
-
-
 def test_value_head_saves_and_loads(tmp_path: Path) -> None:
     first, second = (CausalLMWithValueHead(make("gpt2"), temperature=1.0, value_head_seed=seed) for seed in (1, 2))
-    save(first, tmp_path)
+    save_policy(first, tmp_path)
     second.load_value_head(tmp_path)
     assert torch.equal(first.value_head.weight, second.value_head.weight)
     assert torch.equal(first.value_head.bias, second.value_head.bias)
