@@ -3,7 +3,7 @@
 Each check yields a line for everything that cannot be used, so that all of it is reported at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ class Inputs:
         """Say which tokens end a response; None: they were not read."""
         return None if self.end_tokens is None else self.end_tokens.describe(self.tokenizer)
 
-    def open_prompts(self, config: Config) -> PromptStream:
-        """Return the run's prompts, from their beginning."""
+    def open_prompts(self, config: Config, show: Callable[[str], None]) -> PromptStream:
+        """Return the run's prompts, from their beginning; `show` as `PromptStream`."""
         return PromptStream(
             config.prompts,
             self.tokenizer,
@@ -50,6 +50,7 @@ class Inputs:
             vocab_size=self.vocab_size,
             texts=self.texts,
             responses_per_prompt=config.rollout.responses_per_prompt,
+            show=show,
         )
 
     def open_sets(self, config: Config) -> dict[str, PromptBatch]:
@@ -168,8 +169,7 @@ def _policy_problems(config: Config, inputs: Inputs) -> Iterator[str]:
             yield from _network_problems(config, "model.path", config.model.path, config.model.trust, model)
             if problem := find_engine_problem(config.rollout, model, config.model.lora):
                 yield f"model.path={config.model.path}: {problem}"
-        positions = find_positions(model)
-        if positions and config.max_context > positions:
+        if (positions := find_positions(model)) and config.max_context > positions:
             yield _too_long(config, positions, f"{config.model.path} has only {positions} positions")
     yield from _adapter_problems(config)
     for key, (path, trust) in (("reference", config.model.reference), ("critic", config.model.critic_source)):

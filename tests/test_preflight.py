@@ -155,7 +155,7 @@ def test_what_is_read_is_what_the_run_works_with(configured):
     config = configured()
     inputs = check(config)
     assert inputs.vocab_size == 8 and len(inputs.texts) == 5
-    prompts = inputs.open_prompts(config)
+    prompts = inputs.open_prompts(config, print)
     film = inputs.tokenizer("film")["input_ids"][0]
     assert {ids[0] for ids in prompts.take(3).prompt_ids} == {film}
     assert len(prompts.held_out().sample_ids) == 2

@@ -7,8 +7,9 @@ position, and a resumed run continues with the same prompts that it would have h
 import itertools
 import json
 import logging
+import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from ppo_ray.prompts.order import HELD_OUT_SEED, Order
 from ppo_ray.prompts.texts import CHUNK, UsableTexts, check_count, read_usable_texts
 from ppo_ray.seeding import derive_seed
 
+SHOW_S = 5.0  # between two lines that say how many prompts have been counted
 _LOG = logging.getLogger(__name__)
 _FINGERPRINTED = 16  # texts whose tokens tell one tokenizer from another
 _FINGERPRINTED_CHARS = 10_000  # of each of these texts
@@ -43,6 +45,7 @@ class PromptStream:
         texts: UsableTexts | None = None,
         trains: bool = True,
         responses_per_prompt: int = 1,
+        show: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Read the texts and hold some out.
 
@@ -55,6 +58,7 @@ class PromptStream:
             texts: what `read_usable_texts` returned for these arguments; None: read them.
             trains: whether prompts will be taken; else all texts may be held out, and there may be fewer.
             responses_per_prompt: times that `take` returns each prompt.
+            show: is called with a line about every five seconds while the tokens of all texts are counted.
 
         Raises:
             InputError: no data set, no such column, fewer than `num_held_out + 1` texts left after the filter, no chat
@@ -68,7 +72,7 @@ class PromptStream:
         self.fingerprint = self._fingerprint(usable)
         """Hash of the texts and of the tokenizer, whatever the seed: a resumed run must find the same."""
         if config.min_tokens is None and config.too_long in (None, "drop"):
-            self._usable = self._drop_long(usable)
+            self._usable = self._drop_long(usable, show)
             check_count(self._usable, num_held_out if trains else 0)
         if not trains:
             num_held_out = min(num_held_out, len(self._usable))
@@ -171,20 +175,24 @@ class PromptStream:
         assert self._template is not None
         return [self._template.converse(text, self._usable.are_chats) for text in texts]
 
-    def _drop_long(self, usable: UsableTexts) -> UsableTexts:
+    def _drop_long(self, usable: UsableTexts, show: Callable[[str], None]) -> UsableTexts:
         """Leave out the texts that make a prompt which is too long, or none at all."""
         fitting = array("q")
-        num_long = 0
+        num_long, done, shown = 0, 0, time.monotonic()
         example: Sequence[int] = ()
         texts = iter(usable)
-        chunks = iter(lambda: list(itertools.islice(texts, CHUNK)), [])
-        for place, ids in enumerate(itertools.chain.from_iterable(map(self._tokenize, chunks))):
-            if len(ids) > self._config.max_tokens:
-                num_long += 1
-            elif ids and self._knows(ids):
-                fitting.append(place)
-            else:
-                example = ids
+        for chunk in iter(lambda: list(itertools.islice(texts, CHUNK)), []):
+            for place, ids in enumerate(self._tokenize(chunk), done):
+                if len(ids) > self._config.max_tokens:
+                    num_long += 1
+                elif ids and self._knows(ids):
+                    fitting.append(place)
+                else:
+                    example = ids
+            done += len(chunk)
+            if time.monotonic() - shown >= SHOW_S and done < len(usable):
+                show(f"counting the tokens of {len(usable):,} prompts: {done / len(usable):.0%}")
+                shown = time.monotonic()
         num_strange = len(usable) - num_long - len(fitting)
         if num_strange == len(usable):
             raise InputError(self._describe_mismatch(len(usable), usable.read(np.array([0]))[0], example))

@@ -8,6 +8,7 @@ the policy before that one samples it.)
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import takewhile
 from typing import Self
 
@@ -79,7 +80,7 @@ class Run:
         inputs = preflight.Inputs()
         if prompts is None:
             inputs = preflight.check(config)
-            prompts = inputs.open_prompts(config)
+            prompts = inputs.open_prompts(config, partial(say, console))
         folder = open_folder(config)
         with folder.lock(), MetricsLog(folder.path) as log, contextlib.ExitStack() as stack:
             run = cls(config, prompts, inputs.open_sets(config), folder, log, console)

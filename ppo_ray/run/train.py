@@ -137,8 +137,8 @@ def check(config: Config, console: Console | None = None) -> list[Agreement]:
         WorkerError: an actor failed, or an engine does not compute with what it was sent; names it.
     """
     console = console or Console()
-    prompts = preflight.check(config).open_prompts(config).peek(_CHECK_PROMPTS)
     show = partial(say, console)
+    prompts = preflight.check(config).open_prompts(config, show).peek(_CHECK_PROMPTS)
     with (
         ray_session(config.ray),
         launch(config, None, None, show, lambda event: show(event.message)) as actors,
@@ -189,8 +189,8 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
     merged = config.rollout.model_copy(update={"adapter_sync": "merged"})  # no learner sends any
     config = config.model_copy(update={"rollout": merged})
     inputs = preflight.check(config)
-    held_out = {"": inputs.open_prompts(config).held_out(), **inputs.open_sets(config)}
     show = partial(say, console)
+    held_out = {"": inputs.open_prompts(config, show).held_out(), **inputs.open_sets(config)}
     with ray_session(config.ray), launch_scorers(config, show, lambda event: show(event.message)) as (rollout, reward):
         evaluation = score_held_out(rollout, reward, held_out, config)
     if evaluation is None:

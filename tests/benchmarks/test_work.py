@@ -32,7 +32,7 @@ def test_the_work_is_what_rollout_workers_would_do(config):
     worker._config, worker._name, worker._sampling = config, "rollout-0", None
     worker._engine = SimpleNamespace(generate=generate, policy_version=0)
     worker._tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "text")
-    stream = preflight.check(config).open_prompts(config)
+    stream = preflight.check(config).open_prompts(config, print)
     for step in range(config.steps):
         worker.generate(stream.take(4), step, config.seed)
     portions = work.portions(config)

@@ -168,6 +168,17 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(tmp_path: Path) -> N
         open_stream(path, tokenizer, column="text", max_tokens=3)
 
 
+def test_a_long_count_of_tokens_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_lines(tmp_path / "t.jsonl", [{"text": f"{number}?"} for number in range(5000)])
+    config, tokenizer, shown = PromptsConfig(path=str(path), max_tokens=9), make_tokenizer(None), []
+    monkeypatch.setattr("ppo_ray.prompts.stream.SHOW_S", 1e9)
+    PromptStream(config, tokenizer, seed=0, show=shown.append)
+    assert not shown  # it was done before a line was due
+    monkeypatch.setattr("ppo_ray.prompts.stream.SHOW_S", 0)
+    PromptStream(config, tokenizer, seed=0, show=shown.append)
+    assert shown == [f"counting the tokens of 5,000 prompts: {share}" for share in ("20%", "41%", "61%", "82%")]
+
+
 ROWS = [
     {"text": f"What is {n}?", "answer": n * n, "meta": {"source": f"s{n}", "deep": [n, n]}, "share": n / 7}
     for n in range(50)
