@@ -1,10 +1,12 @@
 """Train one task in several ways, for several seeds, and compare what each reached: a table and a picture.
 
     python -m benchmarks.variants algorithms [--seeds 3] [section.option=value ...]
+    python -m benchmarks.variants algorithms --time
 
 Each run is one `ppo-ray train`, one after another, below runs/variants/. A run that was interrupted goes on, and one
 that ended is not made again. Its figures are kept in a file of JSON lines (`--figures`), from which table and picture
-are made: runs that the file knows need not be on this machine.
+are made: runs that the file knows need not be on this machine. `--time` measures the seconds per step of each way in
+short runs of their own, for which the machine should do nothing else; the others may share it.
 """
 
 import argparse
@@ -15,7 +17,6 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from ppo_ray.run.log import read_steps
 _GRPO = "configs/imdb_grpo.yaml"
 _GSPO = (
     "ppo.policy_loss=gspo",
-    "ppo.clip_range=3e-4",
-    "ppo.clip_range_high=4e-4",
+    "ppo.clip_range=0.03",  # a hundred times the paper's: the mean of ten tokens varies more than that of thousands
+    "ppo.clip_range_high=0.04",
     "ppo.loss_aggregation=sequence_mean",
 )
 VARIANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
@@ -48,8 +49,10 @@ VARIANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """By the name of a comparison: its ways, each a config and what is changed in it."""
 
 Run = Mapping[str, Any]
-"""`way`, `seed`, the held-out scores `before` and `after`, and of each step `score`, `kl`, `mismatch`, `seconds`."""
+"""`way`, `seed`, the held-out scores `before` and `after`, and of each step `score`, `kl`, `mismatch`; or `way`
+and `step_s`, the seconds of a step, where `seed` is None."""
 _COLOURS = ("#2a6f97", "#d1495b", "#3a7d44", "#8e5ea2", "#c77d0a", "#17a2b8", "#8d5524", "#666666")
+_TIMED = 7  # steps of a run that is timed; the first is not counted
 _SMOOTH = 5  # steps that a point of a line is the mean of, and the last ones that the table speaks of
 
 
@@ -59,28 +62,35 @@ def train(command: Sequence[str], folder: Path) -> dict[str, Any]:
         options = [f"output_dir={folder}", "resume=auto"]
         subprocess.run([sys.executable, "-m", "ppo_ray", "train", *command, *options], check=True)
     before, after = (json.loads((folder / f"evaluation_{when}.json").read_text()) for when in ("before", "after"))
-    names = {"score": "score/mean", "kl": "kl/per_sequence", "mismatch": "mismatch/kl", "seconds": "time/step_s"}
+    names = {"score": "score/mean", "kl": "kl/per_sequence", "mismatch": "mismatch/kl"}
     steps = read_steps(folder)
     figures = {figure: [round(step[name], 6) for step in steps] for figure, name in names.items()}
     return {"before": before["mean_score"], "after": after["mean_score"], **figures}
 
 
-def tabulate(runs: Sequence[Run]) -> str:
+def time_steps(command: Sequence[str], folder: Path) -> float:
+    """Return the seconds of a step, the median of a short training without evaluations or checkpoints."""
+    options = [f"output_dir={folder}", "resume=never", f"steps={_TIMED}", "evaluation.num_prompts=0"]
+    subprocess.run([sys.executable, "-m", "ppo_ray", "train", *command, *options], check=True)
+    return statistics.median(step["time/step_s"] for step in read_steps(folder)[1:])
+
+
+def tabulate(runs: Sequence[Run], seconds: Mapping[str, float]) -> str:
     """Make a Markdown table with one row per way: means over its seeds, and of the last steps."""
     lines = [
-        f"| | held-out score, by seed | gain, mean | KL, last {_SMOOTH} steps | seconds per step, median |",
+        f"| | held-out score, by seed | gain, mean | KL, last {_SMOOTH} steps | seconds per step |",
         "|---|---|--:|--:|--:|",
     ]
     for way, made in _by_way(runs).items():
         scores = ", ".join(f"{run['before']:.2f} -> {run['after']:.2f}" for run in made)
         gain = statistics.fmean(run["after"] - run["before"] for run in made)
         kl = statistics.fmean(statistics.fmean(run["kl"][-_SMOOTH:]) for run in made)
-        seconds = statistics.median(second for run in made for second in run["seconds"])
-        lines.append(f"| {way} | {scores} | {gain:+.2f} | {kl:.2f} | {seconds:.1f} |")
+        step_s = f"{seconds[way]:.1f}" if way in seconds else ""
+        lines.append(f"| {way} | {scores} | {gain:+.2f} | {kl:.2f} | {step_s} |")
     return "\n".join(lines)
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
+def draw(runs: Sequence[Run], seconds: Mapping[str, float], path: Path) -> None:
     """Draw each batch's mean score against the KL to the reference, and against the seconds of the steps so far."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -90,12 +100,13 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     by_kl, by_seconds = figure.subplots(1, 2, sharey=True)
     for (way, made), colour in zip(_by_way(runs).items(), _COLOURS, strict=False):
         scores, kl = (_smooth(_mean([run[name] for run in made])) for name in ("score", "kl"))
-        seconds = list(accumulate(_mean([run["seconds"] for run in made])))
         by_kl.plot(kl, scores, color=colour, lw=1.8, label=way)
         by_kl.plot(kl[-1:], scores[-1:], color=colour, marker="o", ms=5)
-        by_seconds.plot(seconds, scores, color=colour, lw=1.8, label=way)
-        for run in made:
-            by_seconds.plot(list(accumulate(run["seconds"])), _smooth(run["score"]), color=colour, lw=0.6, alpha=0.35)
+        if way in seconds:
+            ends = [seconds[way] * (step + 1) for step in range(len(scores))]
+            by_seconds.plot(ends, scores, color=colour, lw=1.8, label=way)
+            for run in made:
+                by_seconds.plot(ends, _smooth(run["score"]), color=colour, lw=0.6, alpha=0.35)
     by_kl.set_xlabel("KL to the reference, nats per sequence")
     by_seconds.set_xlabel("seconds of the steps so far")
     by_kl.set_ylabel(f"mean score of a batch, mean of {_SMOOTH} steps")
@@ -127,6 +138,7 @@ def main() -> None:
     parser.add_argument("comparison", choices=VARIANTS)
     parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ...")
     parser.add_argument("--only", nargs="+", metavar="WAY", help="these ways alone")
+    parser.add_argument("--time", action="store_true", help="measure the seconds per step of each way instead")
     parser.add_argument("--figures", type=Path, help="a file of JSON lines, one per run, read and added to")
     parser.add_argument("--picture", type=Path, help="the PNG to draw")
     parser.add_argument("overrides", nargs="*", help="section.option=value, for all runs")
@@ -135,21 +147,26 @@ def main() -> None:
     root.mkdir(parents=True, exist_ok=True)
     ways = VARIANTS[given.comparison]
     file = given.figures or root / f"{given.comparison}.jsonl"
-    runs = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    for seed in range(given.seeds):
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    for seed in [None] if given.time else range(given.seeds):
         for way in given.only or ways:
-            if any((run["way"], run["seed"]) == (way, seed) for run in runs):
+            if any((line["way"], line["seed"]) == (way, seed) for line in found):
                 continue
             (config, *changes), name = ways[way], "-".join(way.split())
-            figures = train([config, *changes, f"seed={seed}", *given.overrides], root / f"{name}-{seed}")
-            runs.append({"way": way, "seed": seed, **figures})
+            command = [config, *changes, *given.overrides]
+            if seed is None:
+                figures: dict[str, Any] = {"step_s": time_steps(command, root / f"{name}-timed")}
+            else:
+                figures = train([*command, f"seed={seed}"], root / f"{name}-{seed}")
+            found.append({"way": way, "seed": seed, **figures})
             with file.open("a") as lines:
-                lines.write(json.dumps(runs[-1]) + os.linesep)
-    order = list(ways)
+                lines.write(json.dumps(found[-1]) + os.linesep)
+    order, seconds = list(ways), {line["way"]: line["step_s"] for line in found if line["seed"] is None}
+    runs = [line for line in found if line["seed"] is not None]
     runs.sort(key=lambda run: (order.index(run["way"]), run["seed"]))
-    print(tabulate(runs))
+    print(tabulate(runs, seconds))
     picture = given.picture or file.with_suffix(".png")
-    draw(runs, picture)
+    draw(runs, seconds, picture)
     print(f"picture: {picture}")
 
 
