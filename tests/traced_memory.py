@@ -22,14 +22,14 @@ import torch.distributed._tools.fake_collectives  # the shapes of collectives, f
 import transformers
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ppo_ray.config import Config
-from ppo_ray.learner import experience, sharding
+from ppo_ray.learner import experience
 from ppo_ray.learner.learner import PPOLearner
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
@@ -202,10 +202,9 @@ def trace_update(config: Config, shapes: Mapping[str, Any], lengths: tuple[int, 
         if size > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
             stack.callback(dist.destroy_process_group)
-            mesh = init_device_mesh("cpu", (size,))  # whose ranks are values
-            stack.enter_context(mock.patch.object(sharding, "init_device_mesh", lambda *_: mesh))
+        mesh = init_device_mesh("cpu", (size,)) if size > 1 else None  # whose ranks are values
         tracker = stack.enter_context(on_fake_gpu())
-        learner = _make_learner(config, shapes, Ranks(0, size))
+        learner = _make_learner(config, shapes, Ranks(0, size), mesh)
         first = config.ppo.value_warmup_steps
         learner.update(make_table(size, lengths=[(2, 2)] * size), first)  # the optimizer has its moments after it
         tracker.restart()
@@ -214,7 +213,7 @@ def trace_update(config: Config, shapes: Mapping[str, Any], lengths: tuple[int, 
         return tracker
 
 
-def _make_learner(config: Config, shapes: Mapping[str, Any], ranks: Ranks) -> PPOLearner:
+def _make_learner(config: Config, shapes: Mapping[str, Any], ranks: Ranks, mesh: DeviceMesh | None) -> PPOLearner:
     """Make a learner as `load_models` and `PPOLearner.load` do, of weights that have no values."""
     dtype = getattr(torch, config.model.dtype)
     policy: ActorCritic
@@ -232,8 +231,8 @@ def _make_learner(config: Config, shapes: Mapping[str, Any], ranks: Ranks) -> PP
     if config.learner.gradient_checkpointing:
         recompute_layers(policy)
     layout: Sharding
-    if ranks.size > 1:
-        layout = FullySharded(policy, reference, ranks, dtype, torch.device("cpu"), {})
+    if mesh is not None:
+        layout = FullySharded(policy, reference, ranks, dtype, mesh, {})
     else:
         layout = Replicated(policy, ranks, dtype)
     ppo = config.ppo.model_copy(update={"minibatch_size": None, "epochs": 1})

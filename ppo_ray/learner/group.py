@@ -250,11 +250,10 @@ class LearnerGroup:
         if len(self._group.members) == 1:
             return None
         places = self._wait_start({member.handle.whereabouts.remote(): member for member in self._group.members})
-        nodes, leader = [place.node for place in places], self._group.members[0]
+        nodes, leader = tuple(place.node for place in places), self._group.members[0]
         host = "127.0.0.1" if len(set(nodes)) == 1 else nodes[0]
-        return self._wait_start({leader.handle.open_rendezvous.remote(host, self._config.ray.start_timeout_s): leader})[
-            0
-        ]
+        opened = leader.handle.open_rendezvous.remote(host, self._config.ray.start_timeout_s)
+        return replace(self._wait_start({opened: leader})[0], nodes=nodes)
 
     def _ask_of(self, generated: Shards, doing: str, call: Callable[[Any, list[Any]], Any]) -> Any:
         """Let all ranks answer a call on generated shards, and return the first one's answer."""

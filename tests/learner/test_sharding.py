@@ -18,8 +18,8 @@ from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import NonFiniteError
 from ppo_ray.learner.batch import ResponseBatch
 from ppo_ray.learner.learner import PPOLearner
+from ppo_ray.learner.masters import MasterWeights
 from ppo_ray.learner.ranks import Ranks
-from ppo_ray.learner.sharding import MasterWeights
 from ppo_ray.models.saving import find_parts
 from tests.learning import largest_difference, load_learner, make_table, weights
 from tests.rank_processes import rank_processes
