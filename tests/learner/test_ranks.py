@@ -36,6 +36,16 @@ def add_up_several(joined: Ranks) -> list[list[float]]:
     return [tensor.unique().tolist() for tensor in tensors]
 
 
+def add_up_in_bfloat16(joined: Ranks) -> list[list[float]]:
+    """1 + 1/256 is 1 there, and 256 + 1 is 256; a type of its own, a single tensor and a bucket of two."""
+    tensors = [torch.tensor([1 + 1 / 256, 256.0 * (joined.rank == 0) + (joined.rank == 1)])]
+    joined.sum(tensors, torch.bfloat16)
+    tensors += [torch.full((2, 2), 1 + 1 / 256), torch.full((1,), 1 + 1 / 256)]
+    joined.sum(tensors[1:], torch.bfloat16)
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    return [tensor.flatten().tolist() for tensor in tensors]
+
+
 def join(rank: int, rendezvous: Rendezvous, said: Connection, together: Any) -> None:
     """Come as one of three, when all that come are ready: a process may take long to start."""
     together.wait(300)
@@ -51,6 +61,10 @@ def test_ranks_meet_and_add_up(crew: Any) -> None:
 
 def test_many_tensors_are_added_up_in_buckets(crew: Any) -> None:
     assert crew.run(add_up_several) == [[[6.0], [30.0], [6.0], [300], [3]]] * 3
+
+
+def test_sums_may_be_made_in_less_precision(crew: Any) -> None:
+    assert crew.run(add_up_in_bfloat16) == [[[3.0, 256.0], [3.0] * 4, [3.0]]] * 3
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
