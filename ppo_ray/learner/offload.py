@@ -28,7 +28,7 @@ class _Part:
 
     def pieces(self, storage: torch.UntypedStorage, start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield pairs of pieces of a storage and their places on the host, both uint8, from byte `start` on."""
-        rest = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+        rest = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         while len(rest):
             index, first = divmod(start, CHUNK_BYTES)
             if index == len(self.chunks):
@@ -89,7 +89,7 @@ class Offload:
 
     @contextlib.contextmanager
     def lend(self, tensor: torch.Tensor, changes: bool = False) -> Iterator[torch.Tensor]:
-        """Bring back one tensor, if it is away, for the length of a block.
+        """Bring back one tensor, if it is away, for the length of a block; whoever keeps it longer copies it.
 
         Args:
             tensor: of any part, or of none.

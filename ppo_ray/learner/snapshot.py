@@ -92,13 +92,12 @@ class LearnerSnapshot:
         copies = dict(zip(mine, rooms, strict=False))
         with torch.no_grad():
             for key, tensor in tensors.items():
-                away = checksums.offload.holds(tensor)
                 with checksums.offload.lend(tensor):
                     whole = _gather_to(owners[key], tensor)
                     if key in copies:
                         copies[key].copy_(whole, non_blocking=True)
                     elif owners[key] == ranks.rank:
-                        copies[key] = whole.to("cpu", copy=away).contiguous()
+                        copies[key] = whole.to("cpu", copy=checksums.offload.holds(tensor)).contiguous()
                     del whole  # before the next is made
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
@@ -194,7 +193,7 @@ class StateChecksums:
         def gather() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in self._reference.named_weights():
                 with self.offload.lend(tensor):
-                    yield name, gather_full(tensor)
+                    yield name, gather_full(tensor).to("cpu", copy=self.offload.holds(tensor))
 
         return weights_checksum(gather()) == state.reference_checksum
 
@@ -220,7 +219,7 @@ class StateChecksums:
             with self.offload.lend(tensor):
                 whole = _gather_to(owners[id(tensor)], tensor)
                 if owners[id(tensor)] == ranks.rank:
-                    found[name] = byte_checksum(whole)
+                    found[name] = byte_checksum(whole.to("cpu", copy=self.offload.holds(tensor)))
                 del whole  # before the next is made
         return {name: sum for text in ranks.share(json.dumps(found)) for name, sum in json.loads(text).items()}
 
