@@ -33,8 +33,9 @@ FLOAT64: dict[str, Any] = {"dtype": "float64", "critic": "shared"}
 def learner_of(
     ranks: Ranks | None, folder: Path, model: dict[str, Any], checkpoint: Path | None = None, **options: Any
 ) -> PPOLearner:
+    ppo = PPO | {"minibatch_size": options.pop("minibatch_size", 4)}
     options = {"sharding": "fsdp2", "microbatch_tokens": 40} | options
-    return load_learner(folder, model, options, PPO, ranks, checkpoint)
+    return load_learner(folder, model, options, ppo, ranks, checkpoint)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -43,10 +44,16 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def run(
-    ranks: Ranks | None, folder: Path, model: dict[str, Any], steps: list[int], begin: Path | None, end: Path | None
+    ranks: Ranks | None,
+    folder: Path,
+    model: dict[str, Any],
+    steps: list[int],
+    begin: Path | None,
+    end: Path | None,
+    minibatch_size: int = 4,
 ) -> dict[str, torch.Tensor]:
     """Make some steps, from a checkpoint and to another; returns the weights."""
-    learner = learner_of(ranks, folder, model, begin)
+    learner = learner_of(ranks, folder, model, begin, minibatch_size=minibatch_size)
     for step in steps:
         learner.update(make_table(7 + step), step)
     if end is not None:
@@ -133,7 +140,7 @@ def test_groups_of_ranks_are_of_one_node_where_they_can_be() -> None:
 
 
 NODES = ("a", "b", "a", "b")
-BY_TWO = {"shard_size": 2, "microbatch_tokens": 16}
+BY_TWO = {"shard_size": 2, "microbatch_tokens": 16, "minibatch_size": 8}  # two passes for a rank
 
 
 def run_in_groups(
@@ -167,7 +174,7 @@ def test_groups_of_ranks_make_the_update_of_one_and_its_checkpoint(
         for name, model in models.items():
             groups, alone = tmp_path / f"{name}-groups", tmp_path / f"{name}-alone"
             found = four.run(run_in_groups, tiny_policy, model, [0], None, groups)
-            wanted = run(None, tiny_policy, model, [0], None, alone)
+            wanted = run(None, tiny_policy, model, [0], None, alone, 8)
             assert all(isinstance(answer, tuple) for answer in found), found
             for answer in found:
                 assert largest_difference(answer[0], wanted) < 1e-10
@@ -178,9 +185,9 @@ def test_groups_of_ranks_make_the_update_of_one_and_its_checkpoint(
                 path = groups / file.relative_to(alone)
                 assert largest_difference(read_tensors(path), read_tensors(file)) < 1e-10, path
                 assert sum(len(load_file(part)) for part in find_parts(path)) == len(read_tensors(file))
-            through = run(None, tiny_policy, model, [1], alone, None)
-            later = [run(None, tiny_policy, model, [1], groups, None)]
-            later += crew.run(run, tiny_policy, model, [1], groups, None)
+            through = run(None, tiny_policy, model, [1], alone, None, 8)
+            later = [run(None, tiny_policy, model, [1], groups, None, 8)]
+            later += crew.run(run, tiny_policy, model, [1], groups, None, 8)
             later += [answer[0] for answer in four.run(run_in_groups, tiny_policy, model, [1], alone, None)]
             for one in later:
                 assert not isinstance(one, str), one
