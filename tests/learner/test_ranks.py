@@ -4,15 +4,18 @@ import multiprocessing
 import os
 import socket
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 
-from ppo_ray.errors import WorkerError
+from ppo_ray.errors import PeersLost, WorkerError, WorkerLost
 from ppo_ray.learner import ranks
+from ppo_ray.learner.group import _find_lost
 from ppo_ray.learner.ranks import Ranks, Rendezvous
 
 CONTEXT = multiprocessing.get_context("spawn")
@@ -135,3 +138,20 @@ def test_an_address_that_no_interface_has_is_named(monkeypatch: pytest.MonkeyPat
         WorkerError, match=r"own address on the way to 127\.0\.0\.1.* is 127\.0\.0\.1, which is on none"
     ):
         ranks.join(Rendezvous("127.0.0.1", 1, "x"), 0, 2, "gloo", 1, 1)
+
+
+def test_the_rank_that_is_gone_is_found_though_others_wait_for_peers_that_gave_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in two groups of two, of which the last rank dies: the first one's partner is there, and works no longer."""
+    members = {ref: SimpleNamespace(name=f"learner-{rank}") for rank, ref in enumerate(("waits", "told", "dead"))}
+
+    def wait(calls: Any) -> None:
+        if "waits" in calls:
+            assert len(calls) > 1, "it would be waited for until its own limit"
+            raise PeersLost("learner-1 lost touch")
+        raise WorkerLost("it died", "learner-2") if "dead" in calls else PeersLost("learner-1 lost touch")
+
+    monkeypatch.setattr(ray, "wait", lambda refs, **_: (refs[1:], refs[:1]))
+    with pytest.raises(WorkerLost, match="it died"):
+        _find_lost(members, wait)  # type: ignore[arg-type]
