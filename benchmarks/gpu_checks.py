@@ -119,7 +119,10 @@ def check_update(bench: Bench) -> Iterator[Figure]:
     yield Figure("update in smaller passes, weights", distance(here, small), FLOAT32)
     checkpointed = _learn(path, device, "float32", gradient_checkpointing=True)
     yield Figure("update with gradient checkpointing, weights", distance(here, checkpointed), FLOAT32)
-    yield Figure("update in bfloat16, weights", distance(here, _learn(path, device, "bfloat16")), BFLOAT16)
+    rounded = _learn(path, device, "bfloat16")
+    yield Figure("update in bfloat16, weights", distance(here, rounded), BFLOAT16)
+    away = _learn(path, device, "bfloat16", offload=("optimizer", "reference"))
+    yield Figure("update with optimizer and reference put away, weights", distance(rounded, away), BFLOAT16)
 
 
 def check_attention(bench: Bench) -> Iterator[Figure]:

@@ -22,15 +22,16 @@ import torch.distributed._tools.fake_collectives  # the shapes of collectives, f
 import transformers
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ppo_ray.config import Config
-from ppo_ray.learner import experience, sharding
+from ppo_ray.learner import experience, offload
 from ppo_ray.learner.learner import PPOLearner
+from ppo_ray.learner.offload import Offload
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
 from ppo_ray.models import attention, token_logprobs
@@ -52,8 +53,8 @@ class Tracker(TorchDispatchMode):
     def __init__(self) -> None:
         """Begin with nothing."""
         super().__init__()
-        self.live = self.peak = 0
-        """Bytes."""
+        self.live = self.peak = self.at_rest = 0
+        """Bytes: now, at most, and when the update was over."""
         self.at_peak: Counter[str] = Counter()
         """Bytes by the operation that made them and their type and shape."""
         self._by_label: Counter[str] = Counter()
@@ -181,6 +182,7 @@ def on_fake_gpu() -> Iterator[Tracker]:
                 lambda rewards, *_: (torch.empty_like(rewards), torch.empty_like(rewards)),
             ),  # it is slow
             (torch.nn.Linear, "to", lambda linear, *_: linear),  # a value head, which is there already
+            (offload._Part, "pieces", lambda *_: iter(())),  # what is put away has no values
             (torch.Tensor, "numpy", _read_by(torch.Tensor.numpy, lambda zeros: zeros)),
             (torch.Tensor, "tolist", _read_by(torch.Tensor.tolist, np.ndarray.tolist)),
         ):
@@ -202,19 +204,19 @@ def trace_update(config: Config, shapes: Mapping[str, Any], lengths: tuple[int, 
         if size > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
             stack.callback(dist.destroy_process_group)
-            mesh = init_device_mesh("cpu", (size,))  # whose ranks are values
-            stack.enter_context(mock.patch.object(sharding, "init_device_mesh", lambda *_: mesh))
+        mesh = init_device_mesh("cpu", (size,)) if size > 1 else None  # whose ranks are values
         tracker = stack.enter_context(on_fake_gpu())
-        learner = _make_learner(config, shapes, Ranks(0, size))
+        learner = _make_learner(config, shapes, Ranks(0, size), mesh)
         first = config.ppo.value_warmup_steps
         learner.update(make_table(size, lengths=[(2, 2)] * size), first)  # the optimizer has its moments after it
         tracker.restart()
         rows = 2 * size * max(1, config.learner.microbatch_tokens // (sum(lengths) - 1))
         learner.update(make_table(rows, lengths=[lengths] * rows), first + 1)
+        tracker.at_rest = tracker.live
         return tracker
 
 
-def _make_learner(config: Config, shapes: Mapping[str, Any], ranks: Ranks) -> PPOLearner:
+def _make_learner(config: Config, shapes: Mapping[str, Any], ranks: Ranks, mesh: DeviceMesh | None) -> PPOLearner:
     """Make a learner as `load_models` and `PPOLearner.load` do, of weights that have no values."""
     dtype = getattr(torch, config.model.dtype)
     policy: ActorCritic
@@ -232,13 +234,17 @@ def _make_learner(config: Config, shapes: Mapping[str, Any], ranks: Ranks) -> PP
     if config.learner.gradient_checkpointing:
         recompute_layers(policy)
     layout: Sharding
-    if ranks.size > 1:
-        layout = FullySharded(policy, reference, ranks, dtype, torch.device("cpu"), {})
+    away = Offload(config.learner.offload)
+    if mesh is not None:
+        layout = FullySharded(policy, reference, ranks, dtype, mesh, {})
     else:
-        layout = Replicated(policy, ranks, dtype)
+        layout = Replicated(policy, ranks, dtype, offload=away)
+    away.manage("reference", reference.parameters)
+    away.put_away("reference")
     ppo = config.ppo.model_copy(update={"minibatch_size": None, "epochs": 1})
     tokens = config.learner.microbatch_tokens
-    return PPOLearner(policy, reference, ppo, microbatch_tokens=tokens, num_steps=1000, sharding=layout)
+    how: Any = {"microbatch_tokens": tokens, "num_steps": 1000, "sharding": layout, "offload": away}
+    return PPOLearner(policy, reference, ppo, **how)
 
 
 def _build(auto_class: Any, shape: Mapping[str, Any]) -> Any:

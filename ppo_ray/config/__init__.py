@@ -1,6 +1,7 @@
 """Every option of a run, defined by section and joined in `run.py`; `file.py` reads them."""
 
 from ppo_ray.config.evaluation import load_evaluation_config
+from ppo_ray.config.learner import LearnerConfig
 from ppo_ray.config.ppo import UpdateConfig
 from ppo_ray.config.prompts import SOURCE, EvaluationConfig, EvaluationSet, PromptsConfig
 from ppo_ray.config.reward import JudgeConfig, RewardConfig, RewardSource, is_loopback
@@ -10,7 +11,6 @@ from ppo_ray.config.sections import (
     DEFAULT_RANK,
     NO_TRUST,
     CheckpointConfig,
-    LearnerConfig,
     LoraConfig,
     ModelConfig,
     Quantization,

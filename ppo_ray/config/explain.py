@@ -29,6 +29,9 @@ ABBREVIATIONS = {
     "dataset": "prompts.path",
     "reward_model": "reward.path",
     "fsdp": "learner.sharding",
+    "fsdp_size": "learner.shard_size",
+    "optimizer_offload": "learner.offload",
+    "adam_offload": "learner.offload",
 }
 """Short or foreign names of options, each with the option that is meant."""
 FOREIGN_VALUES = {

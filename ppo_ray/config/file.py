@@ -251,7 +251,9 @@ def _find_more_contradictions(
         holder = rest
         for section in sections:
             holder = holder[int(section) if isinstance(holder, list) else section]
-        if detail["type"] == "missing":
+        if isinstance(holder, list):
+            holder.clear()  # one of its entries is wrong
+        elif detail["type"] == "missing":
             holder[name] = "missing"
         else:
             holder.pop(name, None)

@@ -11,19 +11,12 @@ import yaml
 from pydantic import Field, model_validator
 
 from ppo_ray.config.file import Contradiction, Contradictions, load
+from ppo_ray.config.learner import LearnerConfig, learner_contradictions, lora_contradictions
 from ppo_ray.config.ppo import UpdateConfig, algorithm_contradictions
 from ppo_ray.config.prompts import EvaluationConfig, PromptsConfig, evaluation_contradictions, prompts_contradictions
 from ppo_ray.config.reward import RewardConfig, reward_contradictions
 from ppo_ray.config.rollout import RolloutConfig, engine_contradictions, group_contradictions
-from ppo_ray.config.sections import (
-    CheckpointConfig,
-    Folder,
-    LearnerConfig,
-    ModelConfig,
-    RayConfig,
-    Section,
-    lora_contradictions,
-)
+from ppo_ray.config.sections import CheckpointConfig, Folder, ModelConfig, RayConfig, Section
 from ppo_ray.config.tracking import TrackingConfig, tracking_contradictions
 
 
@@ -103,6 +96,7 @@ def _contradictions(config: Config) -> Iterator[Contradiction]:
     yield from engine_contradictions(config.rollout)
     yield from group_contradictions(config.rollout)
     yield from _placement_contradictions(config)
+    yield from learner_contradictions(config.learner, config.model)
     evaluation = config.evaluation
     yield from evaluation_contradictions(evaluation)
     if evaluation.pass_part and evaluation.pass_part not in [part.name for part in config.reward.parts]:
@@ -260,9 +254,6 @@ def _placement_contradictions(config: Config) -> Iterator[Contradiction]:
             ("rollout.tensor_parallel", "rollout.engine", "rollout.gpus"),
             f"{ranks} ranks need rollout.engine=vllm and rollout.gpus=1, a whole GPU each; vLLM has no ranks on CPUs",
         )
-    if learner.reduce_gradients == "minibatch" and learner.sharding == "ddp":
-        text = "minibatch is for learner.sharding=fsdp2; ddp always sums once per mini-batch: leave it out"
-        yield Contradiction(("learner.reduce_gradients", "learner.sharding"), text)
     if config.ray.placement == "apart":
         return
     if bool(rollout.gpus) != bool(learner.gpus) or max(rollout.gpus, learner.gpus, config.reward.gpus) > 1:

@@ -1,7 +1,6 @@
-"""The sections of a config that have no file of their own: the models, the learner, the machine, checkpoints."""
+"""The sections of a config that have no file of their own: the models, the machine, checkpoints."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -9,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ppo_ray.assets.cache import ASSETS, asset_path
-from ppo_ray.config.file import Contradiction
 
 
 def _resolve(source: str) -> str:
@@ -192,60 +190,6 @@ class ModelConfig(ModelSource):
         if self.critic_path is None:
             return self.path, self.trust
         return self.critic_path, replace(self.trust, revision=self.critic_revision)
-
-
-class LearnerConfig(Section):
-    """Where the update runs."""
-
-    workers: int = Field(default=1, ge=1)
-    """Number of learner ranks, which share every batch by tokens. The update is the same, up to the rounding of
-    sums."""
-    threads: int = Field(default=2, ge=1)
-    """CPU threads per rank. workers x threads must not exceed the machine's CPUs."""
-    gpus: float = Field(default=0.0, ge=0)
-    """GPUs per rank; a fraction lets a single rank share one."""
-    microbatch_tokens: int = Field(default=1024, ge=1)
-    """Maximum number of prompt and response tokens per forward pass, padding included. Lower it if memory runs out: the
-    gradient does not change. If an update's only mini-batch fits into one pass, a forward pass is saved."""
-    sharding: Literal["ddp", "fsdp2"] = "ddp"
-    """Distribution of policy, critic, reference, gradients and optimizer over the ranks. ddp: each rank holds all of
-    it. fsdp2: each holds a share, and a layer is gathered when it is at work; with one rank there is nothing to share.
-    docs/gpus.md has the bytes."""
-    reduce_gradients: Literal["microbatch", "minibatch"] = "microbatch"
-    """When fsdp2 sums gradients over the ranks: in every backward pass, or in a mini-batch's last: less traffic, and
-    until then each rank holds 4 bytes more per trained parameter. ddp always sums once per mini-batch."""
-    gradient_checkpointing: bool = False
-    """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work,
-    less memory."""
-
-
-def lora_contradictions(model: ModelConfig, learner: LearnerConfig, adapter_sync: str) -> Iterator[Contradiction]:
-    """Yield what adapters do not go with, and what a quantised base does not."""
-    lora = model.lora
-    if lora is None and adapter_sync == "adapter":
-        yield Contradiction(
-            ("rollout.adapter_sync", "model.lora"),
-            "adapter sends adapters alone, and without model.lora there are none; set model.lora, or auto",
-        )
-    names = ("rank", "alpha", "targets")
-    if lora and lora.path and (given := [f"model.lora.{name}" for name in names if getattr(lora, name) is not None]):
-        yield Contradiction(
-            (*given, "model.lora.path"),
-            "is for new adapters, and those at model.lora.path have their own; leave it out",
-        )
-    shares = learner.sharding == "fsdp2" and learner.workers > 1
-    why = {
-        "model.lora": lora is None and "codes cannot be trained, adapters beside them can: set model.lora",
-        "learner.gpus": not learner.gpus and "quantised weights are for GPUs, and learner.gpus=0 has none; set 1",
-        "learner.sharding": shares
-        and "fsdp2 shares no codes among ranks; set learner.sharding=ddp: each rank has them all",
-        "rollout.adapter_sync": adapter_sync == "adapter"
-        and "engines would add the adapters to weights that are not quantised, another policy; set "
-        "rollout.adapter_sync=merged, or auto",
-    }
-    for key, reason in why.items() if model.quantization else ():
-        if reason:
-            yield Contradiction(("model.quantization", key), f"{model.quantization}: {reason}")
 
 
 class RayConfig(Section):

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.decoder import decoder_layers
 from ppo_ray.models.response_lm import ResponseLM
@@ -16,8 +18,54 @@ Shards = Mapping[torch.nn.Parameter, torch.Tensor]
 """A rank's shard of each parameter that is on the meta device."""
 
 
+def make_mesh(ranks: Ranks, device: torch.device, shard_size: int | None = None) -> DeviceMesh:
+    """Make the mesh that models are sharded over; all ranks call this.
+
+    Its last dimension is that of the shards. With fewer ranks than all to a shard group it has a first one, over the
+    groups: each group has all of the models ("hybrid sharding").
+
+    Args:
+        ranks: that share the update.
+        device: of the shards.
+        shard_size: ranks of a shard group, by which their number can be divided; None: all.
+    """
+    if shard_size in (None, ranks.size):
+        return init_device_mesh(device.type, (ranks.size,))
+    rows = group_by_node(ranks.nodes or ("",) * ranks.size, shard_size)
+    own = []
+    for groups in (list(zip(*rows, strict=True)), rows):  # the first dimension's, then the second's
+        made = {tuple(group): dist.new_group(list(group), timeout=ranks.limit) for group in groups}
+        own.append(next(handle for group, handle in made.items() if ranks.rank in group))
+    return DeviceMesh.from_group(own, device.type, torch.tensor(rows), mesh_dim_names=("replicate", "shard"))
+
+
+def group_by_node(nodes: Sequence[str], shard_size: int) -> list[list[int]]:
+    """Return the ranks of each shard group, in order: as many groups as can be have all their ranks on one node.
+
+    Args:
+        nodes: of each rank.
+        shard_size: ranks of each group, by which their number can be divided.
+    """
+    on_node = {node: [rank for rank, other in enumerate(nodes) if other == node] for node in dict.fromkeys(nodes)}
+    whole = {node: len(ranks) // shard_size * shard_size for node, ranks in on_node.items()}
+    order = [rank for node, ranks in on_node.items() for rank in ranks[: whole[node]]]
+    order += [rank for node, ranks in on_node.items() for rank in ranks[whole[node] :]]
+    return sorted(sorted(order[start : start + shard_size]) for start in range(0, len(order), shard_size))
+
+
+def shard_group(mesh: DeviceMesh) -> tuple[dist.ProcessGroup, list[int]]:
+    """Return the process group of this rank's shard group, and its ranks, in the order of their shards."""
+    group = mesh.get_group(mesh.ndim - 1)
+    return group, dist.get_process_group_ranks(group)
+
+
 def shard_models(
-    policy: ActorCritic, references: Sequence[ResponseLM], mesh: DeviceMesh, dtype: torch.dtype | None, shards: Shards
+    policy: ActorCritic,
+    references: Sequence[ResponseLM],
+    mesh: DeviceMesh,
+    dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None,
+    shards: Shards,
 ) -> None:
     """Shard a policy and its references in place over the ranks of a mesh; arguments as `FullySharded`.
 
@@ -26,8 +74,9 @@ def shard_models(
     """
     models = [policy, *references]
     held = [{name: shards.get(tensor) for name, tensor in model.named_parameters()} for model in models]
-    exact = None if dtype is None else torch.promote_types(dtype, torch.float32)
-    rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact, cast_forward_inputs=False)
+    if reduce_dtype is None and dtype is not None:
+        reduce_dtype = torch.promote_types(dtype, torch.float32)
+    rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for layer in chain.from_iterable(map(decoder_layers, models)):
         fully_shard(layer, mesh=mesh, mp_policy=rounded)
     if policy.value_head is not None:
@@ -42,6 +91,27 @@ def shard_models(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # losses are shares of one sum, not means of their own
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a full tensor without gradient; a sharded one is gathered from all ranks, which must all call this.
+
+    Raises:
+        PeersLost: another rank is gone.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    with detect_lost_peers(dist.get_rank()):
+        gathered: torch.Tensor = tensor.full_tensor()
+        return gathered.detach()
+
+
+def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Copy a full tensor to a parameter's device; only this rank's shard if the parameter is sharded."""
+    copy = tensor.to(parameter.device, copy=True)
+    if not isinstance(parameter, DTensor):
+        return copy
+    return distribute_tensor(copy, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def cast_fsdp(model: torch.nn.Module) -> FSDPModule:

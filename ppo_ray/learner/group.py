@@ -35,6 +35,7 @@ from ppo_ray.weights.snapshot import WeightSnapshot
 if TYPE_CHECKING:
     from ppo_ray.learner.ranks import Rendezvous
 
+_SOON_S = 30.0  # Ray needs most of it to notice that a node is gone
 _OF_RANKS = ("time/", "memory/")  # how the metrics begin that each rank has its own of
 
 
@@ -220,10 +221,8 @@ class LearnerGroup:
         if self._trajectories is not None:
             self._check_shared(self._trajectories.parent)
         rendezvous, text = self._open_rendezvous(), None if checkpoint is None else str(checkpoint)
-        calls = {
-            member.handle.setup.remote(self._config, text, rendezvous, rank): member
-            for rank, member in enumerate(self._group.members)
-        }
+        given, ranks = (self._config, text, rendezvous), enumerate(self._group.members)
+        calls = {member.handle.setup.remote(*given, rank): member for rank, member in ranks}
         answers, leader = self._wait_start(calls), self._group.members[0]
         self._num_buckets = self._wait_start({leader.handle.num_buckets.remote(): leader})[0]
         return answers
@@ -250,11 +249,10 @@ class LearnerGroup:
         if len(self._group.members) == 1:
             return None
         places = self._wait_start({member.handle.whereabouts.remote(): member for member in self._group.members})
-        nodes, leader = [place.node for place in places], self._group.members[0]
+        nodes, leader = tuple(place.node for place in places), self._group.members[0]
         host = "127.0.0.1" if len(set(nodes)) == 1 else nodes[0]
-        return self._wait_start({leader.handle.open_rendezvous.remote(host, self._config.ray.start_timeout_s): leader})[
-            0
-        ]
+        opened = {leader.handle.open_rendezvous.remote(host, self._config.ray.start_timeout_s): leader}
+        return replace(self._wait_start(opened)[0], nodes=nodes)
 
     def _ask_of(self, generated: Shards, doing: str, call: Callable[[Any, list[Any]], Any]) -> Any:
         """Let all ranks answer a call on generated shards, and return the first one's answer."""
@@ -275,6 +273,7 @@ def _find_lost(calls: dict[Any, Member], wait: Callable[[dict[Any, Member]], Non
     """Wait for ranks; where one reports that it lost touch with another, find out which one is gone.
 
     If a rank cannot begin because the trajectories were lost with a node, the ranks that did begin wait for it in vain.
+    So does a rank whose own peers are there and have given up; it is not waited for.
 
     Raises:
         WorkerLost: names the rank that is gone, or one that cannot reach the others.
@@ -286,9 +285,9 @@ def _find_lost(calls: dict[Any, Member], wait: Callable[[dict[Any, Member]], Non
             raise
         raise WorkerLost(str(error), next(iter(calls.values())).name) from error
     except PeersLost as error:
-        for ref, member in calls.items():
+        for ref in ray.wait(list(calls), num_returns=len(calls), timeout=_SOON_S, fetch_local=False)[0]:
             with contextlib.suppress(PeersLost):
-                wait({ref: member})
+                wait({ref: calls[ref]})
         raise WorkerLost(str(error), next(iter(calls.values())).name) from error
 
 

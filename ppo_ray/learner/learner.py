@@ -22,15 +22,17 @@ from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import CheckpointError, InputError, NonFiniteError
 from ppo_ray.learner.batch import Layout, Order, ResponseBatch, draw_order
 from ppo_ray.learner.experience import Forward, ModelOutputs, estimate, run_models, summarize_experience
+from ppo_ray.learner.fsdp import gather_full
 from ppo_ray.learner.loading import load_models
 from ppo_ray.learner.metrics import summarize_table
 from ppo_ray.learner.minibatch import MinibatchUpdater, NonFiniteMinibatch
 from ppo_ray.learner.objective import summarize_minibatches
+from ppo_ray.learner.offload import Offload
 from ppo_ray.learner.optimizer import load_optimizer_state, make_adam, optimizer_file, set_learning_rates
 from ppo_ray.learner.probe import WeightProbe
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.learner.reports import Stopwatch, UpdateReport
-from ppo_ray.learner.sharding import Replicated, Sharding, gather_full
+from ppo_ray.learner.sharding import Replicated, Sharding
 from ppo_ray.learner.snapshot import LearnerSnapshot, StateChecksums
 from ppo_ray.learner.state import LearnerState, make_plain_files
 from ppo_ray.models.actor_critic import ActorCritic
@@ -55,6 +57,7 @@ class PPOLearner:
         seed: int = 0,
         num_steps: int = 1,
         sharding: Sharding | None = None,
+        offload: Offload | None = None,
     ) -> None:
         """Take models that are loaded, in eval mode, on one device; `load` loads them.
 
@@ -67,6 +70,7 @@ class PPOLearner:
             seed: of the run; addresses the order of mini-batches.
             num_steps: of the run; the learning rate's schedule ends with them.
             sharding: how the policy lies on the ranks that share the update; None: whole, on this process alone.
+            offload: what lies in host memory between its phases; None: nothing.
         """
         self.policy_version = 0
         """Number of updates that the weights have seen."""
@@ -76,14 +80,15 @@ class PPOLearner:
         self._seed, self._num_steps, self._moments = seed, num_steps, RunningMoments()
         self._sharding = sharding = sharding or Replicated(policy, Ranks())
         self._layout = Layout.of(policy, reference, microbatch_tokens, sharding.ranks, sharding.in_lockstep)
-        self._owns_optimizer, self._optimizer = optimizer is None, optimizer or make_adam(policy, sharding, ppo)
+        self._owns_optimizer, self._offload = optimizer is None, offload or Offload()
+        self._optimizer = optimizer or make_adam(policy, sharding, ppo, self._offload)
         self._updater = MinibatchUpdater(policy, sharding, self._optimizer, ppo, self._layout)
         self.controller: KLController = FixedKLController(ppo.kl_coef)
         """Of the KL penalty's weight; may be replaced between updates."""
         if ppo.kl_controller == "adaptive":
             self.controller = AdaptiveKLController(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         self._tokenizer, self._unfinished = cast("Any", None), False
-        self._checksums = StateChecksums(policy, reference, sharding)
+        self._checksums = StateChecksums(policy, reference, sharding, self._offload)
 
     @classmethod
     def load(
@@ -120,15 +125,9 @@ class PPOLearner:
         place = torch.device(device) if device is not None else default_device()
         at = (temperature, derive_seed(seed, "value_head"), place, ranks or Ranks())
         models = load_models(model, learner, *at, checkpoint, ppo.has_values)
-        loaded = cls(
-            models.policy,
-            models.reference,
-            ppo,
-            microbatch_tokens=learner.microbatch_tokens,
-            seed=seed,
-            num_steps=num_steps,
-            sharding=models.sharding,
-        )
+        options: Any = {"microbatch_tokens": learner.microbatch_tokens, "seed": seed, "num_steps": num_steps}
+        options |= {"sharding": models.sharding, "offload": models.offload}
+        loaded = cls(models.policy, models.reference, ppo, **options)
         loaded._tokenizer = models.tokenizer
         if checkpoint is not None:
             loaded._restore(checkpoint, model)
@@ -182,16 +181,14 @@ class PPOLearner:
             learned = trajectory.with_learned(trajectories, columns)
             metrics |= summarize_experience(experience, batch, self._ppo, self.kl_coef)
             metrics |= seconds.lap("time/estimate_s")
-            draw, values_only = (
-                order or draw_order(batch.num_sequences, self._seed, step),
-                self._trains_values_only(step),
-            )
+            draw = order or draw_order(batch.num_sequences, self._seed, step)
+            how = draw, self.kl_coef, self._trains_values_only(step), forward
+            self._offload.fetch("optimizer")
             try:
-                reports, stopped_early = self._updater.run_epochs(
-                    batch, experience, draw, self.kl_coef, values_only, forward
-                )
+                reports, stopped_early = self._updater.run_epochs(batch, experience, *how)
             except NonFiniteMinibatch as error:
                 raise NonFiniteError(f"learner: at step {step}, {error}", learned.take(error.rows)) from error
+            self._offload.put_away("optimizer")
             metrics |= summarize_minibatches(reports, metrics.get("returns/std"))
             if not self._trains_values_only(step):  # else the KL is that of a policy that must not move
                 self.controller = self.controller.adapt(metrics["kl/per_sequence"], batch.num_sequences)
@@ -264,9 +261,11 @@ class PPOLearner:
     def _run_models(self, batch: ResponseBatch, step: int | None = None) -> tuple[ModelOutputs, Forward | None]:
         """Run policy and reference; in a step keep the policy's graph where the first mini-batch can use it."""
         keep = step is not None and not self._trains_values_only(step) and self._updater.first_pass_is_whole(batch)
+        self._offload.fetch("reference")
         with detect_lost_peers(self._layout.ranks.rank):
             found = run_models(self._policy, self._reference, batch, self._layout, self._ppo, keep)
         self._sharding.release_gathered(backward_follows=keep)
+        self._offload.put_away("reference")
         return found
 
     def _trains_values_only(self, step: int) -> bool:
@@ -290,7 +289,7 @@ class PPOLearner:
         state = LearnerState.read(checkpoint)
         self.policy_version, self._moments = state.policy_version, state.moments
         self.controller = replace(self.controller, kl_coef=state.kl_coef)
-        load_optimizer_state(checkpoint, self._optimizer, self._policy, self._sharding)
+        load_optimizer_state(checkpoint, self._optimizer, self._policy, self._sharding, self._offload)
         if not self._checksums.has_reference(state):
             raise InputError(
                 f"the reference model ({model.reference_path or model.path}) is not the one that the run began with; "

@@ -1,7 +1,9 @@
 """Loading of the learner's models, as the config says: policy, values and reference, and their place on the ranks."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, Trust
 from ppo_ray.errors import InputError, first_line
+from ppo_ray.learner.fsdp import make_mesh
+from ppo_ray.learner.offload import Offload
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.learner.reader import FirstReader, Reader
 from ppo_ray.learner.sharding import FullySharded, Replicated, Sharding
@@ -28,6 +32,8 @@ from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.models.support import find_decoder
 from ppo_ray.seeding import derive_seed
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class LearnerModels:
@@ -41,6 +47,8 @@ class LearnerModels:
     """Layout of the policy on the ranks."""
     tokenizer: Any
     """The policy's own; lies in its checkpoints."""
+    offload: Offload
+    """What of it lies in host memory between the phases that need it."""
 
 
 def load_models(
@@ -70,7 +78,11 @@ def load_models(
         InputError: a model cannot be loaded, is not supported, or could not be saved.
     """
     shared = learner.sharding == "fsdp2" and ranks.size > 1
-    reader = FirstReader(ranks, device) if shared else Reader(device)
+    mesh = make_mesh(ranks, device, learner.shard_size) if shared else None
+    offload, dtype = Offload(learner.offload), None if model.lora is not None else _compute_dtype(model)
+    has_masters = "optimizer" in offload and dtype == torch.bfloat16
+    reader = FirstReader(ranks, device, mesh) if mesh else Reader(_CPU if has_masters else device)
+    other_reader = Reader(_CPU) if "reference" in offload and mesh is None else reader
     here: dict[str, Any] = {"path": str(checkpoint), "revision": None, "critic_path": None, "critic_revision": None}
     if model.lora is not None:
         here = {"lora": LoraConfig(path=str(checkpoint))}
@@ -79,18 +91,31 @@ def load_models(
     own = model.lora is not None and model.reference_path is None
     is_policy = checkpoint is None and model.reference == (model.path, model.trust)  # whose traits are known
     traits = policy.decoder.traits if is_policy else None
-    reference = UnadaptedPolicy(policy) if own else load_reference(model, temperature, reader, traits)
+    given = (temperature, other_reader, traits, partial(offload.put_away, "reference"))
+    reference = UnadaptedPolicy(policy) if own else load_reference(model, *given)
     tokenizer = reader.agree(lambda: load_tokenizer(model.path, model.trust))
     reader.find(lambda: _try_save(policy, tokenizer))
     if learner.gradient_checkpointing:
         recompute_layers(policy)
-    dtype = None if policy.adapted else _compute_dtype(model)
-    if isinstance(reader, FirstReader):
-        reduces_each = learner.reduce_gradients == "microbatch"
-        sharding: Sharding = FullySharded(policy, reference, ranks, dtype, device, reader.shards, reduces_each)
+    reduce_dtype = torch.bfloat16 if learner.reduce_dtype == "bfloat16" else None
+    if isinstance(reader, FirstReader) and mesh is not None:
+        how = (reader.shards, learner.reduce_gradients == "microbatch", reduce_dtype)
+        sharding: Sharding = FullySharded(policy, reference, ranks, dtype, mesh, *how)
     else:
-        sharding = Replicated(policy, ranks, dtype)
-    return LearnerModels(policy, reference, sharding, tokenizer)
+        place = device if has_masters else None
+        sharding = Replicated(policy, ranks, dtype, reduce_dtype, device=place, offload=offload)
+        if not own and (has_masters or other_reader is not reader):
+            _place(reference, device, offload)
+    offload.manage("reference", reference.parameters)
+    return LearnerModels(policy, reference, sharding, tokenizer, offload)
+
+
+def _place(reference: ResponseLM, device: torch.device, offload: Offload) -> None:
+    """Copy a reference to a device, and each of its parameters from there at once if they lie in host memory."""
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.to(device, copy=True)  # also on a CPU: what maps a file cannot be put away
+        offload.put_away("reference", parameter)
+    reference.to(device)
 
 
 def _try_save(policy: ActorCritic, tokenizer: Any) -> None:
@@ -209,7 +234,13 @@ def _load_value_head(actor_critic: ActorCritic, model: ModelConfig, path: str, t
             actor_critic.load_value_head(adapters)
 
 
-def load_reference(model: ModelConfig, temperature: float, reader: Reader, traits: Traits | None = None) -> ResponseLM:
+def load_reference(
+    model: ModelConfig,
+    temperature: float,
+    reader: Reader,
+    traits: Traits | None = None,
+    take: Callable[[torch.Tensor], None] | None = None,
+) -> ResponseLM:
     """Load the frozen reference, in the type it computes in: `model.reference_path`, or the policy as it starts.
 
     Args:
@@ -217,6 +248,7 @@ def load_reference(model: ModelConfig, temperature: float, reader: Reader, trait
         temperature: at which responses are sampled.
         reader: of the models.
         traits: of its decoder, if the same model was read and checked before; None: it is checked.
+        take: as in `share_out`.
 
     Raises:
         InputError: it cannot be loaded or is not supported.
@@ -226,7 +258,7 @@ def load_reference(model: ModelConfig, temperature: float, reader: Reader, trait
     if traits is None:  # checked in float32, where rounding hides nothing
         traits = reader.find(lambda: ResponseLM(causal_lm, temperature=temperature).decoder.traits)
     _cast_base(causal_lm.requires_grad_(False), model)
-    reader.share_out(causal_lm)
+    reader.share_out(causal_lm, take)
     return ResponseLM(causal_lm, temperature=temperature, traits=traits)
 
 

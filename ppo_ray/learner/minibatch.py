@@ -12,10 +12,11 @@ from ppo_ray.algo.losses import loss_scale, token_weights
 from ppo_ray.config import UpdateConfig
 from ppo_ray.learner.batch import Layout, Order, ResponseBatch, split_groups
 from ppo_ray.learner.experience import Experience, Forward
+from ppo_ray.learner.fsdp import gather_full
 from ppo_ray.learner.objective import Objective, objective
 from ppo_ray.learner.ranks import detect_lost_peers
 from ppo_ray.learner.reports import MinibatchReport
-from ppo_ray.learner.sharding import Sharding, gather_full
+from ppo_ray.learner.sharding import Sharding
 from ppo_ray.learner.surrogate import make_surrogate
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.packing import PackedRows

@@ -15,7 +15,9 @@ import torch
 from ppo_ray.checkpoint import LEARNER_FOLDER
 from ppo_ray.config import UpdateConfig
 from ppo_ray.errors import CheckpointError
-from ppo_ray.learner.sharding import Sharding, shard_like
+from ppo_ray.learner.fsdp import shard_like
+from ppo_ray.learner.offload import Offload
+from ppo_ray.learner.sharding import Sharding
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.saving import State, TensorFile, find_parts
 
@@ -24,11 +26,11 @@ Schedule = Literal["constant", "linear", "cosine"]
 _FILE = Path(LEARNER_FOLDER) / "optimizer.safetensors"
 
 
-def make_adam(policy: ActorCritic, sharding: Sharding, ppo: UpdateConfig) -> torch.optim.Adam:
+def make_adam(policy: ActorCritic, sharding: Sharding, ppo: UpdateConfig, offload: Offload) -> torch.optim.Adam:
     """Make torch's Adam with its defaults and two parameter groups: the policy's, and the values' if there are any.
 
     Its state is there at once. torch makes it in the first step, beside all that this step computes; who shares the
-    memory would see it as free until then.
+    memory would see it as free until then. What lies in host memory between updates goes there tensor by tensor.
     """
     groups = [
         {"params": sharding.optimized_parameters(policy.policy_parameters()), "initial_lr": ppo.learning_rate},
@@ -44,12 +46,22 @@ def make_adam(policy: ActorCritic, sharding: Sharding, ppo: UpdateConfig) -> tor
         fused=True,
     )
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        }
+        optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            optimizer.state[parameter][moment] = zeros
+            offload.put_away("optimizer", zeros)
+    offload.manage("optimizer", lambda: _list_state(optimizer, policy))
     return optimizer
+
+
+def _list_state(optimizer: torch.optim.Optimizer, policy: ActorCritic) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an optimizer alone needs: its moments, and master weights."""
+    computed_with = set(policy.parameters())
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if parameter not in computed_with:
+            yield parameter
+        yield from (tensor for tensor in optimizer.state[parameter].values() if tensor.ndim)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, ppo: UpdateConfig, step: int, num_steps: int) -> None:
@@ -107,11 +119,12 @@ def optimizer_file(optimizer: torch.optim.Optimizer, policy: ActorCritic, shardi
 
 
 def load_optimizer_state(
-    folder: Path, optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding
+    folder: Path, optimizer: torch.optim.Optimizer, policy: ActorCritic, sharding: Sharding, offload: Offload
 ) -> None:
     """Load the state of `optimizer_file` in a checkpoint into an optimizer; each rank loads its own shards.
 
-    Where the optimizer has a tensor already, that one gets the values. What the file lacks stays as it is.
+    Where the optimizer has a tensor already, that one gets the values. What the file lacks stays as it is, and what
+    lies in host memory lies there again.
 
     Raises:
         CheckpointError: it is not there, or of other parameters.
@@ -126,7 +139,11 @@ def load_optimizer_state(
             for stepped in sharding.optimized_parameters([parameter]):
                 placed = shard_like(tensor, stepped) if tensor.ndim else tensor.to(stepped.device, copy=True)
                 state = optimizer.state[stepped]
-                state[key] = state[key].copy_(placed) if key in state else placed
+                if key not in state:
+                    state[key] = placed
+                else:
+                    with offload.lend(state[key], changes=True) as own:
+                        own.copy_(placed)
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read for this model: {error}") from error
 

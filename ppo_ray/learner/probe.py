@@ -15,8 +15,9 @@ import pyarrow as pa
 import torch
 
 from ppo_ray.learner.batch import Layout, ResponseBatch
+from ppo_ray.learner.fsdp import gather_full, shard_like
 from ppo_ray.learner.ranks import detect_lost_peers
-from ppo_ray.learner.sharding import Sharding, gather_full, shard_like
+from ppo_ray.learner.sharding import Sharding
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.weights.acks import Agreement
 from ppo_ray.weights.snapshot import Wire

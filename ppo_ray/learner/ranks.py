@@ -33,19 +33,27 @@ class Ranks:
     size: int = 1
     texts: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
     """Of `share`: on the host, and apart from the other calls."""
+    nodes: tuple[str, ...] = ()
+    """The node of each rank; empty: all are on one."""
+    limit: timedelta | None = field(default=None, repr=False, compare=False)
+    """Longest wait in a collective; None: torch's own."""
 
     @property
     def leads(self) -> bool:
         """Whether this is rank 0, which does what is done once for all ranks."""
         return self.rank == 0
 
-    def sum(self, tensors: Iterable[torch.Tensor]) -> None:
+    def sum(self, tensors: Iterable[torch.Tensor], dtype: torch.dtype | None = None) -> None:
         """Replace each tensor by its sum over all ranks, in place.
+
+        Args:
+            tensors: the same on all ranks, but for their values.
+            dtype: that they travel in, and are added up in; None: their own.
 
         Raises:
             PeersLost: another rank is gone.
         """
-        self._reduce(tensors, dist.ReduceOp.SUM)
+        self._reduce(tensors, dist.ReduceOp.SUM, dtype)
 
     def max(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its maximum over all ranks, in place; raises as `sum`."""
@@ -71,7 +79,9 @@ class Ranks:
             dist.all_gather(found, padded, group=self.texts)
         return [bytes(one[:length].numpy()).decode() for one, length in zip(found, lengths.tolist(), strict=True)]
 
-    def _reduce(self, tensors: Iterable[torch.Tensor], operation: dist.ReduceOp.RedOpType) -> None:
+    def _reduce(
+        self, tensors: Iterable[torch.Tensor], operation: dist.ReduceOp.RedOpType, dtype: torch.dtype | None = None
+    ) -> None:
         if self.size == 1:
             return
         pending: deque[tuple[list[torch.Tensor], torch.Tensor, dist.Work]] = deque()
@@ -80,6 +90,7 @@ class Ranks:
                 if len(pending) == _IN_FLIGHT:
                     _finish(*pending.popleft())
                 flat = bucket[0] if len(bucket) == 1 else torch.cat([tensor.reshape(-1) for tensor in bucket])
+                flat = flat.to(dtype or flat.dtype)
                 pending.append((bucket, flat, dist.all_reduce(flat, operation, async_op=True)))
             for reduction in pending:
                 _finish(*reduction)
@@ -101,10 +112,10 @@ def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def _finish(bucket: list[torch.Tensor], flat: torch.Tensor, work: dist.Work) -> None:
-    """Wait for a bucket's reduction, and copy it back into its tensors; a single tensor was reduced in place."""
+    """Wait for a bucket's reduction, and copy it back into its tensors, if it was not made in place."""
     work.wait()
-    if len(bucket) > 1:
-        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+    if flat is not bucket[0]:
+        for tensor, part in zip(bucket, flat.reshape(-1).split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
@@ -133,6 +144,8 @@ class Rendezvous:
     prefix: str
     """Of the keys of this meeting, drawn anew for each and known by Ray alone: who comes to the port by mistake, as a
     rank of a meeting before may, is none of these ranks. No lock: torch's store lists its keys to whoever asks."""
+    nodes: tuple[str, ...] = ()
+    """The node of each rank, by any name; empty: all are on one."""
 
 
 def open_rendezvous(host: str, timeout_s: float) -> tuple[Rendezvous, dist.TCPStore]:
@@ -183,7 +196,7 @@ def join(rendezvous: Rendezvous, rank: int, size: int, backend: str, timeout_s: 
         limit = timedelta(seconds=call_timeout_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         texts = dist.new_group(backend="gloo", timeout=limit)
-    return Ranks(rank, size, texts)
+    return Ranks(rank, size, texts, rendezvous.nodes, limit)
 
 
 def leave() -> None:

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from ppo_ray.config import Quantization, Trust
 from ppo_ray.errors import InputError, PPORayError, WorkerError
-from ppo_ray.learner.fsdp import find_places
+from ppo_ray.learner.fsdp import find_places, shard_group
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
 from ppo_ray.models.loading import load_empty, load_pretrained
 from ppo_ray.models.tensors import list_names
@@ -43,8 +44,8 @@ class Reader:
         """Do a piece of work that every rank does."""
         return work()
 
-    def share_out(self, model: torch.nn.Module) -> None:
-        """Do nothing: this rank keeps the model whole."""
+    def share_out(self, model: torch.nn.Module, take: Callable[[torch.Tensor], None] | None = None) -> None:
+        """Do nothing: this rank keeps the model whole, where it was read to."""
 
 
 class FirstReader(Reader):
@@ -53,15 +54,16 @@ class FirstReader(Reader):
     An error on any rank is raised on all ranks: the first rank's, if it has one.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, ranks: Ranks, device: torch.device, mesh: DeviceMesh) -> None:
         """Keep where the shards go.
 
         Args:
             ranks: the processes that share each model.
             device: this rank's, for its shards.
+            mesh: that the ranks make; see `make_mesh`.
         """
         super().__init__(device)
-        self.ranks = ranks
+        self.ranks, self._mesh = ranks, mesh
         self.shards: dict[torch.nn.Parameter, torch.Tensor] = {}
         """This rank's shard of each parameter that was shared out: some of its rows, as FSDP cuts it. The parameter
         itself is on the meta device."""
@@ -112,11 +114,15 @@ class FirstReader(Reader):
         return done[0]
 
     @torch.no_grad()
-    def share_out(self, model: torch.nn.Module) -> None:
+    def share_out(self, model: torch.nn.Module, take: Callable[[torch.Tensor], None] | None = None) -> None:
         """Move a model from the first rank to the ranks' shards; its parameters are on the meta device then.
 
         The first rank's memory is freed tensor by tensor. Buffers, which are small, every rank gets whole. What was
         shared out before stays as it is.
+
+        Args:
+            model: on the first rank; on the meta device elsewhere.
+            take: is given each shard as soon as this rank has it.
 
         Raises:
             InputError: a rank has built another model than the first.
@@ -131,7 +137,9 @@ class FirstReader(Reader):
             while places:
                 parameter, owners = places.popitem()
                 empty = torch.nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-                self.shards[empty] = self._scatter(parameter)
+                self.shards[empty] = shard = self._scatter(parameter)
+                if take is not None:
+                    take(shard)
                 for module, name in owners:
                     setattr(module, name, empty)
             for module in model.modules():
@@ -141,8 +149,13 @@ class FirstReader(Reader):
                     dist.broadcast(ours, src=0)
 
     def _scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this rank's rows of the first rank's tensor: as many for each rank, but for the last ones."""
-        size, num_rows = self.ranks.size, -(-len(tensor) // self.ranks.size)
+        """Return this rank's rows of the first rank's tensor: as many for each rank, but for the last ones.
+
+        Where there are several shard groups, the first rank's shares it out, and its ranks pass on what they got.
+        """
+        group, members = shard_group(self._mesh)
+        size, index = len(members), members.index(self.ranks.rank)
+        num_rows = -(-len(tensor) // size)
         shard = torch.empty(num_rows, *tensor.shape[1:], dtype=tensor.dtype, device=self.device)
         shards = None
         if self.ranks.leads:
@@ -150,8 +163,11 @@ class FirstReader(Reader):
             if missing := num_rows * size - len(whole):
                 whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
             shards = list(whole.split(num_rows))
-        dist.scatter(shard, shards, src=0)
-        return shard[: max(0, len(tensor) - self.ranks.rank * num_rows)]
+        if 0 in members:
+            dist.scatter(shard, shards, src=0, group=group)
+        if self._mesh.ndim == 2:
+            dist.broadcast(shard, src=int(self._mesh.mesh[0, index]), group=self._mesh.get_group(0))
+        return shard[: max(0, len(tensor) - index * num_rows)]
 
     def _check_alike(self, model: torch.nn.Module) -> None:
         tensors = [*model.named_parameters(), *model.named_buffers()]

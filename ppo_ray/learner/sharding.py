@@ -6,64 +6,20 @@ tensors are torch's DTensors: an elementwise operation on one works on the local
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from ppo_ray.learner.fsdp import Shards, cast_fsdp, shard_models
-from ppo_ray.learner.ranks import Ranks, detect_lost_peers
+from ppo_ray.learner.fsdp import Shards, cast_fsdp, gather_full, shard_models
+from ppo_ray.learner.masters import MasterWeights
+from ppo_ray.learner.offload import Offload
+from ppo_ray.learner.ranks import Ranks
 from ppo_ray.models.actor_critic import ActorCritic
-from ppo_ray.models.loading import cast
 from ppo_ray.models.quantization import named_tensors
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.models.saving import State
-
-
-class MasterWeights:
-    """Float32 copies, which the optimizer steps, of parameters that a model computes with in bfloat16.
-
-    bfloat16 has 8 bits of precision. A step below 0.2 % of a weight would be lost, and with it most of what PPO learns.
-    So gradients are added up in float32, the optimizer steps the float32 masters, and the model gets them rounded. A
-    parameter without a master is its own.
-    """
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter] = (), dtype: torch.dtype = torch.bfloat16) -> None:
-        """Keep the parameters' values as masters, and round the parameters.
-
-        Args:
-            parameters: in float32; they are of `dtype` afterwards.
-            dtype: that the model computes in.
-        """
-        self._masters: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
-        for parameter in parameters:
-            self._masters[parameter] = torch.nn.Parameter(parameter.detach(), parameter.requires_grad)
-            cast(parameter, dtype)
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._take_gradient)
-
-    def of(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        """Return a parameter's master, or the parameter itself if it has none."""
-        return self._masters.get(parameter, parameter)
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Round the masters into the parameters."""
-        for parameter, master in self._masters.items():
-            parameter.copy_(master)
-
-    def _take_gradient(self, parameter: torch.nn.Parameter) -> None:
-        """Add a micro-batch's gradient to the master's, in float32; the backward pass calls this."""
-        master, gradient = self._masters[parameter], parameter.grad
-        assert gradient is not None
-        if master.grad is None:
-            master.grad = gradient.to(master.dtype)
-        else:
-            master.grad += gradient
-        parameter.grad = None
-
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
 
@@ -123,18 +79,33 @@ class Replicated:
 
     in_lockstep = False
 
-    def __init__(self, policy: ActorCritic, ranks: Ranks, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        policy: ActorCritic,
+        ranks: Ranks,
+        dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        *,
+        device: torch.device | None = None,
+        offload: Offload | None = None,
+    ) -> None:
         """Take a full policy.
 
         Args:
             policy: its parameters in the precision of the optimizer.
             ranks: the processes that share the update.
             dtype: bfloat16 computes in that, with float32 master weights; any other keeps the parameters as they are.
+            reduce_dtype: gradients are summed over the ranks in this, but for the value head's; None: in their own.
+            device: where the policy goes; None: where it is.
+            offload: takes the master weights, as part of the optimizer's state.
         """
-        self.ranks, self._policy = ranks, policy
-        heads = set(policy.value_head.parameters()) if policy.value_head is not None else set()
-        rounded = (parameter for parameter in policy.parameters() if parameter not in heads)
-        self._masters = MasterWeights(rounded, dtype) if dtype == torch.bfloat16 else MasterWeights()
+        self.ranks, self._policy, self._reduce_dtype = ranks, policy, reduce_dtype
+        self._heads = set(policy.value_head.parameters()) if policy.value_head is not None else set()
+        rounded = (parameter for parameter in policy.parameters() if parameter not in self._heads)
+        take = partial(offload.put_away, "optimizer") if offload else None
+        self._masters = MasterWeights(rounded, dtype, device, take) if dtype == torch.bfloat16 else MasterWeights()
+        if device is not None:
+            policy.to(device)
 
     def optimized_parameters(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
         """Return the parameters, or their master weights."""
@@ -150,7 +121,9 @@ class Replicated:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.sum(parameter.grad for parameter in parameters if parameter.grad is not None)
+        for heads, dtype in ((True, None), (False, self._reduce_dtype)):
+            chosen = [parameter for parameter in parameters if (parameter in self._heads) == heads]
+            self.ranks.sum((parameter.grad for parameter in chosen if parameter.grad is not None), dtype)
 
     def after_step(self) -> None:
         """Round the master weights, if there are any, into the model."""
@@ -183,6 +156,9 @@ class FullySharded:
 
     Passes gather one layer at a time. Gradients are reduced over the ranks in each backward pass, so no rank holds more
     full gradients than one layer's. Or the last pass of a mini-batch alone reduces them, in one piece for all passes.
+
+    On a mesh of two dimensions ("hybrid sharding") each group of ranks has all shards between them. Its passes gather
+    and reduce within the group, and the last one of a mini-batch sums the gradients' shards over the groups.
     """
 
     in_lockstep = True
@@ -193,9 +169,10 @@ class FullySharded:
         reference: ResponseLM,
         ranks: Ranks,
         dtype: torch.dtype | None,
-        device: torch.device,
+        mesh: DeviceMesh,
         shards: Shards,
         reduces_each: bool = True,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         """Shard policy and reference in place.
 
@@ -203,19 +180,20 @@ class FullySharded:
             policy: its parameters in the precision of the optimizer, full on any device, or on the meta device.
             reference: frozen, in the dtype it computes in, full or on the meta device; or on the policy's parameters.
             ranks: the processes that share the update; each keeps its shards.
-            dtype: the policy computes in this; gradients are reduced in float32 or better. None: each parameter is
-                used in its own, as frozen weights and adapters are.
-            device: where the shards go, layer by layer.
-            shards: this rank's, on `device`, of the parameters that are on the meta device; see `FirstReader`.
+            dtype: the policy computes in this. None: each parameter is used in its own, as frozen weights and adapters
+                are.
+            mesh: the ranks in it hold the shards; see `make_mesh`.
+            shards: this rank's, on the mesh's device, of the parameters that are on the meta device; see `FirstReader`.
             reduces_each: whether each backward pass reduces gradients, or only one that completes their sum.
+            reduce_dtype: gradients are reduced in this, but for the value head's; None: in float32 or better.
 
         Raises:
             InputError: a model's layers cannot be found.
         """
         self.ranks, self._policy, self._dtype, self._reduces_each = ranks, policy, dtype, reduces_each
         self._references = [reference] if any(True for _ in reference.parameters()) else []
-        mesh = init_device_mesh(device.type, (ranks.size,))
-        shard_models(policy, self._references, mesh, dtype, shards)
+        self._sums_groups_once = mesh.ndim == 2 and reduce_dtype is None  # rounded sums of passes are not added up
+        shard_models(policy, self._references, mesh, dtype, reduce_dtype, shards)
 
     def optimized_parameters(self, parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
         """Return the parameters' shards."""
@@ -225,6 +203,8 @@ class FullySharded:
         """Let the backward pass reduce gradients, or keep them whole on this rank until one does."""
         if not self._reduces_each:
             cast_fsdp(self._policy).set_requires_gradient_sync(completes)
+        elif self._sums_groups_once:
+            cast_fsdp(self._policy).set_requires_all_reduce(completes)
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Do nothing: the backward passes have reduced the gradients."""
@@ -274,24 +254,3 @@ def _merge_weights(policy: ActorCritic, gather: Callable[[torch.Tensor], torch.T
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-
-def gather_full(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a full tensor without gradient; a sharded one is gathered from all ranks, which must all call this.
-
-    Raises:
-        PeersLost: another rank is gone.
-    """
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
-    with detect_lost_peers(dist.get_rank()):
-        gathered: torch.Tensor = tensor.full_tensor()
-        return gathered.detach()
-
-
-def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Copy a full tensor to a parameter's device; only this rank's shard if the parameter is sharded."""
-    copy = tensor.to(parameter.device, copy=True)
-    if not isinstance(parameter, DTensor):
-        return copy
-    return distribute_tensor(copy, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -19,8 +19,10 @@ import xxhash
 from torch.distributed.tensor import DTensor, Shard
 
 from ppo_ray.checkpoint import FileSums
+from ppo_ray.learner.fsdp import gather_full, shard_group
+from ppo_ray.learner.offload import Offload
 from ppo_ray.learner.ranks import Ranks, detect_lost_peers
-from ppo_ray.learner.sharding import Sharding, gather_full
+from ppo_ray.learner.sharding import Sharding
 from ppo_ray.learner.state import LearnerState
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.packing import balance
@@ -90,12 +92,13 @@ class LearnerSnapshot:
         copies = dict(zip(mine, rooms, strict=False))
         with torch.no_grad():
             for key, tensor in tensors.items():
-                whole = _gather_to(owners[key], tensor)
-                if key in copies:
-                    copies[key].copy_(whole, non_blocking=True)
-                elif owners[key] == ranks.rank:
-                    copies[key] = whole.cpu().contiguous()
-                del whole  # before the next is made
+                with checksums.offload.lend(tensor):
+                    whole = _gather_to(owners[key], tensor)
+                    if key in copies:
+                        copies[key].copy_(whole, non_blocking=True)
+                    elif owners[key] == ranks.rank:
+                        copies[key] = whole.to("cpu", copy=checksums.offload.holds(tensor)).contiguous()
+                    del whole  # before the next is made
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         own = []
@@ -155,9 +158,16 @@ class LearnerSnapshot:
 class StateChecksums:
     """The checksums of policy and reference: of those of each tensor, which is hashed by its owner alone."""
 
-    def __init__(self, policy: ActorCritic, reference: ResponseLM, sharding: Sharding) -> None:
-        """Take models as they lie on the ranks; all ranks call the methods and properties together."""
-        self._policy, self._reference, self._sharding = policy, reference, sharding
+    def __init__(self, policy: ActorCritic, reference: ResponseLM, sharding: Sharding, offload: Offload) -> None:
+        """Take models as they lie on the ranks; all ranks call the methods and properties together.
+
+        Args:
+            policy: the one that is trained.
+            reference: frozen.
+            sharding: of the policy.
+            offload: what of the learner's state may lie in host memory.
+        """
+        self._policy, self._reference, self._sharding, self.offload = policy, reference, sharding, offload
 
     @property
     def names(self) -> frozenset[str]:
@@ -167,25 +177,30 @@ class StateChecksums:
     @cached_property
     def reference(self) -> str:
         """The checksum of the reference, which never changes."""
-        return _combine(_hash(dict(self._reference.named_weights()), self._sharding.ranks))
+        return _combine(self._hash(dict(self._reference.named_weights())))
 
     @cached_property
     def frozen(self) -> dict[str, str]:
         """The checksums of the weights that are not trained; with adapters all others are that."""
         named, trained = dict(named_tensors(self._policy.causal_lm)), self._trained
-        return _hash({name: tensor for name, tensor in named.items() if name not in trained}, self._sharding.ranks)
+        return self._hash({name: tensor for name, tensor in named.items() if name not in trained})
 
     def has_reference(self, state: LearnerState) -> bool:
         """Say whether the reference is that of a checkpoint's state."""
         if state.by_tensor:
             return self.reference == state.reference_checksum
-        named = self._reference.named_weights()
-        return weights_checksum((name, gather_full(tensor)) for name, tensor in named) == state.reference_checksum
+
+        def gather() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in self._reference.named_weights():
+                with self.offload.lend(tensor):
+                    yield name, gather_full(tensor).to("cpu", copy=self.offload.holds(tensor))
+
+        return weights_checksum(gather()) == state.reference_checksum
 
     def has_weights(self, state: LearnerState) -> bool:
         """Say whether the policy's weights are those of a checkpoint's state."""
         if state.by_tensor:
-            found = self.frozen | _hash(self._trained, self._sharding.ranks)
+            found = self.frozen | self._hash(self._trained)
             return _combine(found) == state.weights_checksum
         return weights_checksum(self._sharding.parameters()) == state.weights_checksum
 
@@ -195,6 +210,18 @@ class StateChecksums:
         state, names = self._sharding.state(), self.names
         named = ((name.removeprefix("causal_lm."), tensor) for name, tensor in state.items())
         return {name: tensor for name, tensor in named if name in names}
+
+    def _hash(self, tensors: State) -> dict[str, str]:
+        """Return the checksum of each tensor's bytes by its name; each is gathered to one rank, which hashes it."""
+        ranks, found = self._sharding.ranks, dict[str, str]()
+        owners = _deal_out([TensorFile(Path(), tensors)], ranks.size)
+        for name, tensor in tensors.items():
+            with self.offload.lend(tensor):
+                whole = _gather_to(owners[id(tensor)], tensor)
+                if owners[id(tensor)] == ranks.rank:
+                    found[name] = byte_checksum(whole.to("cpu", copy=self.offload.holds(tensor)))
+                del whole  # before the next is made
+        return {name: sum for text in ranks.share(json.dumps(found)) for name, sum in json.loads(text).items()}
 
 
 def _deal_out(files: Sequence[TensorFile], num_ranks: int) -> dict[int, int]:
@@ -232,7 +259,7 @@ def _make_room(tensors: Sequence[torch.Tensor], buffers: Buffers) -> Iterator[to
 
 
 def _gather_to(owner: int, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a full tensor without gradient on one rank; a sharded one is gathered from all ranks, which all call this.
+    """Return a full tensor without gradient on one rank; all ranks call this, and those of its shard group gather it.
 
     On the other ranks it is whatever is there. Shards are of the first dimension, in the order of the ranks, all as
     long as the first but for those at the end.
@@ -242,27 +269,19 @@ def _gather_to(owner: int, tensor: torch.Tensor) -> torch.Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    assert tensor.placements == (Shard(0),)
-    local, size = tensor.to_local().detach(), tensor.device_mesh.size()
+    assert tensor.placements[-1] == Shard(0)
+    local, (group, members) = tensor.to_local().detach(), shard_group(tensor.device_mesh)
+    if owner not in members:
+        return local
+    size = len(members)
     longest = -(-tensor.shape[0] // size)
     shard = local.new_zeros((longest, *tensor.shape[1:]))
     shard[: local.shape[0]] = local
-    whole = local.new_empty((size, *shard.shape)) if tensor.device_mesh.get_rank() == owner else None
+    whole = local.new_empty((size, *shard.shape)) if dist.get_rank() == owner else None
     with detect_lost_peers(dist.get_rank()):
         raw = None if whole is None else list(whole.view(size, -1).view(torch.uint8))  # gloo does not know all dtypes
-        dist.gather(shard.view(-1).view(torch.uint8), raw, dst=owner)
+        dist.gather(shard.view(-1).view(torch.uint8), raw, dst=owner, group=group)
     return local if whole is None else whole.flatten(0, 1)[: tensor.shape[0]]
-
-
-def _hash(tensors: State, ranks: Ranks) -> dict[str, str]:
-    """Return the checksum of each tensor's bytes by its name; each is gathered to one rank, which hashes it."""
-    owners, found = _deal_out([TensorFile(Path(), tensors)], ranks.size), {}
-    for name, tensor in tensors.items():
-        whole = _gather_to(owners[id(tensor)], tensor)
-        if owners[id(tensor)] == ranks.rank:
-            found[name] = byte_checksum(whole)
-        del whole  # before the next is made
-    return {name: sum for text in ranks.share(json.dumps(found)) for name, sum in json.loads(text).items()}
 
 
 def _combine(checksums: dict[str, str]) -> str:

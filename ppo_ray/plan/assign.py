@@ -56,8 +56,8 @@ class Assignment:
 def assign(request: ResourceRequest, cluster: ClusterShape) -> Assignment:
     """Put groups, then the actors without one, onto the nodes of an empty cluster.
 
-    Ray gives each group the emptiest nodes. So the learner's group is asked for first, while one node may still hold
-    all of it. Where that leaves no node with enough room for an engine, the engines' groups are asked for first.
+    Ray gives each group the emptiest nodes. So the learner's groups are asked for first, while one node may still hold
+    all of each. Where that leaves no node with enough room for an engine, the engines' groups are asked for first.
     """
     packed_first = tuple(sorted(request.groups, key=lambda group: group.strategy != "PACK"))
     found = _try_order(request, cluster, packed_first)
@@ -171,7 +171,7 @@ def _total_shortages(request: ResourceRequest, cluster: ClusterShape) -> Iterato
     ):
         if demand > supply + _TOLERANCE:
             remedy = f"lower workers or {option} of {_kinds(request)}, or add nodes"
-            if resource == "GPUs" and any(group.name == "learner" for group in request.groups):
+            if resource == "GPUs" and any(group.name.startswith("learner") for group in request.groups):
                 remedy += ", or let them share GPUs (ray.placement=colocated)"
             yield Shortage(f"all actors together ({_describe(request, resource)})", resource, demand, supply, remedy)
 

@@ -40,8 +40,9 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
     yield process_term("learner", "learner")
     if device == "gpu":
         yield cuda_term("learner")
-    yield from _state_terms(config, sizes, device, rank)
-    yield from _pass_terms(config, sizes, device)
+    state = list(_state_terms(config, sizes, device, rank))
+    yield from (term for term in state if term.when == "always")
+    yield from _pass_terms(config, sizes, device, [term for term in state if term.when == "at work"])
     transport = weight_transport(config)
     if transport != "object_store" and (rank == 0 or transport == "ipc"):
         yield bucket_term(config, transport)
@@ -54,27 +55,31 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
 
 def _state_terms(config: Config, sizes: ModelSizes, device: Device, rank: int) -> Iterator[Term]:
     """Yield models, gradients and optimizer."""
-    size, ranks = BYTES[config.model.dtype], config.learner.workers
-    shared = _is_shared(config)
-    by = ranks if shared else 1
-    adapted, trained = config.model.lora is not None, count_trainable(sizes)
+    size, shared, by = BYTES[config.model.dtype], _is_shared(config), _count_sharers(config)
+    adapted, trained, away = config.model.lora is not None, count_trainable(sizes), config.learner.offload
+    has_masters = size != EXACT and not shared and not adapted
     for what, number, when in STATE:
         name = "float32 adapters and value head" if adapted and what.endswith("weights") else what
-        yield parameter_term(name, trained, number, device, when, by)
+        moves = "optimizer" in away and (what.startswith("Adam") or (what.endswith("weights") and has_masters))
+        yield parameter_term(name, trained, number, device, "at work" if moves else when, by)
+        if moves:
+            yield parameter_term(f"{name}, when they are not at work", trained, number, "host", ranks=by)
     if shared and config.learner.reduce_gradients == "minibatch":
         yield parameter_term("full gradients, before they are reduced", trained, EXACT, device, "at work")
     if adapted:
         yield from _base_terms("frozen base", config, sizes.policy, device, by)
         if sizes.critic and (config.model.critic_path is not None or shared):
             yield from _base_terms("the critic's frozen base", config, sizes.critic, device, by)
-    reference = None if adapted and config.model.reference_path is None else sizes.reference
-    if reference:
+    reference = _find_reference(config, sizes)
+    if reference and "reference" in away:
+        yield parameter_term("reference, when it is not at work", reference.parameters, size, "host", ranks=by)
+    elif reference:
         yield parameter_term("reference", reference.parameters, size, device, ranks=by)
     if shared and rank == 0:
         models = (sizes.policy, sizes.critic, reference)
         largest = max(model.parameters for model in models if model)
         yield parameter_term("the largest model, before it is shared out", largest, EXACT, "host")
-    elif not shared and size != EXACT and not adapted:
+    elif has_masters:
         yield parameter_term(f"{config.model.dtype} weights", _actor_critic_parameters(sizes), size, device)
 
 
@@ -87,12 +92,13 @@ def _base_terms(what: str, config: Config, model: ModelSize, device: Device, ran
         yield parameter_term(f"{what}, before it gets codes", model.parameters, EXACT, "host")
 
 
-def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[Term]:
-    """Yield what a pass takes beside the state, forwards and backwards, at the moment at which that is most.
+def _pass_terms(config: Config, sizes: ModelSizes, device: Device, state: list[Term]) -> Iterator[Term]:
+    """Yield what is there at work alone, forwards and backwards, at the moment at which that is most.
 
-    The moments are four: the policy's head in the backward pass, a layer's, a separate critic's (which comes first),
-    and under fsdp2 the reduction of the embeddings' gradients at the end. `tests/plan/test_traced_memory.py` holds
-    them to the learner's own code.
+    The moments are four, each with the part of the state that is there at work alone: the policy's head in the backward
+    pass, a layer's, a separate critic's (which comes first), and under fsdp2 the reduction of the embeddings' gradients
+    at the end. Before all of them is a fifth, a forward pass beside a reference that lies in host memory otherwise.
+    `tests/plan/test_traced_memory.py` holds them to the learner's own code.
     """
     tokens = min(config.learner.microbatch_tokens, batch_tokens(config))
     size, policy, critic = BYTES[config.model.dtype], sizes.policy, sizes.critic
@@ -122,7 +128,8 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
     gathered = [parameters("gathered: embeddings, a layer", roots + layer, size)] if shared else []
     learned = policy.adapters // policy.layers if adapted else layer
     decoded = max((math.prod(shape) for model in trained for shape in model.maps), default=0)
-    reduced = [parameters("a layer's gradients that are being reduced", learned, size + EXACT)] if shared else []
+    each_reduced = size + BYTES[config.learner.reduce_dtype]
+    reduced = [parameters("a layer's gradients that are being reduced", learned, each_reduced)] if shared else []
     rounded = size != EXACT
     head = [*kept, probabilities(EXACT + size * rounded), *gathered]  # their gradient is rounded into a copy
     if again and not adapted:
@@ -142,8 +149,23 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
         first += [_layer_term("a critic's layer's backward pass", critic, tokens, size, device, recomputed)]
         moments += [[*first, *gathered, *reduced]]
     if shared and not adapted:
-        moments += [[parameters("the embeddings' gradients that are being reduced", roots, size + EXACT)]]
+        moments += [[parameters("the embeddings' gradients that are being reduced", roots, each_reduced)]]
+    moments = [[*state, *moment] for moment in moments]
+    if "reference" in config.learner.offload and (reference := _find_reference(config, sizes)):
+        own = parameter_term("reference", reference.parameters, size, device, "at work", _count_sharers(config))
+        rest = [parameters("gathered: the reference's embeddings", reference.embeddings, size)] if shared else []
+        moments += [[own, *rest, *kept, probabilities(EXACT), *gathered]]
     yield from max(moments, key=lambda moment: sum(term.num_bytes for term in moment))
+
+
+def _find_reference(config: Config, sizes: ModelSizes) -> ModelSize | None:
+    """Return the size of the reference, if it has weights of its own: with adapters it may be the policy's base."""
+    return None if config.model.lora is not None and config.model.reference_path is None else sizes.reference
+
+
+def _count_sharers(config: Config) -> int:
+    """Return the number of ranks that hold one copy of the state between them."""
+    return (config.learner.shard_size or config.learner.workers) if _is_shared(config) else 1
 
 
 def _is_shared(config: Config) -> bool:

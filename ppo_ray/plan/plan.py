@@ -22,7 +22,8 @@ from ppo_ray.plan.request import ResourceRequest, Seat, make_request
 from ppo_ray.plan.sizes import ModelSizes
 
 _REMEDIES = {
-    "learner": "learner.microbatch_tokens, learner.sharding=fsdp2 on more learner.workers, gradient_checkpointing",
+    "learner": "learner.microbatch_tokens, learner.sharding=fsdp2 on more learner.workers, gradient_checkpointing, "
+    "learner.offload",
     "rollout": "rollout.kv_cache_mib, rollout.dtype=bfloat16, more rollout.tensor_parallel",
     "reward": "reward.batch_size",
 }

@@ -1,8 +1,8 @@
 """The resources that Ray is asked for: placement groups, and each actor's seat in one of them or on any node.
 
 Apart, every rollout worker has a placement group of its own, one bundle a rank, all on one node; the learner's ranks
-share one that is packed; reward workers are spread and need none. Colocated, learner ranks and reward workers sit in
-the bundles of the rollout workers and take equal shares of their GPUs.
+share one that is packed, or one for each copy that they shard; reward workers are spread and need none. Colocated,
+learner ranks and reward workers sit in the bundles of the rollout workers and take equal shares of their GPUs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -95,10 +95,12 @@ def make_request(config: Config, kinds: Sequence[Kind] = KINDS) -> ResourceReque
         kinds: of actors that are started; an evaluation has no learner.
     """
     specs = actor_specs(config, kinds)
-    return _request_colocated(specs) if config.ray.placement == "colocated" else _request_apart(specs)
+    if config.ray.placement == "colocated":
+        return _request_colocated(specs)
+    return _request_apart(specs, config.learner.shard_size or config.learner.workers)
 
 
-def _request_apart(specs: dict[str, ActorSpec]) -> ResourceRequest:
+def _request_apart(specs: dict[str, ActorSpec], shard_size: int) -> ResourceRequest:
     groups: list[BundleGroup] = []
     seats: list[Seat] = []
     for spec in specs.values():
@@ -106,8 +108,11 @@ def _request_apart(specs: dict[str, ActorSpec]) -> ResourceRequest:
         if spec.key == "reward":
             seats += [Seat(name, part.cpus, part.gpus) for name in _names(spec)]
         elif spec.key == "learner":
-            groups.append(BundleGroup("learner", "PACK", (part,) * spec.workers))
-            seats += [Seat(name, part.cpus, part.gpus, "learner", (rank,)) for rank, name in enumerate(_names(spec))]
+            for first in range(0, spec.workers, shard_size):
+                group = "learner" if shard_size == spec.workers else f"learner-shards-{first // shard_size}"
+                groups.append(BundleGroup(group, "PACK", (part,) * shard_size))
+                names = enumerate(_names(spec)[first : first + shard_size])
+                seats += [Seat(name, part.cpus, part.gpus, group, (index,)) for index, name in names]
         else:
             ranks = tuple(range(spec.ranks))
             groups += [BundleGroup(name, "STRICT_PACK", (part,) * spec.ranks) for name in _names(spec)]

@@ -48,6 +48,9 @@ MAY_CHANGE = (
     "learner.gpus",
     "learner.microbatch_tokens",
     "learner.sharding",
+    "learner.shard_size",
+    "learner.reduce_gradients",
+    "learner.offload",
     "learner.gradient_checkpointing",
 )
 """Options that say how long, how often and on what a run works, not what it computes. Where they move work to other

@@ -551,6 +551,39 @@ def test_codes_need_adapters_and_a_gpu_and_engines_that_are_sent_whole_weights()
         load_config(None, [*works, "model.quantization=fp4"])
 
 
+@pytest.mark.parametrize(
+    ("options", "key", "message"),
+    [
+        (["shard_size=2"], "shard_size", "2 is for learner.sharding=fsdp2"),
+        (["shard_size=4", "workers=6", "sharding=fsdp2"], "shard_size", "4 does not divide learner.workers=6"),
+        (["shard_size=1", "workers=6", "sharding=fsdp2"], "shard_size", "1 must be at least 2"),
+        (["reduce_dtype=bfloat16"], "reduce_dtype", "bfloat16 is for gradients that travel between ranks"),
+        (
+            ["reduce_dtype=bfloat16", "workers=2", "sharding=fsdp2", "reduce_gradients=minibatch"],
+            "reduce_dtype",
+            "with minibatch the gradients of all passes would be added up in bfloat16 too",
+        ),
+        (["offload=[optimizer]"], "offload", "optimizer: on CPUs all of it is in the host's memory already"),
+        (["offload=[critic]", "gpus=1"], "offload.0", "'critic' is not one of"),
+        (["reduce_gradients=minibatch"], "reduce_gradients", "minibatch is for learner.sharding=fsdp2"),
+    ],
+)
+def test_learners_that_cannot_be(options: list[str], key: str, message: str) -> None:
+    given = ["output_dir=x", "model.path=m", "prompts.path=p", "reward.path=r"]
+    with pytest.raises(InputError) as refusal:
+        load_config(None, [*given, *(f"learner.{option}" for option in options)])
+    assert f"learner.{key}: {message}" in str(refusal.value), refusal.value
+
+
+def test_a_reference_that_is_the_policy_itself_is_not_put_away() -> None:
+    given = ["output_dir=x", "model.path=m", "prompts.path=p", "reward.path=r", "learner.gpus=1"]
+    given += ["learner.offload=[optimizer, reference]"]
+    assert load_config(None, given).learner.offload == ("optimizer", "reference")
+    load_config(None, [*given, "model.lora={}", "model.reference_path=r"])
+    with pytest.raises(InputError, match=r"learner\.offload: reference: with adapters the reference is the policy"):
+        load_config(None, [*given, "model.lora={}"])
+
+
 def test_adapters_are_off_and_on_with_all_defaults() -> None:
     given = ["output_dir=x", "model.path=m", "prompts.path=p", "reward.path=r"]
     assert load_config(None, given).model.lora is None

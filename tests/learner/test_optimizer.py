@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ppo_ray.config import UpdateConfig
+from ppo_ray.learner.offload import Offload
 from ppo_ray.learner.optimizer import learning_rate_factor, make_adam
 
 
@@ -39,7 +40,7 @@ def test_the_state_is_there_at_once_and_is_what_torch_would_make(dtype: torch.dt
     policy, values = (torch.nn.Parameter(torch.randn(3, 4, dtype=dtype)) for _ in range(2))
     actor_critic: Any = SimpleNamespace(policy_parameters=lambda: [policy], value_parameters=lambda: [values])
     sharding: Any = SimpleNamespace(optimized_parameters=list)
-    ours = make_adam(actor_critic, sharding, UpdateConfig(learning_rate=0.1))
+    ours = make_adam(actor_critic, sharding, UpdateConfig(learning_rate=0.1), Offload())
     assert sum(tensor.nbytes for state in ours.state.values() for tensor in state.values()) == 4 * policy.nbytes + 8
 
     copies = [copy.deepcopy(parameter) for parameter in (policy, values)]

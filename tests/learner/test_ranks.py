@@ -4,15 +4,18 @@ import multiprocessing
 import os
 import socket
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 
-from ppo_ray.errors import WorkerError
+from ppo_ray.errors import PeersLost, WorkerError, WorkerLost
 from ppo_ray.learner import ranks
+from ppo_ray.learner.group import _find_lost
 from ppo_ray.learner.ranks import Ranks, Rendezvous
 
 CONTEXT = multiprocessing.get_context("spawn")
@@ -36,6 +39,16 @@ def add_up_several(joined: Ranks) -> list[list[float]]:
     return [tensor.unique().tolist() for tensor in tensors]
 
 
+def add_up_in_bfloat16(joined: Ranks) -> list[list[float]]:
+    """1 + 1/256 is 1 there, and 256 + 1 is 256; a type of its own, a single tensor and a bucket of two."""
+    tensors = [torch.tensor([1 + 1 / 256, 256.0 * (joined.rank == 0) + (joined.rank == 1)])]
+    joined.sum(tensors, torch.bfloat16)
+    tensors += [torch.full((2, 2), 1 + 1 / 256), torch.full((1,), 1 + 1 / 256)]
+    joined.sum(tensors[1:], torch.bfloat16)
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    return [tensor.flatten().tolist() for tensor in tensors]
+
+
 def join(rank: int, rendezvous: Rendezvous, said: Connection, together: Any) -> None:
     """Come as one of three, when all that come are ready: a process may take long to start."""
     together.wait(300)
@@ -51,6 +64,10 @@ def test_ranks_meet_and_add_up(crew: Any) -> None:
 
 def test_many_tensors_are_added_up_in_buckets(crew: Any) -> None:
     assert crew.run(add_up_several) == [[[6.0], [30.0], [6.0], [300], [3]]] * 3
+
+
+def test_sums_may_be_made_in_less_precision(crew: Any) -> None:
+    assert crew.run(add_up_in_bfloat16) == [[[3.0, 256.0], [3.0] * 4, [3.0]]] * 3
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
@@ -121,3 +138,20 @@ def test_an_address_that_no_interface_has_is_named(monkeypatch: pytest.MonkeyPat
         WorkerError, match=r"own address on the way to 127\.0\.0\.1.* is 127\.0\.0\.1, which is on none"
     ):
         ranks.join(Rendezvous("127.0.0.1", 1, "x"), 0, 2, "gloo", 1, 1)
+
+
+def test_the_rank_that_is_gone_is_found_though_others_wait_for_peers_that_gave_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in two groups of two, of which the last rank dies: the first one's partner is there, and works no longer."""
+    members = {ref: SimpleNamespace(name=f"learner-{rank}") for rank, ref in enumerate(("waits", "told", "dead"))}
+
+    def wait(calls: Any) -> None:
+        if "waits" in calls:
+            assert len(calls) > 1, "it would be waited for until its own limit"
+            raise PeersLost("learner-1 lost touch")
+        raise WorkerLost("it died", "learner-2") if "dead" in calls else PeersLost("learner-1 lost touch")
+
+    monkeypatch.setattr(ray, "wait", lambda refs, **_: (refs[1:], refs[:1]))
+    with pytest.raises(WorkerLost, match="it died"):
+        _find_lost(members, wait)  # type: ignore[arg-type]

@@ -16,9 +16,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig
+from ppo_ray.learner.fsdp import gather_full
 from ppo_ray.learner.loading import load_models
 from ppo_ray.learner.ranks import Ranks
-from ppo_ray.learner.sharding import gather_full
 from tests.conftest import make_tokenizer
 from tests.learning import load_learner, make_table
 from tests.rank_processes import rank_processes

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,12 +15,13 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from ppo_ray.config import LearnerConfig, ModelConfig, UpdateConfig
+from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, UpdateConfig
 from ppo_ray.errors import NonFiniteError
 from ppo_ray.learner.batch import ResponseBatch
+from ppo_ray.learner.fsdp import group_by_node
 from ppo_ray.learner.learner import PPOLearner
+from ppo_ray.learner.masters import MasterWeights
 from ppo_ray.learner.ranks import Ranks
-from ppo_ray.learner.sharding import MasterWeights
 from ppo_ray.models.saving import find_parts
 from tests.learning import largest_difference, load_learner, make_table, weights
 from tests.rank_processes import rank_processes
@@ -28,8 +30,12 @@ PPO = {"epochs": 2, "minibatch_size": 4, "max_grad_norm": 0.1, "score_scaling": 
 FLOAT64: dict[str, Any] = {"dtype": "float64", "critic": "shared"}
 
 
-def learner_of(ranks: Ranks | None, folder: Path, model: dict[str, Any], checkpoint: Path | None = None) -> PPOLearner:
-    return load_learner(folder, model, {"sharding": "fsdp2", "microbatch_tokens": 40}, PPO, ranks, checkpoint)
+def learner_of(
+    ranks: Ranks | None, folder: Path, model: dict[str, Any], checkpoint: Path | None = None, **options: Any
+) -> PPOLearner:
+    ppo = PPO | {"minibatch_size": options.pop("minibatch_size", 4)}
+    options = {"sharding": "fsdp2", "microbatch_tokens": 40} | options
+    return load_learner(folder, model, options, ppo, ranks, checkpoint)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -38,10 +44,16 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def run(
-    ranks: Ranks | None, folder: Path, model: dict[str, Any], steps: list[int], begin: Path | None, end: Path | None
+    ranks: Ranks | None,
+    folder: Path,
+    model: dict[str, Any],
+    steps: list[int],
+    begin: Path | None,
+    end: Path | None,
+    minibatch_size: int = 4,
 ) -> dict[str, torch.Tensor]:
     """Make some steps, from a checkpoint and to another; returns the weights."""
-    learner = learner_of(ranks, folder, model, begin)
+    learner = learner_of(ranks, folder, model, begin, minibatch_size=minibatch_size)
     for step in steps:
         learner.update(make_table(7 + step), step)
     if end is not None:
@@ -114,6 +126,113 @@ def test_each_rank_holds_its_share_and_the_probe_moves_the_whole(tiny_policy: Pa
         assert largest_difference(answer["moved"], alone["moved"]) < tolerance
         assert answer["compared"] == pytest.approx(alone["compared"], abs=tolerance)
         assert answer["compared"][2] > 0.01
+
+
+def test_groups_of_ranks_are_of_one_node_where_they_can_be() -> None:
+    assert group_by_node(["a"] * 4, 2) == [[0, 1], [2, 3]]
+    assert group_by_node(["a", "b", "a", "b"], 2) == [[0, 2], [1, 3]]  # as colocated engines lie
+    assert group_by_node([*"aaab", *"bbbb"], 4) == [[0, 1, 2, 7], [3, 4, 5, 6]]  # three and five: one group is split
+    assert group_by_node([*"abcabc"], 3) == [[0, 1, 3], [2, 4, 5]]  # larger than a node: whole nodes as far as it goes
+    for size in (1, 2, 3, 6):
+        groups = group_by_node([*"ccabca"], size)
+        assert sorted(rank for group in groups for rank in group) == list(range(6))
+        assert all(group == sorted(group) for group in groups)
+
+
+NODES = ("a", "b", "a", "b")
+BY_TWO = {"shard_size": 2, "microbatch_tokens": 16, "minibatch_size": 8}  # two passes for a rank
+
+
+def run_in_groups(
+    ranks: Ranks, folder: Path, model: dict[str, Any], steps: list[int], begin: Path | None, end: Path | None
+) -> Any:
+    """As `run`, of ranks on two nodes; returns also what this rank holds, and how often each reduction was made."""
+    learner = learner_of(replace(ranks, nodes=NODES), folder, model, begin, **BY_TWO)
+    parameters = [*learner._policy.parameters(), *learner._reference.parameters()]
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in parameters]
+    held = sum(tensor.numel() for tensor in local) / sum(tensor.numel() for tensor in parameters)
+    with (
+        mock.patch.object(dist, "reduce_scatter_single", wraps=dist.reduce_scatter_single) as within,
+        mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as between,
+    ):
+        for step in steps:
+            learner.update(make_table(7 + step), step)
+    counts = within.call_count, sum("group" in call.kwargs for call in between.call_args_list)
+    if end is not None:
+        learner.save(end)
+    with learner.probe().move():
+        moved = weights(learner)
+    return weights(learner), moved, held, counts
+
+
+def test_groups_of_ranks_make_the_update_of_one_and_its_checkpoint(
+    tiny_policy: Path, crew: Any, tmp_path: Path
+) -> None:
+    """Two groups of two, each with a copy of the models; from there to three ranks, to one, and back."""
+    models = {"shared": FLOAT64, "both": FLOAT64 | {"critic": "separate", "lora": LoraConfig(rank=4)}}
+    with rank_processes(4) as four:
+        for name, model in models.items():
+            groups, alone = tmp_path / f"{name}-groups", tmp_path / f"{name}-alone"
+            found = four.run(run_in_groups, tiny_policy, model, [0], None, groups)
+            wanted = run(None, tiny_policy, model, [0], None, alone, 8)
+            assert all(isinstance(answer, tuple) for answer in found), found
+            for answer in found:
+                assert largest_difference(answer[0], wanted) < 1e-10
+                assert largest_difference(answer[0], found[0][0]) == largest_difference(answer[1], found[0][1]) == 0
+                assert largest_difference(answer[0], answer[1]) > 0.001
+                assert answer[2] == pytest.approx(0.5, abs=0.01)
+            for file in alone.rglob("*.safetensors"):
+                path = groups / file.relative_to(alone)
+                assert largest_difference(read_tensors(path), read_tensors(file)) < 1e-10, path
+                assert sum(len(load_file(part)) for part in find_parts(path)) == len(read_tensors(file))
+            through = run(None, tiny_policy, model, [1], alone, None, 8)
+            later = [run(None, tiny_policy, model, [1], groups, None, 8)]
+            later += crew.run(run, tiny_policy, model, [1], groups, None, 8)
+            later += [answer[0] for answer in four.run(run_in_groups, tiny_policy, model, [1], alone, None)]
+            for one in later:
+                assert not isinstance(one, str), one
+                assert largest_difference(one, through) < 1e-10
+        within, between = found[0][3]
+        assert {answer[3] for answer in found} == {(within, between)}
+        assert 1 < between < within and within % between == 0  # once per mini-batch between groups, however many passes
+
+
+def note_gradients(ranks: Ranks, folder: Path, options: dict[str, Any]) -> Any:
+    """Make an update; returns the weights, the first gradient's norm, and the types and sizes of what is summed."""
+    learner = load_learner(folder, {}, {"microbatch_tokens": 16} | options, {"epochs": 2}, ranks)
+    summed, all_reduce, reduce_scatter = set(), dist.all_reduce, dist.reduce_scatter_single
+
+    def note_sum(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        summed.add((tensor.dtype, tensor.numel()))
+        return all_reduce(tensor, *args, **kwargs)
+
+    def note_scatter(*args: Any, **kwargs: Any) -> Any:
+        summed.update((part.dtype, part.numel()) for part in kwargs.values() if isinstance(part, torch.Tensor))
+        return reduce_scatter(*args, **kwargs)
+
+    with (
+        mock.patch.object(dist, "all_reduce", note_sum),
+        mock.patch.object(dist, "reduce_scatter_single", note_scatter),
+    ):
+        report = learner.update(make_table(12), 0)
+    return weights(learner), report.minibatches[0].grad_norm, summed
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_gradients_travel_in_bfloat16_if_they_are_told_to(tiny_policy: Path, crew: Any, sharding: str) -> None:
+    """The value head's do not; and the ranks have the same sums, bit for bit."""
+    exact = crew.run(note_gradients, tiny_policy, {"sharding": sharding})
+    rounded = crew.run(note_gradients, tiny_policy, {"sharding": sharding, "reduce_dtype": "bfloat16"})
+    assert all(isinstance(answer, tuple) for answer in (*exact, *rounded)), (exact, rounded)
+    for answers, dtype in ((exact, torch.float32), (rounded, torch.bfloat16)):
+        assert {answer[1] for answer in answers} == {answers[0][1]}
+        for answer in answers:
+            assert largest_difference(answer[0], answers[0][0]) == 0
+            assert {kind for kind, size in answer[2] if size > 10_000} == {dtype}
+            head = 129 if sharding == "ddp" else 129 * 3
+            assert {kind for kind, size in answer[2] if size == head} == {torch.float32}
+    assert 0 < abs(rounded[0][1] / exact[0][1] - 1) < 0.01
+    assert 0 < largest_difference(rounded[0][0], exact[0][0]) < 0.005  # two steps of 1e-3
 
 
 def count_reductions(ranks: Ranks, folder: Path, when: str) -> tuple[int, int]:

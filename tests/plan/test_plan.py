@@ -216,6 +216,43 @@ def test_ranks_of_a_learner_share_its_state_and_gather_layers(configured: Config
     assert found_types == (4 * TRAINED, 2 * TRAINED, 2 * POLICY)
 
 
+def test_groups_of_ranks_share_less_and_smaller_gradients_travel(configured: Configured) -> None:
+    sharing = ("learner.workers=4", "learner.sharding=fsdp2", "learner.gpus=1", "rollout.gpus=1")
+    cluster = ClusterShape.uniform(1, 8, 5, 64 * GIB)
+    whole = amounts(planned(configured(*sharing), cluster).terms["learner-1"])
+    halves = planned(configured(*sharing, "learner.shard_size=2", "learner.reduce_dtype=bfloat16"), cluster)
+    terms = amounts(halves.terms["learner-1"])
+    shared = ("float32 weights", "gradients", "Adam's two moments", "reference")
+    assert [terms[what] for what in shared] == [2 * whole[what] for what in shared]
+    reduced = "a layer's gradients that are being reduced"
+    assert (terms[reduced], whole[reduced]) == ((2 * LAYER + 128) // 2 * 6, (2 * LAYER + 128) // 2 * 8)
+    assert terms["a checkpoint on its way to the disk"] == 12 * TRAINED // 4
+
+
+def test_what_is_put_away_is_on_the_gpu_at_work_alone_and_on_the_host_always(configured: Configured) -> None:
+    options = ("ray.placement=colocated", "learner.gpus=1", "rollout.gpus=1", "model.dtype=bfloat16")
+    cluster = ClusterShape.uniform(1, 8, 1, 64 * GIB, 16 * GIB)
+    stays, leaves = (
+        planned(configured(*options, *more), cluster) for more in ((), ("learner.offload=[optimizer, reference]",))
+    )
+
+    def held(found: Plan, device: str, when: str = "always") -> int:
+        terms = found.terms["learner-0"]
+        return sum(term.num_bytes for term in terms if (term.device, term.when) == (device, when))
+
+    moments, masters, reference = 8 * TRAINED, 4 * TRAINED, 2 * POLICY
+    assert held(leaves, "gpu") == held(stays, "gpu") - moments - masters - reference
+    assert held(leaves, "host") == held(stays, "host") + moments + masters + reference
+    assert held(leaves, "gpu", "at work") == held(stays, "gpu", "at work") + moments + masters  # no reference then
+    terms = amounts(leaves.terms["learner-0"])
+    assert terms["reference, when it is not at work"] == reference and "reference" not in terms
+    separate = ("model.lora.rank=1", f"model.reference_path={configured().model.path}", "learner.microbatch_tokens=1")
+    before = amounts(
+        planned(configured(*options, *separate, "learner.offload=[reference]"), cluster).terms["learner-0"]
+    )
+    assert before["reference"] == reference and "gradients" not in before  # the moment that takes most
+
+
 ADAPTERS = 2 * 4 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 256))  # of rank 4, in two layers
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from ppo_ray.config import Config, load_config
 from ppo_ray.errors import InputError
-from ppo_ray.plan import ActorSpec, make_request
+from ppo_ray.plan import ActorSpec, ClusterShape, make_request
+from ppo_ray.plan.assign import assign
 from ppo_ray.plan.request import Bundle, BundleGroup, Seat
 
 REQUIRED = ["output_dir=x", "model.path=m", "prompts.path=p", "reward.path=r", "rollout.batch_size=64"]
@@ -51,6 +52,18 @@ def test_apart_each_engine_has_a_group_and_the_learner_one() -> None:
     assert request.seat("reward-1") == Seat("reward-1", 0.3333, 0.0)
     assert request.gpus == 11
     assert request.cpus == pytest.approx(8 * 0.3333 + 3 + 2 * 0.3333)
+
+
+def test_the_ranks_that_shard_a_copy_have_a_group_of_their_own() -> None:
+    sharding = ("learner.workers=6", "learner.sharding=fsdp2", "learner.shard_size=3", "learner.gpus=1")
+    request = make_request(configured(*sharding, "rollout.gpus=1"))
+    assert request.groups[1:] == tuple(
+        BundleGroup(f"learner-shards-{index}", "PACK", (Bundle(0.6666, 1.0),) * 3) for index in range(2)
+    )
+    assert request.seat("learner-4") == Seat("learner-4", 0.6666, 1.0, "learner-shards-1", (1,))
+    places = assign(request, ClusterShape.uniform(2, 16, 4, 64 << 30)).places
+    assert [places[f"learner-{rank}"][0].node for rank in range(6)] == [0, 0, 0, 1, 1, 1]  # packed, four and two
+    assert make_request(configured(*sharding, "learner.shard_size=6", "rollout.gpus=1")).groups[1].name == "learner"
 
 
 def test_colocated_all_share_the_bundles_of_the_engines() -> None:

@@ -52,3 +52,15 @@ def test_the_layers_of_a_pass_are_planned(recomputed: str, critic: str, tmp_path
     )
     config = configured("qwen2.5_1.5b_1x", tmp_path, WIDE, *options, "learner.microbatch_tokens=2048")
     assert 0.9 < plan_over_trace(config, WIDE) < 1.1
+
+
+def test_what_is_put_away_is_planned(tmp_path: Path) -> None:
+    """Of a model that is large beside its passes: at rest only what is always there, at work no reference."""
+    options = ("rollout.max_response_tokens=8", "prompts.max_tokens=8", "learner.microbatch_tokens=32")
+    config = configured("qwen2.5_1.5b_1x", tmp_path, WIDE, *options, "learner.offload=[optimizer, reference]")
+    kept = [term for term in learner_terms(config, ModelSizes.read(config), 0) if term.device == "gpu"]
+    planned = sum(term.num_bytes for term in kept if term.what not in NOT_TRACED)
+    always = sum(term.num_bytes for term in kept if term.what not in NOT_TRACED and term.when == "always")
+    traced = trace_update(config, {"policy": WIDE, "critic": WIDE}, (1, 8))
+    assert 0.9 < planned / traced.peak < 1.1
+    assert 0.97 < always / traced.at_rest < 1.03
