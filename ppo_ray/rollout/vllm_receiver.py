@@ -5,6 +5,7 @@ transports differ only in how tensors arrive: as views of buckets on the host, b
 mapped by CUDA IPC. vLLM's own backends check nothing; here every tensor passes a check on its way into the model.
 """
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,8 @@ class CheckedBackend:
         """Let the backend begin, with experts that are not packed: vLLM then packs them as it does at its start."""
         on_cpu = [(layer, getattr(layer, "quant_method", None)) for layer in self.model.modules()]
         on_cpu = on_cpu if current_platform.is_cpu() else []
-        self._packed = {layer: layer.cpu_linear for layer, _ in on_cpu if hasattr(layer, "cpu_linear")}
+        # weakly: a layer's packed weights are freed when it is replaced
+        self._packed = {layer: weakref.ref(layer.cpu_linear) for layer, _ in on_cpu if hasattr(layer, "cpu_linear")}
         self._experts = {layer: method for layer, method in on_cpu if isinstance(method, UnquantizedFusedMoEMethod)}
         for method in self._experts.values():
             method.moe_kernel = None
@@ -116,7 +118,7 @@ class CheckedBackend:
         self.unwritten = find_unwritten(self.model)
         super().finish_weight_update()  # type: ignore[misc]
         names = {layer: name for name, layer in self.model.named_modules()}
-        same = [layer for layer, packed in self._packed.items() if layer.cpu_linear is packed]
+        same = [layer for layer, packed in self._packed.items() if layer.cpu_linear is packed()]
         stale = [names[layer] for layer in same if not layer.weight.numel()]
         stale += [names[layer] for layer, method in self._experts.items() if method.moe_kernel is None]
         if stale:
