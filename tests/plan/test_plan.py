@@ -306,8 +306,24 @@ def test_keys_and_values_have_room_for_all_or_for_what_a_gpu_has(configured: Con
         "an engine's keys and values have room for 85 of the 1024 sequences of 24 tokens that it may decode at once: "
         "the others wait, and generation may take 12.0 times as long; rollout.kv_cache_mib=12 is enough for all"
     )
-    on_cpu = planned(configured("rollout.kv_cache_mib=null"), ClusterShape.uniform(1, 2))
-    assert amounts(on_cpu.terms["rollout-0"])["KV cache"] == 512 * MIB
+
+
+@pytest.mark.parametrize(
+    ("options", "mib"),
+    [
+        ("", 64),  # little is needed
+        ("rollout.batch_size=1000 rollout.max_response_tokens=80", 94),  # 1000 x 3 blocks of 32 tokens x 1 KiB
+        ("rollout.batch_size=1000 rollout.max_response_tokens=80 evaluation.num_prompts=16", 94),
+        ("rollout.max_response_tokens=800 evaluation.num_prompts=16", 105),  # 128 x 26 blocks of 32 tokens
+        ("rollout.batch_size=1024 rollout.max_response_tokens=800", 512),  # the others wait
+        ("rollout.max_context=1000000", 977),  # one sequence of that length
+    ],
+)
+def test_keys_and_values_on_a_cpu(configured: Configured, options: str, mib: int) -> None:
+    """In float32, 2 layers x 2 x 2 heads x 32 x 4 bytes a token: 1 KiB."""
+    config = configured("rollout.kv_cache_mib=null", "rollout.max_context=null", *options.split())
+    found = planned(config, ClusterShape.uniform(1, 2))
+    assert amounts(found.terms["rollout-0"])["KV cache"] >> 20 == mib
 
 
 def test_an_engine_leaves_room_for_those_that_share_its_gpu(configured: Configured) -> None:
