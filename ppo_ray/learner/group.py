@@ -68,6 +68,7 @@ class LearnerGroup:
         self._group = ActorGroup(worker, learner_spec(config), config.ray, report, seats)
         self._held: tuple[dict[str, float], dict[str, ActorReport]] = ({}, {})
         self._num_buckets = 0
+        self._published: PublishedWeights | None = None
         self.last_update: UpdateReport | None = None
         """Of the newest update of these workers; None before the first."""
 
@@ -152,6 +153,8 @@ class LearnerGroup:
     def publish(self, moved: bool = False) -> PublishedWeights:
         """Publish the weights, by version and checksum, for `RolloutGroup.load_weights`.
 
+        Those that were published before are dropped first: no engine may need them any longer.
+
         Args:
             moved: publish weights that differ from the policy's, for a check of the engines.
 
@@ -160,9 +163,11 @@ class LearnerGroup:
             WorkerError: ranks hold different weights.
         """
         began, ranks = time.monotonic(), self._group.members
-        num_returns = 2 + self._num_buckets
+        if self._published is not None:
+            self._published.drop()
+        num_returns = self._num_buckets + 2
         answers = [rank.handle.publish.options(num_returns=num_returns).remote(moved) for rank in ranks]
-        acks = self._wait("publishing weights", dict(zip([ack for ack, *_ in answers], ranks, strict=True)))
+        acks = self._wait("publishing weights", dict(zip([ack for *_, ack in answers], ranks, strict=True)))
         for ack in acks:
             if (ack.policy_version, ack.agreed) != (acks[0].policy_version, acks[0].agreed):
                 raise WorkerError(
@@ -170,9 +175,10 @@ class LearnerGroup:
                     f"{acks[0].worker} version {acks[0].policy_version} (checksum {acks[0].agreed}): the ranks "
                     "no longer train the same policy"
                 )
-        _, manifest, *buckets = answers[0]
+        *buckets, manifest, _ = answers[0]
         names, seconds = (acks[0].policy_version, acks[0].checksum), time.monotonic() - began
-        return PublishedWeights(*names, manifest, tuple(buckets), tuple(ranks), seconds)
+        self._published = PublishedWeights(*names, manifest, buckets, tuple(ranks), seconds)
+        return self._published
 
     def fetch_weights(self, weights: PublishedWeights) -> WeightSnapshot:
         """Fetch published weights from the object store into this process."""

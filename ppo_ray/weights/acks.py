@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ppo_ray.errors import WorkerError
@@ -19,12 +19,16 @@ class PublishedWeights:
     checksum: str
     manifest: Any
     """Reference to a `WeightManifest`."""
-    buckets: tuple[Any, ...] = ()
+    buckets: list[Any] = field(default_factory=list)
     """References to the buckets of a snapshot; none where the weights stay on the learner's GPU."""
     ranks: tuple[Any, ...] = ()
     """The learner's workers, the first rank first; they send what stays on their GPUs."""
     publish_s: float = 0.0
     """Seconds that publishing took, until the weights were in the object store."""
+
+    def drop(self) -> None:
+        """Give their memory in the object store to the next ones; whoever holds this record sends no weights again."""
+        self.buckets.clear()
 
 
 @dataclass(frozen=True)
