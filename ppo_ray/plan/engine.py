@@ -68,9 +68,8 @@ def _other_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
         yield parameter_term("adapters, and those that replace them", 2 * policy.adapters, size, device)
     if rollout.engine == "vllm" and device == "host":
         yield parameter_term("packed copy of the head", policy.vocabulary * policy.hidden, size, "host")
-        if not alone:
-            yield parameter_term("weights that are being replaced", policy.parameters, size, "host")
-        yield parameter_term("their file, mapped", policy.parameters, size, "host")
+        if not alone:  # all else is packed into the memory of the copies before
+            yield parameter_term("embedding that is being replaced", policy.vocabulary * policy.hidden, size, "host")
 
 
 def kv_cache_term(config: Config, sizes: ModelSizes, gpu_memory: int | None) -> Term:
