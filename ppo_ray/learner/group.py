@@ -68,7 +68,7 @@ class LearnerGroup:
         self._group = ActorGroup(worker, learner_spec(config), config.ray, report, seats)
         self._held: tuple[dict[str, float], dict[str, ActorReport]] = ({}, {})
         self._num_buckets = 0
-        self._published: PublishedWeights | None = None
+        self._buckets: list[Any] = []  # of the weights that were published last
         self.last_update: UpdateReport | None = None
         """Of the newest update of these workers; None before the first."""
 
@@ -151,9 +151,7 @@ class LearnerGroup:
         return self._wait("copying", {rank.handle.value_head.remote(): rank for rank in self._group.members})[0]
 
     def publish(self, moved: bool = False) -> PublishedWeights:
-        """Publish the weights, by version and checksum, for `RolloutGroup.load_weights`.
-
-        Those that were published before are dropped first: no engine may need them any longer.
+        """Drop the weights before, and publish the new, by version and checksum, for `RolloutGroup.load_weights`.
 
         Args:
             moved: publish weights that differ from the policy's, for a check of the engines.
@@ -163,10 +161,8 @@ class LearnerGroup:
             WorkerError: ranks hold different weights.
         """
         began, ranks = time.monotonic(), self._group.members
-        if self._published is not None:
-            self._published.drop()
-        num_returns = self._num_buckets + 2
-        answers = [rank.handle.publish.options(num_returns=num_returns).remote(moved) for rank in ranks]
+        self._buckets.clear()  # no engine needs them again: all that they sampled is with the learner
+        answers = [rank.handle.publish.options(num_returns=self._num_buckets + 2).remote(moved) for rank in ranks]
         acks = self._wait("publishing weights", dict(zip([ack for *_, ack in answers], ranks, strict=True)))
         for ack in acks:
             if (ack.policy_version, ack.agreed) != (acks[0].policy_version, acks[0].agreed):
@@ -175,10 +171,9 @@ class LearnerGroup:
                     f"{acks[0].worker} version {acks[0].policy_version} (checksum {acks[0].agreed}): the ranks "
                     "no longer train the same policy"
                 )
-        *buckets, manifest, _ = answers[0]
+        *self._buckets, manifest, _ = answers[0]
         names, seconds = (acks[0].policy_version, acks[0].checksum), time.monotonic() - began
-        self._published = PublishedWeights(*names, manifest, buckets, tuple(ranks), seconds)
-        return self._published
+        return PublishedWeights(*names, manifest, self._buckets, tuple(ranks), seconds)
 
     def fetch_weights(self, weights: PublishedWeights) -> WeightSnapshot:
         """Fetch published weights from the object store into this process."""
@@ -258,9 +253,8 @@ class LearnerGroup:
         places = self._wait_start({member.handle.whereabouts.remote(): member for member in self._group.members})
         nodes, leader = [place.node for place in places], self._group.members[0]
         host = "127.0.0.1" if len(set(nodes)) == 1 else nodes[0]
-        return self._wait_start({leader.handle.open_rendezvous.remote(host, self._config.ray.start_timeout_s): leader})[
-            0
-        ]
+        call = leader.handle.open_rendezvous.remote(host, self._config.ray.start_timeout_s)
+        return self._wait_start({call: leader})[0]
 
     def _ask_of(self, generated: Shards, doing: str, call: Callable[[Any, list[Any]], Any]) -> Any:
         """Let all ranks answer a call on generated shards, and return the first one's answer."""

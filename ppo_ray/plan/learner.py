@@ -45,7 +45,7 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
     if transport != "object_store" and (rank == 0 or transport == "ipc"):
         yield bucket_term(config, transport)
     if rank == 0 and transport == "object_store":
-        published = _published_term(config, sizes)
+        published = _bucket_of_weights(config, sizes)
         if device == "gpu":
             yield published
         elif published.num_bytes > sum(term.num_bytes for term in passing):
@@ -150,7 +150,7 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device) -> Iterator[T
     yield from max(moments, key=lambda moment: sum(term.num_bytes for term in moment))
 
 
-def _published_term(config: Config, sizes: ModelSizes) -> Term:
+def _bucket_of_weights(config: Config, sizes: ModelSizes) -> Term:
     """Count the bucket that weights are copied into on their way to the object store; one tensor may be larger."""
     number, size = count_traffic(config, sizes)
     mib, widest = config.rollout.weight_bucket_mib, sizes.policy.vocabulary * sizes.policy.hidden * size

@@ -20,15 +20,12 @@ class PublishedWeights:
     manifest: Any
     """Reference to a `WeightManifest`."""
     buckets: list[Any] = field(default_factory=list)
-    """References to the buckets of a snapshot; none where the weights stay on the learner's GPU."""
+    """References to the buckets of a snapshot; none where the weights stay on the learner's GPU. The learner's group
+    empties the list when it publishes the next weights, so that these take the memory in the store."""
     ranks: tuple[Any, ...] = ()
     """The learner's workers, the first rank first; they send what stays on their GPUs."""
     publish_s: float = 0.0
     """Seconds that publishing took, until the weights were in the object store."""
-
-    def drop(self) -> None:
-        """Give their memory in the object store to the next ones; whoever holds this record sends no weights again."""
-        self.buckets.clear()
 
 
 @dataclass(frozen=True)
