@@ -103,12 +103,12 @@ class StubLearner(Worker):
         metrics |= {"rollout/staleness_max": 0.0, "time/learn_s": 0.0}
         return UpdateReport(step, metrics, 0.0)
 
-    def publish(self, moved: bool = False) -> tuple[WeightAck, WeightManifest, np.ndarray | None]:
+    def publish(self, moved: bool = False) -> tuple[np.ndarray | None, WeightManifest, WeightAck]:
         bucket = np.full(4096, self._version % 256, np.uint8)
         entry = TensorEntry("weights", "uint8", bucket.shape, xxhash.xxh3_64_hexdigest(bucket.data))
         manifest = WeightManifest(self._version, "xxh3", (entry,))
         ack = WeightAck(self._name, self._version, manifest.checksum, 0.0)
-        return ack, manifest, bucket if self._leads else None
+        return bucket if self._leads else None, manifest, ack
 
     def save(self, path: str, *state: object) -> None:
         """Leave an empty checkpoint."""

@@ -10,9 +10,11 @@ import torch
 from ppo_ray import trajectory
 from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, UpdateConfig
 from ppo_ray.learner.learner import PPOLearner
+from ppo_ray.learner.publisher import WeightPublisher
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.models.saving import write_tensors
+from ppo_ray.weights.manifest import WeightManifest
 
 
 def make_learner(folder: Path, budget: int = 1024, **ppo: Any) -> PPOLearner:
@@ -25,6 +27,19 @@ def make_learner(folder: Path, budget: int = 1024, **ppo: Any) -> PPOLearner:
         temperature=1.0,
         device="cpu",
     )
+
+
+def publish(publisher: WeightPublisher, learner: PPOLearner) -> tuple[WeightManifest, list[np.ndarray | None], str]:
+    """Return what a rank publishes: the manifest, copies of the buckets, and the checksum that all ranks make."""
+    found: list[np.ndarray | None] = []
+    published = publisher.publish(learner)
+    while True:
+        try:
+            bucket = next(published)
+        except StopIteration as end:
+            manifest, agreed = end.value
+            return manifest, found, agreed
+        found.append(None if bucket is None else bucket.copy())
 
 
 def make_float64_learner(folder: Path, budget: int = 1024, lora: LoraConfig | None = None, **ppo: Any) -> PPOLearner:

@@ -146,6 +146,8 @@ def _start_private(config: RayConfig, folder: str) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # No actor of a run could use a process that Ray starts ahead, because each has an environment of its own.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    # By default objects that nobody needs stay for up to a second, in which the next weights take memory of their own.
+    os.environ.setdefault("RAY_free_objects_batch_size", "1")
     try:
         with contextlib.chdir(folder):
             ray.init(

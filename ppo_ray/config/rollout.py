@@ -89,8 +89,8 @@ class RolloutConfig(Section):
     max_num_seqs: int | None = Field(default=None, ge=1)
     """Largest number of sequences that a vLLM engine decodes at once; null: its share of a batch, from 128 to 1024."""
     kv_cache_mib: int | None = Field(default=None, ge=1)
-    """Memory of each vLLM engine, or of each of its ranks, for keys and values, MiB. null: 512 on a CPU; on a GPU what
-    the engine's share of a batch needs, as far as the GPU has room. `ppo-ray plan` shows it."""
+    """Memory of each vLLM engine, or of each of its ranks, for keys and values, MiB. null: what the engine's share of a
+    batch needs, from 64 to 512 on a CPU, as far as there is room on a GPU. `ppo-ray plan` shows it."""
     dtype: DType | None = None
     """Precision of the engines' weights. null: bfloat16 on GPUs, float32 on CPUs. With bfloat16 log-probabilities are
     up to 0.4 off the learner's. float32 on a GPU is several times slower."""

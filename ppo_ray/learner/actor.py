@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -162,29 +162,29 @@ class LearnerWorker(Worker):
         """Return a copy of the value head; see `PPOLearner.value_head`."""
         return self._learner.value_head()
 
-    def publish(self, moved: bool = False) -> tuple[Any, ...]:
+    def publish(self, moved: bool = False) -> Iterator[Any]:
         """Make the weights ready to be sent to engines.
 
         Args:
             moved: send weights that differ from the policy's, for a check of the engines. Where weights stay on the
                 GPU until they are sent, the policy has them until the next call of `compare`, `publish` or `update`.
 
-        Returns:
-            A `WeightAck` of this rank, a `WeightManifest`, and `num_buckets` buckets, on the first rank alone. The
-            caller sets `num_returns` to 2 + `num_buckets`: it owns each bucket as an object, which so outlives the
-            learner.
+        Yields:
+            `num_buckets` buckets, each None but on the first rank; a `WeightManifest`; and a `WeightAck` of this rank.
+            All buckets are in the same memory: Ray copies one into its store before it asks for the next. The caller
+            sets `num_returns` to `num_buckets` + 2: it owns each bucket as an object, which so outlives the learner.
         """
         start = time.perf_counter()
         self._settle()
         self._rest()
         if moved:
             self._moved.enter_context(self._learner.probe(self._publisher.wire).move())
-        manifest, buckets, agreed = self._publisher.publish(self._learner)
-        if buckets:
+        manifest, agreed = yield from self._publisher.publish(self._learner)
+        if self._publisher.copies:
             self._settle()
+        yield manifest
         seconds = time.perf_counter() - start
-        ack = WeightAck(self._name, manifest.policy_version, manifest.checksum, seconds, agreed)
-        return ack, manifest, *buckets
+        yield WeightAck(self._name, manifest.policy_version, manifest.checksum, seconds, agreed)
 
     def join_transfers(self, group_id: str | None, world_size: int = 0) -> str:
         """Join a NCCL group with engines; without an id, return a new one."""

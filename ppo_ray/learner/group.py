@@ -69,6 +69,7 @@ class LearnerGroup:
         self._group = ActorGroup(worker, learner_spec(config), config.ray, report, seats)
         self._held: tuple[dict[str, float], dict[str, ActorReport]] = ({}, {})
         self._num_buckets = 0
+        self._buckets: list[Any] = []  # of the weights that were published last
         self.last_update: UpdateReport | None = None
         """Of the newest update of these workers; None before the first."""
 
@@ -151,7 +152,7 @@ class LearnerGroup:
         return self._wait("copying", {rank.handle.value_head.remote(): rank for rank in self._group.members})[0]
 
     def publish(self, moved: bool = False) -> PublishedWeights:
-        """Publish the weights, by version and checksum, for `RolloutGroup.load_weights`.
+        """Drop the weights before, and publish the new, by version and checksum, for `RolloutGroup.load_weights`.
 
         Args:
             moved: publish weights that differ from the policy's, for a check of the engines.
@@ -161,9 +162,9 @@ class LearnerGroup:
             WorkerError: ranks hold different weights.
         """
         began, ranks = time.monotonic(), self._group.members
-        num_returns = 2 + self._num_buckets
-        answers = [rank.handle.publish.options(num_returns=num_returns).remote(moved) for rank in ranks]
-        acks = self._wait("publishing weights", dict(zip([ack for ack, *_ in answers], ranks, strict=True)))
+        self._buckets.clear()  # no engine needs them again: all that they sampled is with the learner
+        answers = [rank.handle.publish.options(num_returns=self._num_buckets + 2).remote(moved) for rank in ranks]
+        acks = self._wait("publishing weights", dict(zip([ack for *_, ack in answers], ranks, strict=True)))
         for ack in acks:
             if (ack.policy_version, ack.agreed) != (acks[0].policy_version, acks[0].agreed):
                 raise WorkerError(
@@ -171,9 +172,9 @@ class LearnerGroup:
                     f"{acks[0].worker} version {acks[0].policy_version} (checksum {acks[0].agreed}): the ranks "
                     "no longer train the same policy"
                 )
-        _, manifest, *buckets = answers[0]
+        *self._buckets, manifest, _ = answers[0]
         names, seconds = (acks[0].policy_version, acks[0].checksum), time.monotonic() - began
-        return PublishedWeights(*names, manifest, tuple(buckets), tuple(ranks), seconds)
+        return PublishedWeights(*names, manifest, self._buckets, tuple(ranks), seconds)
 
     def fetch_weights(self, weights: PublishedWeights) -> WeightSnapshot:
         """Fetch published weights from the object store into this process."""

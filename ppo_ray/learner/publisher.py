@@ -1,7 +1,7 @@
 """The learner's end of the weight transports: weights made ready, and sent where they stay on its GPU."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +11,8 @@ from ppo_ray.errors import InputError, WorkerLost
 from ppo_ray.plan.adapters import sends_adapters
 from ppo_ray.plan.demand import actor_name
 from ppo_ray.weights.checksums import format_sums, word_sums
-from ppo_ray.weights.manifest import WeightManifest
-from ppo_ray.weights.snapshot import Buffers, WeightSnapshot, Wire
+from ppo_ray.weights.manifest import TensorEntry, WeightManifest
+from ppo_ray.weights.snapshot import Buffers, Wire, fill_buckets
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class WeightPublisher:
                     "is not allowed; unset it, or take rollout.weight_transport=object_store"
                 )
         self._wire = Wire(config.rollout.wire_dtype, config.rollout.weight_bucket_mib << 20)
-        self._buffers = Buffers()
+        self._pinned = Buffers() if config.learner.gpus else None  # locked for the GPU, which takes long
         self._sums = bool(config.learner.gpus) and config.learner.workers > 1
         self._manifest: WeightManifest | None = None
         self._learner: PPOLearner | None = None
@@ -61,32 +61,42 @@ class WeightPublisher:
 
     def num_buckets(self, learner: "PPOLearner") -> int:
         """Return the number of buckets that `publish` makes."""
-        return learner.num_buckets(self._wire, self._adapters_alone) if self._transport == "object_store" else 0
+        return learner.num_buckets(self._wire, self._adapters_alone) if self.copies else 0
 
-    def publish(self, learner: "PPOLearner") -> tuple[WeightManifest, list[np.ndarray | None], str]:
+    @property
+    def copies(self) -> bool:
+        """Whether `publish` yields copies of the weights, which may change from then on."""
+        return self._transport == "object_store"
+
+    def publish(self, learner: "PPOLearner") -> Generator[np.ndarray | None, None, tuple[WeightManifest, str]]:
         """Make the learner's weights, or its adapters alone, ready to be sent.
 
         Args:
             learner: whose weights. Where they stay on the GPU, they must not change until they are sent.
 
+        Yields:
+            One bucket after the other, in the same memory: take it before you ask for the next. Each is None on ranks
+            that do not lead. None is yielded where the weights stay on the GPU.
+
         Returns:
-            The manifest, the buckets, and a checksum that all ranks make in the same way. The next call overwrites the
-            buckets. Each bucket is None on ranks that do not lead. The list is empty where the weights stay on the GPU.
+            The manifest, and a checksum that all ranks make in the same way.
         """
         version, size = learner.policy_version, self._wire.bucket_bytes
         named = learner.named_adapters if self._adapters_alone else learner.named_weights
         self._tensors = lambda: self._wire.round(named())
-        if self._transport != "object_store":
+        if not self.copies:
             self._learner, self._manifest = learner, WeightManifest.of(self._tensors(), version, "sums", size)
-            return self._manifest, [], self._manifest.checksum
+            return self._manifest, self._manifest.checksum
         if not self._leads:  # on a GPU the weights need not come to the host to be compared
             found = WeightManifest.of(self._tensors(), version, "sums" if self._sums else "xxh3", size)
-            return found, [None] * self.num_buckets(learner), found.checksum
+            yield from [None] * self.num_buckets(learner)
+            return found, found.checksum
         sums: list[torch.Tensor] = []
         tensors = _sum_along(self._tensors(), sums) if self._sums else self._tensors()
-        snapshot = WeightSnapshot.take(tensors, version, self._wire, self._buffers)
-        agreed = snapshot.manifest.with_checksums(format_sums(sums)) if self._sums else snapshot.manifest
-        return snapshot.manifest, list(snapshot.buckets), agreed.checksum
+        entries, buffers = list[TensorEntry](), self._pinned or Buffers()
+        yield from fill_buckets(tensors, self._wire, buffers, entries, one_at_a_time=True)
+        manifest = WeightManifest(version, "xxh3", tuple(entries))
+        return manifest, (manifest.with_checksums(format_sums(sums)) if self._sums else manifest).checksum
 
     def join(self, group_id: str, world_size: int) -> None:
         """Join a NCCL group with engines; the first rank does.

@@ -18,7 +18,9 @@ from ppo_ray.plan.memory import (
 )
 from ppo_ray.plan.sizes import ModelSizes
 
-_HOST_KV_MIB = 512
+_HOST_KV = (64 << 20, 512 << 20)  # bytes; what a CPU's engine has by itself, at least and at most
+HOST_BLOCK = 32
+"""Tokens of a block of keys and values on a CPU; `rollout/vllm.py` takes it."""
 _GPU_SHARE = 0.92  # of a GPU's memory that may be used: the rest is lost between blocks
 _ROUNDING = 1e-6
 
@@ -66,16 +68,15 @@ def _other_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
         yield parameter_term("adapters, and those that replace them", 2 * policy.adapters, size, device)
     if rollout.engine == "vllm" and device == "host":
         yield parameter_term("packed copy of the head", policy.vocabulary * policy.hidden, size, "host")
-        if not alone:
-            yield parameter_term("weights that are being replaced", policy.parameters, size, "host")
-        yield parameter_term("their file, mapped", policy.parameters, size, "host")
+        if not alone:  # all else is packed into the memory of the copies before
+            yield parameter_term("embedding that is being replaced", policy.vocabulary * policy.hidden, size, "host")
 
 
 def kv_cache_term(config: Config, sizes: ModelSizes, gpu_memory: int | None) -> Term:
     """Return the keys and values of a vLLM engine, or of each of its ranks: those asked for, or chosen.
 
-    On a GPU they are chosen so that no sequence waits for another, as far as the GPU has room beside all else that is
-    on it; at least one sequence has room.
+    They are chosen so that no sequence waits for another: on a CPU from 64 to 512 MiB, on a GPU as far as it has room
+    beside all else that is on it; at least one sequence has room.
 
     Args:
         config: of the run.
@@ -87,11 +88,13 @@ def kv_cache_term(config: Config, sizes: ModelSizes, gpu_memory: int | None) -> 
     if rollout.kv_cache_mib is not None:
         asked = rollout.kv_cache_mib * MIB
         return Term("KV cache", f"rollout.kv_cache_mib={rollout.kv_cache_mib}", asked, device, "at work")
-    if device == "host":
-        return Term("KV cache", f"{_HOST_KV_MIB} MiB on a CPU", _HOST_KV_MIB * MIB, device, "at work")
     tokens, each = _count_tokens(config), kv_bytes(config, sizes)
     needed, how = tokens * each, f"{tokens} tokens of its share of a batch x {each} bytes"
-    if gpu_memory is not None and (room := _room(config, sizes, gpu_memory)) < needed:
+    if device == "host":
+        least, most = _HOST_KV
+        needed = max(least, min(needed, most), (_round_up(config.max_context) + 2 * HOST_BLOCK) * each)
+        how += f", {least >> 20} to {most >> 20} MiB on a CPU"
+    elif gpu_memory is not None and (room := _room(config, sizes, gpu_memory)) < needed:
         how = f"what a GPU has room for; {how} would be {needed / (1 << 30):.1f} GiB"
         needed = max(room, config.max_context * each)
     return Term("KV cache", how, -(-needed // MIB) * MIB, device, "at work")
@@ -144,10 +147,19 @@ def waiting_problem(config: Config, num_cached: int, kv_cache_mib: int) -> str |
 
 
 def _count_tokens(config: Config) -> int:
-    """Return the tokens whose keys and values an engine holds at once, at most; blocks of 16 are filled in part."""
-    rollout = config.rollout
-    longest = config.prompts.max_tokens + rollout.max_response_tokens + 16
-    return max(config.max_context + 16, min(rollout.num_decoded, rollout.share) * longest)
+    """Return the tokens whose keys and values an engine holds at once, at most; blocks are filled in part."""
+    rollout, longest = config.rollout, config.prompts.max_tokens + config.rollout.max_response_tokens
+    at_once = min(rollout.num_decoded, rollout.share)
+    if rollout.gpus:
+        return max(config.max_context + 16, at_once * (longest + 16))
+    if config.evaluation.num_prompts or config.evaluation.sets:  # which may be more than a batch
+        at_once = rollout.num_decoded
+    return max(_round_up(config.max_context), at_once * _round_up(longest)) + 2 * HOST_BLOCK  # one is vLLM's own
+
+
+def _round_up(tokens: int) -> int:
+    """Return the tokens of the blocks that a sequence on a CPU takes."""
+    return -(-tokens // HOST_BLOCK) * HOST_BLOCK
 
 
 def kv_bytes(config: Config, sizes: ModelSizes) -> int:

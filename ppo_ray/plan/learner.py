@@ -11,12 +11,12 @@ from ppo_ray.plan.memory import (
     Device,
     Term,
     When,
-    batch_tokens,
     bucket_term,
     count_traffic,
     count_trainable,
     cuda_term,
     format_count,
+    likely_tokens,
     parameter_term,
     process_term,
 )
@@ -42,12 +42,17 @@ def learner_terms(config: Config, sizes: ModelSizes, rank: int) -> Iterator[Term
         yield cuda_term("learner")
     state = list(_state_terms(config, sizes, device, rank))
     yield from (term for term in state if term.when == "always")
-    yield from _pass_terms(config, sizes, device, [term for term in state if term.when == "at work"])
+    passing = list(_pass_terms(config, sizes, device, [term for term in state if term.when == "at work"]))
     transport = weight_transport(config)
     if transport != "object_store" and (rank == 0 or transport == "ipc"):
         yield bucket_term(config, transport)
     if rank == 0 and transport == "object_store":
-        yield parameter_term("weights to publish", *count_traffic(config, sizes), "host")
+        published = _bucket_of_weights(config, sizes)
+        if device == "gpu":
+            yield published
+        elif published.num_bytes > sum(term.num_bytes for term in passing):
+            passing = [published]  # in memory that a pass has freed
+    yield from passing
     if device == "gpu" or _is_shared(config):  # else it is written of what is there
         trained, by = count_trainable(sizes), config.learner.workers
         yield parameter_term("a checkpoint on its way to the disk", trained, 3 * EXACT, "host", ranks=by)
@@ -100,7 +105,7 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device, state: list[T
     at the end. Before all of them is a fifth, a forward pass beside a reference that lies in host memory otherwise.
     `tests/plan/test_traced_memory.py` holds them to the learner's own code.
     """
-    tokens = min(config.learner.microbatch_tokens, batch_tokens(config))
+    tokens = min(config.learner.microbatch_tokens, likely_tokens(config))
     size, policy, critic = BYTES[config.model.dtype], sizes.policy, sizes.critic
     recomputed, shared = config.learner.gradient_checkpointing, _is_shared(config)
     adapted = config.model.lora is not None  # then nothing else in the models has a gradient
@@ -166,6 +171,14 @@ def _find_reference(config: Config, sizes: ModelSizes) -> ModelSize | None:
 def _count_sharers(config: Config) -> int:
     """Return the number of ranks that hold one copy of the state between them."""
     return (config.learner.shard_size or config.learner.workers) if _is_shared(config) else 1
+
+
+def _bucket_of_weights(config: Config, sizes: ModelSizes) -> Term:
+    """Count the bucket that weights are copied into on their way to the object store; one tensor may be larger."""
+    number, size = count_traffic(config, sizes)
+    mib, widest = config.rollout.weight_bucket_mib, sizes.policy.vocabulary * sizes.policy.hidden * size
+    num_bytes = min(number * size, max(mib << 20, widest))
+    return Term("a bucket of weights to publish", f"rollout.weight_bucket_mib={mib}, at most", num_bytes, "host")
 
 
 def _is_shared(config: Config) -> bool:

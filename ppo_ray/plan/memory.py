@@ -3,6 +3,7 @@
 `docs/gpus.md` compares them with measurements.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -34,9 +35,10 @@ class Term:
     """`at work`: only while it is the actor's turn; an actor that shares its GPU then gives this memory back."""
 
 
-_PROCESS_MIB = {"rollout": 750, "hf": 500, "reward": 500, "learner": 550}
-"""Python with its libraries, without a model worth mention: measured, see `docs/gpus.md`."""
-_NODE_MIB = 1200
+_PROCESS_MIB = {"rollout": 600, "hf": 350, "reward": 360, "learner": 350}
+"""Python with its libraries, without a model worth mention, and without the pages of files, which all share: measured,
+see `docs/gpus.md`."""
+_NODE_MIB = 1050
 _CUDA_MIB = {"rollout": 4000, "reward": 800, "learner": 1000}
 """CUDA's context and kernels, an engine's graphs and the pass that it measures itself by: assumed, not measured."""
 
@@ -69,8 +71,11 @@ def store_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     """Yield what lies in the object store of a node with a learner or a rollout worker."""
     if weight_transport(config) == "object_store":
         number, size = count_traffic(config, sizes)
-        how = f"2 x {format_count(number)} x {size} bytes: the engines' and the next"
-        yield Term("weights on their way", how, 2 * number * size, "host")
+        copies = 1 if config.ray.is_private else 2  # another Ray may take a second to free what was dropped
+        how = f"{copies} x {format_count(number)} x {size} bytes" + (
+            ": the engines' and the next" if copies > 1 else ""
+        )
+        yield Term("weights on their way", how, copies * number * size, "host")
     tokens = batch_tokens(config)
     how = f"{tokens} tokens x 32 bytes, before and after they are scored"
     yield Term("trajectories of a step", how, 2 * tokens * 32, "host")
@@ -78,7 +83,8 @@ def store_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
 
 def node_terms() -> Iterator[Term]:
     """Yield what every node holds, whichever actors it has."""
-    yield Term("Ray", "its own processes, and the driver's where that runs", _NODE_MIB * MIB, "host")
+    how = "its own processes, the driver's where that runs, and the libraries' files, which all processes share"
+    yield Term("Ray", how, _NODE_MIB * MIB, "host")
 
 
 def disk_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
@@ -113,6 +119,24 @@ def count_traffic(config: Config, sizes: ModelSizes) -> tuple[int, int]:
 def batch_tokens(config: Config) -> int:
     """Return the tokens of a step's prompts and responses, at most."""
     return config.rollout.batch_size * (config.prompts.max_tokens + config.rollout.max_response_tokens)
+
+
+def likely_tokens(config: Config) -> int:
+    """Return the tokens of a step's prompts and responses, hardly ever more: `batch_tokens` where none are drawn.
+
+    A length that is drawn from a to b has the mean (a + b) / 2 and the variance ((b - a + 1)^2 - 1) / 12. It is the
+    mean of the sum, and three of its standard deviations.
+    """
+    prompts, rollout = config.prompts, config.rollout
+    mean = variance = 0.0
+    for times, number, shortest, longest in (
+        (rollout.responses_per_prompt, rollout.num_prompts, prompts.min_tokens, prompts.max_tokens),
+        (1, rollout.batch_size, rollout.min_response_tokens, rollout.max_response_tokens),
+    ):
+        shortest = longest if shortest is None else shortest
+        mean += times * number * (shortest + longest) / 2
+        variance += times**2 * number * ((longest - shortest + 1) ** 2 - 1) / 12
+    return min(batch_tokens(config), math.ceil(mean + 3 * math.sqrt(variance)))
 
 
 def parameter_term(what: str, number: int, size: int, device: Device, when: When = "always", ranks: int = 1) -> Term:

@@ -16,6 +16,7 @@ import torch
 from ppo_ray.config import NO_TRUST, Transport, Trust
 from ppo_ray.errors import WorkerError, WorkerLost, first_line
 from ppo_ray.plan.demand import CPU_ALLOCATION
+from ppo_ray.plan.engine import HOST_BLOCK
 from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling, check_finite, check_requests
 from ppo_ray.rollout.support import ADVICE, explain_start
 from ppo_ray.rollout.vllm_sleep import Sleep
@@ -47,7 +48,6 @@ GPU_ENVIRONMENT = {
 }
 """Environment variables beside `ENVIRONMENT` on a GPU."""
 
-_BLOCK_SIZE = 32  # tokens per KV-cache block; the CPU default of 128 wastes most of a short sequence's block
 
 # The KV cache's size is given, yet vLLM still refuses to start on a GPU with less than this share of its memory free:
 # an engine that starts anew beside a learner would never find the default of 0.92.
@@ -127,7 +127,7 @@ class VLLMEngine:
                 worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
                 # log-probabilities of the distribution that was sampled from: after the temperature
                 logprobs_mode="processed_logprobs",
-                **(_ON_GPU if on_gpu else {"block_size": _BLOCK_SIZE}),
+                **(_ON_GPU if on_gpu else {"block_size": HOST_BLOCK}),
                 **({} if adapters is None else engine_options(adapters)),
             )
             if adapters is not None:

@@ -90,10 +90,12 @@ class CheckedBackend:
     """Parameters that the last update left as they were."""
 
     def start_weight_update(self) -> None:
-        """Let the backend begin, with experts that are not packed: vLLM then packs them as it does at its start."""
+        """Free what is packed, and let the backend begin: vLLM then packs experts as it does at its start."""
         on_cpu = [(layer, getattr(layer, "quant_method", None)) for layer in self.model.modules()]
         on_cpu = on_cpu if current_platform.is_cpu() else []
-        self._packed = {layer: layer.cpu_linear for layer, _ in on_cpu if hasattr(layer, "cpu_linear")}
+        self._packed = [layer for layer, _ in on_cpu if hasattr(layer, "cpu_linear")]
+        for layer in self._packed:
+            layer.cpu_linear = None  # frees the packed copy: the memory is for the new one
         self._experts = {layer: method for layer, method in on_cpu if isinstance(method, UnquantizedFusedMoEMethod)}
         for method in self._experts.values():
             method.moe_kernel = None
@@ -116,12 +118,12 @@ class CheckedBackend:
         self.unwritten = find_unwritten(self.model)
         super().finish_weight_update()  # type: ignore[misc]
         names = {layer: name for name, layer in self.model.named_modules()}
-        same = [layer for layer, packed in self._packed.items() if layer.cpu_linear is packed]
-        stale = [names[layer] for layer in same if not layer.weight.numel()]
+        unpacked = [layer for layer in self._packed if layer.cpu_linear is None]
+        stale = [names[layer] for layer in unpacked if not layer.weight.numel()]
         stale += [names[layer] for layer, method in self._experts.items() if method.moe_kernel is None]
         if stale:
             raise WorkerError(f"vLLM got no new weights for {list_names(stale)}, and would compute with those before")
-        for layer in same:
+        for layer in unpacked:
             layer.quant_method.process_weights_after_loading(layer)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ppo_ray.errors import WorkerError
@@ -19,8 +19,9 @@ class PublishedWeights:
     checksum: str
     manifest: Any
     """Reference to a `WeightManifest`."""
-    buckets: tuple[Any, ...] = ()
-    """References to the buckets of a snapshot; none where the weights stay on the learner's GPU."""
+    buckets: list[Any] = field(default_factory=list)
+    """References to the buckets of a snapshot; none where the weights stay on the learner's GPU. The learner's group
+    empties the list when it publishes the next weights, so that these take the memory in the store."""
     ranks: tuple[Any, ...] = ()
     """The learner's workers, the first rank first; they send what stays on their GPUs."""
     publish_s: float = 0.0

@@ -110,22 +110,9 @@ class WeightSnapshot:
             wire: the form in which they travel; None: as they are, in buckets of the default size.
             buffers: memory to take them into; None: new memory.
         """
-        wire, buffers = wire or Wire(), buffers or Buffers()
-        cursor, entries = BucketCursor(wire.bucket_bytes), []
-        filled: list[np.ndarray] = []
-        for name, tensor in named_tensors:
-            num_bytes = wire.num_bytes(tensor)
-            bucket, offset = cursor.place(num_bytes)
-            if bucket == len(filled):
-                filled.append(buffers.get(bucket, max(wire.bucket_bytes, num_bytes), tensor.is_cuda))
-            dtype, shape = str(wire.dtype_of(tensor)).removeprefix("torch."), tuple(tensor.shape)
-            view = _view(filled[bucket], TensorEntry(name, dtype, shape, "", bucket, offset))
-            view.copy_(tensor.detach())
-            entries.append(TensorEntry(name, dtype, shape, byte_checksum(view), bucket, offset))
-            del tensor  # before the next is made
-        manifest = WeightManifest(policy_version, "xxh3", tuple(entries))
-        ends = [inside[-1].end for _, inside in manifest.buckets()]
-        return cls(manifest, tuple(buffer[:end] for buffer, end in zip(filled, ends, strict=True)))
+        entries: list[TensorEntry] = []
+        filled = tuple(fill_buckets(named_tensors, wire or Wire(), buffers or Buffers(), entries))
+        return cls(WeightManifest(policy_version, "xxh3", tuple(entries)), filled)
 
     def tensors(self) -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yield each name and tensor as a view of its bucket: nothing is copied, nothing may be written."""
@@ -153,6 +140,42 @@ class WeightSnapshot:
                 raise WorkerError(f"{damaged}: its manifest does not fit: {first_line(error)}") from error
             self.manifest.check(entries, map(byte_checksum, views))
             yield [(entry.name, view) for entry, view in zip(entries, views, strict=True)]
+
+
+def fill_buckets(
+    named_tensors: Iterable[tuple[str, "torch.Tensor"]],
+    wire: Wire,
+    buffers: Buffers,
+    entries: list[TensorEntry],
+    *,
+    one_at_a_time: bool = False,
+) -> Iterator[np.ndarray]:
+    """Copy tensors, on any device, one at a time into buckets, and yield each bucket when it is full.
+
+    Args:
+        named_tensors: may be made as they are asked for; none is kept.
+        wire: the form in which they travel.
+        buffers: memory to copy them into.
+        entries: gets the entry of each tensor, sealed with its checksum, before its bucket is yielded.
+        one_at_a_time: whether all buckets are in the memory of the first: the caller must be done with one before it
+            asks for the next.
+    """
+    cursor, room, index = BucketCursor(wire.bucket_bytes), np.empty(0, np.uint8), -1
+    for name, tensor in named_tensors:
+        num_bytes = wire.num_bytes(tensor)
+        bucket, offset = cursor.place(num_bytes)
+        if bucket != index:
+            if index >= 0:
+                yield room[: entries[-1].end]
+            place, index = 0 if one_at_a_time else bucket, bucket
+            room = buffers.get(place, max(wire.bucket_bytes, num_bytes), tensor.is_cuda)
+        dtype, shape = str(wire.dtype_of(tensor)).removeprefix("torch."), tuple(tensor.shape)
+        view = _view(room, TensorEntry(name, dtype, shape, "", bucket, offset))
+        view.copy_(tensor.detach())
+        entries.append(TensorEntry(name, dtype, shape, byte_checksum(view), bucket, offset))
+        del tensor  # before the next is made
+    if index >= 0:
+        yield room[: entries[-1].end]
 
 
 def _view(buffer: np.ndarray, entry: TensorEntry) -> "torch.Tensor":

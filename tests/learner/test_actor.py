@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ppo_ray.config import Config, load_config
 from ppo_ray.errors import CheckpointError, WorkerError, WorkerLost
 from ppo_ray.learner.actor import LearnerWorker
 from ppo_ray.rollout.actor import RolloutWorker
-from ppo_ray.weights.acks import check_agreements
+from ppo_ray.weights.acks import WeightAck, check_agreements
 from ppo_ray.weights.manifest import WeightManifest
 from ppo_ray.weights.snapshot import Buffers, WeightSnapshot
 from tests.learner.test_lora import generate
@@ -49,12 +50,18 @@ def save(worker, path: Path) -> None:
     worker.save(str(path), str(name_aside(path)), RunState(1), "")
 
 
+def publish(worker, moved: bool = False) -> tuple[WeightAck, WeightManifest, list[np.ndarray]]:
+    """Return the acknowledgement, the manifest and copies of the buckets, which are all in the same memory."""
+    *buckets, manifest, ack = (item.copy() if isinstance(item, np.ndarray) else item for item in worker.publish(moved))
+    return ack, manifest, buckets
+
+
 def test_on_a_cpu_the_state_is_written_as_it_lies_and_the_next_update_waits(tiny_policy: Path, tmp_path: Path) -> None:
     worker = started(tiny_policy, tmp_path)
     worker.hold(*shards(0, 0))
     worker.update(0, str(tmp_path / "a.parquet"))
     worker.hold(*shards(1, 1))
-    before = worker.publish()[0].checksum
+    before = publish(worker)[0].checksum
     save(worker, tmp_path / "c")
     with ThreadPoolExecutor() as pool:
         update = pool.submit(worker.update, 1, str(tmp_path / "b.parquet"))
@@ -62,8 +69,8 @@ def test_on_a_cpu_the_state_is_written_as_it_lies_and_the_next_update_waits(tiny
             update.result(0.5)
         worker.write()
         update.result(60)
-    assert worker.publish()[0].checksum != before
-    assert started(tiny_policy, tmp_path, tmp_path / "c").publish()[0].checksum == before
+    assert publish(worker)[0].checksum != before
+    assert publish(started(tiny_policy, tmp_path, tmp_path / "c"))[0].checksum == before
 
 
 def test_what_is_held_is_saved_restored_and_learnt_from(tiny_policy: Path, tmp_path: Path) -> None:
@@ -87,7 +94,7 @@ def test_what_is_held_is_saved_restored_and_learnt_from(tiny_policy: Path, tmp_p
 
     again = started(tiny_policy, tmp_path, tmp_path / "c")
     reports.append(again.update(1, str(tmp_path / "b.parquet")))
-    assert worker.publish()[0].checksum == again.publish()[0].checksum
+    assert publish(worker)[0].checksum == publish(again)[0].checksum
     assert reports[0].metrics["rollout/staleness_mean"] == 1
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
@@ -119,14 +126,14 @@ def test_moved_weights_stay_until_they_are_sent(tiny_policy: Path, tmp_path: Pat
         return WeightManifest.of(worker._learner.named_weights(), 0, "sums").checksum
 
     before = own()
-    _, manifest, *_ = worker.publish(moved=True)
+    _, manifest, _ = publish(worker, moved=True)
     if transport == "nccl":
         assert own() == manifest.checksum != before
         worker.compare(*shards(0, 0))
         assert own() == before
-        worker.publish(moved=True)
-        assert worker.publish()[0].checksum == before
-        worker.publish(moved=True)
+        publish(worker, moved=True)
+        assert publish(worker)[0].checksum == before
+        publish(worker, moved=True)
         worker.update(0, str(tmp_path / "moved.parquet"), *shards(0, 0))
         undisturbed = started(tiny_policy, tmp_path)
         undisturbed.update(0, str(tmp_path / "step.parquet"), *shards(0, 0))
@@ -138,12 +145,12 @@ def test_moved_weights_stay_until_they_are_sent(tiny_policy: Path, tmp_path: Pat
 def test_weights_from_before_an_update_are_gone_with_it(tiny_policy: Path, tmp_path: Path) -> None:
     """An engine that is lost during the update asks for them afterwards: what it got would not be what it asked for."""
     worker = started(tiny_policy, tmp_path, None, "rollout.weight_transport=nccl")
-    worker.publish()
+    publish(worker)
     worker.send_weights(0)
     worker.update(0, str(tmp_path / "step.parquet"), *shards(0, 0))
     with pytest.raises(WorkerLost, match="policy version 0 are asked for, but the learner has those of version 1"):
         worker.send_weights(0)
-    worker.publish()
+    publish(worker)
     worker.send_weights(1)
 
 
@@ -160,7 +167,7 @@ def test_adapters_alone_go_from_a_learner_to_an_engine(tiny_policy: Path, tmp_pa
         worker = started(tiny_policy, tmp_path, None, lora, *options[1:])
         rollout = RolloutWorker.__ray_metadata__.modified_class("rollout-0")
         rollout.setup(configured(tiny_policy, tmp_path, lora, *options[1:]))
-        ack, manifest, *buckets = worker.publish(moved=True)
+        ack, manifest, buckets = publish(worker, moved=True)
         assert len(manifest.entries) == 2 * 7 * 2 and len(buckets) == worker.num_buckets() == 1
         rollout._engine.load_weights(WeightSnapshot(manifest, buckets))
         found = worker.compare(generate(rollout._engine))

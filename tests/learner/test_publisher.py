@@ -2,12 +2,14 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 
 from ppo_ray.config import load_config
 from ppo_ray.errors import InputError, WorkerLost
 from ppo_ray.learner.publisher import WeightPublisher
 from ppo_ray.weights import manifest
-from tests.learning import make_learner
+from ppo_ray.weights.snapshot import WeightSnapshot, Wire
+from tests.learning import make_learner, publish
 
 
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
@@ -35,10 +37,26 @@ def test_ranks_on_gpus_compare_sums_and_only_the_first_brings_its_weights_to_the
     options = ["output_dir=o", f"model.path={tiny_policy}", "prompts.path=p", "reward.path=r", "learner.workers=2"]
     options += ["learner.gpus=1", "rollout.weight_transport=object_store"]
     first, second = (WeightPublisher(load_config(None, options), leads) for leads in (True, False))
-    _, buckets, agreed = first.publish(learner)
+    _, buckets, agreed = publish(first, learner)
     assert buckets[0] is not None
     monkeypatch.setattr(manifest, "byte_checksum", lambda tensor: 1 // 0)  # which copies to the host
-    found, others, also_agreed = second.publish(learner)
+    found, others, also_agreed = publish(second, learner)
     assert (found.method, set(others), also_agreed) == ("sums", {None}, agreed)
     dict(learner.named_weights())["model.norm.weight"].data[3] += 1
-    assert second.publish(learner)[2] != agreed
+    assert publish(second, learner)[2] != agreed
+
+
+def test_all_buckets_are_in_the_memory_of_one(tiny_policy: Path) -> None:
+    """Ray copies each into its store before it asks for the next: a learner holds no second copy of its weights."""
+    learner = make_learner(tiny_policy)
+    options = ["output_dir=o", f"model.path={tiny_policy}", "prompts.path=p", "reward.path=r"]
+    publisher = WeightPublisher(load_config(None, options), leads=True)
+    publisher._wire = Wire(None, 200_000)
+    places = {bucket.__array_interface__["data"][0] for bucket in publisher.publish(learner) if bucket is not None}
+    found, buckets, agreed = publish(publisher, learner)
+    assert publisher.num_buckets(learner) == len(buckets) == 9 and len(places) <= 2  # the embedding is a larger one
+    assert found == learner.weights(publisher.wire).manifest and agreed == found.checksum
+    arrived = dict(WeightSnapshot(found, [bucket for bucket in buckets if bucket is not None]).tensors())
+    for name, tensor in learner.named_weights():
+        assert torch.equal(arrived.pop(name), tensor)
+    assert not arrived

@@ -1,5 +1,6 @@
 """Both engines against plain transformers, and against each other."""
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from ppo_ray.errors import WorkerError, WorkerLost
 from ppo_ray.rollout.engine import Engine, GenerationRequest, Sampling
 from ppo_ray.rollout.hf import HFEngine
+from ppo_ray.rollout.vllm import VLLMEngine
 from ppo_ray.weights.snapshot import WeightSnapshot, Wire
 from tests.rollout.comparison import REQUESTS, largest_difference, reference
 
@@ -91,6 +93,19 @@ def test_new_weights_are_served_at_once(engine: Engine, tiny_policy: Path) -> No
         completions = engine.generate(REQUESTS, SAMPLED)
         assert largest_difference(model, completions) < 1e-4
         assert largest_difference(reference(tiny_policy), completions) > 0.1  # the test can tell
+
+
+def test_packed_copies_of_the_weights_before_are_freed(vllm_engine: VLLMEngine, tiny_policy: Path) -> None:
+    """On a CPU vLLM multiplies with them; a function of each layer's holds its copy."""
+
+    def find_packed(worker: Any) -> list[weakref.ref[Any]]:
+        layers = worker.weight_transfer_engine.model.modules()
+        return [weakref.ref(layer.cpu_linear) for layer in layers if hasattr(layer, "cpu_linear")]
+
+    (packed,) = vllm_engine._llm.collective_rpc(find_packed)
+    assert len(packed) > 8 and all(held() for held in packed)
+    vllm_engine.load_weights(snapshot_of(reference(tiny_policy), 1))
+    assert not any(held() for held in packed)
 
 
 def test_weights_rounded_on_the_wire_are_served_as_they_arrive(engine: Engine, tiny_policy: Path) -> None:

@@ -25,7 +25,7 @@ from ppo_ray.weights.nccl_sender import NCCLSender, new_group_id
 from ppo_ray.weights.snapshot import Wire
 from ppo_ray.weights.transports import engine_init
 from tests.learner.test_lora import load as load_adapted
-from tests.learning import make_learner
+from tests.learning import make_learner, publish
 from tests.rollout.comparison import REQUESTS, largest_difference, reference, start_beside_others
 from tests.rollout.test_engines import SAMPLED
 
@@ -126,7 +126,7 @@ def test_a_broadcast_is_served(engine: VLLMEngine, learner: PPOLearner, tiny_pol
     for version in (1, 2):
         model = moved(learner, tiny_policy, 0.05 * version)
         learner.policy_version = version
-        manifest, buckets, agreed = sender.publish(learner)
+        manifest, buckets, agreed = publish(sender, learner)
         assert buckets == [] and agreed == manifest.checksum and manifest.method == "sums"
         assert {entry.dtype for entry in manifest.entries} == {"float32" if wire == "null" else wire}
         sender._wire = Wire(sender.wire.dtype, 300_000)
@@ -208,7 +208,7 @@ def test_a_broadcast_of_adapters_alone(tiny_policy: Path) -> None:
                 if ".lora_" in name:
                     parameter.normal_(std=0.2)
         learner.policy_version = version
-        manifest, _, _ = sender.publish(learner)
+        manifest, _, _ = publish(sender, learner)
         assert len(manifest.entries) == 2 * 7 * 2
         thread = threading.Thread(target=sender.send, args=(version,))
         thread.start()
@@ -254,7 +254,7 @@ def test_cuda_ipc(learner: PPOLearner, tiny_policy: Path, no_gpu: pytest.MonkeyP
     for version in (4, 5):
         model = moved(learner, tiny_policy, 0.05 * version)
         learner.policy_version = version
-        manifest, _, _ = sender.publish(learner)
+        manifest, _, _ = publish(sender, learner)
         bucket, num_buckets = 0, 1
         while bucket < num_buckets:
             num_buckets, handle = sender.export(version, bucket)
@@ -275,7 +275,7 @@ def test_a_stale_tensor_is_found_and_the_engine_is_lost(
     """Last: nothing can be done with the engine afterwards."""
     sender = WeightPublisher(config_of(tiny_policy, "rollout.weight_transport=nccl"), leads=True)
     learner.policy_version = 9
-    manifest, _, _ = sender.publish(learner)
+    manifest, _, _ = publish(sender, learner)
     sender.join(GROUP_ID, 2)
     engine.connect(engine_init(GROUP_ID, 1, 2, 1 << 20))
     dict(learner.named_weights())["model.layers.1.mlp.up_proj.weight"].data[3, 5] *= 1.001

@@ -84,7 +84,7 @@ class Cluster:
         return self.members[index]
 
     def weights(self, version: int) -> PublishedWeights:
-        return PublishedWeights(version, "aa", "the manifest", (), (self.learner,))
+        return PublishedWeights(version, "aa", "the manifest", [], (self.learner,))
 
     def done(self) -> list[tuple[str, str]]:
         """Return who was called for what since the last time."""
