@@ -33,7 +33,7 @@ def portions(config: Config) -> list[Portion]:
     Raises:
         InputError: prompts would be left out, so that the batches of the arms were of different sizes.
     """
-    stream, found = preflight.check(config).open_prompts(config), []
+    stream, found = preflight.check(config).open_prompts(config, print), []
     for step in range(config.steps):
         batch = stream.take(config.rollout.batch_size)
         if batch.num_skipped:
