@@ -41,6 +41,10 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work,
     less memory."""
+    compile: bool = False
+    """Whether torch.compile turns each layer into fewer and faster kernels. It takes a minute or more at the start, and
+    at rows of a kind that were not seen before. Results are the same up to the rounding of sums; a trial at the start
+    holds them against the layers as they are."""
     offload: Annotated[tuple[Offloaded, ...], Field(strict=False)] = ()
     """What lies in the host's memory while nobody needs it, e.g. [optimizer, reference], so that an engine on the same
     GPU has room. optimizer: Adam's moments, and under ddp the float32 master weights of bfloat16 ones: on the GPU in an
@@ -69,6 +73,9 @@ def learner_contradictions(learner: LearnerConfig, model: ModelConfig) -> Iterat
             "learner.reduce_gradients=microbatch, which adds them up in float32"
         )
         yield Contradiction(("learner.reduce_dtype", "learner.reduce_gradients"), text)
+    if learner.compile and model.quantization is not None:
+        text = "true: layers with quantised weights are not compiled; leave it out"
+        yield Contradiction(("learner.compile", "model.quantization"), text)
     if learner.offload and not learner.gpus:
         text = f"{', '.join(learner.offload)}: on CPUs all of it is in the host's memory already: leave it out"
         yield Contradiction(("learner.offload", "learner.gpus"), text)
