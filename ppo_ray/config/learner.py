@@ -73,9 +73,6 @@ def learner_contradictions(learner: LearnerConfig, model: ModelConfig) -> Iterat
             "learner.reduce_gradients=microbatch, which adds them up in float32"
         )
         yield Contradiction(("learner.reduce_dtype", "learner.reduce_gradients"), text)
-    if learner.compile and model.quantization is not None:
-        text = "true: layers with quantised weights are not compiled; leave it out"
-        yield Contradiction(("learner.compile", "model.quantization"), text)
     if learner.offload and not learner.gpus:
         text = f"{', '.join(learner.offload)}: on CPUs all of it is in the host's memory already: leave it out"
         yield Contradiction(("learner.offload", "learner.gpus"), text)
@@ -104,6 +101,7 @@ def lora_contradictions(model: ModelConfig, learner: LearnerConfig, adapter_sync
         "learner.gpus": not learner.gpus and "quantised weights are for GPUs, and learner.gpus=0 has none; set 1",
         "learner.sharding": shares
         and "fsdp2 shares no codes among ranks; set learner.sharding=ddp: each rank has them all",
+        "learner.compile": learner.compile and "layers with quantised weights are not compiled; leave out learner.compile",
         "rollout.adapter_sync": adapter_sync == "adapter"
         and "engines would add the adapters to weights that are not quantised, another policy; set "
         "rollout.adapter_sync=merged, or auto",
