@@ -101,7 +101,8 @@ def lora_contradictions(model: ModelConfig, learner: LearnerConfig, adapter_sync
         "learner.gpus": not learner.gpus and "quantised weights are for GPUs, and learner.gpus=0 has none; set 1",
         "learner.sharding": shares
         and "fsdp2 shares no codes among ranks; set learner.sharding=ddp: each rank has them all",
-        "learner.compile": learner.compile and "layers with quantised weights are not compiled; leave out learner.compile",
+        "learner.compile": learner.compile
+        and "layers with quantised weights are not compiled; leave out learner.compile",
         "rollout.adapter_sync": adapter_sync == "adapter"
         and "engines would add the adapters to weights that are not quantised, another policy; set "
         "rollout.adapter_sync=merged, or auto",
