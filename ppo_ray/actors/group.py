@@ -102,9 +102,9 @@ class ActorGroup:
         watch(calls, limits, doing, may_stop=False)
         return ray.get(list(calls), timeout=limit_s)
 
-    def watch_start(self, calls: dict[Any, Member]) -> None:
+    def watch_start(self, calls: dict[Any, Member], doing: str = "starting") -> None:
         """Wait for calls of the start, as `watch` does; lost workers are not replaced."""
-        watch(calls, self._start_limits, "starting")
+        watch(calls, self._start_limits, doing)
 
     def revive(self, lost: WorkerLost, may_stop: bool = True) -> Member:
         """Replace a lost worker and bring its successor to the state of the others.

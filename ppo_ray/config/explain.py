@@ -32,6 +32,7 @@ ABBREVIATIONS = {
     "fsdp_size": "learner.shard_size",
     "optimizer_offload": "learner.offload",
     "adam_offload": "learner.offload",
+    "torch_compile": "learner.compile",
 }
 """Short or foreign names of options, each with the option that is meant."""
 FOREIGN_VALUES = {

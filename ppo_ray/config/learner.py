@@ -41,6 +41,10 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work,
     less memory."""
+    compile: bool = False
+    """Whether torch.compile turns each layer into fewer and faster kernels. It takes a minute or more at the start, and
+    at rows of a kind that were not seen before. Results are the same up to the rounding of sums; a trial at the start
+    holds them against the layers as they are."""
     offload: Annotated[tuple[Offloaded, ...], Field(strict=False)] = ()
     """What lies in the host's memory while nobody needs it, e.g. [optimizer, reference], so that an engine on the same
     GPU has room. optimizer: Adam's moments, and under ddp the float32 master weights of bfloat16 ones: on the GPU in an
@@ -97,6 +101,8 @@ def lora_contradictions(model: ModelConfig, learner: LearnerConfig, adapter_sync
         "learner.gpus": not learner.gpus and "quantised weights are for GPUs, and learner.gpus=0 has none; set 1",
         "learner.sharding": shares
         and "fsdp2 shares no codes among ranks; set learner.sharding=ddp: each rank has them all",
+        "learner.compile": learner.compile
+        and "layers with quantised weights are not compiled; leave out learner.compile",
         "rollout.adapter_sync": adapter_sync == "adapter"
         and "engines would add the adapters to weights that are not quantised, another policy; set "
         "rollout.adapter_sync=merged, or auto",

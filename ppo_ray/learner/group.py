@@ -224,7 +224,8 @@ class LearnerGroup:
         rendezvous, text = self._open_rendezvous(), None if checkpoint is None else str(checkpoint)
         given, ranks = (self._config, text, rendezvous), enumerate(self._group.members)
         calls = {member.handle.setup.remote(*given, rank): member for rank, member in ranks}
-        answers, leader = self._wait_start(calls), self._group.members[0]
+        doing = "starting and compiling layers (learner.compile)" if self._config.learner.compile else "starting"
+        answers, leader = self._wait_start(calls, doing), self._group.members[0]
         self._num_buckets = self._wait_start({leader.handle.num_buckets.remote(): leader})[0]
         return answers
 
@@ -265,8 +266,8 @@ class LearnerGroup:
         _find_lost(calls, lambda some: self._group.watch(some, doing, may_stop=False))
         return ray.get(list(calls), timeout=self._config.ray.call_timeout_s)
 
-    def _wait_start(self, calls: dict[Any, Member]) -> list[Any]:
-        _find_lost(calls, self._group.watch_start)
+    def _wait_start(self, calls: dict[Any, Member], doing: str = "starting") -> list[Any]:
+        _find_lost(calls, lambda some: self._group.watch_start(some, doing))
         return ray.get(list(calls), timeout=self._config.ray.start_timeout_s)
 
 

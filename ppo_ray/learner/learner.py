@@ -36,6 +36,7 @@ from ppo_ray.learner.sharding import Replicated, Sharding
 from ppo_ray.learner.snapshot import LearnerSnapshot, StateChecksums
 from ppo_ray.learner.state import LearnerState, make_plain_files
 from ppo_ray.models.actor_critic import ActorCritic
+from ppo_ray.models.fusion import measure_compilation
 from ppo_ray.models.loading import default_device
 from ppo_ray.models.response_lm import ResponseLM
 from ppo_ray.seeding import derive_seed
@@ -193,7 +194,7 @@ class PPOLearner:
             if not self._trains_values_only(step):  # else the KL is that of a policy that must not move
                 self.controller = self.controller.adapt(metrics["kl/per_sequence"], batch.num_sequences)
             metrics |= seconds.lap("time/update_s")
-        metrics |= {"policy/early_stopped": float(stopped_early), "learner/skipped_update": 0.0}
+        metrics |= {"policy/early_stopped": float(stopped_early), "learner/skipped_update": 0.0} | measure_compilation()
         return UpdateReport(step, metrics, self.kl_coef, learned, tuple(reports))
 
     def measure_kl(self, trajectories: pa.Table) -> float:

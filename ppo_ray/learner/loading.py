@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from ppo_ray.config import LearnerConfig, LoraConfig, ModelConfig, Trust
 from ppo_ray.errors import InputError, first_line
+from ppo_ray.learner.compilation import try_compilation
 from ppo_ray.learner.fsdp import make_mesh
 from ppo_ray.learner.offload import Offload
 from ppo_ray.learner.ranks import Ranks
@@ -26,6 +27,7 @@ from ppo_ray.models.actor_critic import (
     UnadaptedPolicy,
 )
 from ppo_ray.models.decoder import Decoder, Traits, recompute_layers
+from ppo_ray.models.fusion import compile_layers, fuse_norms
 from ppo_ray.models.loading import cast, load_tokenizer
 from ppo_ray.models.quantization import set_dtype
 from ppo_ray.models.response_lm import ResponseLM
@@ -75,7 +77,7 @@ def load_models(
         has_values: whether there is a value head or critic.
 
     Raises:
-        InputError: a model cannot be loaded, is not supported, or could not be saved.
+        InputError: a model cannot be loaded, is not supported, or could not be saved or compiled.
     """
     shared = learner.sharding == "fsdp2" and ranks.size > 1
     mesh = make_mesh(ranks, device, learner.shard_size) if shared else None
@@ -95,6 +97,13 @@ def load_models(
     reference = UnadaptedPolicy(policy) if own else load_reference(model, *given)
     tokenizer = reader.agree(lambda: load_tokenizer(model.path, model.trust))
     reader.find(lambda: _try_save(policy, tokenizer))
+    models = [policy] if own else [policy, reference]
+    if learner.compile:
+        for each in models:
+            compile_layers(each)
+    elif device.type == "cuda":
+        for each in models:
+            fuse_norms(each, device)
     if learner.gradient_checkpointing:
         recompute_layers(policy)
     reduce_dtype = torch.bfloat16 if learner.reduce_dtype == "bfloat16" else None
@@ -107,6 +116,10 @@ def load_models(
         if not own and (has_masters or other_reader is not reader):
             _place(reference, device, offload)
     offload.manage("reference", reference.parameters)
+    if learner.compile:
+        offload.fetch("reference")
+        try_compilation(policy, reference, sharding, _compute_dtype(model))
+        offload.put_away("reference")
     return LearnerModels(policy, reference, sharding, tokenizer, offload)
 
 

@@ -61,6 +61,7 @@ def use_bounds(base_model: Any, is_right: Callable[[], bool]) -> bool:
     return False
 
 
+@torch.compiler.disable  # it goes by the bounds' values, and has kernels of its own
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,

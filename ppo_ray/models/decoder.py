@@ -196,7 +196,7 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     if not layers:
         raise InputError(
             f"the layers of {type(model).__name__} cannot be told (transformers' _no_split_modules): leave out "
-            "learner.sharding=fsdp2 and learner.gradient_checkpointing, or choose another model"
+            "learner.sharding=fsdp2, learner.gradient_checkpointing and learner.compile, or choose another model"
         )
     return layers
 

@@ -52,6 +52,7 @@ MAY_CHANGE = (
     "learner.reduce_gradients",
     "learner.offload",
     "learner.gradient_checkpointing",
+    "learner.compile",
 )
 """Options that say how long, how often and on what a run works, not what it computes. Where they move work to other
 hardware or other numbers of threads, floating-point sums may round otherwise."""

@@ -543,6 +543,7 @@ def test_codes_need_adapters_and_a_gpu_and_engines_that_are_sent_whole_weights()
             "another policy; set rollout.adapter_sync=merged",
         ),
         ([*works, "learner.sharding=fsdp2", "learner.workers=2"], "learner.sharding", "shares no codes among ranks"),
+        ([*works, "learner.compile=true"], "learner.compile", "quantised weights are not compiled"),
     ):
         with pytest.raises(InputError) as refusal:
             load_config(None, options)

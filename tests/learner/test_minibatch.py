@@ -1,5 +1,7 @@
 """What may forbid an optimizer step, and what happens then."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppo_ray.learner.batch import ResponseBatch
+from ppo_ray.learner.experience import estimate, run_models
+from ppo_ray.learner.minibatch import MinibatchUpdater
 from tests.learning import largest_difference, make_learner, make_table, weights
 
 
@@ -141,3 +145,25 @@ def test_the_host_does_not_wait_for_the_device_in_a_micro_batch(tiny_policy: Pat
     with Waits() as counter:
         assert torch.ones(2)[torch.ones(2).bool()].sum().item() == 2
     assert counter.number == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_estimator": "full", "importance_cap": 2.0, "advantages": "rloo"}])
+def test_no_pass_reads_what_is_on_the_device(
+    tiny_policy: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of the meta device have no values: whoever reads one, or lets a shape go by values, fails."""
+    learner, meta = make_learner(tiny_policy, 16, **options), torch.device("meta")
+    ppo, batch = learner._ppo, ResponseBatch.from_table(make_table(12, group_size=2))
+    on_host, _ = run_models(learner._policy, learner._reference, batch, learner._layout, ppo)
+    experience = estimate(on_host, batch, ppo, 0.2, learner._moments)  # reads, once per update, before the passes
+    moved = {name: tensor.to(meta) for name, tensor in vars(experience).items() if tensor is not None}
+    models, layout = (learner._policy.to(meta), learner._reference.to(meta)), replace(learner._layout, device=meta)
+    assert layout.num_passes(batch) > 5
+    outputs, _ = run_models(*models, batch, layout, ppo)
+    monkeypatch.setattr("ppo_ray.learner.minibatch._Sums.report", lambda sums: None)  # once per mini-batch
+    updater = MinibatchUpdater(models[0], learner._sharding, learner._optimizer, ppo, layout)
+    updater._accumulate(batch, replace(experience, **moved), np.arange(12), 0.2, False, None)
+    reads: tuple[Callable[[torch.Tensor], object], ...] = (float, torch.Tensor.tolist, torch.Tensor.cpu, torch.nonzero)
+    for read in reads:
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            read(outputs.kl.sum())
