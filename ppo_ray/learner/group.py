@@ -234,8 +234,7 @@ class LearnerGroup:
         marker, text = folder / ".shared", secrets.token_hex(8)
         marker.write_text(text, encoding="utf-8")
         try:
-            calls = {rank.handle.sees.remote(str(marker), text): rank for rank in self._group.members}
-            seen = self._wait_start(calls)
+            seen = self._wait_start({rank.handle.sees.remote(str(marker), text): rank for rank in self._group.members})
         finally:
             marker.unlink(missing_ok=True)
         for rank, sees in zip(self._group.members, seen, strict=True):
