@@ -42,7 +42,7 @@ class _Node(ray_node.Node):
 
 @contextlib.contextmanager
 def _nodes_of_ours() -> Iterator[None]:
-    """Let Ray make its node of our class for the length of a block."""
+    """Let `ray.init` make its node of our class for the length of a block."""
     before = ray_node.Node
     ray_node.Node = _Node
     try:

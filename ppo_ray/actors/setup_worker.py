@@ -12,7 +12,12 @@ _CONTEXT = "--serialized-runtime-env-context="
 _LANGUAGE = "--language="
 OF_RAY = "PPO_RAY_SETUP_WORKER"
 """The environment variable that names Ray's own script."""
-PLAIN = {"command_prefix": [], "py_executable": sys.executable, "override_worker_entrypoint": None, "java_jars": []}
+PLAIN: dict[str, object] = {
+    "command_prefix": [],
+    "py_executable": sys.executable,
+    "override_worker_entrypoint": None,
+    "java_jars": [],
+}
 """What a context holds beside its variables if it asks for nothing else."""
 
 
