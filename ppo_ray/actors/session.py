@@ -7,11 +7,15 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import psutil
 import ray
+from ray._private import node as ray_node
 
+from ppo_ray.actors import setup_worker
+from ppo_ray.actors.setup_worker import OF_RAY
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError, Interrupted, WorkerError
 from ppo_ray.machine import count_cpus
@@ -19,6 +23,32 @@ from ppo_ray.stopping import handle_signals
 
 _EXIT_S = 10.0
 _REACH_S = 20.0
+
+
+class _Node(ray_node.Node):
+    """Ray's node without what no private Ray needs: autoscaler, dashboard, and the process that reads logs.
+
+    Each is a Python process that imports all of Ray, and the dashboard's start would be waited for.
+    """
+
+    def __init__(self, ray_params: Any, **options: Any) -> None:
+        """Take Ray's parameters of a node, and say which processes are left out."""
+        ray_params.update(no_monitor=True, include_log_monitor=False, setup_worker_path=setup_worker.__file__)
+        super().__init__(ray_params, **options)
+
+    def start_api_server(self, **options: Any) -> None:
+        """Start no dashboard."""
+
+
+@contextlib.contextmanager
+def _nodes_of_ours() -> Iterator[None]:
+    """Let `ray.init` make its node of our class for the length of a block."""
+    before = ray_node.Node
+    ray_node.Node = _Node
+    try:
+        yield
+    finally:
+        ray_node.Node = before
 
 
 @contextlib.contextmanager
@@ -89,6 +119,7 @@ def _own_environment() -> Iterator[None]:
     """
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_AUTH_TOKEN_PATH": None}
     own["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME", "=lo")
+    own[OF_RAY] = str(Path(ray_node.__file__).parent / "workers" / "setup_worker.py")
     before = {name: os.environ.get(name) for name in own}
     _set_environment(own)
     try:
@@ -149,7 +180,7 @@ def _start_private(config: RayConfig, folder: str) -> None:
     # By default objects that nobody needs stay for up to a second, in which the next weights take memory of their own.
     os.environ.setdefault("RAY_free_objects_batch_size", "1")
     try:
-        with contextlib.chdir(folder):
+        with contextlib.chdir(folder), _nodes_of_ours():
             ray.init(
                 address="local",
                 num_cpus=count_cpus(),

@@ -1,6 +1,7 @@
 """Whose Ray is used, who can get at it, and what is left of it."""
 
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -63,7 +64,10 @@ def test_a_private_ray_is_closed_to_others_and_leaves_nothing(
             .remote("reward-0")
         )
         assert ray.get(worker.look.remote(), timeout=60) == (str(tmp_path), xxhash.__file__, "=lo")
-        assert set(psutil.Process().children(recursive=True)) - before
+        started = set(psutil.Process().children(recursive=True)) - before
+        commands = " ".join(part for process in started for part in process.cmdline()[:4])
+        assert "raylet" in commands
+        assert not re.search(r"monitor\.py|log_monitor|dashboard\.py", commands)  # no run needs them
         address = ray.get_runtime_context().gcs_address
         stranger = subprocess.run(
             [sys.executable, "-c", _CLIENT, address],
