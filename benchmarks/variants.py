@@ -5,8 +5,9 @@
 
 Each run is one `ppo-ray train`, one after another, below runs/variants/. A run that was interrupted goes on, and one
 that ended is not made again. Its figures are kept in a file of JSON lines (`--figures`), from which table and picture
-are made: runs that the file knows need not be on this machine. benchmarks/figures/ keeps such files. `--time` measures the seconds per step of each way in
-short runs of their own, for which the machine should do nothing else; the others may share it.
+are made: runs that the file knows need not be on this machine. benchmarks/figures/ keeps such files. `--time` measures
+the seconds per step of each way in short runs of their own, for which the machine should do nothing else; the others
+may share it.
 """
 
 import argparse
