@@ -17,6 +17,7 @@ from ppo_ray.checkpoint import RunState
 from ppo_ray.config import CheckpointConfig
 from ppo_ray.errors import PeersLost
 from ppo_ray.learner import ranks
+from ppo_ray.learner.offload import Offload
 from ppo_ray.learner.ranks import Rendezvous
 from ppo_ray.learner.snapshot import LearnerSnapshot
 from ppo_ray.learner.state import LearnerState
@@ -37,7 +38,7 @@ def write_on(rank: int, rendezvous: Rendezvous, folder: Path, begin: int) -> Non
     joined = ranks.join(rendezvous, rank, SIZE, "gloo", 60, 60)
     tensors = [{f"layers.{layer}.w": torch.empty(1 << 18) for layer in range(9)} for _ in FILES]
     files = [TensorFile(Path(name), named) for name, named in zip(FILES, tensors, strict=True)]
-    checksums: Any = SimpleNamespace(names=frozenset(tensors[0]), frozen={})
+    checksums: Any = SimpleNamespace(names=frozenset(tensors[0]), frozen={}, offload=Offload())
     buffers = Buffers()
     with contextlib.suppress(PeersLost):
         for step in itertools.count(begin + 1):

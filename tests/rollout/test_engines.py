@@ -95,6 +95,7 @@ def test_new_weights_are_served_at_once(engine: Engine, tiny_policy: Path) -> No
         assert largest_difference(reference(tiny_policy), completions) > 0.1  # the test can tell
 
 
+@pytest.mark.slow
 def test_packed_copies_of_the_weights_before_are_freed(vllm_engine: VLLMEngine, tiny_policy: Path) -> None:
     """On a CPU vLLM multiplies with them; a function of each layer's holds its copy."""
 
