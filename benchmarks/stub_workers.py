@@ -11,6 +11,7 @@ import xxhash
 from ppo_ray import trajectory
 from ppo_ray.actors.worker import CONTROL, Worker
 from ppo_ray.config import Config
+from ppo_ray.learner.ranks import Rendezvous
 from ppo_ray.learner.reports import UpdateReport
 from ppo_ray.prompts.batch import PromptBatch
 from ppo_ray.seeding import derive_seed
@@ -79,10 +80,11 @@ class StubLearner(Worker):
     def sees(self, file: str, text: str) -> bool:
         return Path(file).read_text(encoding="utf-8") == text
 
-    def open_rendezvous(self, host: str, timeout_s: float) -> None:
+    def open_rendezvous(self, host: str, timeout_s: float) -> Rendezvous:
         """Let several ranks be set up, which never talk to one another."""
+        return Rendezvous(host, port=0, prefix="")
 
-    def setup(self, config: Config, checkpoint: str | None, rendezvous: None, rank: int) -> dict[str, float]:
+    def setup(self, config: Config, checkpoint: str | None, rendezvous: Any, rank: int) -> dict[str, float]:
         self._version, self._leads = 0, rank == 0
         return {"time/learner_start_s": 0.0}
 
