@@ -29,9 +29,9 @@ class LearnerConfig(Section):
     it. fsdp2: each holds a share, and a layer is gathered when it is at work; with one rank there is nothing to share.
     docs/gpus.md has the bytes."""
     shard_size: int | None = Field(default=None, ge=2)
-    """Ranks that hold one copy between them under fsdp2, best those of one node; null: all ranks. Each such group has a
-    copy (HSDP), and only gradients travel between groups. It must divide workers. verl: `fsdp_size`; torchtitan:
-    `data_parallel_shard_degree`."""
+    """Number of ranks that share one copy under fsdp2, best as many as a node has; null: all ranks. Each group of so
+    many ranks has a copy (HSDP), and only gradients travel between groups. It must divide workers. verl: `fsdp_size`;
+    torchtitan: `data_parallel_shard_degree`."""
     reduce_gradients: Literal["microbatch", "minibatch"] = "microbatch"
     """When fsdp2 sums gradients over the ranks: in every backward pass, or in a mini-batch's last: less traffic, and
     until then each rank holds 4 bytes more per trained parameter. ddp always sums once per mini-batch."""
@@ -42,9 +42,9 @@ class LearnerConfig(Section):
     """Whether the backward pass computes each layer's activations again instead of keeping them: a third more work,
     less memory."""
     compile: bool = False
-    """Whether torch.compile turns each layer into fewer and faster kernels. It takes a minute or more at the start, and
-    at rows of a kind that were not seen before. Results are the same up to the rounding of sums; a trial at the start
-    holds them against the layers as they are."""
+    """Whether torch.compile turns each layer into fewer and faster kernels. Compiling takes a minute or more at the
+    start, and again when rows of a new kind come. Results are the same up to the rounding of sums; a trial at the start
+    compares them with those of the layers as they are."""
     offload: Annotated[tuple[Offloaded, ...], Field(strict=False)] = ()
     """What lies in the host's memory while nobody needs it, e.g. [optimizer, reference], so that an engine on the same
     GPU has room. optimizer: Adam's moments, and under ddp the float32 master weights of bfloat16 ones: on the GPU in an

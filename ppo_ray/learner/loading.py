@@ -97,12 +97,10 @@ def load_models(
     reference = UnadaptedPolicy(policy) if own else load_reference(model, *given)
     tokenizer = reader.agree(lambda: load_tokenizer(model.path, model.trust))
     reader.find(lambda: _try_save(policy, tokenizer))
-    models = [policy] if own else [policy, reference]
-    if learner.compile:
-        for each in models:
+    for each in [policy] if own else [policy, reference]:
+        if learner.compile:
             compile_layers(each)
-    elif device.type == "cuda":
-        for each in models:
+        elif device.type == "cuda":
             fuse_norms(each, device)
     if learner.gradient_checkpointing:
         recompute_layers(policy)

@@ -38,6 +38,12 @@ class _Part:
             yield rest[: len(place)], place
             rest, start = rest[len(place) :], start + len(place)
 
+    def restore(self, storage: torch.UntypedStorage) -> None:
+        """Fill the storage of a tensor that is away with its bytes; a GPU does it in its own time."""
+        _, start, size = self.away[storage._cdata]
+        storage.resize_(size)
+        _copy(self.pieces(storage, start))
+
 
 class Offload:
     """Named parts of a learner's state; those that were not chosen stay where they are. Not thread-safe."""
@@ -77,9 +83,8 @@ class Offload:
         if name not in self._parts:
             return
         part = self._parts[name]
-        for storage, start, size in part.away.values():
-            storage.resize_(size)
-            _copy(part.pieces(storage, start))
+        for storage, _, _ in part.away.values():
+            part.restore(storage)
         _wait(storage for storage, _, _ in part.away.values())
         part.away = {}
 
@@ -89,7 +94,10 @@ class Offload:
 
     @contextlib.contextmanager
     def lend(self, tensor: torch.Tensor, changes: bool = False) -> Iterator[torch.Tensor]:
-        """Bring back one tensor, if it is away, for the length of a block; whoever keeps it longer copies it.
+        """Bring back one tensor, if it is away, for the length of a block.
+
+        Whoever keeps it longer, or makes a numpy array of it, copies it first: torch does not empty a storage that an
+        array once was made of.
 
         Args:
             tensor: of any part, or of none.
@@ -100,12 +108,10 @@ class Offload:
         if part is None:
             yield tensor
             return
-        _, start, size = part.away[storage._cdata]
-        storage.resize_(size)
-        _copy(part.pieces(storage, start))
+        part.restore(storage)
         yield tensor
         if changes:
-            _copy((place, piece) for piece, place in part.pieces(storage, start))
+            _copy((place, piece) for piece, place in part.pieces(storage, part.away[storage._cdata][1]))
             _wait([storage])
         storage.resize_(0)
 

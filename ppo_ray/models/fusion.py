@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._inductor.config
 from platformdirs import user_cache_path
+from torch._dynamo.utils import calculate_time_spent, counters
 from torch.func import functional_call
 
 from ppo_ray.models.decoder import decoder_layers
@@ -38,8 +40,6 @@ def compile_layers(model: torch.nn.Module) -> None:
     Raises:
         InputError: the layers cannot be told.
     """
-    import torch._inductor.config  # not before it is wanted: it takes seconds
-
     torch._inductor.config.compile_threads = 1  # else: processes beside this one, whose memory nobody has planned
     # what is compiled is kept and loaded again: not in /tmp, where others could lay code for us
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache_path("ppo-ray") / "inductor"))
@@ -49,8 +49,6 @@ def compile_layers(model: torch.nn.Module) -> None:
 
 def measure_compilation() -> dict[str, float]:
     """Return how much torch has compiled in this process so far: pieces of layers, and seconds; {}: nothing."""
-    from torch._dynamo.utils import calculate_time_spent, counters
-
     if not (number := counters["stats"]["unique_graphs"]):
         return {}
     seconds = calculate_time_spent()["total_wall_time"]

@@ -20,7 +20,7 @@ from ppo_ray.plan.sizes import ModelSizes
 
 _HOST_KV = (64 << 20, 512 << 20)  # bytes; what a CPU's engine has by itself, at least and at most
 HOST_BLOCK = 32
-"""Tokens of a block of keys and values on a CPU; `rollout/vllm.py` takes it."""
+"""Tokens of a block of keys and values on a CPU, for vLLM too: its own 128 waste most of a short sequence's block."""
 _GPU_SHARE = 0.92  # of a GPU's memory that may be used: the rest is lost between blocks
 _ROUNDING = 1e-6
 

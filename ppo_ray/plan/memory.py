@@ -72,9 +72,8 @@ def store_terms(config: Config, sizes: ModelSizes) -> Iterator[Term]:
     if weight_transport(config) == "object_store":
         number, size = count_traffic(config, sizes)
         copies = 1 if config.ray.is_private else 2  # another Ray may take a second to free what was dropped
-        how = f"{copies} x {format_count(number)} x {size} bytes" + (
-            ": the engines' and the next" if copies > 1 else ""
-        )
+        whose = "" if config.ray.is_private else ": the engines' and the next"
+        how = f"{copies} x {format_count(number)} x {size} bytes{whose}"
         yield Term("weights on their way", how, copies * number * size, "host")
     tokens = batch_tokens(config)
     how = f"{tokens} tokens x 32 bytes, before and after they are scored"

@@ -48,7 +48,6 @@ GPU_ENVIRONMENT = {
 }
 """Environment variables beside `ENVIRONMENT` on a GPU."""
 
-
 # The KV cache's size is given, yet vLLM still refuses to start on a GPU with less than this share of its memory free:
 # an engine that starts anew beside a learner would never find the default of 0.92.
 # Logits are in float32, as the learner's are: rounded to bfloat16 they were 0.03 nats off, nearly all of the difference
