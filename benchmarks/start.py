@@ -38,6 +38,7 @@ PARTS = {
 """What ends each part of a training run: a line that it prints."""
 PROCESSES = {
     r"ppo_ray (train|check|evaluate|plan)": "driver",
+    r"ppo_ray.actors.fork_server": "imports for workers",
     r"ray::RolloutWorker": "rollout worker",
     r"ray::RewardWorker": "reward worker",
     r"ray::LearnerWorker": "learner",

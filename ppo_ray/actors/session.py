@@ -15,6 +15,7 @@ import ray
 from ray._private import node as ray_node
 
 from ppo_ray.actors import setup_worker
+from ppo_ray.actors.fork_server import fork_server
 from ppo_ray.actors.setup_worker import OF_RAY
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError, Interrupted, WorkerError
@@ -70,7 +71,11 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _private_ray(config) if config.is_private else _cluster(config):
+    if not config.is_private:
+        with _cluster(config):
+            yield
+        return
+    with fork_server(), _private_ray(config):
         yield
 
 

@@ -2,6 +2,8 @@
 
 Ray's own script of this name imports all of Ray for that, half a second of each worker's start; this one imports
 nothing but Python's standard library. Ray runs it as a file, not as a module of this package.
+
+Where the worker may be forked, this process asks the fork server for it (`fork_server.py`) and waits for its end.
 """
 
 import json
@@ -12,6 +14,12 @@ _CONTEXT = "--serialized-runtime-env-context="
 _LANGUAGE = "--language="
 OF_RAY = "PPO_RAY_SETUP_WORKER"
 """The environment variable that names Ray's own script."""
+FORK_SERVER = "PPO_RAY_FORK_SERVER"
+"""The environment variable that names the fork server's socket."""
+FORK = "PPO_RAY_FORK"
+"""The environment variable of workers that may be forked."""
+SIZE_BYTES = 8
+"""Of the number before a request to the server: the size of its JSON."""
 PLAIN: dict[str, object] = {
     "command_prefix": [],
     "py_executable": sys.executable,
@@ -35,7 +43,38 @@ def main(arguments: list[str]) -> None:
         os.execv(sys.executable, [sys.executable, os.environ[OF_RAY], *arguments])
     os.environ.update(variables)
     own = [item for item in arguments if not item.startswith((_CONTEXT, _LANGUAGE))]
+    server, may_be_forked = os.environ.pop(FORK_SERVER, None), os.environ.pop(FORK, None)
+    if server and may_be_forked and was_forked(server, own):
+        return
     os.execv(sys.executable, [sys.executable, *own])
+
+
+def was_forked(server: str, arguments: list[str]) -> bool:
+    """Let the server fork this worker, with this process's environment, folder and files, and wait for its end.
+
+    Args:
+        server: path of the server's socket.
+        arguments: the worker's script and its own arguments; Python's options before them have no effect.
+
+    Returns:
+        Whether it did; not if there is no server, or it cannot fork.
+    """
+    import socket
+
+    script = next(place for place, item in enumerate(arguments) if not item.startswith("-"))
+    request = {"environment": dict(os.environ), "folder": os.getcwd(), "arguments": arguments[script:]}
+    content = json.dumps(request).encode()
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(server)
+            socket.send_fds(connection, [len(content).to_bytes(SIZE_BYTES)], [0, 1, 2])
+            connection.sendall(content)
+            forked = connection.recv(1) == b"+"
+            if forked:
+                connection.recv(1)  # the worker holds the other end
+            return forked
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

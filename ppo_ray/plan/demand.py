@@ -15,6 +15,8 @@ PHASES = 3
 generation overlaps with learning only generation and scoring do, beside the learner."""
 PRECISION = 10_000
 """Ray counts resources in ten-thousandths."""
+FORK_VARIABLE = "PPO_RAY_FORK"
+"""Set for actors that may be forked off a process that has imported torch and transformers."""
 FOLDER_VARIABLE = "PPO_RAY_FOLDER"
 """Names the folder that the run was started in, which relative paths start at; a job's workers start in theirs."""
 
@@ -42,6 +44,9 @@ class ActorSpec:
     """Phases that take turns on the CPUs it uses; fewer where some are at work at the same time."""
     modules: tuple[str, ...] = ()
     """Python modules that `setup` will need, which each actor imports as soon as its process is there."""
+    forks: bool = False
+    """Whether a worker without GPUs may be forked off a process that has imported torch and transformers. Not if a
+    user's code runs in it, which may want to set them up before they are imported, or torch's compiler."""
 
     @property
     def num_cpus(self) -> float:
@@ -64,6 +69,8 @@ class ActorSpec:
             environment[FOLDER_VARIABLE] = os.getcwd()
         if not self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from an actor that asks for none
+            if self.forks:
+                environment |= CPU_ENVIRONMENT | {FORK_VARIABLE: "1"}
         return {
             "name": None,
             "num_cpus": self.num_cpus,
@@ -94,3 +101,11 @@ CPU_ALLOCATION = {
     "MALLOC_ARENA_MAX": "1",  # actors work in threads, whose own arenas map and unmap every large tensor
 }
 """Environment variables by which glibc keeps freed pages: their first touch costs as much as their use."""
+
+CPU_ENVIRONMENT = {
+    # vLLM compiles its log-probability kernel even in eager mode: 10 s at the first call, nothing gained on a CPU
+    "TORCH_COMPILE_DISABLE": "1",
+    **CPU_ALLOCATION,
+}
+"""Environment variables of vLLM engines on a CPU, of workers that may be forked, and of the process that forks them: what
+is read when a process starts, or when it imports torch."""

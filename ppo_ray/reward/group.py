@@ -22,7 +22,8 @@ def reward_spec(config: Config) -> ActorSpec:
     """Return the resources of the reward workers."""
     loads_model = any(source.path for _, source in config.reward.sources)
     modules = ("ppo_ray.reward.classifier",) if loads_model else ()
-    return replace(actor_specs(config)["reward"], modules=modules)
+    only_models = all(source.path for _, source in config.reward.sources)
+    return replace(actor_specs(config)["reward"], modules=modules, forks=only_models)
 
 
 class RewardGroup:

@@ -21,7 +21,7 @@ def rollout_spec(config: Config) -> ActorSpec:
     """Return the resources of the rollout workers; vLLM reads its environment when their process imports it."""
     spec = actor_specs(config)["rollout"]
     if config.rollout.engine == "hf":
-        return replace(spec, modules=("ppo_ray.rollout.hf",))
+        return replace(spec, modules=("ppo_ray.rollout.hf",), forks=True)
     from ppo_ray.rollout.vllm import engine_environment
 
     environment = engine_environment(config.rollout.gpus)
@@ -31,7 +31,8 @@ def rollout_spec(config: Config) -> ActorSpec:
         gpus = make_request(config).seat(actor_name("rollout", 0)).gpus
         bundles = ",".join(map(str, range(spec.ranks)))
         environment |= {"VLLM_RAY_BUNDLE_INDICES": bundles, "VLLM_RAY_PER_WORKER_GPUS": f"{gpus:g}"}
-    return replace(spec, environment=environment, modules=("vllm", "ppo_ray.rollout.vllm"))
+    modules = ("vllm", "ppo_ray.rollout.vllm")
+    return replace(spec, environment=environment, modules=modules, forks=spec.ranks == 1)
 
 
 class Learner(Protocol):

@@ -15,7 +15,7 @@ import torch
 
 from ppo_ray.config import NO_TRUST, Transport, Trust
 from ppo_ray.errors import WorkerError, WorkerLost, first_line
-from ppo_ray.plan.demand import CPU_ALLOCATION
+from ppo_ray.plan.demand import CPU_ENVIRONMENT
 from ppo_ray.plan.engine import HOST_BLOCK
 from ppo_ray.rollout.engine import Completion, GenerationRequest, Sampling, check_finite, check_requests
 from ppo_ray.rollout.support import ADVICE, explain_start
@@ -31,13 +31,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Environment variables that vLLM reads when it is imported."""
-
-CPU_ENVIRONMENT = {
-    # vLLM compiles its log-probability kernel even in eager mode: 10 s at the first call, nothing gained on a CPU.
-    "TORCH_COMPILE_DISABLE": "1",
-    **CPU_ALLOCATION,  # fresh pages are the cost of a weight update (0.95 -> 0.54 s for 135M)
-}
-"""Environment variables beside `ENVIRONMENT` on a CPU, and never on a GPU."""
 
 GPU_ENVIRONMENT = {
     # Attention in float32 is Triton's, which would cut its operands to TensorFloat-32: 2e-3 nats off, twice what a

@@ -1,14 +1,16 @@
 """All actors of a run: started in order, closed whatever happens."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ppo_ray.actors.fork_server import fork_server
 from ppo_ray.actors.placement import Seats, reserve
 from ppo_ray.config import Config
 from ppo_ray.events import Report
 from ppo_ray.learner.group import LearnerGroup
+from ppo_ray.plan.demand import KINDS, Kind
 from ppo_ray.reward.group import RewardGroup
 from ppo_ray.rollout.group import RolloutGroup
 from ppo_ray.rollout.judge import judge_environment, start_judge
@@ -24,6 +26,16 @@ class Actors:
     rollout: RolloutGroup
     reward: RewardGroup
     learner: LearnerGroup
+
+
+def start_imports(config: Config, kinds: Sequence[Kind] = KINDS) -> contextlib.AbstractContextManager[None]:
+    """For the length of a block, import what workers on CPUs need, in a process that will fork those of a private Ray.
+
+    The block checks the inputs first, which takes as long and keeps one core busy.
+    """
+    on_gpus = {"rollout": config.rollout.gpus, "reward": True, "learner": config.learner.gpus}
+    is_worth_it = config.ray.is_private and not all(on_gpus[kind] for kind in kinds)
+    return fork_server(at_once=True) if is_worth_it else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -162,7 +162,7 @@ def _draw_chart(record: RunRecord, panel: Panel, values: Sequence[float | None])
     from markupsafe import Markup
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(4.2, 1.75))
     FigureCanvasSVG(figure)
@@ -171,7 +171,7 @@ def _draw_chart(record: RunRecord, panel: Panel, values: Sequence[float | None])
     if panel.is_log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
     numbers = [math.nan if value is None or (panel.is_log and value <= 0) else float(value) for value in values]
     steps, known = _thin([float(metrics["step"]) for metrics in record.steps], numbers)
     axes.plot(steps, known, color=_ACCENT, lw=0.8, alpha=0.35)

@@ -19,7 +19,7 @@ from ppo_ray.events import Event, say
 from ppo_ray.machine import measure_disk
 from ppo_ray.plan import ModelSizes
 from ppo_ray.plan.plan import find_stop_problem
-from ppo_ray.run.actors import Actors, launch, launch_scorers
+from ppo_ray.run.actors import Actors, launch, launch_scorers, start_imports
 from ppo_ray.run.curves import draw_curves
 from ppo_ray.run.evaluation import Evaluation, evaluate_now, score_held_out
 from ppo_ray.run.folder import RunFolder
@@ -81,7 +81,7 @@ def train(config: Config, console: Console | None = None) -> RunReport:
     steps = run_overlapped if config.rollout.max_staleness else run_steps
     if config.rollout.flat_groups == "refill":
         steps = run_with_refills
-    with Run.open(config, console) as run:
+    with start_imports(config), Run.open(config, console) as run:
         with (
             ray_session(config.ray),
             launch(config, run.folder.trajectories, run.start.checkpoint, run.say, run.report) as actors,
@@ -138,13 +138,12 @@ def check(config: Config, console: Console | None = None) -> list[Agreement]:
     """
     console = console or Console()
     show = partial(say, console)
-    prompts = preflight.check(config).open_prompts(config, show).peek(_CHECK_PROMPTS)
-    with (
-        ray_session(config.ray),
-        launch(config, None, None, show, lambda event: show(event.message)) as actors,
-    ):
-        agreements = actors.rollout.check_engines(actors.learner, prompts)
-        print_agreements(console, agreements)
+    with start_imports(config):
+        prompts = preflight.check(config).open_prompts(config, show).peek(_CHECK_PROMPTS)
+        launched = launch(config, None, None, show, lambda event: show(event.message))
+        with ray_session(config.ray), launched as actors:
+            agreements = actors.rollout.check_engines(actors.learner, prompts)
+            print_agreements(console, agreements)
     _check_disk(config, show)
     return agreements
 
@@ -188,11 +187,13 @@ def evaluate(source: str | Path, overrides: Sequence[str] = (), console: Console
         say(console, f"not taken from the checkpoint's config: {option}; give it on this command line if you trust it")
     merged = config.rollout.model_copy(update={"adapter_sync": "merged"})  # no learner sends any
     config = config.model_copy(update={"rollout": merged})
-    inputs = preflight.check(config)
     show = partial(say, console)
-    held_out = {"": inputs.open_prompts(config, show).held_out(), **inputs.open_sets(config)}
-    with ray_session(config.ray), launch_scorers(config, show, lambda event: show(event.message)) as (rollout, reward):
-        evaluation = score_held_out(rollout, reward, held_out, config)
+    with start_imports(config, ["rollout", "reward"]):
+        inputs = preflight.check(config)
+        held_out = {"": inputs.open_prompts(config, show).held_out(), **inputs.open_sets(config)}
+        launched = launch_scorers(config, show, lambda event: show(event.message))
+        with ray_session(config.ray), launched as (rollout, reward):
+            evaluation = score_held_out(rollout, reward, held_out, config)
     if evaluation is None:
         raise InputError("evaluation.num_prompts=0: nothing is held out to be scored; set it to 1 or more")
     print_evaluation(console, evaluation)

@@ -47,7 +47,6 @@ PREDICATES = {"are", "can", "has", "is", "was"}
 """First words of names that ask; a participle may follow."""
 
 SMALL = {
-    "ppo_ray.actors.setup_worker": "Ray runs it as a file, and it imports nothing",
     "ppo_ray.assets.arithmetic": "configs/arithmetic.yaml names its functions",
     "ppo_ray.assets.assistant": "configs/assistant.yaml names its function",
 }

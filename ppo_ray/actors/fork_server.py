@@ -1,0 +1,164 @@
+"""A process that forks the workers of a private Ray, so that what they all need is imported once.
+
+torch and transformers take seconds of a core to import, and 200 MiB of memory. The server imports them while the driver
+checks its inputs. A worker is forked off it in some milliseconds, and shares that memory with the others. Ray starts a
+worker by `setup_worker.py`, which asks the server for it, or becomes the worker itself if the server forks none.
+
+`python -P -m ppo_ray.actors.fork_server FOLDER MODULE ...` is the server. It imports no Ray, which reads its
+environment once per process. It forks only while it has one thread: others may hold locks, which nobody would open in
+the worker.
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ppo_ray.actors.setup_worker import FORK_SERVER, SIZE_BYTES
+from ppo_ray.machine import import_ahead
+from ppo_ray.plan.demand import CPU_ENVIRONMENT
+
+MODULES = ("ppo_ray.models.loading",)
+"""What the server imports: torch, transformers, and nothing that starts a thread or imports Ray."""
+_AT_ONCE = "--at-once"
+_REQUEST_S = 10.0
+
+
+@contextlib.contextmanager
+def fork_server(at_once: bool = False, modules: Sequence[str] = MODULES) -> Iterator[None]:
+    """Run a server for the length of a block; a private Ray that starts in the block uses it.
+
+    The server and the workers that it forked are killed at the end of the block, and when this process ends. If this
+    process has a server already, that one is used.
+
+    Args:
+        at_once: whether it imports now, and not when the first worker is asked for.
+        modules: that it imports.
+    """
+    before, prefix = os.environ.get(FORK_SERVER), f"ppo-ray-fork-{os.getpid()}-"
+    if before and prefix in before:
+        yield
+        return
+    folder = tempfile.mkdtemp(prefix=prefix)  # which no other account can enter
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/socket")
+        listener.listen(128)
+        command = [sys.executable, "-P", "-m", __name__, *([_AT_ONCE] if at_once else [])]
+        server = subprocess.Popen(
+            [*command, folder, str(listener.fileno()), *modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,  # its workers have files of their own
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": "1"},  # with more, numpy starts threads
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+        )
+    os.environ[FORK_SERVER] = f"{folder}/socket"
+    try:
+        yield
+    finally:
+        os.environ.pop(FORK_SERVER)
+        if before:
+            os.environ[FORK_SERVER] = before
+        workers = psutil.Process(server.pid).children() if server.poll() is None else []
+        server.kill()
+        server.communicate()
+        _kill(workers)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Server:
+    """The server: it listens and forks."""
+
+    def __init__(self, listener: socket.socket, modules: Sequence[str]) -> None:
+        self._listener, self._modules = listener, modules
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for its workers
+
+    def serve(self) -> dict[str, Any] | None:
+        """Fork a worker for each connection, until the driver closes this process's input or ends.
+
+        Returns:
+            In a worker, what it is to be. In the server, at its end: None.
+        """
+        with selectors.DefaultSelector() as selector:
+            selector.register(sys.stdin, selectors.EVENT_READ)
+            selector.register(self._listener, selectors.EVENT_READ)
+            while sys.stdin not in (ready := [key.fileobj for key, _ in selector.select()]):
+                if self._listener in ready:
+                    connection, _ = self._listener.accept()
+                    with connection, contextlib.suppress(OSError):
+                        if (request := self._answer(connection)) is not None:
+                            return request
+        _kill(psutil.Process().children())
+        return None
+
+    def _answer(self, connection: socket.socket) -> dict[str, Any] | None:
+        """Fork a worker, unless there is more than one thread; returns, in the worker, what it is to be."""
+        connection.settimeout(_REQUEST_S)
+        size, files, _, _ = socket.recv_fds(connection, SIZE_BYTES, 3)
+        with connection.makefile("rb") as stream:
+            request: dict[str, Any] = json.loads(stream.read(int.from_bytes(size)))
+        import_ahead(*self._modules)
+        worker = os.fork() if len(os.listdir("/proc/self/task")) == 1 else None
+        if worker == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._listener.close()
+            os.dup(connection.fileno())  # `setup_worker.py` waits until this process's end closes it
+            for place, file in enumerate(files):
+                os.dup2(file, place)
+        elif worker is not None:
+            connection.send(b"+")
+        for file in files:
+            os.close(file)
+        return request if worker == 0 else None
+
+
+def _kill(workers: Sequence[psutil.Process]) -> None:
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
+
+
+def _become(request: dict[str, Any]) -> None:
+    """Run a worker's script, as if Python had been started for it."""
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.argv = request["arguments"]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # which it read when it was imported
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def main(arguments: list[str]) -> None:
+    """Be the server.
+
+    Args:
+        arguments: `--at-once` to import now, the folder of the socket, the number of its file, and the modules.
+    """
+    at_once = arguments[0] == _AT_ONCE
+    folder, listener, *modules = arguments[at_once:]
+    server = _Server(socket.socket(fileno=int(listener)), modules)
+    if at_once:
+        import_ahead(*modules)
+    if (request := server.serve()) is not None:
+        _become(request)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
