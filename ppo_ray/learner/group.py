@@ -41,10 +41,8 @@ _OF_RANKS = ("time/", "memory/")  # how the metrics begin that each rank has its
 
 def learner_spec(config: Config) -> ActorSpec:
     """Return the resources of the learner; on a CPU its environment holds `CPU_ALLOCATION`."""
-    spec = actor_specs(config)["learner"]
-    environment = {} if spec.gpus else CPU_ALLOCATION
-    forks = not config.learner.compile and not config.ppo.own_policy_loss
-    return replace(spec, environment=environment, modules=("ppo_ray.learner.learner",), forks=forks)
+    environment = {} if config.learner.gpus else CPU_ALLOCATION
+    return replace(actor_specs(config)["learner"], environment=environment, modules=("ppo_ray.learner.learner",))
 
 
 class LearnerGroup:

@@ -82,15 +82,16 @@ class ActorSpec:
 
 
 def actor_specs(config: Config, kinds: Sequence[Kind] = KINDS) -> dict[str, ActorSpec]:
-    """Return what the actors of some kinds need; who launches them adds their environments."""
+    """Return what the actors of some kinds need; who launches them adds environments, modules and what may fork."""
     rollout, reward, learner = config.rollout, config.reward, config.learner
     ranks, turns = rollout.tensor_parallel, {"rollout": PHASES, "reward": PHASES, "learner": PHASES}
     if rollout.max_staleness:
         turns = {"rollout": 2, "reward": 2, "learner": 1}
+    learner_forks = not (learner.compile or config.ppo.own_policy_loss)
     specs = {
         "rollout": ActorSpec("rollout", rollout.workers, rollout.threads, rollout.gpus * ranks, ranks=ranks),
         "reward": ActorSpec("reward", reward.workers, reward.threads, reward.gpus),
-        "learner": ActorSpec("learner", learner.workers, learner.threads, learner.gpus),
+        "learner": ActorSpec("learner", learner.workers, learner.threads, learner.gpus, forks=learner_forks),
     }
     return {kind: replace(specs[kind], turns=turns[kind]) for kind in kinds}
 
