@@ -82,7 +82,7 @@ class ActorSpec:
 
 
 def actor_specs(config: Config, kinds: Sequence[Kind] = KINDS) -> dict[str, ActorSpec]:
-    """Return what the actors of some kinds need; who launches them adds environments, modules and what may fork."""
+    """Return what the actors of some kinds need; their groups add environments and modules."""
     rollout, reward, learner = config.rollout, config.reward, config.learner
     ranks, turns = rollout.tensor_parallel, {"rollout": PHASES, "reward": PHASES, "learner": PHASES}
     if rollout.max_staleness:
@@ -108,5 +108,7 @@ CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
     **CPU_ALLOCATION,
 }
-"""Environment variables of vLLM engines on a CPU, of workers that may be forked, and of the process that forks them: what
-is read when a process starts, or when it imports torch."""
+"""Environment variables of vLLM engines on a CPU, of workers that may be forked, and of the process that forks them.
+
+They are read when a process starts, or when it imports torch.
+"""
