@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,9 @@ OPTIONS = (
 
 ADAPTED = ("model.lora.rank=8", "rollout.adapter_sync=adapter", "ppo.learning_rate=0.01", "ppo.warmup_steps=0")
 """Of runs that train adapters, and send engines nothing else."""
+
+_ASKS = re.compile(r'setup_worker\.py .*--worker-id=(?P<worker>\w+).*"PPO_RAY_WORKER": *"(?P<name>[\w-]+)"')
+"""The command of a process that waits for the worker that was forked for it."""
 
 STEPS = {"hf": 30, "adapted": 14, "vllm": 12}
 """Steps of these runs, for each engine, and of those with adapters: one run serves all tests that compare with it."""
@@ -88,16 +92,27 @@ class CommandLine:
         return [str(path) for path in left if path.stat().st_mode & 0o077]
 
     def workers(self) -> dict[str, psutil.Process]:
-        """Return the processes of this folder's actors by their names."""
-        found = {}
-        for process in psutil.process_iter(["cmdline"]):
+        """Return the processes of this folder's actors by their names.
+
+        A worker that was forked has the server's environment in /proc; the process that asked for it knows its name.
+        """
+        found: dict[str, psutil.Process] = {}
+        asked: dict[str, str] = {}
+        for process in (processes := list(psutil.process_iter(["cmdline"]))):
+            if match := _ASKS.search(" ".join(process.info["cmdline"] or ())):
+                asked[match["worker"]] = match["name"]
+        for process in processes:
             title = " ".join(process.info["cmdline"] or ())
             if not title.startswith("ray::") or title.startswith("ray::IDLE"):  # Ray may start a process too many
                 continue
             with contextlib.suppress(psutil.Error):
-                environment = process.environ()
-                if environment.get("RAY_TMPDIR") == self.environment["RAY_TMPDIR"] and "PPO_RAY_WORKER" in environment:
-                    found[environment["PPO_RAY_WORKER"]] = process
+                environment, name = process.environ(), None
+                if environment.get("RAY_TMPDIR") == self.environment["RAY_TMPDIR"]:
+                    logs = [file.path for file in process.open_files()]
+                    forked = (asked[worker] for worker in asked if any(worker in log for log in logs))
+                    name = environment.get("PPO_RAY_WORKER") or next(forked, None)
+                if name:
+                    found[name] = process
         return found
 
     def wait_for_workers(self, kind: str, seconds: float = 60) -> list[tuple[str, psutil.Process]]:

@@ -113,6 +113,7 @@ class _Server:
         import_ahead(*self._modules)
         worker = os.fork() if len(os.listdir("/proc/self/task")) == 1 else None
         if worker == 0:
+            os.setpgrp()  # Ray kills a worker with all of its group
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._listener.close()
             os.dup(connection.fileno())  # `setup_worker.py` waits until this process's end closes it

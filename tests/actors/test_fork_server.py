@@ -23,7 +23,7 @@ print(json.dumps({
     "name": __name__, "arguments": sys.argv, "folder": os.getcwd(), "path": sys.path[0],
     "has_module": "colorsys" in sys.modules, "A": os.environ.get("A"), "B": os.environ.get("B"),
     "inherited": [name for name in os.environ if name.startswith("PPO_RAY_FORK_") or name == "PPO_RAY_FORK"],
-    "threads": os.environ["OMP_NUM_THREADS"], "parent": os.getppid(),
+    "threads": os.environ["OMP_NUM_THREADS"], "parent": os.getppid(), "leads_group": os.getpgrp() == os.getpid(),
 }))
 print("to standard error", file=sys.stderr)
 sys.exit(3)
@@ -75,6 +75,7 @@ def test_a_forked_worker_is_as_python_would_have_started_it_with_the_modules_the
     assert found["has_module"]
     assert (found["B"], again["B"], again["A"]) == ("of the driver", "of the driver", None)
     assert found["parent"] == again["parent"]
+    assert found["leads_group"]  # with which Ray kills it
     assert wait_for_end(found["parent"])
     assert FORK_SERVER not in os.environ
 
