@@ -30,6 +30,13 @@ OPTIONS = (
 ADAPTED = ("model.lora.rank=8", "rollout.adapter_sync=adapter", "ppo.learning_rate=0.01", "ppo.warmup_steps=0")
 """Of runs that train adapters, and send engines nothing else."""
 
+NO_FORKS = """
+import os, sys
+if "ppo_ray.actors.fork_server" in sys.orig_argv:
+    os._exit(1)
+"""
+"""The beginning of a sitecustomize.py that changes single workers: forked ones would not run it."""
+
 _ASKS = re.compile(r'setup_worker\.py .*--worker-id=(?P<worker>\w+).*"PPO_RAY_WORKER": *"(?P<name>[\w-]+)"')
 """The command of a process that waits for the worker that was forked for it."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import CommandLine, lines, orphaned_shared_memory
+from tests.command_line import NO_FORKS, CommandLine, lines, orphaned_shared_memory
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ if os.environ.get('PPO_RAY_WORKER') == 'learner-0':
 def start_slow(ppo_ray: CommandLine, folder: Path, seconds: float) -> subprocess.Popen[str]:
     """Start a run whose updates take so long, and return when the first is under way."""
     mark = folder / "updating"
-    ppo_ray.put_on_path("sitecustomize.py", SLOW_UPDATE.format(mark=str(mark), seconds=seconds))
+    ppo_ray.put_on_path("sitecustomize.py", NO_FORKS + SLOW_UPDATE.format(mark=str(mark), seconds=seconds))
     options = ("rollout.engine=hf", "rollout.workers=1", "ray.stop_timeout_s=100")
     process = ppo_ray.start("train", str(ppo_ray.config), *options)
     deadline = time.monotonic() + 180

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import CommandLine, events, lines
+from tests.command_line import NO_FORKS, CommandLine, events, lines
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ FORGETS_TO_SAY_SO = """
 def install(ppo_ray: CommandLine, **bodies: str) -> None:
     """Let workers run Python before anything of their own."""
     parts = [f"if worker == '{name.replace('_', '-')}':\n{body}" for name, body in bodies.items()]
-    beginning = ["import os", "worker = os.environ.get('PPO_RAY_WORKER')"]
+    beginning = [NO_FORKS, "import os", "worker = os.environ.get('PPO_RAY_WORKER')"]
     ppo_ray.put_on_path("sitecustomize.py", "\n".join([*beginning, *parts]))
 
 
