@@ -1,12 +1,12 @@
 """A process that forks the workers of a private Ray, so that what they all need is imported once.
 
-torch and transformers take seconds of a core to import, and 200 MiB of memory. The server imports them while the driver
-checks its inputs. A worker is forked off it in some milliseconds, and shares that memory with the others. Ray starts a
-worker by `setup_worker.py`, which asks the server for it, or becomes the worker itself if the server forks none.
+torch and transformers take seconds of a core to import, and memory. The server imports them while the driver checks its
+inputs. A worker that is forked off it has them already, and shares their memory with the others. Ray starts a worker by
+`setup_worker.py`, which asks the server for it, or becomes the worker itself if the server forks none.
 
-`python -P -m ppo_ray.actors.fork_server FOLDER MODULE ...` is the server. It imports no Ray, which reads its
-environment once per process. It forks only while it has one thread: others may hold locks, which nobody would open in
-the worker.
+`python -P -m ppo_ray.actors.fork_server` is the server. It imports no Ray, which reads its
+environment once per process. It forks only while it has one thread: a lock that another thread holds would stay locked
+in the worker for ever.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ class _Server:
             while sys.stdin not in (ready := [key.fileobj for key, _ in selector.select()]):
                 if self._listener in ready:
                     connection, _ = self._listener.accept()
-                    with connection, contextlib.suppress(OSError):
+                    with connection, contextlib.suppress(OSError, ValueError):  # who asked may have been killed
                         if (request := self._answer(connection)) is not None:
                             return request
         _kill(psutil.Process().children())

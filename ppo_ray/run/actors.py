@@ -33,9 +33,8 @@ def start_imports(config: Config, kinds: Sequence[Kind] = KINDS) -> contextlib.A
 
     The block checks the inputs first, which takes as long and keeps one core busy.
     """
-    on_gpus = {"rollout": config.rollout.gpus, "reward": True, "learner": config.learner.gpus}
-    is_worth_it = config.ray.is_private and not all(on_gpus[kind] for kind in kinds)
-    return fork_server(at_once=True) if is_worth_it else contextlib.nullcontext()
+    uses_cpus = not config.rollout.gpus or ("learner" in kinds and not config.learner.gpus)
+    return fork_server(at_once=True) if config.ray.is_private and uses_cpus else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

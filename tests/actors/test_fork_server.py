@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from ppo_ray.actors import setup_worker
 from ppo_ray.actors.fork_server import MODULES, fork_server
-from ppo_ray.actors.setup_worker import FORK, FORK_SERVER
+from ppo_ray.actors.setup_worker import FORK, FORK_SERVER, SIZE_BYTES
 from ppo_ray.plan.demand import CPU_ENVIRONMENT, FORK_VARIABLE
 
 REPORT = """
@@ -78,6 +79,15 @@ def test_a_forked_worker_is_as_python_would_have_started_it_with_the_modules_the
     assert found["leads_group"]  # with which Ray kills it
     assert wait_for_end(found["parent"])
     assert FORK_SERVER not in os.environ
+
+
+def test_a_request_that_breaks_off_costs_the_server_nothing(tmp_path: Path) -> None:
+    with fork_server(modules=["colorsys"]):
+        for content in (b"", (100).to_bytes(SIZE_BYTES) + b"{"):
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(os.environ[FORK_SERVER])
+                connection.sendall(content)
+        assert run(tmp_path, {FORK: "1"})["has_module"]
 
 
 def test_a_server_of_another_process_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,12 +154,12 @@ def test_a_driver_that_is_killed_leaves_neither_server_nor_workers(tmp_path: Pat
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert process.stdout is not None
-    worker, socket = process.stdout.readline().split()
+    worker, place = process.stdout.readline().split()
     server = psutil.Process(int(worker)).ppid()
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert wait_for_end(int(worker), server)
-    assert not Path(socket).parent.exists()
+    assert not Path(place).parent.exists()
 
 
 def test_what_is_imported_starts_no_thread_and_no_ray() -> None:
