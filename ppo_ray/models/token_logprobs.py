@@ -3,6 +3,7 @@
 Dimensions: N response tokens, H hidden units, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch.autograd.function import once_differentiable
 _KEPT_ENTRIES = 1 << 28
 """Probabilities that a forward pass keeps for its backward pass, at most: 1 GiB in float32. Of more tokens the logits
 are computed twice, a product of four instead of three: 30 % more time for the head, some percent of an update."""
+
+_LOG2_E = math.log2(math.e)
+"""A power of 2 takes a CPU a quarter of the time of a power of e, and is as exact."""
 
 Logits = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Factors of logits: hidden states `[N, H]`, weight `[V, H]`, bias `[V]` or None."""
@@ -158,12 +162,14 @@ class _TokenLogprobs(torch.autograd.Function):
                 _divide(rows, temperature)
                 torch.amax(rows, 1, out=largest[chunk])
                 rows -= largest[chunk, None]
-                p = torch.exp(rows, out=scratch[: len(rows)])
+                own = rows.gather(1, token_ids[chunk, None])[:, 0]
+                rows *= _LOG2_E
+                p = torch.exp2(rows, out=scratch[: len(rows)])
                 total = torch.sum(p, 1, out=totals[chunk])
                 log_total = total.log()
-                logprobs[chunk] = rows.gather(1, token_ids[chunk, None])[:, 0] - log_total
+                logprobs[chunk] = own - log_total
                 _bound(rows, bias)
-                entropies[chunk] = log_total - torch.linalg.vecdot(p, rows) / total  # H = log Z - E[logit]
+                entropies[chunk] = log_total - torch.linalg.vecdot(p, rows) / (total * _LOG2_E)  # log Z - E[logit]
                 if whole:
                     torch.div(p, total[:, None], out=rows)
         if keep:
@@ -209,7 +215,7 @@ def _sum_gradients(
             rows = grad_logits[chunk.start - block.start : chunk.stop - block.start]
             if not ctx.whole:
                 _divide(rows, ctx.temperature)
-                rows.sub_(largest[chunk, None]).exp_().div_(totals[chunk, None])
+                rows.sub_(largest[chunk, None]).mul_(_LOG2_E).exp2_().div_(totals[chunk, None])
             # d logprob / d logit_v = ([v = token] - p_v) / temperature
             factor = -scale[chunk, None]
             if grad_entropies is not None:
