@@ -140,6 +140,30 @@ def test_a_row_of_one_sequence_is_plain_causal_attention(
     assert given_masks == [(None, True)] * 2
 
 
+@pytest.mark.parametrize("masked", [None, torch.bool, torch.bfloat16])
+def test_on_a_cpu_short_sequences_of_16_bits_are_attended_to_in_float32(masked: torch.dtype | None) -> None:
+    draw = torch.Generator().manual_seed(0)
+    module = torch.nn.Module()
+    tensors = [torch.randn(1, heads, 19, 16, generator=draw).to(torch.bfloat16) for heads in (4, 2, 2)]
+    mask = make_bounds([5, 5, 9])
+    if masked is not None:
+        allowed = torch.ones(19, 19, dtype=torch.bool).tril()[None, None]
+        mask = allowed if masked == torch.bool else torch.zeros(1, 1, 19, 19, dtype=masked).masked_fill(~allowed, -1e9)
+    module.num_key_value_groups = 2
+    leaves, exact = (
+        [tensor.detach().to(dtype).requires_grad_() for tensor in tensors] for dtype in (torch.bfloat16, torch.float32)
+    )
+    found, _ = attend(module, *leaves, mask)
+    wanted, _ = attend(module, *exact, mask.float() if mask.is_floating_point() else mask)
+    assert torch.equal(found, wanted.to(torch.bfloat16))
+    gradient = torch.randn(found.shape, generator=draw).to(torch.bfloat16)
+    found.backward(gradient)
+    wanted.backward(gradient.float())
+    for one, other in zip(leaves, exact, strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert torch.equal(one.grad, other.grad.to(torch.bfloat16))
+
+
 def test_bounds_take_no_memory_by_their_length() -> None:
     bounds = make_bounds([3, 1, 4])
     assert bounds.shape == (1, 1, 4, 4) and bounds.dtype == torch.int32
