@@ -12,6 +12,7 @@ in the worker for ever.
 import contextlib
 import json
 import os
+import resource
 import runpy
 import selectors
 import shutil
@@ -26,12 +27,19 @@ from typing import Any
 
 import psutil
 
-from ppo_ray.actors.setup_worker import FORK_SERVER, SIZE_BYTES
+from ppo_ray.actors.setup_worker import FORK_SERVER, OOM_SCORE, SIZE_BYTES
 from ppo_ray.machine import import_ahead
 from ppo_ray.plan.demand import CPU_ENVIRONMENT
 
 MODULES = ("ppo_ray.models.loading",)
 """What the server imports: torch, transformers, and nothing that starts a thread or imports Ray."""
+_ENVIRONMENT = {
+    **CPU_ENVIRONMENT,
+    "OMP_NUM_THREADS": "1",  # with more, or if the other is more, numpy starts threads
+    "OPENBLAS_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",  # a process that has looked at a GPU cannot be forked
+}
+"""Of the server; a worker has its own."""
 _AT_ONCE = "--at-once"
 _REQUEST_S = 10.0
 
@@ -41,7 +49,8 @@ def fork_server(at_once: bool = False, modules: Sequence[str] = MODULES) -> Iter
     """Run a server for the length of a block; a private Ray that starts in the block uses it.
 
     The server and the workers that it forked are killed at the end of the block, and when this process ends. If this
-    process has a server already, that one is used.
+    process has a server already, that one is used. If none can start, for want of disk, memory or a path that is short
+    enough for a socket, the workers start by themselves.
 
     Args:
         at_once: whether it imports now, and not when the first worker is asked for.
@@ -51,32 +60,43 @@ def fork_server(at_once: bool = False, modules: Sequence[str] = MODULES) -> Iter
     if before and prefix in before:
         yield
         return
-    folder = tempfile.mkdtemp(prefix=prefix)  # which no other account can enter
+    os.environ.pop(FORK_SERVER, None)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            place = os.environ.get("RAY_TMPDIR") or "/tmp"  # as Ray's own sockets; no other account enters the folder
+            folder = stack.enter_context(tempfile.TemporaryDirectory("", prefix, place, ignore_cleanup_errors=True))
+            stack.callback(_end, _start(folder, at_once, modules))
+            os.environ[FORK_SERVER] = f"{folder}/socket"
+        try:
+            yield
+        finally:
+            os.environ.pop(FORK_SERVER, None)
+            if before:
+                os.environ[FORK_SERVER] = before
+
+
+def _start(folder: str, at_once: bool, modules: Sequence[str]) -> subprocess.Popen[bytes]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{folder}/socket")
         listener.listen(128)
         command = [sys.executable, "-P", "-m", __name__, *([_AT_ONCE] if at_once else [])]
-        server = subprocess.Popen(
+        return subprocess.Popen(
             [*command, folder, str(listener.fileno()), *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,  # its workers have files of their own
             stderr=subprocess.DEVNULL,
-            env={**os.environ, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": "1"},  # with more, numpy starts threads
+            env={**os.environ, **_ENVIRONMENT},
             pass_fds=[listener.fileno()],
             start_new_session=True,
         )
-    os.environ[FORK_SERVER] = f"{folder}/socket"
-    try:
-        yield
-    finally:
-        os.environ.pop(FORK_SERVER)
-        if before:
-            os.environ[FORK_SERVER] = before
-        workers = psutil.Process(server.pid).children() if server.poll() is None else []
-        server.kill()
-        server.communicate()
-        _kill(workers)
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """Kill a server and the workers that it forked."""
+    workers = psutil.Process(server.pid).children() if server.poll() is None else []
+    server.kill()
+    server.communicate()
+    _kill(workers)
 
 
 class _Server:
@@ -89,13 +109,15 @@ class _Server:
     def serve(self) -> dict[str, Any] | None:
         """Fork a worker for each connection, until the driver closes this process's input or ends.
 
+        It ends earlier if what was imported has started a thread: then no worker waits for it in vain.
+
         Returns:
             In a worker, what it is to be. In the server, at its end: None.
         """
         with selectors.DefaultSelector() as selector:
             selector.register(sys.stdin, selectors.EVENT_READ)
             selector.register(self._listener, selectors.EVENT_READ)
-            while sys.stdin not in (ready := [key.fileobj for key, _ in selector.select()]):
+            while _has_one_thread() and sys.stdin not in (ready := [key.fileobj for key, _ in selector.select()]):
                 if self._listener in ready:
                     connection, _ = self._listener.accept()
                     with connection, contextlib.suppress(OSError, ValueError):  # who asked may have been killed
@@ -105,25 +127,46 @@ class _Server:
         return None
 
     def _answer(self, connection: socket.socket) -> dict[str, Any] | None:
-        """Fork a worker, unless there is more than one thread; returns, in the worker, what it is to be."""
+        """Fork a worker, if who asked still waits and there is one thread; returns, in the worker, what it is to be."""
         connection.settimeout(_REQUEST_S)
         size, files, _, _ = socket.recv_fds(connection, SIZE_BYTES, 3)
-        with connection.makefile("rb") as stream:
-            request: dict[str, Any] = json.loads(stream.read(int.from_bytes(size)))
-        import_ahead(*self._modules)
-        worker = os.fork() if len(os.listdir("/proc/self/task")) == 1 else None
-        if worker == 0:
+        try:
+            with connection.makefile("rb") as stream:
+                request: dict[str, Any] = json.loads(stream.read(int.from_bytes(size)))
+            import_ahead(*self._modules)
+            connection.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                connection.recv(1)  # nothing more is sent: only an end can be read
+                return None
+            if not _has_one_thread():
+                return None
+            if os.fork() == 0:
+                self._take_over(connection, files, request)
+                return request
+            connection.send(b"+")
+            return None
+        finally:
+            for file in files:
+                os.close(file)
+
+    def _take_over(self, connection: socket.socket, files: Sequence[int], request: dict[str, Any]) -> None:
+        """Give a process that was just forked the files and limits of the one that asked for it, or end it."""
+        try:
             os.setpgrp()  # Ray kills a worker with all of its group
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._listener.close()
             os.dup(connection.fileno())  # `setup_worker.py` waits until this process's end closes it
             for place, file in enumerate(files):
                 os.dup2(file, place)
-        elif worker is not None:
-            connection.send(b"+")
-        for file in files:
-            os.close(file)
-        return request if worker == 0 else None
+        except OSError:
+            os._exit(1)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, request["open_files"])
+            Path(OOM_SCORE).write_text(request["oom_score"], encoding="ascii")
+
+
+def _has_one_thread() -> bool:
+    return len(os.listdir("/proc/self/task")) == 1
 
 
 def _kill(workers: Sequence[psutil.Process]) -> None:

@@ -96,8 +96,14 @@ def _private_ray(config: RayConfig) -> Iterator[None]:
     """Start a Ray of its own for the length of a block; see `ray_session`."""
     # Ray's sockets allow a path of 107 characters, and it makes a folder of its own below this one
     folder = tempfile.mkdtemp(prefix="ppo-ray-", dir=os.environ.get("RAY_TMPDIR") or "/tmp")
-    before = psutil.Process().children()
+    before = psutil.Process().children(recursive=True)
     started: list[psutil.Process] = []
+
+    def find_own() -> list[psutil.Process]:
+        """Return Ray's processes and its workers; those that were forked are children of the fork server."""
+        found = [child for process in (*started, *before) for child in _descendants(process)]
+        return [*started, *(child for child in found if child not in before)]
+
     try:
         with _own_environment():
             try:
@@ -105,10 +111,10 @@ def _private_ray(config: RayConfig) -> Iterator[None]:
                     _start_private(config, folder)
                 finally:
                     started = [process for process in psutil.Process().children() if process not in before]
-                with handle_signals(config.stop_timeout_s, lambda code: _end_at_once(started, folder, code)):
+                with handle_signals(config.stop_timeout_s, lambda code: _end_at_once(find_own(), folder, code)):
                     yield
             finally:
-                _shut_down(started)
+                _shut_down(find_own())
     except (InputError, Interrupted):
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -146,9 +152,8 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _shut_down(started: list[psutil.Process]) -> None:
+def _shut_down(processes: list[psutil.Process]) -> None:
     """Disconnect; wait for every process of a Ray that was started here, and kill those that remain."""
-    processes = started + [child for process in started for child in _descendants(process)]
     ray.shutdown()
     _, alive = psutil.wait_procs(processes, timeout=_EXIT_S)
     for process in alive:
@@ -157,9 +162,9 @@ def _shut_down(started: list[psutil.Process]) -> None:
     psutil.wait_procs(alive, timeout=_EXIT_S)
 
 
-def _end_at_once(started: list[psutil.Process], folder: str, code: int) -> NoReturn:
+def _end_at_once(processes: list[psutil.Process], folder: str, code: int) -> NoReturn:
     """End this process without closing anything; kill the Ray that was started here, and remove its folder."""
-    for process in [*started, *(child for parent in started for child in _descendants(parent))]:
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     shutil.rmtree(folder, ignore_errors=True)

@@ -18,6 +18,8 @@ FORK_SERVER = "PPO_RAY_FORK_SERVER"
 """The environment variable that names the fork server's socket."""
 FORK = "PPO_RAY_FORK"
 """The environment variable of workers that may be forked."""
+OOM_SCORE = "/proc/self/oom_score_adj"
+"""The file by which Ray lets the kernel kill workers before anything else if memory runs out."""
 SIZE_BYTES = 8
 """Of the number before a request to the server: the size of its JSON."""
 PLAIN: dict[str, object] = {
@@ -50,7 +52,9 @@ def main(arguments: list[str]) -> None:
 
 
 def was_forked(server: str, arguments: list[str]) -> bool:
-    """Let the server fork this worker, with this process's environment, folder and files, and wait for its end.
+    """Let the server fork this worker, and wait for its end.
+
+    It gets this process's environment, folder, files and limits, which are what Ray gave to the worker.
 
     Args:
         server: path of the server's socket.
@@ -59,22 +63,28 @@ def was_forked(server: str, arguments: list[str]) -> bool:
     Returns:
         Whether it did; not if there is no server, or it cannot fork.
     """
+    import contextlib
+    import resource
     import socket
 
     script = next(place for place, item in enumerate(arguments) if not item.startswith("-"))
-    request = {"environment": dict(os.environ), "folder": os.getcwd(), "arguments": arguments[script:]}
-    content = json.dumps(request).encode()
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(server)
-            socket.send_fds(connection, [len(content).to_bytes(SIZE_BYTES)], [0, 1, 2])
-            connection.sendall(content)
-            forked = connection.recv(1) == b"+"
-            if forked:
-                connection.recv(1)  # the worker holds the other end
-            return forked
-    except OSError:
-        return False
+    request: dict[str, object] = {
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "arguments": arguments[script:],
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
+    }
+    forked = False
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        with open(OOM_SCORE, encoding="ascii") as file:
+            content = json.dumps({**request, "oom_score": file.read()}).encode()
+        connection.connect(server)
+        socket.send_fds(connection, [len(content).to_bytes(SIZE_BYTES)], [0, 1, 2])
+        connection.sendall(content)
+        forked = connection.recv(1) == b"+"
+        if forked:
+            connection.recv(1)  # the worker holds the other end
+    return forked
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -19,8 +20,9 @@ from ppo_ray.actors.setup_worker import FORK, FORK_SERVER, SIZE_BYTES
 from ppo_ray.plan.demand import CPU_ENVIRONMENT, FORK_VARIABLE
 
 REPORT = """
-import json, os, sys
+import json, os, resource, sys
 print(json.dumps({
+    "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0], "oom_score": open("/proc/self/oom_score_adj").read(),
     "name": __name__, "arguments": sys.argv, "folder": os.getcwd(), "path": sys.path[0],
     "has_module": "colorsys" in sys.modules, "A": os.environ.get("A"), "B": os.environ.get("B"),
     "inherited": [name for name in os.environ if name.startswith("PPO_RAY_FORK_") or name == "PPO_RAY_FORK"],
@@ -40,13 +42,13 @@ def start(script: Path, variables: dict[str, str], **options: Any) -> subprocess
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def run(folder: Path, variables: dict[str, str]) -> dict[str, Any]:
+def run(folder: Path, variables: dict[str, str], **options: Any) -> dict[str, Any]:
     """Let a worker report what it finds."""
     script = folder / "report.py"
     script.write_text(REPORT)
     place = folder / "place"
     place.mkdir(exist_ok=True)
-    out, err = start(script, variables, cwd=place).communicate(timeout=LIMIT_S)
+    out, err = start(script, variables, cwd=place, **options).communicate(timeout=LIMIT_S)
     assert err == "to standard error\n"
     found: dict[str, Any] = json.loads(out)
     assert found["name"] == "__main__"
@@ -79,6 +81,45 @@ def test_a_forked_worker_is_as_python_would_have_started_it_with_the_modules_the
     assert found["leads_group"]  # with which Ray kills it
     assert wait_for_end(found["parent"])
     assert FORK_SERVER not in os.environ
+
+
+def test_a_forked_worker_has_the_limits_that_ray_gave_to_its_process(tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (321, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        Path("/proc/self/oom_score_adj").write_text("987")
+
+    with fork_server(modules=["colorsys"]):
+        found = run(tmp_path, {FORK: "1"}, preexec_fn=limit)
+    assert found["has_module"]
+    assert (found["open_files"], found["oom_score"]) == (321, "987\n")
+
+
+def test_nothing_is_forked_for_who_was_killed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_module.py").write_text("import colorsys, time\ntime.sleep(2)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    script = tmp_path / "too_late.py"
+    script.write_text(f"open({str(tmp_path / 'forked')!r}, 'w')")
+    with fork_server(modules=["slow_module"]):
+        process = start(script, {FORK: "1"})
+        time.sleep(1)
+        process.kill()
+        process.communicate()
+        assert run(tmp_path, {FORK: "1"})["has_module"]
+    assert not (tmp_path / "forked").exists()
+
+
+def test_where_no_socket_can_be_the_workers_start_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / ("long" * 30)
+    place.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(place))
+    monkeypatch.setenv(FORK_SERVER, "/tmp/ppo-ray-fork-1-abc/socket")
+    with fork_server(modules=["colorsys"]):
+        assert FORK_SERVER not in os.environ
+        assert not run(tmp_path, {FORK: "1"})["has_module"]
+    assert os.environ[FORK_SERVER] == "/tmp/ppo-ray-fork-1-abc/socket"
+    assert not list(place.iterdir())
 
 
 def test_a_request_that_breaks_off_costs_the_server_nothing(tmp_path: Path) -> None:
@@ -119,6 +160,12 @@ def test_a_server_with_a_second_thread_forks_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with fork_server(modules=["with_thread"]):
         assert not run(tmp_path, {FORK: "1"})["has_module"]
+        ends = time.monotonic() + LIMIT_S
+        with pytest.raises(OSError):  # it ends: nobody waits for it in vain
+            while time.monotonic() < ends:
+                with socket.socket(socket.AF_UNIX) as connection:
+                    connection.connect(os.environ[FORK_SERVER])
+                time.sleep(0.05)
 
 
 def test_the_end_of_a_server_is_that_of_its_workers(tmp_path: Path) -> None:
