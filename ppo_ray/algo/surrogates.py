@@ -86,7 +86,7 @@ def gspo_surrogate(
     clip_range_high: float | None = None,
     log_ratio_clamp: float | None = None,
 ) -> PolicyLoss:
-    """Compute GSPO's loss, with one ratio a sequence: sum_it w_i max(-A_it s_it, -A_it clip(s_it, 1-eps, 1+eps_high)).
+    """Compute GSPO's loss, one ratio per sequence: sum_it w_i max(-A_it s_it, -A_it clip(s_it, 1-eps, 1+eps_high)).
 
     s_i = exp(mean_t (logprob_t - old_logprob_t)) is the ratio of the sequences, to the power of 1 / R_i; the token's
     s_it = sg(s_i) p_t / sg(p_t) has its value, and the gradient that each token's own advantage weighs (sg: without

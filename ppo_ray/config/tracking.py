@@ -71,7 +71,7 @@ class TrackingConfig(Section):
     after its newest checkpoint again, and a tracker keeps them as they were first. true: a tracker holds what
     metrics.jsonl holds, to the last digit and second."""
     close_timeout_s: float = Field(default=60.0, gt=0)
-    """Time limit for what is still to be sent when the run has ended, seconds. `ppo-ray track RUN` sends the rest."""
+    """Time limit for what is still to be sent at the end of the run, seconds. `ppo-ray track CONFIG` sends the rest."""
 
 
 def tracking_contradictions(tracking: TrackingConfig) -> Iterator[Contradiction]:

@@ -1,6 +1,6 @@
 """The resources that Ray is asked for: placement groups, and each actor's seat in one of them or on any node.
 
-Apart, every rollout worker has a placement group of its own, one bundle a rank, all on one node; the learner's ranks
+Apart, every rollout worker has a placement group of its own, one bundle per rank, all on one node; the learner's ranks
 share one that is packed, or one for each copy that they shard; reward workers are spread and need none. Colocated,
 learner ranks and reward workers sit in the bundles of the rollout workers and take equal shares of their GPUs.
 """

@@ -178,9 +178,8 @@ class RunRecord:
         if isinstance(parts, list) and parts:
             reward = ", ".join(str(part.get("name")) for part in parts if isinstance(part, dict))
         else:
-            reward = next(
-                (str(get(f"reward.{key}")) for key in ("function", "url", "path") if get(f"reward.{key}")), ""
-            )
+            scorers = (get(f"reward.{key}") for key in ("function", "url", "path", "judge.path"))
+            reward = next((str(scorer) for scorer in scorers if scorer), "")
         facts = {
             "model": get("model.path"),
             "prompts": get("prompts.path"),

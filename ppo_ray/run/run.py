@@ -221,7 +221,10 @@ def describe_run(config: Config, folder: RunFolder) -> Iterator[str]:
         f"model: {config.model.path} ({config.model.dtype}), learning rate {ppo.learning_rate:g}, {ppo.epochs} epochs "
         f"per step, at most {rollout.max_response_tokens} tokens per response"
     )
-    sources = (source.path or source.function or source.url for _, source in config.reward.sources)
+    sources = (
+        source.path or source.function or source.url or (source.judge and f"judge {source.judge.path}")
+        for _, source in config.reward.sources
+    )
     yield f"reward: {', '.join(map(str, sources))}"
     devices = [
         f"{_count(workers, noun)} on {_count(gpus, 'GPU') if gpus else _count(threads, 'CPU thread')}"

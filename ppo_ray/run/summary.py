@@ -1,5 +1,6 @@
 """Summary of a run for people: the last lines on the terminal, and samples.md."""
 
+import json
 import math
 import os
 import re
@@ -63,7 +64,13 @@ def print_summary(
 
 
 def _next_commands(folder: RunFolder, config: Config) -> Iterator[str]:
-    yield f"ppo-ray evaluate {shlex.quote(_show_path(folder.final_checkpoint))}"
+    scorers = config.reward.model_dump(
+        mode="json", include={"function", "url", "judge", "parts"}, exclude_defaults=True
+    )
+    options = (  # which `evaluate` does not take from a checkpoint
+        f"reward.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in scorers.items()
+    )
+    yield shlex.join(["ppo-ray", "evaluate", _show_path(folder.final_checkpoint), *options])
     yield f"ppo-ray view {shlex.quote(_show_path(folder.path))}"
     yield f"tensorboard --logdir {shlex.quote(_show_path(folder.tensorboard))}"
     if config.ppo.learning_rate_schedule == "constant":  # another ends with the steps that it was planned for

@@ -501,3 +501,14 @@ def test_bfloat16_on_a_processor_without_it_is_warned_of(
     assert any("model.dtype" in line for line in describe_run(configured(*asked), RunFolder(Path("run"))))
     monkeypatch.setattr("ppo_ray.plan.plan.multiplies_bfloat16", lambda: True)
     assert planned(configured(*asked), cluster).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["reward.path=null", "reward.function=m:f"], "reward: m:f"),
+        (["reward.path=null", "reward.judge={path: /j, prompt: p.txt, pattern: '(.)'}"], "reward: judge /j"),
+    ],
+)
+def test_a_run_says_what_scores(configured: Configured, options: list[str], shown: str) -> None:
+    assert shown in list(describe_run(configured(*options), RunFolder(Path("run"))))

@@ -1,4 +1,6 @@
 import io
+import json
+import shlex
 
 import pytest
 from rich.console import Console
@@ -66,6 +68,21 @@ def test_summary_says_what_changed_and_where_things_are(console, config, tmp_pat
     schedule = load_config(None, [*CONFIG, "ppo.learning_rate_schedule=linear"])
     print_summary(console, folder, schedule, HISTORY, None, None)
     assert shown(console).count("--resume") == 1
+
+
+def test_the_next_command_names_the_reward_that_a_checkpoint_is_not_believed(console, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = ["output_dir=x", "model.path=m", "prompts.path=p.csv"]
+    judge = {"path": "j", "prompt": "judge's.txt", "pattern": "(yes|no)", "scores": {"yes": 1.0}}
+    parts = [{"name": "length", "function": "m:f", "weight": 0.5}, {"name": "b", "path": "c"}]
+    rewards = ["function=m:f", "url=https://a.b/score", f"judge={json.dumps(judge)}", f"parts={json.dumps(parts)}"]
+    for number, option in enumerate(rewards):
+        config = load_config(None, [*own, f"reward.{option}"])
+        print_summary(console, RunFolder.create(f"runs/{number}"), config, HISTORY, None, None)
+        line = next(line for line in shown(console).splitlines() if f"runs/{number}/checkpoints/final" in line)
+        words = shlex.split(line)
+        assert words[:3] == ["ppo-ray", "evaluate", f"runs/{number}/checkpoints/final"]
+        assert load_config(None, [*own, *words[3:]]).reward == config.reward
 
 
 def test_samples_are_cut_to_the_width_and_move_no_cursor(console, config, tmp_path):
