@@ -25,7 +25,7 @@ def _llama(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=2048,
+        max_position_embeddings=16384,
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=0,

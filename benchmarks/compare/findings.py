@@ -35,7 +35,7 @@ class Findings:
 
     seconds: dict[str, dict[str, float]]
     """By arm and phase."""
-    samples_a_second: dict[str, Spread]
+    samples_per_second: dict[str, Spread]
     speedups: dict[str, Spread]
     """Of ppo_ray over each other arm."""
     bfloat16_speedup: Spread | None
@@ -102,8 +102,8 @@ def find(rounds: Rounds, machines: Sequence[Machine], task: Task) -> Findings:
     sync = task.copies * task.weight_bytes
     return Findings(
         seconds={arm: summary.phase_medians(runs) for arm, runs in rounds.items()},
-        samples_a_second={
-            arm: Spread.of([summary.samples_a_second(run) for run in runs]) for arm, runs in rounds.items()
+        samples_per_second={
+            arm: Spread.of([summary.samples_per_second(run) for run in runs]) for arm, runs in rounds.items()
         },
         speedups={arm: summary.speedup(rounds, OURS, arm) for arm in others},
         bfloat16_speedup=summary.speedup(rounds, OURS_BFLOAT16, OURS) if OURS_BFLOAT16 in others else None,

@@ -26,7 +26,7 @@ class Machine:
     """Rates of float32 products and of copying; products are of a model's linear maps, in its own proportions."""
 
     update_flops: float
-    """FLOP a second of the products of a forward and backward pass over a whole batch's tokens, the head's over its
+    """FLOP per second of the products of a forward and backward pass over a whole batch's tokens, the head's over its
     response tokens. What shares of the machine are counted by."""
     decode_flops: float
     """Of the forward products of one token per sequence, each layer's weights read anew: what generation could be."""

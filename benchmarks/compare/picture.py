@@ -61,7 +61,7 @@ def _draw_seconds(axes: Any, found: Findings) -> None:
 def _draw_samples(axes: Any, found: Findings, rounds: Rounds) -> None:
     """Draw samples per second: a bar from zero to the median, and a line from the lowest round to the highest."""
     for place, arm in enumerate(rounds):
-        spread = found.samples_a_second[arm]
+        spread = found.samples_per_second[arm]
         axes.bar(place, spread.median, color=_ARM_COLOURS[arm], width=0.6)
         axes.plot([place, place], [spread.low, spread.high], color="black", lw=1.5)
         label = f"{spread.median:.2f}"

@@ -73,7 +73,7 @@ def _time_table(found: Findings) -> Table:
         ]
         table.add_row(name, *cells)
     table.add_row("whole step", *(f"{seconds['total']:.2f}" for seconds in found.seconds.values()))
-    table.add_row("samples per second", *(_spread(found.samples_a_second[arm]) for arm in found.seconds))
+    table.add_row("samples per second", *(_spread(found.samples_per_second[arm]) for arm in found.seconds))
     if found.speedups:
         cells = [_spread(found.speedups[arm]) if arm in found.speedups else "1" for arm in found.seconds]
         table.add_row("ppo_ray is faster, times", *cells)
@@ -101,10 +101,10 @@ def _machine_table(found: Findings, machines: Sequence[Machine]) -> Table:
         cells = [f"{found.sync_of_copy:.0%}" if arm == OURS else "-" for arm in found.shares]
         table.add_row("weight sync, of the copy rate", *cells)
     table.caption = (
-        f"float32 products, GFLOP a second: {_spread(rates['update_flops'], '{:.0f}')} at an update's shapes, "
+        f"float32 products, GFLOP per second: {_spread(rates['update_flops'], '{:.0f}')} at an update's shapes, "
         f"{_spread(rates['decode_flops'], '{:.0f}')} at one token per sequence, "
         f"{_spread(rates['large_flops'], '{:.0f}')} of 2048 x 2048; "
-        f"copied: {_spread(rates['copy_bytes'], '{:.1f}')} GB a second"
+        f"copied: {_spread(rates['copy_bytes'], '{:.1f}')} GB per second"
     )
     return table
 

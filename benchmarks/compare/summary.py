@@ -67,7 +67,7 @@ def phase_medians(runs: Sequence[ArmRun]) -> dict[str, float]:
     return found | {"total": statistics.median(step.total_s for step in steps)}
 
 
-def samples_a_second(run: ArmRun) -> float:
+def samples_per_second(run: ArmRun) -> float:
     """Return a run's samples per second: the batch over the median step."""
     steps = steps_to_count(run)
     return len(steps[0].lengths) / statistics.median(step.total_s for step in steps)
@@ -76,7 +76,7 @@ def samples_a_second(run: ArmRun) -> float:
 def speedup(rounds: Rounds, arm: str, other: str) -> Spread:
     """Return how many times faster an arm is than another, compared within each round."""
     pairs = zip(rounds[arm], rounds[other], strict=True)
-    return Spread.of([samples_a_second(ours) / samples_a_second(theirs) for ours, theirs in pairs])
+    return Spread.of([samples_per_second(ours) / samples_per_second(theirs) for ours, theirs in pairs])
 
 
 def share_of_step(runs: Sequence[ArmRun], *phases: str) -> float:

@@ -99,8 +99,9 @@ class Subject:
 
 def _looks(batch: Sequence[GenerationRequest]) -> int:
     """Return how many models look at a batch before it is learnt: the reference, and the policy too if one forward pass
-    does not hold it; of one pass the policy's is the first epoch's own."""
-    return 1 if sum(sum(lengths) - 1 for lengths in lengths_of(batch)) <= LearnerConfig().microbatch_tokens else 2
+    does not hold it; of one pass the policy's is the first epoch's own. A single sequence is one pass."""
+    tokens = sum(sum(lengths) - 1 for lengths in lengths_of(batch))
+    return 1 if len(batch) == 1 or tokens <= LearnerConfig().microbatch_tokens else 2
 
 
 def over_batch(subject: Subject, scale: Scale) -> Iterator[Series]:
@@ -112,9 +113,10 @@ def over_batch(subject: Subject, scale: Scale) -> Iterator[Series]:
 
 def over_length(subject: Subject, scale: Scale) -> Iterator[Series]:
     """Measure update and generation as responses are longer; prompts are short, for their tokens are cheaper."""
-    batches = [(length, subject.requests(scale.length_batch, (length, length), (2, 2))) for length in scale.lengths]
-    yield Series("learner's update", "response tokens", "GFLOP", subject.learn(batches))
-    yield Series("generation", "response tokens", "GFLOP", subject.generate(batches))
+    batches = {length: subject.requests(scale.responses(length), (length, length), (2, 2)) for length in scale.lengths}
+    generated = [(length, batches[length]) for length in scale.generated_lengths]
+    yield Series("learner's update", "response tokens", "GFLOP", subject.learn(list(batches.items())))
+    yield Series("generation", "response tokens", "GFLOP", subject.generate(generated))
 
 
 def over_size(scale: Scale) -> list[Series]:
@@ -143,7 +145,7 @@ def measure(panels: Sequence[str], scale: Scale) -> list[Series]:
     if "size" in panels:
         return over_size(scale)
     with tempfile.TemporaryDirectory() as folder:
-        longest = max(8 + scale.lengths[-1], 8 + 16)
+        longest = 8 + max(16, scale.generated_lengths[-1])
         subject = Subject(scale.shapes[0], Path(folder), scale, max_context=longest)
         series: list[Series] = []
         for panel in panels:

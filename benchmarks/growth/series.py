@@ -24,6 +24,8 @@ class Scale:
     """Of responses, tokens."""
     workers: tuple[int, ...]
     length_batch: int = 16
+    length_tokens: int = 8192
+    """Longer responses are fewer, so that they have so many tokens in all; those are for the learner alone."""
     size_batch: int = 32
     workers_batch: int = 32
     """Trajectories per worker and step."""
@@ -32,12 +34,21 @@ class Scale:
     round_s: float = 0.5
     """A call is repeated for so long per round, and made once at least."""
 
+    def responses(self, length: int) -> int:
+        """Return how many responses of that length there are."""
+        return min(self.length_batch, self.length_tokens // length)
+
+    @property
+    def generated_lengths(self) -> tuple[int, ...]:
+        """Those of which there are `length_batch`: the engine reads its weights once for a token of each."""
+        return tuple(length for length in self.lengths if self.responses(length) == self.length_batch)
+
 
 FULL = Scale(
     "vllm",
     ("16m", "58m", "135m"),
     (16, 32, 64, 128, 256, 512),
-    (8, 16, 32, 64, 128, 256, 512),
+    (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
     (1, 2, 4),
 )
 QUICK = Scale("hf", ("tiny", "16m"), (16, 32, 64), (8, 16, 32), (1, 2), steps=3, round_s=0.05)

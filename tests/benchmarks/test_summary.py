@@ -36,7 +36,7 @@ def test_the_first_step_is_in_no_time_and_what_is_in_no_phase_is_other(found):
 def test_arms_are_compared_within_a_round(found):
     # round 0: 40 s to 10 s; round 1: 20 s to 8 s
     assert found.speedups == {"trl": summary.Spread(3.25, 2.5, 4.0)}
-    assert found.samples_a_second["ppo-ray"] == summary.Spread(pytest.approx(0.225), 0.2, 0.25)
+    assert found.samples_per_second["ppo-ray"] == summary.Spread(pytest.approx(0.225), 0.2, 0.25)
 
 
 def test_shares_of_the_machine(found):
