@@ -31,10 +31,10 @@ attention windows shorter than the sequences. `python -m tests.architectures.tab
 
 - **learner**: log-probabilities, values and gradients of packed rows are those of transformers' own forward pass over
   each sequence alone, without padding, to 2e-5 in float32; a saved checkpoint loads with equal logits. {exact} of
-  {total} are exact. The others are refused in these words before anything is learnt.
+  {total} are exact. The others are refused before anything is learnt, with the reason in the table.
 - **transformers engine** (`rollout.engine=hf`) and **vLLM**: log-probabilities of sampled tokens are the model's own,
-  to 1e-4 and 2e-4 nats, before a weight update and after it; `within 0.001 nats` is what a run's self-check takes.
-  vLLM was tried on a CPU. What it computes otherwise than the model, or cannot run, is refused in these words before
+  before a weight update and after it: with transformers to 1e-4 nats, with vLLM to 2e-4. vLLM was tried on a CPU. What
+  it computes otherwise than the model, or cannot run, is refused with the reason in the table, before
   anything starts. Qwen2, Qwen2-MoE and Qwen3 were tried without attention windows, with which vLLM is refused, and
   Llama 4 with chunks of attention as long as the sequences.
 

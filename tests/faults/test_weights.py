@@ -1,5 +1,6 @@
 """Engines that do not serve what they were sent: nothing is learnt from what they sample."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -71,5 +72,6 @@ def test_check_shows_each_engine(ppo_ray: CommandLine, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "rollout-0" in result.stdout and "rollout-1" in result.stdout
     assert "every engine computes with the weights it was sent" in result.stdout
+    assert re.search(r"the disk of output_dir takes [\d,]+ MB/s", result.stdout)
     assert not (tmp_path / "run").exists()
     assert ppo_ray.wait_until_gone() == []
