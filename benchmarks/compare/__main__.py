@@ -44,7 +44,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="notebook", help="lengths of prompts and responses")
     sizes = ", ".join(f"{shape.batch_size} for {name}" for name, shape in SHAPES.items())
     parser.add_argument("--batch-size", type=int, default=0, help=f"samples per step; default: {sizes}")
-    parser.add_argument("--steps", type=int, default=10, help="of each run, the first of which is in no time")
+    steps = ", ".join(f"{shape.steps} for {name}" for name, shape in SHAPES.items())
+    parser.add_argument(
+        "--steps", type=int, default=0, help=f"of each run, the first of which is in no time; default: {steps}"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="each runs all arms, with a seed of its own")
     parser.add_argument("--first-seed", type=int, default=0, help="of the first round; each later round has the next")
     parser.add_argument("--threads", type=int, default=2, help="that every phase of every arm may use")
@@ -54,6 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="section.option=value, for ppo_ray alone")
     given = parser.parse_intermixed_args()
     given.batch_size = given.batch_size or SHAPES[given.shape].batch_size
+    given.steps = given.steps or SHAPES[given.shape].steps
     if given.steps < 2 or min(given.batch_size, given.rounds, given.threads) < 1:
         parser.error("--steps must be at least 2, as the first is in no time; the others at least 1")
     return given

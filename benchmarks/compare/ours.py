@@ -24,21 +24,25 @@ class Shape:
 
     batch_size: int
     """Samples per step, where none are asked for."""
+    steps: int
+    """Of a run, where none are asked for."""
     options: dict[str, Any]
-    """Of prompts and responses."""
+    """Of prompts and responses, and of the learner's passes."""
 
 
 SHAPES = {
     # TRL's LengthSampler(2, 8) and LengthSampler(4, 16) never draw the upper bound
-    "notebook": Shape(32, {"prompts.max_tokens": 7, "rollout.max_response_tokens": 15}),
+    "notebook": Shape(32, 10, {"prompts.max_tokens": 7, "rollout.max_response_tokens": 15}),
     "chat": Shape(
         16,
+        5,
         {
             "prompts.min_chars": 1000,
             "prompts.min_tokens": 64,
             "prompts.max_tokens": 128,
             "rollout.min_response_tokens": 64,
             "rollout.max_response_tokens": 64,
+            "learner.microbatch_tokens": 4096,  # one pass holds the batch, as TRL's does
         },
     ),
 }
