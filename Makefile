@@ -35,7 +35,7 @@ demo-arithmetic: setup ## teach a 135M chat model sums, with the right answers a
 
 # TRL 0.11.3 wants libraries of its time, so it lives in an environment of its own.
 SHAPES ?= notebook chat
-benchmark: assets ## ppo_ray beside TRL 0.11.3: two hours, see docs/internals.md (SHAPES=notebook: one; ARGS="--rounds 1")
+benchmark: assets ## ppo_ray beside TRL 0.11.3: two to three hours, see docs/internals.md (SHAPES=notebook: one; ARGS="--rounds 1")
 	@$(or $(PYTHON),python3) requirements/set_up.py trl
 	@for shape in $(SHAPES); do $(BIN)/python -m benchmarks.compare --shape $$shape $(ARGS); done
 

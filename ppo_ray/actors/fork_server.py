@@ -40,6 +40,8 @@ _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",  # a process that has looked at a GPU cannot be forked
 }
 """Of the server; a worker has its own."""
+_servers: list[subprocess.Popen[bytes]] = []
+"""Of this process: one, or none."""
 _AT_ONCE = "--at-once"
 _REQUEST_S = 10.0
 
@@ -56,16 +58,18 @@ def fork_server(at_once: bool = False, modules: Sequence[str] = MODULES) -> Iter
         at_once: whether it imports now, and not when the first worker is asked for.
         modules: that it imports.
     """
-    before, prefix = os.environ.get(FORK_SERVER), f"ppo-ray-fork-{os.getpid()}-"
-    if before and prefix in before:
+    if _servers:
         yield
         return
-    os.environ.pop(FORK_SERVER, None)
+    before = os.environ.pop(FORK_SERVER, None)  # of another process
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             place = os.environ.get("RAY_TMPDIR") or "/tmp"  # as Ray's own sockets; no other account enters the folder
-            folder = stack.enter_context(tempfile.TemporaryDirectory("", prefix, place, ignore_cleanup_errors=True))
-            stack.callback(_end, _start(folder, at_once, modules))
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="ppo-ray-fork-", dir=place, ignore_cleanup_errors=True)
+            )
+            _servers.append(_start(folder, at_once, modules))
+            stack.callback(_end)
             os.environ[FORK_SERVER] = f"{folder}/socket"
         try:
             yield
@@ -91,9 +95,16 @@ def _start(folder: str, at_once: bool, modules: Sequence[str]) -> subprocess.Pop
         )
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
-    """Kill a server and the workers that it forked."""
-    workers = psutil.Process(server.pid).children() if server.poll() is None else []
+def find_forked() -> list[psutil.Process]:
+    """Return the workers that were forked off this process's server and live."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [worker for server in _servers for worker in psutil.Process(server.pid).children()]
+    return []
+
+
+def _end() -> None:
+    """Kill the server and the workers that it forked."""
+    workers, server = find_forked(), _servers.pop()
     server.kill()
     server.communicate()
     _kill(workers)

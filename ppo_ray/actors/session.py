@@ -15,7 +15,7 @@ import ray
 from ray._private import node as ray_node
 
 from ppo_ray.actors import setup_worker
-from ppo_ray.actors.fork_server import fork_server
+from ppo_ray.actors.fork_server import find_forked, fork_server
 from ppo_ray.actors.setup_worker import OF_RAY
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError, Interrupted, WorkerError
@@ -96,13 +96,12 @@ def _private_ray(config: RayConfig) -> Iterator[None]:
     """Start a Ray of its own for the length of a block; see `ray_session`."""
     # Ray's sockets allow a path of 107 characters, and it makes a folder of its own below this one
     folder = tempfile.mkdtemp(prefix="ppo-ray-", dir=os.environ.get("RAY_TMPDIR") or "/tmp")
-    before = psutil.Process().children(recursive=True)
+    before = psutil.Process().children()
     started: list[psutil.Process] = []
 
     def find_own() -> list[psutil.Process]:
-        """Return Ray's processes and its workers; those that were forked are children of the fork server."""
-        found = [child for process in (*started, *before) for child in _descendants(process)]
-        return [*started, *(child for child in found if child not in before)]
+        """Return Ray's processes, its workers among them."""
+        return [*started, *(child for process in started for child in _descendants(process)), *find_forked()]
 
     try:
         with _own_environment():
