@@ -269,12 +269,11 @@ class VLLMEngine:
         return self._sleep.can_drop
 
     def close(self) -> None:
-        """Free the model and its caches."""
-        from vllm.distributed import cleanup_dist_env_and_memory
-
+        """Free the model and its caches; another engine may be started in this process then."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()  # else Python does it some time, to the next engine
         self._llm = None
         gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def engine_environment(gpus: float) -> dict[str, str]:
