@@ -57,6 +57,10 @@ TOLERANCE = 1.25
 """How many times the seconds that a unit of work took at any smaller point it may take: the rest is called growth."""
 
 
+_TICKS = 7
+"""Labels that fit below a panel."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One measurement."""
@@ -141,6 +145,7 @@ def draw(series: Sequence[Series], path: Path) -> None:
         axes.axhline(TOLERANCE, color="#cc3311", ls="--", lw=2, label=f"limit: {TOLERANCE:g}")
         axes.set(xscale="log", xlabel=f"{panel} (log scale)")
         ticks = sorted({point.x for one in shown for point in one.points})
+        ticks = ticks[:: -(-len(ticks) // _TICKS)]
         axes.set_xticks(ticks, [f"{value:g}" for value in ticks], fontsize=8)
         axes.minorticks_off()
         axes.grid(alpha=0.25, lw=0.6)
