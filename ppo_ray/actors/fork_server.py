@@ -95,7 +95,7 @@ def _start(folder: str, at_once: bool, modules: Sequence[str]) -> subprocess.Pop
         )
 
 
-def find_forked() -> list[psutil.Process]:
+def find_workers() -> list[psutil.Process]:
     """Return the workers that were forked off this process's server and live."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return [worker for server in _servers for worker in psutil.Process(server.pid).children()]
@@ -104,7 +104,7 @@ def find_forked() -> list[psutil.Process]:
 
 def _end() -> None:
     """Kill the server and the workers that it forked."""
-    workers, server = find_forked(), _servers.pop()
+    workers, server = find_workers(), _servers.pop()
     server.kill()
     server.communicate()
     _kill(workers)

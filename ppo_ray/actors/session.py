@@ -15,7 +15,7 @@ import ray
 from ray._private import node as ray_node
 
 from ppo_ray.actors import setup_worker
-from ppo_ray.actors.fork_server import find_forked, fork_server
+from ppo_ray.actors.fork_server import find_workers, fork_server
 from ppo_ray.actors.setup_worker import OF_RAY
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError, Interrupted, WorkerError
@@ -101,7 +101,7 @@ def _private_ray(config: RayConfig) -> Iterator[None]:
 
     def find_own() -> list[psutil.Process]:
         """Return Ray's processes, its workers among them."""
-        return [*started, *(child for process in started for child in _descendants(process)), *find_forked()]
+        return [*started, *(child for process in started for child in _descendants(process)), *find_workers()]
 
     try:
         with _own_environment():
