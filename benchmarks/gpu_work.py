@@ -91,6 +91,8 @@ def make_config(name: str, options: argparse.Namespace, folder: Path) -> Config:
     for option, value in work.options.items():
         section, _, key = option.partition(".")
         sections[section][key] = value
+    if options.batch_size and (size := sections["ppo"].get("minibatch_size")):  # as many mini-batches
+        sections["ppo"]["minibatch_size"] = max(1, size * options.batch_size // work.batch_size)
     if options.microbatch_tokens:
         sections["learner"]["microbatch_tokens"] = options.microbatch_tokens
     return Config.model_validate(sections)

@@ -72,6 +72,11 @@ def test_each_work_is_a_config(name: str, tmp_path: Path) -> None:
     assert config.max_context >= WORKS[name].prompts[1] + WORKS[name].responses[1]
 
 
+def test_another_batch_has_as_many_mini_batches(tmp_path: Path) -> None:
+    config = make_config("0.5b", gpu.make_parser().parse_args(["--batch-size", "8"]), tmp_path)
+    assert (config.rollout.batch_size, config.ppo.minibatch_size) == (8, 2)
+
+
 def test_too_little_memory_is_said_in_words_before_anything_is_made(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
