@@ -56,7 +56,6 @@ QUICK = Scale("hf", ("tiny", "16m"), (16, 32, 64), (8, 16, 32), (1, 2), steps=3,
 TOLERANCE = 1.25
 """How many times the seconds that a unit of work took at any smaller point it may take: the rest is called growth."""
 
-
 _TICKS = 7
 """Labels that fit below a panel."""
 

@@ -107,7 +107,7 @@ def _end() -> None:
     workers, server = find_workers(), _servers.pop()
     server.kill()
     server.communicate()
-    _kill(workers)
+    kill(workers)
 
 
 class _Server:
@@ -134,7 +134,7 @@ class _Server:
                     with connection, contextlib.suppress(OSError, ValueError):  # who asked may have been killed
                         if (request := self._answer(connection)) is not None:
                             return request
-        _kill(psutil.Process().children())
+        kill(psutil.Process().children())
         return None
 
     def _answer(self, connection: socket.socket) -> dict[str, Any] | None:
@@ -180,10 +180,11 @@ def _has_one_thread() -> bool:
     return len(os.listdir("/proc/self/task")) == 1
 
 
-def _kill(workers: Sequence[psutil.Process]) -> None:
-    for worker in workers:
+def kill(processes: Sequence[psutil.Process]) -> None:
+    """Kill those of these processes that still live."""
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            worker.kill()
+            process.kill()
 
 
 def _become(request: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import ray
 from ray._private import node as ray_node
 
 from ppo_ray.actors import setup_worker
-from ppo_ray.actors.fork_server import find_workers, fork_server
+from ppo_ray.actors.fork_server import find_workers, fork_server, kill
 from ppo_ray.actors.setup_worker import OF_RAY
 from ppo_ray.config import RayConfig
 from ppo_ray.errors import InputError, Interrupted, WorkerError
@@ -155,17 +155,13 @@ def _shut_down(processes: list[psutil.Process]) -> None:
     """Disconnect; wait for every process of a Ray that was started here, and kill those that remain."""
     ray.shutdown()
     _, alive = psutil.wait_procs(processes, timeout=_EXIT_S)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    kill(alive)
     psutil.wait_procs(alive, timeout=_EXIT_S)
 
 
 def _end_at_once(processes: list[psutil.Process], folder: str, code: int) -> NoReturn:
     """End this process without closing anything; kill the Ray that was started here, and remove its folder."""
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    kill(processes)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(code)
 

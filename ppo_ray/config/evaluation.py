@@ -36,7 +36,7 @@ _SAID = (
     "ray.address",
 )
 """The options that are dropped and said: they run code, trust files or connect to another machine."""
-_SCORERS = {
+SCORERS = {
     "reward.function": "code that is not run",
     "reward.url": "a server that is sent nothing",
     "reward.judge": "a model and files that are not read",
@@ -79,14 +79,14 @@ def load_evaluation_config(checkpoint: str | Path, overrides: Sequence[str] = ()
         for key in _SAID
         if key not in given and options.get(key, defaults[key]) != defaults[key]
     ]
-    scored_by = next((key for key in _SCORERS if options.get(key)), None)
-    if scored_by and not {"reward.path", *_SCORERS} & given:
+    scored_by = next((key for key in SCORERS if options.get(key)), None)
+    if scored_by and not {"reward.path", *SCORERS} & given:
         raise InputError(
-            f"{source}: the run was scored by {scored_by}={str(options[scored_by])[:QUOTED]}, {_SCORERS[scored_by]} "
+            f"{source}: the run was scored by {scored_by}={str(options[scored_by])[:QUOTED]}, {SCORERS[scored_by]} "
             f"because a checkpoint names it. If you trust it, give {scored_by}=... here, or a classifier: "
             "reward.path=..."
         )
-    if _SCORERS.keys() & given:
+    if SCORERS.keys() & given:
         taken.pop("reward.path", None)
     for path, revision in (("reward.path", "reward.revision"), ("prompts.path", "prompts.revision")):
         if path in given or path not in taken:

@@ -94,7 +94,7 @@ def attend(
         ValueError: the model wants more than causal attention, such as a window or a bias of positions.
     """
     if attention_mask is None or attention_mask.dtype != torch.int32:
-        return _attend_by_torch(module, query, key, value, attention_mask, **options)
+        return _attend_by_torch(module, (query, key, value), attention_mask, **options), None
     more = ("sliding_window", "position_bias", "cache", "s_aux", "softcap")
     beyond = [name for name in more if options.get(name) is not None]
     causal = options.get("is_causal") in (None, True) and getattr(module, "is_causal", True)
@@ -119,29 +119,30 @@ def attend(
     for (length, number), *split in zip(
         runs, *(tensor[0].split(sizes, 1) for tensor in (query, key, value)), strict=True
     ):
-        q, k, v = (tensor.unflatten(1, (number, length)).transpose(0, 1) for tensor in split)
-        attended, _ = _attend_by_torch(module, q, k, v, None, scaling=scale, is_causal=True)
-        parts.append(attended.flatten(0, 1))
+        alone = [tensor.unflatten(1, (number, length)).transpose(0, 1) for tensor in split]
+        parts.append(_attend_by_torch(module, alone, None, scaling=scale, is_causal=True).flatten(0, 1))
     return (torch.cat(parts) if len(parts) > 1 else parts[0])[None], None
 
 
 def _attend_by_torch(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend as transformers' `sdpa`, on a CPU to short sequences of 16 bits in float32: see `_SHORT`."""
+    module: torch.nn.Module, tensors: Sequence[torch.Tensor], mask: torch.Tensor | None, **options: Any
+) -> torch.Tensor:
+    """Attend as transformers' `sdpa`, on a CPU to short sequences of 16 bits in float32: see `_SHORT`.
+
+    Args:
+        module: as in `attend`.
+        tensors: queries, keys and values.
+        mask: of them, or None.
+        **options: as in `attend`.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    tensors, dtype = (query, key, value), query.dtype
+    query, dtype = tensors[0], tensors[0].dtype
     if query.device.type == "cpu" and dtype.itemsize == 2 and query.shape[2] < _SHORT:
-        tensors = query.float(), key.float(), value.float()
+        tensors = [tensor.float() for tensor in tensors]
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
     attended, _ = sdpa_attention_forward(module, *tensors, mask, **options)
-    return attended.to(dtype), None
+    return attended.to(dtype)
 
 
 def _takes_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:

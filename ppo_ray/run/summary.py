@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ppo_ray import atomic
 from ppo_ray.config import Config
+from ppo_ray.config.evaluation import SCORERS
 from ppo_ray.events import say
 from ppo_ray.run.evaluation import Evaluation
 from ppo_ray.run.folder import RunFolder
@@ -64,10 +65,9 @@ def print_summary(
 
 
 def _next_commands(folder: RunFolder, config: Config) -> Iterator[str]:
-    scorers = config.reward.model_dump(
-        mode="json", include={"function", "url", "judge", "parts"}, exclude_defaults=True
-    )
-    options = (  # which `evaluate` does not take from a checkpoint
+    names = {key.removeprefix("reward.") for key in SCORERS}  # which `evaluate` does not take from a checkpoint
+    scorers = config.reward.model_dump(mode="json", include=names, exclude_defaults=True)
+    options = (
         f"reward.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in scorers.items()
     )
     yield shlex.join(["ppo-ray", "evaluate", _show_path(folder.final_checkpoint), *options])
