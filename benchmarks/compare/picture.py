@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compare.arms import ARMS, FIGURES, OURS, PHASES
+from benchmarks.compare.arms import ARMS, FIGURES, OURS, OURS_BFLOAT16, PHASES
 from benchmarks.compare.findings import LEAST_SPEEDUP, Findings
 from benchmarks.compare.summary import Rounds
 
@@ -25,7 +25,7 @@ def draw(found: Findings, rounds: Rounds, path: Path) -> None:
     figure: Any = Figure(figsize=(11, 6.5), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subfigures(2, 1, height_ratios=(3, 4))
-    seconds, samples = upper.subplots(1, 2, width_ratios=(3, 2))
+    seconds, samples = upper.subplots(1, 2, width_ratios=(3, 2), sharey=True)
     _draw_seconds(seconds, found)
     _draw_samples(samples, found, rounds)
     for axes, name in zip(lower.subplots(1, len(FIGURES)), FIGURES, strict=True):
@@ -35,7 +35,7 @@ def draw(found: Findings, rounds: Rounds, path: Path) -> None:
 
 
 def _draw_seconds(axes: Any, found: Findings) -> None:
-    """Stack the phases' medians, one bar per arm, the first one on top, with its total.
+    """Stack the phases' medians, one bar per arm, the first one on top, with the median of whole steps.
 
     A phase that is below 1% of every arm's step is too small to be seen, and left out of the legend.
     """
@@ -48,8 +48,9 @@ def _draw_seconds(axes: Any, found: Findings) -> None:
             label = "_"  # matplotlib's mark of what has no place in a legend
         axes.barh(names, widths, left=left, color=_PHASE_COLOURS[phase], label=label)
         left += widths
-    for name, whole in zip(names, left, strict=True):
-        axes.annotate(f"{whole:.1f} s", (whole, name), xytext=(4, 0), textcoords="offset points", va="center")
+    for name, stop, seconds in zip(names, left, found.seconds.values(), strict=True):
+        label = f"{seconds['total']:.1f} s"
+        axes.annotate(label, (stop, name), xytext=(4, 0), textcoords="offset points", va="center")
     axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.set_xlabel("seconds", fontsize=9)
@@ -60,19 +61,21 @@ def _draw_seconds(axes: Any, found: Findings) -> None:
 
 def _draw_samples(axes: Any, found: Findings, rounds: Rounds) -> None:
     """Draw samples per second: a bar from zero to the median, and a line from the lowest round to the highest."""
-    for place, arm in enumerate(rounds):
-        spread = found.samples_per_second[arm]
-        axes.bar(place, spread.median, color=_ARM_COLOURS[arm], width=0.6)
-        axes.plot([place, place], [spread.low, spread.high], color="black", lw=1.5)
+    for arm in rounds:
+        spread, name = found.samples_per_second[arm], ARMS[arm]
+        axes.barh(name, spread.median, color=_ARM_COLOURS[arm], height=0.6)
+        axes.plot([spread.low, spread.high], [name, name], color="black", lw=1.5)
         label = f"{spread.median:.2f}"
-        if arm == OURS:
-            others = [other for other in LEAST_SPEEDUP if other in found.speedups]
-            times = (f"{found.speedups[other].median:.1f} x {ARMS[other]}" for other in others)
-            label = "\n".join([label, *times])
-        axes.annotate(label, (place, spread.high), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_xticks(range(len(rounds)), [ARMS[arm].replace(", ", ",\n") for arm in rounds], fontsize=8)
+        times = [f"{found.speedups[other].median:.1f}" for other in LEAST_SPEEDUP if other in found.speedups]
+        if arm == OURS and times:
+            label += f": {' and '.join(times)} times TRL"
+        if arm == OURS_BFLOAT16 and found.bfloat16_speedup is not None:
+            label += f": {found.bfloat16_speedup.median:.1f} times float32"
+        axes.annotate(label, (spread.high, name), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_xlim(0, 1.7 * max(spread.high for spread in found.samples_per_second.values()))
+    axes.tick_params(labelleft=False)
+    axes.set_xlabel("samples per second", fontsize=9)
     axes.set_title("samples per second, medians and rounds", fontsize=10)
-    axes.margins(x=0.12, y=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
