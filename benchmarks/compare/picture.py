@@ -61,12 +61,12 @@ def _draw_seconds(axes: Any, found: Findings) -> None:
 
 def _draw_samples(axes: Any, found: Findings, rounds: Rounds) -> None:
     """Draw samples per second: a bar from zero to the median, and a line from the lowest round to the highest."""
+    times = [f"{found.speedups[other].median:.1f}" for other in LEAST_SPEEDUP if other in found.speedups]
     for arm in rounds:
         spread, name = found.samples_per_second[arm], ARMS[arm]
         axes.barh(name, spread.median, color=_ARM_COLOURS[arm], height=0.6)
         axes.plot([spread.low, spread.high], [name, name], color="black", lw=1.5)
         label = f"{spread.median:.2f}"
-        times = [f"{found.speedups[other].median:.1f}" for other in LEAST_SPEEDUP if other in found.speedups]
         if arm == OURS and times:
             label += f": {' and '.join(times)} times TRL"
         if arm == OURS_BFLOAT16 and found.bfloat16_speedup is not None:
