@@ -4,6 +4,7 @@ CPUs and memory are those of its container or its job, not those of the machine 
 """
 
 import contextlib
+import ctypes
 import gc
 import os
 import sys
@@ -19,6 +20,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _CPUINFO = Path("/proc/cpuinfo")
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # Intel's and AMD's, Intel's, Arm's
+_ALL_ARENAS = 4096  # jemalloc's MALLCTL_ARENAS_ALL
 _LEAST_UNPACKED = 64 << 20
 TIMES = 100
 """How many times its size a packed file may unpack to: lines of one letter, uncompressed, take sixty."""
@@ -58,6 +60,15 @@ def measure_disk(folder: Path, num_bytes: int = 256 << 20) -> float:
             file.write(content)
         os.fsync(file.fileno())
         return num_bytes / (time.monotonic() - began)
+
+
+def return_freed_memory() -> None:
+    """Return the pages that this process has freed, and that its allocator keeps, to the system."""
+    allocator = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):  # jemalloc's
+        allocator.mallctl(b"arena.%d.purge" % _ALL_ARENAS, None, None, None, ctypes.c_size_t(0))
+    with contextlib.suppress(AttributeError):  # glibc's
+        allocator.malloc_trim(0)
 
 
 def multiplies_bfloat16() -> bool:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from ppo_ray import machine
+from ppo_ray.plan import demand
 
 Container = Callable[[str, Mapping[str, str]], None]
 
@@ -127,3 +128,35 @@ def test_a_processors_flags_say_whether_it_multiplies_bfloat16(
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
     assert machine.multiplies_bfloat16() is multiplies
+
+
+MEMORY = """
+import numpy, psutil
+from ppo_ray.machine import return_freed_memory
+from pathlib import Path
+measure = lambda: psutil.Process().memory_info().rss >> 20
+before, held = measure(), [numpy.ones(1 << 17) for _ in range(300)]  # of 1 MiB each
+held = held[::150]  # they keep what lies beside them from the end of the heap
+freed = measure()
+return_freed_memory()
+print(freed - before, measure() - before, "libjemalloc" in Path("/proc/self/maps").read_text())
+"""
+
+
+@pytest.mark.parametrize("allocator", ["jemalloc", "glibc"])
+def test_an_actors_freed_memory_is_kept_until_it_is_returned(allocator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {name: value for name, value in demand.CPU_ALLOCATION.items() if name != "LD_PRELOAD"}
+    if allocator == "jemalloc":
+        monkeypatch.delenv("LD_PRELOAD", raising=False)
+        own |= demand._prefer_jemalloc()
+    command = [sys.executable, "-c", MEMORY]
+    found = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=True, timeout=60)
+    assert not found.stderr
+    kept, rest, is_jemalloc = found.stdout.split()
+    assert int(kept) > 280 and int(rest) < 50
+    assert (is_jemalloc == "True") == (allocator == "jemalloc")
+
+
+def test_an_allocator_that_the_user_preloads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc.so")
+    assert demand._prefer_jemalloc() == {}

@@ -18,6 +18,7 @@ from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.learner.fsdp import gather_full, shard_like
 from ppo_ray.learner.ranks import detect_lost_peers
 from ppo_ray.learner.sharding import Sharding
+from ppo_ray.machine import return_freed_memory
 from ppo_ray.models.actor_critic import ActorCritic
 from ppo_ray.weights.acks import Agreement
 from ppo_ray.weights.snapshot import Wire
@@ -84,8 +85,9 @@ class WeightProbe:
                 parameter.copy_(shard_like(moved, parameter))
             yield
         finally:
-            for parameter, original in zip(parameters, kept, strict=True):
-                parameter.copy_(original)
+            for parameter in reversed(parameters):
+                parameter.copy_(kept.pop())
+            return_freed_memory()  # the updates would have their tensors beside the gaps that these copies leave
 
     def _size_adapters(self) -> dict[torch.nn.Parameter, float]:
         """Return the size of the move of each B, with which scale x B A moves by a tenth of the size of W."""

@@ -1,8 +1,11 @@
 """Resources that the actors of each kind need, and the CPUs that they reserve."""
 
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from ppo_ray.config import Config, in_job
@@ -96,12 +99,27 @@ def actor_specs(config: Config, kinds: Sequence[Kind] = KINDS) -> dict[str, Acto
     return {kind: replace(specs[kind], turns=turns[kind]) for kind in kinds}
 
 
+def _prefer_jemalloc() -> dict[str, str]:
+    """Return the environment of a process that allocates by the jemalloc that Ray brings along; empty where it cannot.
+
+    glibc asks for more than the size of a tensor, to align it. So what a tensor of that size has freed is too small for
+    the next one. In a learner a quarter of glibc's memory is such holes.
+    """
+    spec = find_spec("ray")
+    found = [Path(folder, "core", "libjemalloc.so") for folder in spec.submodule_search_locations or ()] if spec else []
+    # Arm's pages may be larger than those that it was built for; and who preloads a library has chosen one
+    if platform.machine() != "x86_64" or "LD_PRELOAD" in os.environ or not any(path.is_file() for path in found):
+        return {}
+    return {"LD_PRELOAD": str(found[0]), "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1"}
+
+
 CPU_ALLOCATION = {
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
     "MALLOC_ARENA_MAX": "1",  # actors work in threads, whose own arenas map and unmap every large tensor
+    **_prefer_jemalloc(),
 }
-"""Environment variables by which glibc keeps freed pages: their first touch costs as much as their use."""
+"""Environment variables by which glibc or jemalloc keeps freed pages: their first touch costs as much as their use."""
 
 CPU_ENVIRONMENT = {
     # vLLM compiles its log-probability kernel even in eager mode: 10 s at the first call, nothing gained on a CPU

@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 
 from ppo_ray.config import Transport
 from ppo_ray.errors import WorkerError
+from ppo_ray.machine import return_freed_memory
 from ppo_ray.models.tensors import list_names
 from ppo_ray.rollout import vllm_loader as vllm_loader  # registers the load formats
 from ppo_ray.rollout.vllm_adapters import AdapterModel, Shapes
@@ -112,6 +113,8 @@ class CheckedBackend:
     def finish_weight_update(self) -> None:
         """Let the backend finish, and pack what shares its weights with a layer that was replaced.
 
+        On a CPU the memory that is free then goes back to the system: others take it before the next update comes.
+
         Raises:
             WorkerError: a layer is as it was, and has no weights but packed ones.
         """
@@ -125,6 +128,8 @@ class CheckedBackend:
             raise WorkerError(f"vLLM got no new weights for {list_names(stale)}, and would compute with those before")
         for layer in unpacked:
             layer.quant_method.process_weights_after_loading(layer)
+        if current_platform.is_cpu():  # an embedding was there twice, and loading the model has left more behind
+            return_freed_memory()
 
 
 class WorkerExtension:
