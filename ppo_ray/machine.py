@@ -20,7 +20,6 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _CPUINFO = Path("/proc/cpuinfo")
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # Intel's and AMD's, Intel's, Arm's
-_ALL_ARENAS = 4096  # jemalloc's MALLCTL_ARENAS_ALL
 _LEAST_UNPACKED = 64 << 20
 TIMES = 100
 """How many times its size a packed file may unpack to: lines of one letter, uncompressed, take sixty."""
@@ -63,10 +62,10 @@ def measure_disk(folder: Path, num_bytes: int = 256 << 20) -> float:
 
 
 def return_freed_memory() -> None:
-    """Return the pages that this process has freed, and that its allocator keeps, to the system."""
+    """Give memory that this process has freed, and its allocator has kept, back to the system."""
     allocator = ctypes.CDLL(None)
-    with contextlib.suppress(AttributeError):  # jemalloc's
-        allocator.mallctl(b"arena.%d.purge" % _ALL_ARENAS, None, None, None, ctypes.c_size_t(0))
+    with contextlib.suppress(AttributeError):  # jemalloc's; 4096 stands for all arenas
+        allocator.mallctl(b"arena.4096.purge", None, None, None, ctypes.c_size_t(0))
     with contextlib.suppress(AttributeError):  # glibc's
         allocator.malloc_trim(0)
 

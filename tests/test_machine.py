@@ -145,9 +145,9 @@ print(freed - before, measure() - before, "libjemalloc" in Path("/proc/self/maps
 
 @pytest.mark.parametrize("allocator", ["jemalloc", "glibc"])
 def test_an_actors_freed_memory_is_kept_until_it_is_returned(allocator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)  # tests that start engines in this process set it
     own = {name: value for name, value in demand.CPU_ALLOCATION.items() if name != "LD_PRELOAD"}
     if allocator == "jemalloc":
-        monkeypatch.delenv("LD_PRELOAD", raising=False)
         own |= demand._prefer_jemalloc()
     command = [sys.executable, "-c", MEMORY]
     found = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=True, timeout=60)

@@ -87,7 +87,7 @@ class WeightProbe:
         finally:
             for parameter in reversed(parameters):
                 parameter.copy_(kept.pop())
-            return_freed_memory()  # the updates would have their tensors beside the gaps that these copies leave
+            return_freed_memory()  # else the updates need new memory beside the gaps that these copies leave
 
     def _size_adapters(self) -> dict[torch.nn.Parameter, float]:
         """Return the size of the move of each B, with which scale x B A moves by a tenth of the size of W."""

@@ -100,17 +100,17 @@ def actor_specs(config: Config, kinds: Sequence[Kind] = KINDS) -> dict[str, Acto
 
 
 def _prefer_jemalloc() -> dict[str, str]:
-    """Return the environment of a process that allocates by the jemalloc that Ray brings along; empty where it cannot.
+    """Return the environment of a process that allocates with jemalloc, of Ray's package; empty where it cannot.
 
-    glibc asks for more than the size of a tensor, to align it. So what a tensor of that size has freed is too small for
-    the next one. In a learner a quarter of glibc's memory is such holes.
+    To align a tensor, glibc looks for more free memory than its size. So the gap that a tensor leaves is too small for
+    the next one of that size. In a learner a quarter of glibc's memory was such gaps.
     """
-    spec = find_spec("ray")
-    found = [Path(folder, "core", "libjemalloc.so") for folder in spec.submodule_search_locations or ()] if spec else []
+    spec = find_spec("ray")  # which does not import it
+    library = Path(spec.origin if spec and spec.origin else "").parent / "core" / "libjemalloc.so"
     # Arm's pages may be larger than those that it was built for; and who preloads a library has chosen one
-    if platform.machine() != "x86_64" or "LD_PRELOAD" in os.environ or not any(path.is_file() for path in found):
+    if platform.machine() != "x86_64" or "LD_PRELOAD" in os.environ or not library.is_file():
         return {}
-    return {"LD_PRELOAD": str(found[0]), "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1"}
+    return {"LD_PRELOAD": str(library), "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1"}
 
 
 CPU_ALLOCATION = {
