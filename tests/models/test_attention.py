@@ -87,7 +87,8 @@ def policy(request: pytest.FixtureRequest) -> CausalLMWithValueHead:
     return make_policy(request.param)
 
 
-SIZES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=9)
+SIZES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=9)
+"""Of prompts and responses: sequences are shorter and longer than the 8 units of a head."""
 
 
 @settings(max_examples=20, deadline=None)
@@ -162,6 +163,35 @@ def test_on_a_cpu_short_sequences_of_16_bits_are_attended_to_in_float32(masked: 
     for one, other in zip(leaves, exact, strict=True):
         assert one.grad is not None and other.grad is not None
         assert torch.equal(one.grad, other.grad.to(torch.bfloat16))
+
+
+def test_short_sequences_are_padded_where_at_most_half_is_padding() -> None:
+    group = attention._group
+    assert group([9, 9, 4, 3, 3, 1], padded_up_to=4) == [[9, 9], [4, 3, 3, 1]]
+    assert group([4, 1, 1, 1], padded_up_to=4) == [[4, 1, 1], [1]]  # 4 x 4 > 2 x 7
+    assert group([1, 4, 2, 9, 4], padded_up_to=4) == [[1, 4, 2], [9], [4]]
+    assert group([4, 3, 3], padded_up_to=0) == [[4], [3, 3]]
+    assert group([5], padded_up_to=4) == [[5]]
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_padded_attention_and_its_gradients_are_exact(scale: float | None) -> None:
+    """In float64, against finite differences and torch's own function, with heads of values as wide as they like."""
+    draw = torch.Generator().manual_seed(0)
+    lengths, module = [5, 3, 1, 4], torch.nn.Module()
+    sizes = ((6, 8), (2, 8), (2, 3))
+    tensors = [torch.randn(1, heads, 13, width, generator=draw, dtype=torch.float64) for heads, width in sizes]
+    for tensor in tensors:
+        tensor.requires_grad_()
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        return attend(module, *tensors, make_bounds(lengths), scaling=scale)[0]
+
+    assert torch.autograd.gradcheck(run, tensors)
+    alone = zip(*(tensor[0].split(lengths, 1) for tensor in tensors), strict=True)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    wanted = [sdpa(*one, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1) for one in alone]
+    torch.testing.assert_close(run(*tensors)[0], torch.cat(wanted))
 
 
 def test_bounds_take_no_memory_by_their_length() -> None:
