@@ -157,6 +157,26 @@ def test_an_actors_freed_memory_is_kept_until_it_is_returned(allocator: str, mon
     assert (is_jemalloc == "True") == (allocator == "jemalloc")
 
 
+SPLIT = """
+import numpy, psutil
+measure = lambda: psutil.Process().memory_info().rss >> 20
+large = [numpy.ones(1 << 17) for _ in range(400)]  # of 1 MiB each
+before = measure()
+del large
+small = [numpy.ones(1 << 13) for _ in range(6000)]  # of 64 KiB
+print(measure() - before)
+"""
+
+
+def test_small_tensors_are_put_where_large_ones_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    own = {name: value for name, value in demand.CPU_ALLOCATION.items() if name != "LD_PRELOAD"}
+    command = [sys.executable, "-c", SPLIT]
+    environment = {**os.environ, **own, **demand._prefer_jemalloc()}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert int(found.stdout) < 50
+
+
 def test_an_allocator_that_the_user_preloads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc.so")
     assert demand._prefer_jemalloc() == {}

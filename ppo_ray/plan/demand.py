@@ -110,7 +110,9 @@ def _prefer_jemalloc() -> dict[str, str]:
     # Arm's pages may be larger than those that it was built for; and who preloads a library has chosen one
     if platform.machine() != "x86_64" or "LD_PRELOAD" in os.environ or not library.is_file():
         return {}
-    return {"LD_PRELOAD": str(library), "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1"}
+    # 2^20: by default nothing smaller than a 64th of a freed block goes into it, and a learner grows by GiB per step
+    options = "dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1,lg_extent_max_active_fit:20"
+    return {"LD_PRELOAD": str(library), "MALLOC_CONF": options}
 
 
 CPU_ALLOCATION = {
