@@ -210,8 +210,8 @@ def _unpad(padded: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, dty
     """Return `[T, K * G, D]` of `[N * K, L * G, D]`: the tokens at `places`, `[T]`, flat indices into `[N, L]`."""
     number, longest = tokens.shape
     laid_out = padded.view(number, len(padded) // number, longest, -1, padded.shape[2]).transpose(1, 2)
-    rows = torch.empty(laid_out.shape, dtype=dtype).copy_(laid_out).view(number * longest, -1)
-    return rows.index_select(0, places).unflatten(1, (-1, padded.shape[2]))
+    rows = torch.empty(laid_out.shape, dtype=dtype).copy_(laid_out).view(number * longest, -1, padded.shape[2])
+    return rows.index_select(0, places)
 
 
 def _attend_by_torch(
