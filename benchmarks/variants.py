@@ -4,10 +4,10 @@
     python -m benchmarks.variants algorithms --time
 
 Each run is one `ppo-ray train`, one after another, below runs/variants/. A run that was interrupted goes on, and one
-that ended is not made again. Its figures are kept in a file of JSON lines (`--figures`), from which table and picture
-are made: runs that the file knows need not be on this machine. benchmarks/figures/ keeps such files. `--time` measures
-the seconds per step of each way in short runs of their own, for which the machine should do nothing else; the others
-may share it.
+that ended is not made again; its checkpoints are removed. Its figures are kept in a file of JSON lines (`--figures`),
+from which table and picture are made: runs that the file knows need not be on this machine. benchmarks/figures/ keeps
+such files. `--time` measures the seconds per step of each way in short runs of their own, for which the machine should
+do nothing else; the others may share it.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def train(command: Sequence[str], folder: Path) -> dict[str, Any]:
 
 
 def time_steps(command: Sequence[str], folder: Path) -> float:
-    """Return the seconds of a step, the median of a short training without evaluations or checkpoints."""
+    """Return the seconds of a step, the median of a short training without evaluations."""
     options = [f"output_dir={folder}", "resume=never", f"steps={_TIMED}", "evaluation.num_prompts=0"]
     subprocess.run([sys.executable, "-m", "ppo_ray", "train", *command, *options], check=True)
     _drop_checkpoints(folder)

@@ -114,13 +114,14 @@ def attend(
         )
         assert isinstance(attended, torch.Tensor)
         return attended[None], None
-    padded_up_to = query.shape[3] if query.device.type == "cpu" else 0
+    width = query.shape[3]
+    padded_up_to = width if query.device.type == "cpu" else 0
     groups = _group([stop - start for start, stop in pairwise(bounds.tolist())], padded_up_to)
     split = (tensor[0].split([sum(group) for group in groups], 1) for tensor in (query, key, value))
     parts = []
     for group, *tensors in zip(groups, *split, strict=True):
         if max(group) <= padded_up_to:
-            parts.append(_PaddedAttention.apply(*tensors, group, query.shape[3] ** -0.5 if scale is None else scale))
+            parts.append(_PaddedAttention.apply(*tensors, group, width**-0.5 if scale is None else scale))
         else:
             alone = [tensor.unflatten(1, (len(group), group[0])).transpose(0, 1) for tensor in tensors]
             parts.append(_attend_by_torch(module, alone, None, scaling=scale, is_causal=True).flatten(0, 1))
@@ -159,7 +160,7 @@ class _PaddedAttention(torch.autograd.Function):
     the probabilities that the forward pass kept: up to D tokens they are not more than the queries. Both passes compute
     in float32 or better.
 
-    With S = scale Q K^T below the diagonal and P = softmax(S), O = P V. So dV = P^T dO, dP = dO V^T,
+    With S = scale Q K^T up to the diagonal and P = softmax(S), O = P V. So dV = P^T dO, dP = dO V^T,
     dS = P (dP - sum_j P_j dP_j), dQ = scale dS K, dK = scale dS^T Q. A padded query has P = 0, so no gradient comes
     from it; and no query sees a padded key, since these are behind all others.
 

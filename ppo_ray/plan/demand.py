@@ -110,7 +110,8 @@ def _prefer_jemalloc() -> dict[str, str]:
     # Arm's pages may be larger than those that it was built for; and who preloads a library has chosen one
     if platform.machine() != "x86_64" or "LD_PRELOAD" in os.environ or not library.is_file():
         return {}
-    # 2^20: by default nothing smaller than a 64th of a freed block goes into it, and a learner grows by GiB per step
+    # the last option: by default a freed block is not split for what is smaller than a 64th of it (2^6, here 2^20), so
+    # that a learner grew by up to a GiB per step
     options = "dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1,lg_extent_max_active_fit:20"
     return {"LD_PRELOAD": str(library), "MALLOC_CONF": options}
 
