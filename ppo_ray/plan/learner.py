@@ -16,6 +16,7 @@ from ppo_ray.plan.memory import (
     count_trainable,
     cuda_term,
     format_count,
+    likely_response_tokens,
     likely_tokens,
     parameter_term,
     process_term,
@@ -115,10 +116,11 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device, state: list[T
         how = f"{tokens} tokens x {width} x {layers} layers x {size} bytes"
         return [Term(what, how, tokens * width * layers * size, device, "at work")] if device == "gpu" else []
 
-    again = tokens * policy.vocabulary > KEPT_ENTRIES  # then logits are computed again, block by block
+    predicted = min(tokens, likely_response_tokens(config))
+    again = predicted * policy.vocabulary > KEPT_ENTRIES  # then logits are computed again, block by block
 
     def probabilities(each: int) -> Term:
-        block = min(tokens, 512 if device == "host" else KEPT_ENTRIES // policy.vocabulary) if again else tokens
+        block = min(predicted, 512 if device == "host" else KEPT_ENTRIES // policy.vocabulary) if again else predicted
         how = f"{block} tokens x {policy.vocabulary} entries x {each} bytes, " + ("a block" if again else "at most")
         return Term("probabilities", how, block * policy.vocabulary * each, device, "at work")
 
@@ -201,20 +203,21 @@ def widest_row(config: Config, hidden: int) -> int:
 
 
 def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:
-    """Count what is kept for the backward pass: each layer's input, or 12 hidden and 4 feed-forward widths a layer."""
-    width, how = 12 * model.hidden + 4 * model.intermediate, f"(12 x {model.hidden} + 4 x {model.intermediate})"
+    """Count what is kept for the backward pass: each layer's input alone, or all that the layers keep."""
     if recomputed:
-        width, how = model.hidden, f"{model.hidden}"
-    num_bytes = tokens * model.layers * width * size
-    return Term(what, f"{tokens} tokens x {model.layers} layers x {how} x {size} bytes", num_bytes, device, "at work")
+        how = f"{tokens} tokens x {model.layers} layers x {model.hidden} x {size} bytes"
+        return Term(what, how, tokens * model.layers * model.hidden * size, device, "at work")
+    how = f"{tokens} tokens x {model.kept} bytes that {model.layers} layers keep"
+    return Term(what, how, tokens * model.kept, device, "at work")
 
 
 def _layer_term(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:
     """Count the gradients in a layer's backward pass; recomputed: its activations too."""
-    hidden, intermediate = (14, 6) if recomputed else (5, 2)
-    width = hidden * model.hidden + intermediate * model.intermediate
-    how = f"{tokens} tokens x ({hidden} x {model.hidden} + {intermediate} x {model.intermediate}) x {size} bytes"
-    return Term(what, how, tokens * width * size, device, "at work")
+    hidden, kept = (2, model.kept // model.layers) if recomputed else (5, 0)
+    how = f"{tokens} tokens x ({hidden} x {model.hidden} + 2 x {model.intermediate}) x {size} bytes"
+    how += f", and {kept} bytes that a layer keeps" if kept else ""
+    num_bytes = tokens * ((hidden * model.hidden + 2 * model.intermediate) * size + kept)
+    return Term(what, how, num_bytes, device, "at work")
 
 
 def _actor_critic_parameters(sizes: ModelSizes) -> int:

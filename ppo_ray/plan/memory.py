@@ -127,15 +127,28 @@ def likely_tokens(config: Config) -> int:
     mean of the sum, and three of its standard deviations.
     """
     prompts, rollout = config.prompts, config.rollout
-    mean = variance = 0.0
-    for times, number, shortest, longest in (
-        (rollout.responses_per_prompt, rollout.num_prompts, prompts.min_tokens, prompts.max_tokens),
-        (1, rollout.batch_size, rollout.min_response_tokens, rollout.max_response_tokens),
-    ):
-        shortest = longest if shortest is None else shortest
+    prompt_lengths = (rollout.responses_per_prompt, rollout.num_prompts, prompts.min_tokens, prompts.max_tokens)
+    return _add_up(prompt_lengths, _response_lengths(config))
+
+
+def likely_response_tokens(config: Config) -> int:
+    """Return the tokens of a step's responses, hardly ever more, as `likely_tokens`."""
+    return _add_up(_response_lengths(config))
+
+
+def _response_lengths(config: Config) -> tuple[int, int, int | None, int]:
+    return 1, config.rollout.batch_size, config.rollout.min_response_tokens, config.rollout.max_response_tokens
+
+
+def _add_up(*lengths: tuple[int, int, int | None, int]) -> int:
+    """Add up lengths that are drawn, of which each has: how often it counts, how many there are, shortest, longest."""
+    mean = variance = most = 0.0
+    for times, number, drawn_from, longest in lengths:
+        shortest = longest if drawn_from is None else drawn_from
+        most += times * number * longest
         mean += times * number * (shortest + longest) / 2
         variance += times**2 * number * ((longest - shortest + 1) ** 2 - 1) / 12
-    return min(batch_tokens(config), math.ceil(mean + 3 * math.sqrt(variance)))
+    return math.ceil(min(most, mean + 3 * math.sqrt(variance)))
 
 
 def parameter_term(what: str, number: int, size: int, device: Device, when: When = "always", ranks: int = 1) -> Term:

@@ -10,6 +10,8 @@ import safetensors
 from ppo_ray.config import DEFAULT_RANK, Config, LoraConfig, ModelConfig, Quantization, Trust, revision_problem
 from ppo_ray.errors import InputError, first_line
 
+_TRACED_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -31,6 +33,8 @@ class ModelSize:
     quantization: Quantization | None = None
     maps: tuple[tuple[int, int], ...] = ()
     """Shapes of the linear maps, out and in, of which codes are kept; empty without `quantization`."""
+    kept: int = 0
+    """Bytes that the layers keep of each token for the backward pass; 0 unless the model is trained."""
 
     @property
     def trained(self) -> int:
@@ -112,22 +116,68 @@ def _read(key: str, path: str, trust: Trust, auto_class: Any, trained: ModelConf
         problem = f"its size is not known, its config cannot be read: {first_line(error)}{hint}"
         raise InputError(f"{key}={path}: {problem}") from error
     text = config.get_text_config()
-    hidden = int(text.hidden_size)
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    intermediate = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden)
+    likely = layers * (12 * hidden + 4 * intermediate)  # numbers that layers keep, where the model's code cannot say
+    dtype = getattr(torch, trained.dtype) if trained else None
     heads = int(getattr(text, "num_attention_heads", 1))
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     width = int(getattr(text, "head_dim", None) or hidden // heads)
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         embeddings=sum(weight.numel() for weight in _embeddings(model)),
-        layers=int(text.num_hidden_layers),
+        layers=layers,
         hidden=hidden,
-        intermediate=int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden),
+        intermediate=intermediate,
         vocabulary=int(text.vocab_size),
         key_values=2 * kv_heads * width,
         adapters=_count_adapters(model, trained.lora) if trained and trained.lora else 0,
         quantization=trained.quantization if trained else None,
         maps=tuple(map(_shape, _linear_maps(model).values())) if trained and trained.quantization else (),
+        kept=(_count_kept(model.base_model, dtype) or likely * dtype.itemsize) if dtype else 0,
     )
+
+
+def _count_kept(base_model: Any, dtype: Any) -> int | None:
+    """Return the bytes that a model without a head keeps of each token for its backward pass.
+
+    A forward pass without values is made for it. Of attention queries, keys, values and the result count, as of a
+    kernel that keeps no scores.
+
+    Args:
+        base_model: on the device `meta`; its dtype is changed.
+        dtype: torch's, in which the learner computes.
+
+    Returns:
+        None where the model's code asks for values.
+    """
+    import torch
+    from transformers import AttentionInterface
+
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    def attend(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> tuple[torch.Tensor, None]:
+        for tensor in (query, key, value):
+            keep(tensor)
+        return (query[..., : value.shape[-1]] + 0).transpose(1, 2).contiguous(), None
+
+    base_model.to(dtype).eval()
+    if base_model._can_set_attn_implementation():
+        AttentionInterface.register("ppo_ray_counted", attend)
+        base_model.set_attn_implementation("ppo_ray_counted")
+    tokens, placed = torch.zeros((1, _TRACED_TOKENS), dtype=torch.int64, device="meta"), {"device": "meta"}
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            base_model(input_ids=tokens, attention_mask=torch.zeros((1, 1, 1, 1), **placed), use_cache=False)
+    except Exception:  # the model's own code, whatever it does
+        return None
+    weights = {weight.untyped_storage()._cdata for weight in base_model.parameters()}
+    num_bytes = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+    return num_bytes // _TRACED_TOKENS
 
 
 def _count_adapters(model: Any, lora: LoraConfig) -> int:

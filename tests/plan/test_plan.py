@@ -29,6 +29,12 @@ MIB = 1 << 20
 LAYER = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256 + 2 * 128  # q and o, k and v, feed-forward, norms
 POLICY = 512 * 128 + 2 * LAYER + 128  # the tied embedding, two layers, the last norm
 TRAINED = POLICY + 129  # and the value head
+KEPT = 2 * (4 * (8 * 128 + 2 * 64 + 4 * 256) + 8) + 4 * 2 * 128 + 4 + 4 * 2 * 32 + 8
+"""Bytes that the policy keeps of a token: per layer two norms' inputs, normed inputs and outputs, queries, keys and
+values, attention's result, four of the feed-forward width, two norms' factors; the last norm; cosines and sines; the
+token's own number."""
+KEPT_ROUNDED = 2 * (2 * (10 * 128 + 2 * 64 + 4 * 256) + 8) + (4 + 2) * 128 + 4 + 2 * 2 * 32 + 8
+"""The same in bfloat16, where norms keep their inputs in float32."""
 CLASSIFIER = 512 * 32 + 128 * 32 + 2 * 32 + 64 + 4 * (32 * 32 + 32) + 2 * 64 + 2 * 32 * 64 + 96 + 33 * 32 + 66
 
 Configured = Callable[..., Config]
@@ -55,6 +61,8 @@ def test_models_are_measured_by_their_configs_alone(configured: Configured, tmp_
     assert (sizes.policy.parameters, POLICY) == (361_088, 361_088)
     assert [size.parameters for size in sizes.classifiers] == [CLASSIFIER] == [30_274]
     assert (sizes.policy.key_values, sizes.critic) == (2 * 2 * 32, None)
+    rounded = ModelSizes.read(configured("model.dtype=bfloat16"))
+    assert (sizes.policy.kept, rounded.policy.kept) == (KEPT, KEPT_ROUNDED)
     large = tmp_path / "large"  # 70 billion parameters that nobody has
     large.mkdir()
     (large / "config.json").write_text(
@@ -83,7 +91,7 @@ def test_the_arithmetic_of_a_cpu_run(configured: Configured) -> None:
         "gradients": 4 * TRAINED,
         "Adam's two moments": 8 * TRAINED,
         "reference": 4 * POLICY,
-        "activations": 100 * 2 * (12 * 128 + 4 * 256) * 4,
+        "activations": 100 * KEPT,
         "a layer's backward pass": 100 * (5 * 128 + 2 * 256) * 4,  # more than the probabilities, freed by then
     }  # weights are published through a bucket in memory that a pass has freed
     assert amounts(found.terms["rollout-0"]) == {
@@ -111,11 +119,10 @@ def test_of_lengths_that_are_drawn_the_mean_is_planned_and_three_deviations(conf
         "rollout.max_response_tokens=15",
     )
     options += ("learner.microbatch_tokens=1000",)
-    layers = 2 * (12 * 128 + 4 * 256) * 4
 
     def count(*more: str) -> float:
         found = planned(configured(*options, *more), ClusterShape.uniform(1, cpus=2))
-        return amounts(found.terms["learner-0"])["activations"] / layers
+        return amounts(found.terms["learner-0"])["activations"] / KEPT
 
     assert count() == pytest.approx(32 * (4.5 + 15) + 3 * (32 * 35 / 12) ** 0.5, abs=1)
     assert count("rollout.min_response_tokens=4") == pytest.approx(32 * 14 + 3 * (32 * 178 / 12) ** 0.5, abs=1)
@@ -135,6 +142,29 @@ def test_of_more_probabilities_than_are_kept_a_block_is_planned(configured: Conf
         summed = terms.get("the head's gradient, which is being summed", 0)
         assert summed == (4 * vocabulary * 128 if vocabulary == 268_436 else 0)
     assert token_logprobs.count_rows(torch.device("cuda" if gpus else "cpu"), 268_436)[0] == rows
+
+
+@pytest.mark.parametrize(("shortest", "longest", "tokens"), [(16, 16, 128), (4, 16, 80 + 32), (2, 2, 16)])
+def test_no_more_probabilities_are_planned_than_a_step_has_response_tokens(
+    configured: Configured, shortest: int, longest: int, tokens: int
+) -> None:
+    """Of 8 responses in one pass; of 4 to 16 tokens: three deviations of 8 x (13^2 - 1) / 12, rounded up, are 32."""
+    lengths = (f"rollout.min_response_tokens={shortest}", f"rollout.max_response_tokens={longest}")
+    config = configured("learner.microbatch_tokens=1000", *lengths)
+    sizes = ModelSizes.read(config)
+    wide = replace(sizes, policy=replace(sizes.policy, vocabulary=10_000))  # so that they are what takes most
+    assert amounts(tuple(learner_terms(config, wide, 0)))["probabilities"] == 4 * 10_000 * tokens
+
+
+def test_what_layers_keep_is_estimated_where_a_model_cannot_say(configured: Configured, tmp_path: Path) -> None:
+    """OPT's code asks for the values of its mask."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "opt", "hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4, '
+        '"vocab_size": 100, "max_position_embeddings": 32, "word_embed_proj_dim": 64}'
+    )
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        sizes = ModelSizes.read(configured(f"model.path={tmp_path}", f"model.dtype={dtype}"))
+        assert sizes.policy.kept == 2 * (12 * 64 + 4 * 256) * size
 
 
 def test_a_disk_too_slow_for_a_run_that_is_stopped_is_said(configured: Configured) -> None:
@@ -167,7 +197,7 @@ def test_on_one_gpu_the_hungriest_of_all_counts_where_they_take_turns(configured
     kept = (12 * TRAINED + 4 * POLICY) + 4 * CLASSIFIER + 24 * 8 * (4 * 32 + 2 * 64) * 4
     cuda = (4000 + 800 + 1000 + 2 * 256) * MIB  # and a bucket of weights, lent and read
     engine = 2 * POLICY + 32 * MIB
-    learning = 4 * TRAINED + 100 * 2 * (12 * 128 + 4 * 256) * 4 + 100 * (5 * 128 + 2 * 256) * 4
+    learning = 4 * TRAINED + 100 * KEPT + 100 * (5 * 128 + 2 * 256) * 4
     assert learning < engine  # tiny models: the KV cache is the largest thing there is
     assert gpu.needed == kept + cuda + engine
     assert gpu.actors == ("rollout-0", "learner-0", "reward-0")
@@ -223,7 +253,7 @@ def test_ranks_of_a_learner_share_its_state_and_gather_layers(configured: Config
         "the embeddings' gradients": 2 * 512 * 128,
         "a layer's gradients that are being reduced": (2 * LAYER + 128) // 2 * (2 + 4),
         "activations": 100 * 2 * 128 * 2,
-        "a layer's backward pass": 100 * (14 * 128 + 6 * 256) * 2,
+        "a layer's backward pass": 100 * ((2 * 128 + 2 * 256) * 2 + KEPT_ROUNDED // 2),
         "a layer's attention mask": 100 * 80 * 2,
         "a bucket of weights (nccl)": 256 * MIB,
         "a checkpoint on its way to the disk": 12 * TRAINED // 4,
@@ -427,7 +457,7 @@ def test_what_is_too_small_is_told_with_its_options(configured: Configured) -> N
 
 
 def test_the_learner_really_holds_that(tiny_policy: Path, configured: Configured) -> None:
-    """Parameters, moments and what the backward pass needs: the first two to the byte, activations within a fifth."""
+    """Parameters, moments and what the backward pass needs: the first two to the byte, activations within a 20th."""
     learner = make_learner(tiny_policy)
     learner.update(make_table(), 0)
     terms = amounts(planned(configured(), ClusterShape.uniform(1, 2)).terms["learner-0"])
@@ -447,7 +477,7 @@ def test_the_learner_really_holds_that(tiny_policy: Path, configured: Configured
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         learner._policy.causal_lm.base_model(input_ids=batch_tokens, use_cache=False)
     activations = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in owned)
-    assert terms["activations"] == pytest.approx(activations, rel=0.2)
+    assert terms["activations"] == pytest.approx(activations, rel=0.05)
 
 
 def shown(config: Config, tmp_path: Path, *flags: str, columns: int = 160) -> Result:
