@@ -207,13 +207,13 @@ def _activation_term(what: str, model: ModelSize, tokens: int, size: int, device
     if recomputed:
         how = f"{tokens} tokens x {model.layers} layers x {model.hidden} x {size} bytes"
         return Term(what, how, tokens * model.layers * model.hidden * size, device, "at work")
-    how = f"{tokens} tokens x {model.kept} bytes that {model.layers} layers keep"
-    return Term(what, how, tokens * model.kept, device, "at work")
+    how = f"{tokens} tokens x {model.activation_bytes} bytes that {model.layers} layers keep"
+    return Term(what, how, tokens * model.activation_bytes, device, "at work")
 
 
 def _layer_term(what: str, model: ModelSize, tokens: int, size: int, device: Device, recomputed: bool) -> Term:
     """Count the gradients in a layer's backward pass; recomputed: its activations too."""
-    hidden, kept = (2, model.kept // model.layers) if recomputed else (5, 0)
+    hidden, kept = (2, model.activation_bytes // model.layers) if recomputed else (5, 0)
     how = f"{tokens} tokens x ({hidden} x {model.hidden} + 2 x {model.intermediate}) x {size} bytes"
     how += f", and {kept} bytes that a layer keeps" if kept else ""
     num_bytes = tokens * ((hidden * model.hidden + 2 * model.intermediate) * size + kept)

@@ -33,7 +33,7 @@ class ModelSize:
     quantization: Quantization | None = None
     maps: tuple[tuple[int, int], ...] = ()
     """Shapes of the linear maps, out and in, of which codes are kept; empty without `quantization`."""
-    kept: int = 0
+    activation_bytes: int = 0
     """Bytes that the layers keep of each token for the backward pass; 0 unless the model is trained."""
 
     @property
@@ -134,11 +134,11 @@ def _read(key: str, path: str, trust: Trust, auto_class: Any, trained: ModelConf
         adapters=_count_adapters(model, trained.lora) if trained and trained.lora else 0,
         quantization=trained.quantization if trained else None,
         maps=tuple(map(_shape, _linear_maps(model).values())) if trained and trained.quantization else (),
-        kept=(_count_kept(model.base_model, dtype) or likely * dtype.itemsize) if dtype else 0,
+        activation_bytes=(_count_activation_bytes(model.base_model, dtype) or likely * dtype.itemsize) if dtype else 0,
     )
 
 
-def _count_kept(base_model: Any, dtype: Any) -> int | None:
+def _count_activation_bytes(base_model: Any, dtype: Any) -> int | None:
     """Return the bytes that a model without a head keeps of each token for its backward pass.
 
     A forward pass without values is made for it. Of attention queries, keys, values and the result count, as of a
@@ -169,10 +169,11 @@ def _count_kept(base_model: Any, dtype: Any) -> int | None:
     if base_model._can_set_attn_implementation():
         AttentionInterface.register("ppo_ray_counted", attend)
         base_model.set_attn_implementation("ppo_ray_counted")
-    tokens, placed = torch.zeros((1, _TRACED_TOKENS), dtype=torch.int64, device="meta"), {"device": "meta"}
+    tokens = torch.zeros((1, _TRACED_TOKENS), dtype=torch.int64, device="meta")
+    mask = torch.zeros((1, 1, 1, 1), device="meta")  # which a model passes on as it is
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            base_model(input_ids=tokens, attention_mask=torch.zeros((1, 1, 1, 1), **placed), use_cache=False)
+            base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
     except Exception:  # the model's own code, whatever it does
         return None
     weights = {weight.untyped_storage()._cdata for weight in base_model.parameters()}

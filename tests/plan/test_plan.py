@@ -62,7 +62,7 @@ def test_models_are_measured_by_their_configs_alone(configured: Configured, tmp_
     assert [size.parameters for size in sizes.classifiers] == [CLASSIFIER] == [30_274]
     assert (sizes.policy.key_values, sizes.critic) == (2 * 2 * 32, None)
     rounded = ModelSizes.read(configured("model.dtype=bfloat16"))
-    assert (sizes.policy.kept, rounded.policy.kept) == (KEPT, KEPT_ROUNDED)
+    assert (sizes.policy.activation_bytes, rounded.policy.activation_bytes) == (KEPT, KEPT_ROUNDED)
     large = tmp_path / "large"  # 70 billion parameters that nobody has
     large.mkdir()
     (large / "config.json").write_text(
@@ -164,7 +164,7 @@ def test_what_layers_keep_is_estimated_where_a_model_cannot_say(configured: Conf
     )
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         sizes = ModelSizes.read(configured(f"model.path={tmp_path}", f"model.dtype={dtype}"))
-        assert sizes.policy.kept == 2 * (12 * 64 + 4 * 256) * size
+        assert sizes.policy.activation_bytes == 2 * (12 * 64 + 4 * 256) * size
 
 
 def test_a_disk_too_slow_for_a_run_that_is_stopped_is_said(configured: Configured) -> None:
