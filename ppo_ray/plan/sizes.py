@@ -1,7 +1,9 @@
 """The sizes of a config's models, from the models' own configs alone: weights are not read, and need not be there."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,16 @@ class ModelSize:
     quantization: Quantization | None = None
     maps: tuple[tuple[int, int], ...] = ()
     """Shapes of the linear maps, out and in, of which codes are kept; empty without `quantization`."""
-    activation_bytes: int = 0
-    """Bytes that the layers keep of each token for the backward pass; 0 unless the model is trained."""
+    trace: Callable[[], int] | None = field(default=None, repr=False, compare=False)
+    """Finds `activation_bytes`; None: the model is not trained."""
+
+    @cached_property
+    def activation_bytes(self) -> int:
+        """Bytes that the layers keep of each token for the backward pass; 0 unless the model is trained.
+
+        The model's own code tells, when this is first asked for: engines and checkpoints do not need it.
+        """
+        return self.trace() if self.trace else 0
 
     @property
     def trained(self) -> int:
@@ -118,8 +128,10 @@ def _read(key: str, path: str, trust: Trust, auto_class: Any, trained: ModelConf
     text = config.get_text_config()
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
     intermediate = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden)
-    likely = layers * (12 * hidden + 4 * intermediate)  # numbers that layers keep, where the model's code cannot say
-    dtype = getattr(torch, trained.dtype) if trained else None
+    trace = None
+    if trained:
+        dtype, numbers = getattr(torch, trained.dtype), layers * (12 * hidden + 4 * intermediate)
+        trace = partial(_count_activation_bytes, model.base_model, dtype, numbers * dtype.itemsize)
     heads = int(getattr(text, "num_attention_heads", 1))
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     width = int(getattr(text, "head_dim", None) or hidden // heads)
@@ -134,30 +146,29 @@ def _read(key: str, path: str, trust: Trust, auto_class: Any, trained: ModelConf
         adapters=_count_adapters(model, trained.lora) if trained and trained.lora else 0,
         quantization=trained.quantization if trained else None,
         maps=tuple(map(_shape, _linear_maps(model).values())) if trained and trained.quantization else (),
-        activation_bytes=(_count_activation_bytes(model.base_model, dtype) or likely * dtype.itemsize) if dtype else 0,
+        trace=trace,
     )
 
 
-def _count_activation_bytes(base_model: Any, dtype: Any) -> int | None:
+def _count_activation_bytes(base_model: Any, dtype: Any, estimate: int) -> int:
     """Return the bytes that a model without a head keeps of each token for its backward pass.
 
-    A forward pass without values is made for it. Of attention queries, keys, values and the result count, as of a
+    A forward pass without values is made for it. Of attention it counts queries, keys, values and the result, as of a
     kernel that keeps no scores.
 
     Args:
         base_model: on the device `meta`; its dtype is changed.
         dtype: torch's, in which the learner computes.
-
-    Returns:
-        None where the model's code asks for values.
+        estimate: the result where the model's code cannot run without values.
     """
     import torch
     from transformers import AttentionInterface
 
-    kept: dict[int, torch.Tensor] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
         return tensor
 
     def attend(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> tuple[torch.Tensor, None]:
@@ -175,10 +186,9 @@ def _count_activation_bytes(base_model: Any, dtype: Any) -> int | None:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
     except Exception:  # the model's own code, whatever it does
-        return None
+        return estimate
     weights = {weight.untyped_storage()._cdata for weight in base_model.parameters()}
-    num_bytes = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
-    return num_bytes // _TRACED_TOKENS
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in weights) // _TRACED_TOKENS
 
 
 def _count_adapters(model: Any, lora: LoraConfig) -> int:
