@@ -10,12 +10,12 @@ Dimensions: N sequences, T tokens of all, L of the longest; D units per head.
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
+
+from ppo_ray.models.block_attention import attend_in_blocks, pads_up_to
 
 _NAME = "ppo_ray"
 """What transformers calls `attend`; with a mask, or none, it is transformers' own `sdpa`."""
@@ -77,8 +77,9 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attend within each sequence to the tokens up to one's own, or as transformers' `sdpa` where there are no bounds.
 
-    On a GPU, in 16 bits, this is one flash kernel for all sequences. On a CPU it is `_PaddedAttention` for sequences of
-    at most D tokens. Else it is torch's causal attention, once for all sequences of one length that lie side by side.
+    On a GPU, in 16 bits, this is one flash kernel for all sequences. On a CPU it is `attend_in_blocks`, up to the
+    length to which that is faster. Else it is torch's causal attention, once for all sequences of one length that lie
+    side by side.
 
     Args:
         module: a layer's attention.
@@ -114,16 +115,14 @@ def attend(
         )
         assert isinstance(attended, torch.Tensor)
         return attended[None], None
-    width = query.shape[3]
-    padded_up_to = width if query.device.type == "cpu" else 0
-    groups = _group([stop - start for start, stop in pairwise(bounds.tolist())], padded_up_to)
-    split = (tensor[0].split([sum(group) for group in groups], 1) for tensor in (query, key, value))
+    limit = pads_up_to(query, key)
+    groups = _group(bounds.diff().tolist(), limit)
     parts = []
-    for group, *tensors in zip(groups, *split, strict=True):
-        if max(group) <= padded_up_to:
-            parts.append(_PaddedAttention.apply(*tensors, group, width**-0.5 if scale is None else scale))
+    for lengths, q, k, v in zip(groups, *(_cut(tensor[0], groups) for tensor in (query, key, value)), strict=True):
+        if max(lengths) <= limit:
+            parts.append(attend_in_blocks(q, k, v, lengths, query.shape[3] ** -0.5 if scale is None else scale))
         else:
-            alone = [tensor.unflatten(1, (len(group), group[0])).transpose(0, 1) for tensor in tensors]
+            alone = [tensor.unflatten(1, (len(lengths), lengths[0])).transpose(0, 1) for tensor in (q, k, v)]
             parts.append(_attend_by_torch(module, alone, None, scaling=scale, is_causal=True).flatten(0, 1))
     return (torch.cat(parts) if len(parts) > 1 else parts[0])[None], None
 
@@ -153,66 +152,9 @@ def _group(lengths: Sequence[int], padded_up_to: int) -> list[list[int]]:
     return groups
 
 
-class _PaddedAttention(torch.autograd.Function):
-    """Causal attention of short sequences, padded to the longest, by products of many small matrices at once.
-
-    Of bfloat16 sequences of some 20 tokens, torch's kernel for a CPU takes up to twice as long. The backward pass takes
-    the probabilities that the forward pass kept: up to D tokens they are not more than the queries. Both passes compute
-    in float32 or better.
-
-    With S = scale Q K^T up to the diagonal and P = softmax(S), O = P V. So dV = P^T dO, dP = dO V^T,
-    dS = P (dP - sum_j P_j dP_j), dQ = scale dS K, dK = scale dS^T Q. A padded query has P = 0, so no gradient comes
-    from it; and no query sees a padded key, since these are behind all others.
-
-    Dimensions: N sequences padded to L tokens, T without padding; K heads of keys, G queries' heads for each of them.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], scale: float
-    ) -> torch.Tensor:
-        """Return `[T, K * G, D]` for a query `[K * G, T, D]`, and a key and a value `[K, T, D]`."""
-        sizes, steps, heads = np.array(lengths), np.arange(max(lengths)), len(query) // len(key)
-        inside = steps < sizes[:, None]
-        starts = (sizes.cumsum() - sizes)[:, None]
-        tokens = torch.from_numpy(np.where(inside, starts + steps, 0))  # [N, L]; padding is any token
-        places, real = torch.from_numpy(np.flatnonzero(inside)), torch.from_numpy(inside)
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        later = torch.full((len(steps), len(steps)), -torch.inf, dtype=dtype).triu_(1).repeat_interleave(heads, 0)
-        q, k, v = (_pad(tensor, tokens, len(key), dtype) for tensor in (query, key, value))
-        probs = torch.baddbmm(later, q, k.transpose(1, 2), alpha=scale).softmax(2)
-        probs.unflatten(0, (len(lengths), -1)).mul_(real.repeat_interleave(heads, 1)[:, None, :, None])
-        ctx.save_for_backward(query, key, value, tokens, places, probs)
-        ctx.scale = scale
-        return _unpad(probs @ v, tokens, places, query.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, tokens, places, probs = ctx.saved_tensors
-        tensors = query, key, value, grad.transpose(0, 1)
-        q, k, v, grad_out = (_pad(tensor, tokens, len(key), probs.dtype) for tensor in tensors)
-        grad_scores = grad_out @ v.transpose(1, 2)
-        grad_scores -= torch.linalg.vecdot(probs, grad_scores)[..., None]
-        grad_scores *= probs
-        grad_scores *= ctx.scale
-        products = grad_scores @ k, grad_scores.transpose(1, 2) @ q, probs.transpose(1, 2) @ grad_out
-        return *(_unpad(one, tokens, places, query.dtype).transpose(0, 1) for one in products), None, None
-
-
-def _pad(tensor: torch.Tensor, tokens: torch.Tensor, key_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """Lay out `[K * G, T, D]` as `[N * K, L * G, D]` of another type; `tokens`, `[N, L]`, says which goes where."""
-    rows = tensor.transpose(0, 1).flatten(1).index_select(0, tokens.flatten())
-    laid_out = rows.view(*tokens.shape, key_heads, -1, tensor.shape[2]).transpose(1, 2)
-    return torch.empty(laid_out.shape, dtype=dtype).copy_(laid_out).flatten(2, 3).flatten(0, 1)
-
-
-def _unpad(padded: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return `[T, K * G, D]` of `[N * K, L * G, D]`: the tokens at `places`, `[T]`, flat indices into `[N, L]`."""
-    number, longest = tokens.shape
-    laid_out = padded.view(number, len(padded) // number, longest, -1, padded.shape[2]).transpose(1, 2)
-    rows = torch.empty(laid_out.shape, dtype=dtype).copy_(laid_out).view(number * longest, -1, padded.shape[2])
-    return rows.index_select(0, places)
+def _cut(tensor: torch.Tensor, groups: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
+    """Cut `[heads, T, D]` into the groups' tokens; a single one would be copied in the backward pass of `split`."""
+    return tensor.split([sum(lengths) for lengths in groups], 1) if len(groups) > 1 else [tensor]
 
 
 def _attend_by_torch(

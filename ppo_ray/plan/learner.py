@@ -111,10 +111,15 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device, state: list[T
     recomputed, shared = config.learner.gradient_checkpointing, _is_shared(config)
     adapted = config.model.lora is not None  # then nothing else in the models has a gradient
 
-    def masks(what: str, layers: int) -> list[Term]:
-        width = widest_row(config, policy.hidden)
-        how = f"{tokens} tokens x {width} x {layers} layers x {size} bytes"
-        return [Term(what, how, tokens * width * layers * size, device, "at work")] if device == "gpu" else []
+    def attention(whose: str, model: ModelSize, layers: int) -> list[Term]:
+        if device == "gpu":
+            width = widest_row(config, policy.hidden)
+            how = f"{tokens} tokens x {width} x {layers} layers x {size} bytes"
+            return [Term(f"{whose}attention masks", how, tokens * width * layers * size, device, "at work")]
+        keys = _count_kept_keys(config)
+        how = f"{tokens} tokens x {model.sharing_heads} heads x {keys} keys x {layers} layers x {EXACT} bytes"
+        number = tokens * model.sharing_heads * keys * layers
+        return [Term(f"{whose}attention probabilities", how, number * EXACT, device, "at work")] if number else []
 
     predicted = min(tokens, likely_response_tokens(config))
     again = predicted * policy.vocabulary > KEPT_ENTRIES  # then logits are computed again, block by block
@@ -131,7 +136,7 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device, state: list[T
     roots = sum(model.embeddings for model in trained)
     layer = max((model.parameters - model.embeddings) // model.layers for model in trained)
     kept = [_activation_term("activations", policy, tokens, size, device, recomputed)]
-    kept += [] if recomputed else masks("attention masks", policy.layers)
+    kept += [] if recomputed else attention("", policy, policy.layers)
     gathered = [parameters("gathered: embeddings, a layer", roots + layer, size)] if shared else []
     learned = policy.adapters // policy.layers if adapted else layer
     decoded = max((math.prod(shape) for model in trained for shape in model.maps), default=0)
@@ -142,7 +147,7 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device, state: list[T
     if again and not adapted:
         head += [parameters("the head's gradient, which is being summed", policy.vocabulary * policy.hidden, EXACT)]
     backward = [*kept, _layer_term("a layer's backward pass", policy, tokens, size, device, recomputed)]
-    backward += masks("a layer's attention mask", 1) if recomputed else []
+    backward += attention("a layer's ", policy, 1) if recomputed else []
     if decoded:
         each = size if config.model.quantization == "nf4" else 2 * EXACT
         backward += [parameters("a weight made of its codes", decoded, each)]
@@ -152,7 +157,7 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device, state: list[T
     if critic:
         first = kept if again else [*kept, probabilities(EXACT)]
         first = [*first, _activation_term("the critic's activations", critic, tokens, size, device, recomputed)]
-        first += [] if recomputed else masks("the critic's attention masks", critic.layers)
+        first += [] if recomputed else attention("the critic's ", critic, critic.layers)
         first += [_layer_term("a critic's layer's backward pass", critic, tokens, size, device, recomputed)]
         moments += [[*first, *gathered, *reduced]]
     if shared and not adapted:
@@ -218,6 +223,12 @@ def _layer_term(what: str, model: ModelSize, tokens: int, size: int, device: Dev
     how += f", and {kept} bytes that a layer keeps" if kept else ""
     num_bytes = tokens * ((hidden * model.hidden + 2 * model.intermediate) * size + kept)
     return Term(what, how, num_bytes, device, "at work")
+
+
+def _count_kept_keys(config: Config) -> int:
+    """Return the keys whose probabilities a CPU keeps of each query, on the mean: `models/block_attention.py`."""
+    length = math.ceil(likely_tokens(config) / config.rollout.batch_size)
+    return min(length, (length + 32) // 2) if length <= 256 else 0
 
 
 def _actor_critic_parameters(sizes: ModelSizes) -> int:

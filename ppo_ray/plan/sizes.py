@@ -30,6 +30,8 @@ class ModelSize:
     vocabulary: int
     key_values: int
     """Keys and values of one token in one layer: 2 x key-value heads x their width."""
+    sharing_heads: int = 0
+    """Heads whose keys other heads attend to as well; 0: each has keys of its own."""
     adapters: int = 0
     """Parameters of the adapters (LoRA) that are trained instead of the model's own; 0: none."""
     quantization: Quantization | None = None
@@ -143,6 +145,7 @@ def _read(key: str, path: str, trust: Trust, auto_class: Any, trained: ModelConf
         intermediate=intermediate,
         vocabulary=int(text.vocab_size),
         key_values=2 * kv_heads * width,
+        sharing_heads=heads if heads > kv_heads else 0,
         adapters=_count_adapters(model, trained.lora) if trained and trained.lora else 0,
         quantization=trained.quantization if trained else None,
         maps=tuple(map(_shape, _linear_maps(model).values())) if trained and trained.quantization else (),

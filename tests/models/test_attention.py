@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ppo_ray.models import attention
+from ppo_ray.models import attention, block_attention
 from ppo_ray.models.actor_critic import CausalLMWithValueHead
 from ppo_ray.models.attention import attend, make_bounds
 from ppo_ray.models.decoder import recompute_layers
@@ -126,9 +126,10 @@ def test_no_sequence_is_touched_by_its_neighbours(policy: CausalLMWithValueHead)
     torch.testing.assert_close(first, other, atol=1e-6, rtol=1e-6)
 
 
-def test_a_row_of_one_sequence_is_plain_causal_attention(
+def test_a_row_of_one_long_sequence_is_plain_causal_attention(
     policy: CausalLMWithValueHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(block_attention, "_LONGEST", 32)
     given_masks = []
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -174,13 +175,25 @@ def test_short_sequences_are_padded_where_at_most_half_is_padding() -> None:
     assert group([5], padded_up_to=4) == [[5]]
 
 
+def attend_one_by_one(tensors: list[torch.Tensor], lengths: list[int], scale: float | None = None) -> torch.Tensor:
+    alone = zip(*(tensor[0].split(lengths, 1) for tensor in tensors), strict=True)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return torch.cat([sdpa(*one, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1) for one in alone])[None]
+
+
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_padded_attention_and_its_gradients_are_exact(scale: float | None) -> None:
+@pytest.mark.parametrize("kept", [9, 4], ids=["kept", "computed again"])
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 2), (2, 2)])
+def test_attention_in_blocks_and_its_gradients_are_exact(
+    heads: int, key_heads: int, kept: int, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float64, against finite differences and torch's own function, with heads of values as wide as they like."""
+    monkeypatch.setattr(block_attention, "_BLOCK", 2)
+    monkeypatch.setattr(block_attention, "_KEPT", kept)
     draw = torch.Generator().manual_seed(0)
-    lengths, module = [5, 3, 1, 4], torch.nn.Module()
-    sizes = ((6, 8), (2, 8), (2, 3))
-    tensors = [torch.randn(1, heads, 13, width, generator=draw, dtype=torch.float64) for heads, width in sizes]
+    lengths, module = [3, 6, 1, 5], torch.nn.Module()
+    sizes = ((heads, 6), (key_heads, 6), (key_heads, 3))
+    tensors = [torch.randn(1, number, 15, width, generator=draw, dtype=torch.float64) for number, width in sizes]
     for tensor in tensors:
         tensor.requires_grad_()
 
@@ -188,10 +201,32 @@ def test_padded_attention_and_its_gradients_are_exact(scale: float | None) -> No
         return attend(module, *tensors, make_bounds(lengths), scaling=scale)[0]
 
     assert torch.autograd.gradcheck(run, tensors)
-    alone = zip(*(tensor[0].split(lengths, 1) for tensor in tensors), strict=True)
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    wanted = [sdpa(*one, is_causal=True, scale=scale, enable_gqa=True).transpose(0, 1) for one in alone]
-    torch.testing.assert_close(run(*tensors)[0], torch.cat(wanted))
+    torch.testing.assert_close(run(*tensors), attend_one_by_one(tensors, lengths, scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[33], [190, 127, 64], [100, 32, 96, 65], [300, 257]])
+def test_blocks_of_long_sequences_are_what_torch_computes(lengths: list[int], dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    exact = [torch.randn(1, heads, sum(lengths), 16, generator=draw).to(dtype).double() for heads in (6, 2, 2)]
+    tensors = [tensor.to(dtype).requires_grad_() for tensor in exact]
+    for tensor in exact:
+        tensor.requires_grad_()
+    found, _ = attend(torch.nn.Module(), *tensors, make_bounds(lengths))
+    wanted = attend_one_by_one(exact, lengths)
+    grad = torch.randn(found.shape, generator=draw)
+    gradients = torch.autograd.grad(found, tensors, grad.to(dtype))
+    right = torch.autograd.grad(wanted, exact, grad.to(dtype).double())
+    for one, other in zip((found, *gradients), (wanted, *right), strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one, other.to(dtype), rtol=8e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_which_sequences_are_attended_to_in_blocks() -> None:
+    query, key = torch.empty(1, 4, 9, 16), torch.empty(1, 4, 9, 16)
+    assert block_attention.pads_up_to(query, key) == 16
+    assert block_attention.pads_up_to(query, key[:, :2]) == 512
+    assert block_attention.pads_up_to(query.to("meta"), key[:, :2].to("meta")) == 0
 
 
 def test_bounds_take_no_memory_by_their_length() -> None:

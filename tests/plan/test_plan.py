@@ -15,6 +15,7 @@ from ppo_ray.errors import InputError
 from ppo_ray.learner.batch import Layout, ResponseBatch
 from ppo_ray.learner.ranks import Ranks
 from ppo_ray.models import token_logprobs
+from ppo_ray.models.attention import attend, make_bounds
 from ppo_ray.plan import ClusterShape, ModelSizes, Plan, make_plan
 from ppo_ray.plan.adapters import sends_adapters
 from ppo_ray.plan.cluster import GIB
@@ -92,6 +93,7 @@ def test_the_arithmetic_of_a_cpu_run(configured: Configured) -> None:
         "Adam's two moments": 8 * TRAINED,
         "reference": 4 * POLICY,
         "activations": 100 * KEPT,
+        "attention probabilities": 100 * 4 * 24 * 2 * 4,  # sequences of 24 tokens are one block
         "a layer's backward pass": 100 * (5 * 128 + 2 * 256) * 4,  # more than the probabilities, freed by then
     }  # weights are published through a bucket in memory that a pass has freed
     assert amounts(found.terms["rollout-0"]) == {
@@ -229,6 +231,19 @@ def test_no_row_under_a_mask_is_wider_than_planned_and_some_are_as_wide(configur
     assert 0.8 * planned_width < widest <= planned_width
 
 
+@pytest.mark.parametrize("length", [24, 192, 256, 257])
+def test_attention_on_a_cpu_keeps_the_probabilities_that_are_planned(configured: Configured, length: int) -> None:
+    config = configured(f"rollout.max_response_tokens={length - 8}", "learner.microbatch_tokens=10000")
+    found = amounts(planned(config, ClusterShape.uniform(1, cpus=2, memory=8 * GIB)).terms["learner-0"])
+    tensors = [torch.randn(1, heads, 8 * length, 32, requires_grad=True) for heads in (4, 2, 2)]
+    inputs = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        attend(torch.nn.Module(), *tensors, make_bounds([length] * 8))
+    more = sum(tensor.nbytes for tensor in kept if tensor.untyped_storage().data_ptr() not in inputs)
+    assert found.get("attention probabilities", 0) == 2 * more
+
+
 def test_ranks_of_an_engine_share_its_weights(configured: Configured) -> None:
     config = configured("rollout.gpus=1", "rollout.tensor_parallel=2", "learner.gpus=1")
     found = planned(config, ClusterShape.uniform(1, 8, 3, 64 * GIB))
@@ -254,7 +269,7 @@ def test_ranks_of_a_learner_share_its_state_and_gather_layers(configured: Config
         "a layer's gradients that are being reduced": (2 * LAYER + 128) // 2 * (2 + 4),
         "activations": 100 * 2 * 128 * 2,
         "a layer's backward pass": 100 * ((2 * 128 + 2 * 256) * 2 + KEPT_ROUNDED // 2),
-        "a layer's attention mask": 100 * 80 * 2,
+        "a layer's attention masks": 100 * 80 * 2,
         "a bucket of weights (nccl)": 256 * MIB,
         "a checkpoint on its way to the disk": 12 * TRAINED // 4,
     }
