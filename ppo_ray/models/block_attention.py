@@ -1,8 +1,9 @@
 """Causal attention on a CPU to sequences that lie end to end, by products of many small matrices at once.
 
-Torch's kernel takes each sequence alone, and up to twice as long. Here sequences are padded to the longest, and sorted
-by length: those that have no token in a block are behind the ones that have. A block of queries sees the keys up to its
-own end, so about half of the square is computed. Both passes compute in float32 or better.
+Torch's kernel takes one sequence at a time, and needs up to twice the time. Here sequences are padded to the longest,
+and sorted by length, the longest first. So the sequences that reach a block of tokens are the first ones. A block's
+queries see the keys up to the block's end, so about half of all scores are computed. Both passes compute in float32 or
+better.
 
 With S = scale Q K^T up to the diagonal and P = softmax(S), O = P V. So dV = P^T dO, dP = dO V^T,
 dS = P (dP - sum_j P_j dP_j), dQ = scale dS K, dK = scale dS^T Q. From a padded query comes no gradient: its dO is 0.
@@ -27,7 +28,7 @@ _LONGEST = 512
 """Tokens of a sequence, at most, if heads share keys; of longer ones torch's kernel is as fast."""
 _KEPT = 256
 """Tokens of a sequence up to which the backward pass takes the probabilities that the forward pass kept. Of longer ones
-it computes them again: they would be more than all else that attention keeps."""
+it computes them again, for they would take more memory than all else that attention keeps."""
 
 
 def pads_up_to(query: torch.Tensor, key: torch.Tensor) -> int:
@@ -110,7 +111,7 @@ class _Layout:
 
 
 class _BlockAttention(torch.autograd.Function):
-    """What the module's docstring says, block by block."""
+    """Causal attention, block by block; the formulas are in the module's docstring."""
 
     @staticmethod
     def forward(

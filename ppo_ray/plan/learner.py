@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 from ppo_ray.config import Config
 from ppo_ray.config.transport import weight_transport
@@ -111,15 +112,7 @@ def _pass_terms(config: Config, sizes: ModelSizes, device: Device, state: list[T
     recomputed, shared = config.learner.gradient_checkpointing, _is_shared(config)
     adapted = config.model.lora is not None  # then nothing else in the models has a gradient
 
-    def attention(whose: str, model: ModelSize, layers: int) -> list[Term]:
-        if device == "gpu":
-            width = widest_row(config, policy.hidden)
-            how = f"{tokens} tokens x {width} x {layers} layers x {size} bytes"
-            return [Term(f"{whose}attention masks", how, tokens * width * layers * size, device, "at work")]
-        keys = _count_kept_keys(config)
-        how = f"{tokens} tokens x {model.sharing_heads} heads x {keys} keys x {layers} layers x {EXACT} bytes"
-        number = tokens * model.sharing_heads * keys * layers
-        return [Term(f"{whose}attention probabilities", how, number * EXACT, device, "at work")] if number else []
+    attention = partial(_attention_terms, config, policy.hidden, tokens, device)
 
     predicted = min(tokens, likely_response_tokens(config))
     again = predicted * policy.vocabulary > KEPT_ENTRIES  # then logits are computed again, block by block
@@ -225,10 +218,24 @@ def _layer_term(what: str, model: ModelSize, tokens: int, size: int, device: Dev
     return Term(what, how, num_bytes, device, "at work")
 
 
-def _count_kept_keys(config: Config) -> int:
-    """Return the keys whose probabilities a CPU keeps of each query, on the mean: `models/block_attention.py`."""
+def _attention_terms(
+    config: Config, hidden: int, tokens: int, device: Device, whose: str, model: ModelSize, layers: int
+) -> list[Term]:
+    """Count what attention needs besides its inputs: masks on a GPU, and on a CPU the probabilities that it keeps.
+
+    Of each query a CPU keeps those of (length + 32) / 2 keys on average: `models/block_attention.py`.
+    """
+    if device == "gpu":
+        width, size = widest_row(config, hidden), BYTES[config.model.dtype]
+        how = f"{tokens} tokens x {width} x {layers} layers x {size} bytes"
+        return [Term(f"{whose}attention masks", how, tokens * width * layers * size, device, "at work")]
     length = math.ceil(likely_tokens(config) / config.rollout.batch_size)
-    return min(length, (length + 32) // 2) if length <= 256 else 0
+    if not model.sharing_heads or length > 256:
+        return []
+    keys = min(length, (length + 32) // 2)
+    how = f"{tokens} tokens x {model.sharing_heads} heads x {keys} keys x {layers} layers x {EXACT} bytes"
+    num_bytes = tokens * model.sharing_heads * keys * layers * EXACT
+    return [Term(f"{whose}attention probabilities", how, num_bytes, device, "at work")]
 
 
 def _actor_critic_parameters(sizes: ModelSizes) -> int:

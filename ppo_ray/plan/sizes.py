@@ -31,7 +31,7 @@ class ModelSize:
     key_values: int
     """Keys and values of one token in one layer: 2 x key-value heads x their width."""
     sharing_heads: int = 0
-    """Heads whose keys other heads attend to as well; 0: each has keys of its own."""
+    """Heads of queries, if several of them share the keys of one head; 0: each has keys of its own."""
     adapters: int = 0
     """Parameters of the adapters (LoRA) that are trained instead of the model's own; 0: none."""
     quantization: Quantization | None = None
